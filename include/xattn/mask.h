@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <xattn/export.h>
+
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+namespace xattn {
+
+/// Where the diagonal of a causal mask lies when there are not as many keys as queries. With Lq = Lk both are the same.
+enum class CausalAlignment {
+  upper_left,   ///< query i sees keys 0..i: both sequences start together (torch's `is_causal`)
+  lower_right,  ///< query i sees keys 0..i + Lk - Lq: both sequences end together (decoding with a cache)
+};
+
+/// Which keys each query may attend to. One meaning everywhere: true = may attend.
+///
+/// A mask broadcasts: axes of size 1 stand for every batch entry, head or query, and are never copied. Masks combine by `&`:
+/// a key must be allowed by both, biases add up. A query row with no key left gives a zero row in the weights and before the
+/// output projection, and no gradient. A masked key of finite content has no influence; NaN or infinity under a mask may spread,
+/// as in PyTorch, because zero times NaN is NaN.
+/// For unbatched inputs give masks as for B = 1. A mask holds the tensors that it was made from and never changes after; safe to
+/// share between threads.
+///
+///   auto mask = Mask::lengths(text_lengths, /*Lk=*/77) & Mask::causal(CausalAlignment::lower_right);
+class XATTN_API Mask {
+ public:
+  /// No restriction.
+  Mask() = default;
+
+  /// Keys that are real, as opposed to padding.
+  /// valid: bool [B|1, Lk]. Throws c10::TypeError unless bool, c10::ValueError unless two axes.
+  static Mask key_padding(const at::Tensor& valid);
+
+  /// The first `lengths[b]` keys of batch entry b are real; the others, up to Lk, are padding.
+  /// lengths: an integer type, [B], each in [0, Lk] (checked on the CPU; on other devices, where a check would stall, lengths
+  /// beyond the range act as its nearest end).
+  static Mask lengths(const at::Tensor& lengths, int64_t Lk);
+
+  /// keep: bool, one of [Lq, Lk], [B, Lq, Lk], [B|1, H|1, Lq|1, Lk].
+  static Mask dense(const at::Tensor& keep);
+
+  /// Added to the scaled logits; -inf forbids a key. Receives its gradient when it asks for one.
+  /// bias: a floating point type (converted to the logits' own), same shapes as `dense`.
+  static Mask bias(const at::Tensor& bias);
+
+  /// No key after the query's own place. Never applied by default.
+  static Mask causal(CausalAlignment alignment);
+
+  /// From the arguments of torch's MultiheadAttention, where a boolean true means IGNORED and a float is added to the logits.
+  /// key_padding_mask: undefined or [B, Lk]. attn_mask: undefined, [Lq, Lk] or [B * num_heads, Lq, Lk].
+  static Mask from_multihead_attention(const at::Tensor& key_padding_mask,
+                                       const at::Tensor& attn_mask,
+                                       int64_t num_heads);
+
+  /// From the arguments of torch's scaled_dot_product_attention for four-axis inputs, where a boolean true means kept and
+  /// a float is added to the logits. attn_mask: undefined or broadcastable from the right to [B, H, Lq, Lk] (so three axes are
+  /// [H|1, Lq|1, Lk], unlike `dense`). is_causal aligns to the upper left, as there.
+  static Mask from_scaled_dot_product_attention(const at::Tensor& attn_mask, bool is_causal = false);
+
+  /// From an additive mask that marks forbidden keys by a large negative number in place of -inf (finfo.min, -10000): entries
+  /// at or below -10000 forbid the key, so that a row of them gives zeros rather than a uniform average; the others are a bias.
+  /// mask: a floating point type, same shapes as `dense`.
+  static Mask from_additive(const at::Tensor& mask);
+
+  /// Both restrictions at once. Nothing is copied; shapes are checked where the mask is used.
+  XATTN_API friend Mask operator&(const Mask& a, const Mask& b);
+
+  /// True if nothing is restricted and nothing is added.
+  bool is_none() const;
+
+  /// True if the mask is `causal` alone and, at these sizes, means query i sees keys 0..i: what fused kernels know by a flag.
+  bool is_causal_only(int64_t Lq, int64_t Lk) const;
+
+  /// All restrictions in one: bool, broadcastable to [B, H, Lq, Lk] with a full last axis; undefined if there is none.
+  at::Tensor keep(int64_t Lq, int64_t Lk, at::Device device) const;
+
+  /// The sum of all biases, broadcastable to [B, H, Lq, Lk]; undefined if there is none. May hold -inf.
+  at::Tensor additive() const;
+
+  /// The query rows that have no key: bool, broadcastable to [B, H, Lq, 1]; undefined if the kind of the mask (not its values,
+  /// which are never looked at) shows that there are none. REQUIRES: Lk > 0.
+  at::Tensor empty_rows(int64_t Lq, int64_t Lk, at::Device device) const;
+
+  /// Throws, in the name of `caller`, c10::ValueError unless the mask fits these sizes (any number of queries where Lq is not
+  /// known yet), c10::TypeError unless it is on this device.
+  void check(std::string_view caller,
+             int64_t B,
+             int64_t H,
+             std::optional<int64_t> Lq,
+             int64_t Lk,
+             at::Device device) const;
+
+  /// The same mask with its tensors on another device.
+  Mask to(at::Device device) const;
+
+ private:
+  struct Part {
+    const char* name;   // the builder's, for messages
+    at::Tensor tensor;  // [B|1, H|1, Lq|1, Lk]
+  };
+  // The last key that query i sees is i + diagonal; nothing without a causal part.
+  std::optional<int64_t> diagonal(int64_t Lq, int64_t Lk) const;
+
+  std::vector<Part> keep_;  // bool; a key must be allowed by all
+  std::vector<Part> bias_;  // floating point; added up
+  bool upper_left_ = false;
+  bool lower_right_ = false;
+};
+
+}  // namespace xattn

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// The whole library. Start reading with cross_attention.h.
+#include <xattn/attention.h>
+#include <xattn/context.h>
+#include <xattn/cross_attention.h>
+#include <xattn/file_error.h>
+#include <xattn/load.h>
+#include <xattn/mask.h>
+#include <xattn/norm.h>
+#include <xattn/safetensors.h>
+#include <xattn/torchscript.h>
+#include <xattn/version.h>

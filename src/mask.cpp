@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <xattn/mask.h>
+
+#include <ATen/ops/add.h>
+#include <ATen/ops/amax.h>
+#include <ATen/ops/any.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/eq.h>
+#include <ATen/ops/gt.h>
+#include <ATen/ops/logical_and.h>
+#include <ATen/ops/logical_not.h>
+#include <ATen/ops/lt.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/where.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "check.h"
+
+namespace xattn {
+
+using detail::check_type;
+using detail::check_value;
+using detail::shape_of;
+using detail::type_of;
+
+namespace {
+
+constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
+
+// What additive masks put in place of -inf where they mean "never"; the least of the values in use.
+constexpr double kForbidden = -10000;
+
+// [Lq, Lk], [B, Lq, Lk] or [B|1, H|1, Lq|1, Lk] -> [B|1, H|1, Lq|1, Lk]
+at::Tensor with_four_axes(const at::Tensor& tensor, std::string_view name) {
+  check_value(tensor.dim() >= 2 && tensor.dim() <= 4,
+              "mask",
+              "{} must have shape [Lq, Lk], [B, Lq, Lk] or [B|1, H|1, Lq|1, Lk], but has {}.",
+              name,
+              shape_of(tensor));
+  if (tensor.dim() == 2) return tensor.unsqueeze(0).unsqueeze(0);
+  return tensor.dim() == 3 ? tensor.unsqueeze(1) : tensor;
+}
+
+void check_bool(const at::Tensor& tensor, std::string_view name) {
+  check_type(tensor.defined() && tensor.scalar_type() == at::kBool,
+             "mask",
+             "{} must be bool, true = may attend, but is {}.",
+             name,
+             type_of(tensor));
+}
+
+void check_floating(const at::Tensor& tensor, std::string_view name) {
+  check_type(tensor.defined() && tensor.is_floating_point(),
+             "mask",
+             "{} must be of a floating point type, but is {}.",
+             name,
+             type_of(tensor));
+}
+
+}  // namespace
+
+Mask Mask::key_padding(const at::Tensor& valid) {
+  check_bool(valid, "key_padding");
+  check_value(valid.dim() == 2, "mask", "key_padding must have shape [B, Lk], but has {}.", shape_of(valid));
+  Mask mask;
+  mask.keep_.push_back({"key_padding", valid.unsqueeze(1).unsqueeze(1)});
+  return mask;
+}
+
+Mask Mask::lengths(const at::Tensor& lengths, int64_t Lk) {
+  check_type(lengths.defined() && at::isIntegralType(lengths.scalar_type(), /*includeBool=*/false),
+             "mask",
+             "lengths must be of an integer type, but is {}.",
+             type_of(lengths));
+  check_value(lengths.dim() == 1, "mask", "lengths must have shape [B], but has {}.", shape_of(lengths));
+  check_value(Lk >= 0, "mask", "Lk must not be negative, but is {}.", Lk);
+  if (lengths.is_cpu() && lengths.numel() > 0) {
+    const auto least = lengths.min().item<int64_t>();
+    const auto most = lengths.max().item<int64_t>();
+    check_value(least >= 0 && most <= Lk, "mask", "lengths must lie in [0, {}], but hold {}.", Lk, least < 0 ? least : most);
+  }
+  const auto places = at::arange(Lk, lengths.options().dtype(at::kLong));
+  Mask mask = key_padding(at::lt(places.unsqueeze(0), lengths.unsqueeze(1)));  // [B, Lk]
+  mask.keep_.front().name = "lengths";
+  return mask;
+}
+
+Mask Mask::dense(const at::Tensor& keep) {
+  check_bool(keep, "dense");
+  Mask mask;
+  mask.keep_.push_back({"dense", with_four_axes(keep, "dense")});
+  return mask;
+}
+
+Mask Mask::bias(const at::Tensor& bias) {
+  check_floating(bias, "bias");
+  Mask mask;
+  mask.bias_.push_back({"bias", with_four_axes(bias, "bias")});
+  return mask;
+}
+
+Mask Mask::causal(CausalAlignment alignment) {
+  Mask mask;
+  mask.upper_left_ = alignment == CausalAlignment::upper_left;
+  mask.lower_right_ = alignment == CausalAlignment::lower_right;
+  return mask;
+}
+
+Mask Mask::from_multihead_attention(const at::Tensor& key_padding_mask, const at::Tensor& attn_mask, int64_t num_heads) {
+  const auto convert = [](const at::Tensor& tensor) {
+    return tensor.scalar_type() == at::kBool ? dense(at::logical_not(tensor)) : bias(tensor);
+  };
+  check_value(num_heads >= 1, "mask", "num_heads must be at least 1, but is {}.", num_heads);
+  Mask mask;
+  if (key_padding_mask.defined()) {
+    check_value(key_padding_mask.dim() == 2,
+                "mask",
+                "key_padding_mask must have shape [B, Lk], but has {}.",
+                shape_of(key_padding_mask));
+    mask = mask & convert(key_padding_mask.unsqueeze(1));  // [B, 1, Lk]
+  }
+  if (attn_mask.defined()) {
+    check_value(attn_mask.dim() == 2 || (attn_mask.dim() == 3 && attn_mask.size(0) % num_heads == 0),
+                "mask",
+                "attn_mask must have shape [Lq, Lk] or [B * {}, Lq, Lk], but has {}.",
+                num_heads,
+                shape_of(attn_mask));
+    mask = mask & convert(attn_mask.dim() == 2 ? attn_mask
+                                               : attn_mask.unflatten(0, {attn_mask.size(0) / num_heads, num_heads}));
+  }
+  return mask;
+}
+
+Mask Mask::from_scaled_dot_product_attention(const at::Tensor& attn_mask, bool is_causal) {
+  Mask mask = is_causal ? causal(CausalAlignment::upper_left) : Mask();
+  if (!attn_mask.defined()) return mask;
+  const auto aligned = attn_mask.dim() == 3 ? attn_mask.unsqueeze(0) : attn_mask;  // [1, H|1, Lq|1, Lk]
+  return mask & (attn_mask.scalar_type() == at::kBool ? dense(aligned) : bias(aligned));
+}
+
+Mask Mask::from_additive(const at::Tensor& mask) {
+  check_floating(mask, "from_additive");
+  const auto keep = at::gt(mask, kForbidden);
+  return dense(keep) & bias(mask.masked_fill(at::logical_not(keep), 0));
+}
+
+Mask operator&(const Mask& a, const Mask& b) {
+  Mask both = a;
+  both.keep_.insert(both.keep_.end(), b.keep_.begin(), b.keep_.end());
+  both.bias_.insert(both.bias_.end(), b.bias_.begin(), b.bias_.end());
+  both.upper_left_ |= b.upper_left_;
+  both.lower_right_ |= b.lower_right_;
+  return both;
+}
+
+bool Mask::is_none() const {
+  return keep_.empty() && bias_.empty() && !upper_left_ && !lower_right_;
+}
+
+bool Mask::is_causal_only(int64_t Lq, int64_t Lk) const {
+  return keep_.empty() && bias_.empty() && diagonal(Lq, Lk) == 0;
+}
+
+std::optional<int64_t> Mask::diagonal(int64_t Lq, int64_t Lk) const {
+  if (!upper_left_ && !lower_right_) return std::nullopt;
+  const int64_t lower_right = Lk - Lq;
+  if (!upper_left_) return lower_right;
+  return lower_right_ ? std::min<int64_t>(0, lower_right) : 0;
+}
+
+at::Tensor Mask::keep(int64_t Lq, int64_t Lk, at::Device device) const {
+  at::Tensor all;
+  const auto join = [&all](const at::Tensor& part) { all = all.defined() ? at::logical_and(all, part) : part; };
+  for (const auto& part : keep_) join(part.tensor);
+  if (const auto last = diagonal(Lq, Lk)) join(at::ones({1, 1, Lq, Lk}, at::dtype(at::kBool).device(device)).tril(*last));
+  return all;
+}
+
+at::Tensor Mask::additive() const {
+  at::Tensor sum;
+  for (const auto& part : bias_) sum = sum.defined() ? at::add(sum, part.tensor) : part.tensor;
+  return sum;
+}
+
+at::Tensor Mask::empty_rows(int64_t Lq, int64_t Lk, at::Device device) const {
+  const bool first_key_is_free = keep_.empty() && bias_.empty() && diagonal(Lq, Lk).value_or(0) >= 0;
+  if (first_key_is_free) return {};
+  const auto allowed = keep(Lq, Lk, device);
+  if (bias_.empty()) return at::logical_not(at::any(allowed, -1, /*keepdim=*/true));
+  const auto bias = additive().detach();
+  const auto logits = allowed.defined() ? at::where(allowed, bias, kMinusInfinity) : bias;
+  return at::eq(at::amax(logits, -1, /*keepdim=*/true), kMinusInfinity);
+}
+
+void Mask::check(std::string_view caller,
+                 int64_t B,
+                 int64_t H,
+                 std::optional<int64_t> Lq,
+                 int64_t Lk,
+                 at::Device device) const {
+  const auto fits = [](int64_t size, int64_t expected) { return size == 1 || size == expected; };
+  for (const auto* parts : {&keep_, &bias_}) {
+    for (const auto& [name, tensor] : *parts) {
+      check_value(fits(tensor.size(0), B) && fits(tensor.size(1), H) && (!Lq || fits(tensor.size(2), *Lq)) &&
+                      tensor.size(3) == Lk,
+                  caller,
+                  "mask ({}) must fit [B, H, Lq, Lk] = [{}, {}, {}, {}], but has {}.",
+                  name,
+                  B,
+                  H,
+                  Lq ? fmt::to_string(*Lq) : "Lq",
+                  Lk,
+                  shape_of(tensor));
+      check_type(tensor.device() == device,
+                 caller,
+                 "mask ({}) must be on {}, as the inputs, but is on {}.",
+                 name,
+                 device.str(),
+                 tensor.device().str());
+    }
+  }
+}
+
+Mask Mask::to(at::Device device) const {
+  Mask moved = *this;
+  for (auto* parts : {&moved.keep_, &moved.bias_}) {
+    for (auto& part : *parts) part.tensor = part.tensor.to(device);
+  }
+  return moved;
+}
+
+}  // namespace xattn

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <xattn/norm.h>
+
+#include <ATen/ops/layer_norm.h>
+#include <ATen/ops/rms_norm.h>
+#include <torch/nn/init.h>
+
+#include "check.h"
+
+namespace xattn {
+
+NormImpl::NormImpl(const NormOptions& options_) : options(options_) {
+  detail::check_value(options.size() >= 1, "norm", "size must be at least 1, but is {}.", options.size());
+  detail::check_value(options.eps() >= 0, "norm", "eps must not be negative, but is {}.", options.eps());
+  reset();
+}
+
+void NormImpl::reset() {
+  const auto shape = {options.size()};
+  if (options.kind() != NormKind::none) weight = register_parameter("weight", torch::empty(shape));
+  if (options.kind() == NormKind::layer) bias = register_parameter("bias", torch::empty(shape));
+  reset_parameters();
+}
+
+void NormImpl::reset_parameters() {
+  if (weight.defined()) torch::nn::init::ones_(weight);
+  if (bias.defined()) torch::nn::init::zeros_(bias);
+}
+
+void NormImpl::pretty_print(std::ostream& stream) const {
+  constexpr const char* kNames[] = {"none", "rms", "layer"};
+  stream << fmt::format("xattn::Norm(NormOptions(NormKind::{}, {}).eps({}))",
+                        kNames[static_cast<int>(options.kind())],
+                        options.size(),
+                        options.eps());
+}
+
+torch::Tensor NormImpl::forward(const torch::Tensor& x) {
+  if (options.kind() == NormKind::none) return x;
+  detail::check_value(x.dim() >= 1 && x.size(-1) == options.size(),
+                      "norm",
+                      "x must have shape [..., {}], but has {}.",
+                      options.size(),
+                      detail::shape_of(x));
+  const auto shape = at::IntArrayRef(options.size());
+  const auto y = options.kind() == NormKind::rms ? at::rms_norm(x, shape, weight, options.eps())
+                                                 : at::layer_norm(x, shape, weight, bias, options.eps());
+  return y.to(x.scalar_type());  // autocast widens norms on some devices
+}
+
+}  // namespace xattn
