@@ -43,9 +43,10 @@ torch::Tensor NormImpl::forward(const torch::Tensor& x) {
                       options.size(),
                       detail::shape_of(x));
   const auto shape = at::IntArrayRef(options.size());
-  const auto y = options.kind() == NormKind::rms ? at::rms_norm(x, shape, weight, options.eps())
-                                                 : at::layer_norm(x, shape, weight, bias, options.eps());
-  return y.to(x.scalar_type());  // autocast widens norms on some devices
+  const auto wide = x.to(weight.scalar_type());  // under autocast the weight may be wider than the input
+  const auto y = options.kind() == NormKind::rms ? at::rms_norm(wide, shape, weight, options.eps())
+                                                 : at::layer_norm(wide, shape, weight, bias, options.eps());
+  return y.to(x.scalar_type());
 }
 
 }  // namespace xattn

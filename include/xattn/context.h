@@ -14,7 +14,8 @@ namespace xattn {
 /// The key/value side of cross attention, made once by `CrossAttention::context` and attended to as often as one likes.
 ///
 /// It belongs to the weights that made it: after an optimizer step, a load, or a move to another type or device, `attend` refuses
-/// it. It takes part in autograd, so gradients of several `attend` calls meet in the same key and value.
+/// it. (Changes through `Tensor::data()` cannot be seen; of torch's optimizers, SGD makes such. Make a new context for every step.)
+/// It takes part in autograd, so gradients of several `attend` calls meet in the same key and value.
 /// Never changes after it is made; copies share storage; safe to share between threads.
 class XATTN_API Context {
  public:

@@ -1,0 +1,343 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+#include <xattn/attention.h>
+
+#include <cmath>
+#include <limits>
+#include <map>
+
+#include "compare.h"
+#include "test_util.h"
+
+namespace xattn::test {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr int64_t kB = 2, kH = 4, kLq = 5, kLk = 7, kD = 8;
+
+const std::vector<at::ScalarType> kTypes = {torch::kDouble, torch::kFloat, torch::kBFloat16, torch::kHalf};
+
+// Every kind of mask, by name, for the sizes above. Two of them leave rows without keys.
+std::map<std::string, Mask> masks(torch::Device device) {
+  const auto floats = torch::dtype(torch::kDouble);
+  const auto holes = torch::zeros({kLq, kLk}, floats).masked_fill(torch::rand({kLq, kLk}) > 0.7, -kInfinity);
+  auto dense = torch::rand({kB, kH, kLq, kLk}) > 0.3;
+  dense[0][1][2].fill_(false);
+  std::map<std::string, Mask> all = {
+      {"none", Mask()},
+      {"key_padding", Mask::key_padding(torch::rand({kB, kLk}) > 0.3)},
+      {"lengths", Mask::lengths(torch::tensor({0, 4}), kLk)},
+      {"dense", Mask::dense(dense)},
+      {"dense_per_query", Mask::dense(torch::rand({kLq, kLk}) > 0.3)},
+      {"bias", Mask::bias(torch::randn({kB, 1, kLq, kLk}, floats))},
+      {"bias_with_holes", Mask::bias(holes)},
+      {"upper_left", Mask::causal(CausalAlignment::upper_left)},
+      {"lower_right", Mask::causal(CausalAlignment::lower_right)},
+      {"joined", Mask::causal(CausalAlignment::lower_right) & Mask::lengths(torch::tensor({3, 7}), kLk) &
+                     Mask::bias(torch::randn({1, kH, 1, kLk}, floats))},
+  };
+  for (auto& [name, mask] : all) mask = mask.to(device);
+  return all;
+}
+
+class AttentionTest : public testing::TestWithParam<torch::Device> {
+ protected:
+  AttentionTest() { torch::manual_seed(0); }
+
+  torch::Tensor random(at::IntArrayRef shape, at::ScalarType type = torch::kDouble) const {
+    return torch::randn(shape, torch::kDouble).to(GetParam(), type).requires_grad_();
+  }
+
+  torch::Device device_ = GetParam();
+};
+
+// Attention written out number by number, for one batch entry and head: q [Lq, d], k [Lk, d], v [Lk, e], allowed and added [Lq, Lk].
+// Returns weights [Lq, Lk], output [Lq, e] and log-sum-exp [Lq].
+std::tuple<torch::Tensor, torch::Tensor, torch::Tensor> loop(const torch::Tensor& q,
+                                                             const torch::Tensor& k,
+                                                             const torch::Tensor& v,
+                                                             double scale,
+                                                             const torch::Tensor& allowed,
+                                                             const torch::Tensor& added) {
+  const auto Lq = q.size(0), Lk = k.size(0), d = q.size(1), e = v.size(1);
+  auto weights = torch::zeros({Lq, Lk}, torch::kDouble), output = torch::zeros({Lq, e}, torch::kDouble);
+  auto log_sum_exp = torch::full({Lq}, -kInfinity, torch::kDouble);
+  const auto Q = q.accessor<double, 2>(), K = k.accessor<double, 2>(), V = v.accessor<double, 2>();
+  for (int64_t i = 0; i < Lq; ++i) {
+    std::vector<double> exponentials(Lk, 0.0);
+    double sum = 0;
+    for (int64_t j = 0; j < Lk; ++j) {
+      if (!allowed[i][j].item<bool>()) continue;
+      double logit = added[i][j].item<double>();
+      for (int64_t c = 0; c < d; ++c) logit += scale * Q[i][c] * K[j][c];
+      sum += exponentials[j] = std::exp(logit);
+    }
+    if (sum == 0) continue;
+    log_sum_exp[i] = std::log(sum);
+    for (int64_t j = 0; j < Lk; ++j) {
+      weights[i][j] = exponentials[j] / sum;
+      for (int64_t c = 0; c < e; ++c) output[i][c] += exponentials[j] / sum * V[j][c];
+    }
+  }
+  return {weights, output, log_sum_exp};
+}
+
+TEST_P(AttentionTest, DefinitionEqualsItsFormulaNumberByNumber) {
+  for (const int64_t G : {1, 2, 4}) {
+    const auto q = random({kB, kH, kLq, kD}).detach(), k = random({kB, G, kLk, kD}).detach(), v = random({kB, G, kLk, 3}).detach();
+    for (const auto& [name, mask] : masks(device_)) {
+      AttentionOptions options{.mask = mask, .scale = 0.7, .weights = AttentionWeights::per_head, .log_sum_exp = true};
+      const auto result = attention(q, k, v, options);
+      const auto keep = mask.keep(kLq, kLk, device_), bias = mask.additive();
+      const auto allowed = (keep.defined() ? keep.cpu() : torch::ones({1, 1, 1, 1}, torch::kBool)).expand({kB, kH, kLq, kLk});
+      const auto added = (bias.defined() ? bias.cpu() : torch::zeros({1, 1, 1, 1}, torch::kDouble)).expand({kB, kH, kLq, kLk});
+      for (int64_t b = 0; b < kB; ++b) {
+        for (int64_t h = 0; h < kH; ++h) {
+          const auto g = h / (kH / G);
+          const auto [weights, output, log_sum_exp] =
+              loop(q[b][h].cpu(), k[b][g].cpu(), v[b][g].cpu(), 0.7, allowed[b][h], added[b][h]);
+          const auto limit = tolerance(torch::kDouble, kD + kLk + 3);
+          expect_close(result.weights[b][h], weights, limit, name + " weights");
+          expect_close(result.output[b][h], output, limit, name + " output");
+          expect_close(result.log_sum_exp[b][h].exp(), log_sum_exp.exp(), 10 * limit, name + " log-sum-exp");
+        }
+      }
+    }
+  }
+}
+
+TEST_P(AttentionTest, FusedEqualsDefinitionInOutputLogSumExpAndGradients) {
+  for (const auto type : kTypes) {
+    for (const int64_t G : {1, 2, 4}) {
+      const auto q = random({kB, kH, kLq, kD}, type), k = random({kB, G, kLk, kD}, type), v = random({kB, G, kLk, kD}, type);
+      const auto cotangent = random({kB, kH, kLq, kD}, type).detach();
+      for (const auto& [name, mask] : masks(device_)) {
+        const auto what = name + " " + c10::toString(type) + " G" + std::to_string(G);
+        AttentionOptions options{.mask = mask, .log_sum_exp = device_.is_cpu()};
+        options.path = AttentionPath::definition;
+        // The exact result is the definition in float64 on the same numbers.
+        const auto wide = [](const torch::Tensor& x) { return x.detach().to(torch::kDouble).requires_grad_(); };
+        const std::vector<torch::Tensor> exact_inputs = {wide(q), wide(k), wide(v)};
+        const auto exact = attention(exact_inputs[0], exact_inputs[1], exact_inputs[2], options);
+        options.path = AttentionPath::fused;
+        const auto fused = attention(q, k, v, options);
+        const auto limit = tolerance(type, 2 * (kD + kLk));
+        expect_close(fused.output, exact.output, limit, what + " output");
+        if (options.log_sum_exp) {
+          EXPECT_EQ(fused.log_sum_exp.scalar_type(), type == torch::kDouble ? torch::kDouble : torch::kFloat);
+          EXPECT_FALSE(fused.log_sum_exp.requires_grad());
+          expect_close(fused.log_sum_exp.exp(), exact.log_sum_exp.exp(), 10 * limit, what + " log-sum-exp");
+        }
+        const auto gradients = torch::autograd::grad({fused.output}, {q, k, v}, {cotangent});
+        const auto expected = torch::autograd::grad({exact.output}, exact_inputs, {cotangent.to(torch::kDouble)});
+        for (size_t i = 0; i < 3; ++i) expect_close(gradients[i], expected[i], 4 * limit, what + " gradient");
+      }
+    }
+  }
+}
+
+TEST_P(AttentionTest, FusedIsTwiceDifferentiableThroughTheDefinition) {
+  const auto q = random({kB, kH, kLq, kD}), k = random({kB, 2, kLk, kD}), v = random({kB, 2, kLk, kD});
+  for (const auto& [name, mask] : masks(device_)) {
+    std::vector<std::vector<torch::Tensor>> second;
+    for (const auto path : {AttentionPath::definition, AttentionPath::fused}) {
+      const auto output = attention(q, k, v, {.mask = mask, .path = path}).output;
+      const auto first = torch::autograd::grad({output.sin().sum()}, {q, k, v}, {}, true, /*create_graph=*/true);
+      second.push_back(torch::autograd::grad({first[0].sin().sum() + first[1].cos().sum() + first[2].sum()}, {q, k, v}));
+    }
+    for (size_t i = 0; i < 3; ++i) expect_close(second[1][i], second[0][i], 1e-12, name);
+  }
+}
+
+TEST_P(AttentionTest, FusedGivesGradientsOnlyToThoseThatAsk) {
+  const auto q = random({1, 2, 3, 4}).detach(), k = random({1, 2, 5, 4}), v = random({1, 2, 5, 4}).detach();
+  const auto output = attention(q, k, v, {.path = AttentionPath::fused}).output;
+  output.sum().backward();
+  EXPECT_TRUE(k.grad().defined());
+  EXPECT_FALSE(q.grad().defined());
+  EXPECT_FALSE(v.grad().defined());
+  EXPECT_THROW(output.sum().backward(), c10::Error) << "a graph that was freed must say so";
+}
+
+TEST_P(AttentionTest, GradientsEqualDifferencesForEveryMaskInFirstAndSecondOrder) {
+  const auto q = random({kB, kH, kLq, 2}), k = random({kB, 2, kLk, 2}), v = random({kB, 2, kLk, 2});
+  const auto output_direction = random({kB, kH, kLq, 2}).detach(), weights_direction = random({kB, kH, kLq, kLk}).detach();
+  for (const auto& [name, mask] : masks(device_)) {
+    const auto f = [&, &mask = mask](const std::vector<torch::Tensor>& x) {
+      const auto result = attention(x[0], x[1], x[2], {.mask = mask, .weights = AttentionWeights::per_head});
+      return (result.output * output_direction).sum() + (result.weights * weights_direction).sum();
+    };
+    expect_gradient(f, {q, k, v}, name);
+    expect_second_gradient(f, {q, k, v}, name);
+  }
+}
+
+TEST_P(AttentionTest, BiasReceivesItsGradientInFirstAndSecondOrder) {
+  const auto q = random({kB, kH, kLq, 2}).detach(), k = random({kB, kH, kLk, 2}).detach(), v = random({kB, kH, kLk, 2}).detach();
+  for (const auto shape : std::vector<std::vector<int64_t>>{{kLq, kLk}, {kB, kLq, kLk}, {1, kH, 1, kLk}}) {
+    const auto bias = random(shape);
+    const auto f = [&](const std::vector<torch::Tensor>& x) {
+      const auto mask = Mask::bias(x[0]) & Mask::lengths(torch::tensor({0, 4}, device_), kLk);
+      return attention(q, k, v, {.mask = mask}).output.sin().sum();
+    };
+    expect_gradient(f, {bias}, "bias");
+    expect_second_gradient(f, {bias}, "bias");
+  }
+}
+
+TEST_P(AttentionTest, RowWithoutKeysGivesZerosAndNoGradientInEveryType) {
+  const auto keep = (torch::arange(kLq) != 2).unsqueeze(1).expand({kLq, kLk}).to(device_);  // query 2 has no key
+  for (const auto type : kTypes) {
+    const auto hole = torch::zeros({kLq, kLk}).masked_fill(keep.cpu().logical_not(), -kInfinity).to(device_, type);
+    for (const auto& mask : {Mask::dense(keep), Mask::bias(hole)}) {
+      for (const auto path : {AttentionPath::definition, AttentionPath::fused}) {
+        const auto q = random({kB, kH, kLq, kD}, type), k = random({kB, kH, kLk, kD}, type), v = random({kB, kH, kLk, kD}, type);
+        AttentionOptions options{.mask = mask, .path = path};
+        options.log_sum_exp = path == AttentionPath::definition || device_.is_cpu();
+        if (path == AttentionPath::definition) options.weights = AttentionWeights::per_head;
+        const auto result = attention(q, k, v, options);
+        EXPECT_TRUE(result.output.select(2, 2).eq(0).all().item<bool>());
+        if (result.weights.defined()) EXPECT_TRUE(result.weights.select(2, 2).eq(0).all().item<bool>());
+        if (options.log_sum_exp) EXPECT_TRUE(result.log_sum_exp.select(2, 2).eq(-kInfinity).all().item<bool>());
+        // All of the gradient comes in at the empty row: none may reach q, k or v, and none may be NaN.
+        const auto gradients = torch::autograd::grad({result.output.select(2, 2).sum()}, {q, k, v}, {}, true);
+        for (const auto& gradient : gradients) EXPECT_TRUE(gradient.eq(0).all().item<bool>());
+        const auto all = torch::autograd::grad({result.output.sum()}, {q, k, v});
+        for (const auto& gradient : all) EXPECT_TRUE(gradient.isfinite().all().item<bool>());
+        EXPECT_TRUE(all[0].select(2, 2).eq(0).all().item<bool>());
+      }
+    }
+  }
+}
+
+TEST_P(AttentionTest, MaskedKeyHasNoInfluenceAndNoGradient) {
+  const auto mask = Mask::lengths(torch::tensor({4, 6}), kLk).to(device_);
+  for (const auto path : {AttentionPath::definition, AttentionPath::fused}) {
+    const auto q = random({kB, kH, kLq, kD}), k = random({kB, kH, kLk, kD}), v = random({kB, kH, kLk, kD});
+    const auto output = attention(q, k, v, {.mask = mask, .path = path}).output;
+    const auto gradients = torch::autograd::grad({output.square().sum()}, {k, v});
+    for (const auto& gradient : gradients) {
+      EXPECT_TRUE(gradient[0].slice(1, 4).eq(0).all().item<bool>());
+      EXPECT_TRUE(gradient[1].slice(1, 6).eq(0).all().item<bool>());
+      EXPECT_TRUE(gradient[1].slice(1, 0, 6).ne(0).any().item<bool>());
+    }
+    const torch::NoGradGuard no_grad;
+    k[0].slice(1, 4).fill_(1e6);
+    v[0].slice(1, 4).fill_(-1e6);
+    EXPECT_TRUE(attention(q, k, v, {.mask = mask, .path = path}).output.equal(output));
+  }
+}
+
+TEST_P(AttentionTest, WeightsSumToOneAndAverageOverHeads) {
+  const auto q = random({kB, kH, kLq, kD}), k = random({kB, 2, kLk, kD}), v = random({kB, 2, kLk, kD});
+  const auto per_head = attention(q, k, v, {.weights = AttentionWeights::per_head}).weights;
+  expect_close(per_head.sum(-1), torch::ones({kB, kH, kLq}), 1e-12, "sums");
+  expect_close(attention(q, k, v, {.weights = AttentionWeights::mean}).weights, per_head.mean(1), 1e-12, "mean");
+  EXPECT_FALSE(attention(q, k, v).weights.defined());
+}
+
+TEST_P(AttentionTest, DropoutChangesTheOutputButNotTheReturnedWeights) {
+  const auto q = random({1, 1, 1, kD}), k = random({1, 1, 4096, kD}), v = torch::ones({1, 1, 4096, 1}, q.options());
+  const auto weights = attention(q, k, v, {.weights = AttentionWeights::per_head}).weights;
+  const auto dropped = attention(q, k, v, {.dropout = 0.5, .weights = AttentionWeights::per_head});
+  EXPECT_TRUE(dropped.weights.equal(weights));
+  // With values of one the output is the sum of the weights that were kept, over 1/2: one on average.
+  const double output = dropped.output.item<double>();
+  EXPECT_NE(output, 1.0);
+  const double deviation = std::sqrt(weights.square().sum().item<double>());
+  EXPECT_NEAR(output, 1.0, 5 * deviation);
+  EXPECT_TRUE(attention(q, k, v, {.dropout = 1}).output.eq(0).all().item<bool>());
+}
+
+TEST_P(AttentionTest, LargeLogitsStayExact) {
+  // Logits of +-1e4 overflow an exponential that is not shifted; here one key outweighs all others.
+  const auto q = torch::full({1, 1, 1, 1}, 100.0, torch::dtype(torch::kDouble).device(device_));
+  const auto k = torch::tensor({-100.0, 100.0, 0.0}, q.options()).view({1, 1, 3, 1});
+  const auto v = torch::tensor({1.0, 2.0, 3.0}, q.options()).view({1, 1, 3, 1});
+  for (const auto path : {AttentionPath::definition, AttentionPath::fused}) {
+    for (const auto type : {torch::kDouble, torch::kFloat, torch::kBFloat16, torch::kHalf}) {
+      const auto result = attention(q.to(type), k.to(type), v.to(type), {.scale = 1.0, .path = path});
+      EXPECT_EQ(result.output.item<double>(), 2.0);
+    }
+  }
+}
+
+TEST_P(AttentionTest, EmptyAxesGiveEmptyOrZeroResults) {
+  for (const auto& [B, Lq, Lk] : {std::tuple(0, 3, 4), std::tuple(2, 0, 4), std::tuple(2, 3, 0), std::tuple(2, 0, 0)}) {
+    for (const auto& mask : {Mask(), Mask::causal(CausalAlignment::lower_right),
+                             Mask::dense(torch::ones({Lq, Lk}, torch::dtype(torch::kBool).device(device_)))}) {
+      const auto q = random({B, 2, Lq, 4}), k = random({B, 2, Lk, 4}), v = random({B, 2, Lk, 4});
+      const auto result = attention(q, k, v, {.mask = mask, .weights = AttentionWeights::mean, .log_sum_exp = true});
+      EXPECT_EQ(result.output.sizes(), (std::vector<int64_t>{B, 2, Lq, 4}));
+      EXPECT_EQ(result.weights.sizes(), (std::vector<int64_t>{B, Lq, Lk}));
+      EXPECT_TRUE(result.output.eq(0).all().item<bool>());
+      EXPECT_TRUE(result.log_sum_exp.eq(Lk == 0 ? -kInfinity : 0.0).all().item<bool>() || result.log_sum_exp.numel() == 0);
+      EXPECT_TRUE(attention(q, k, v, {.mask = mask}).output.equal(result.output));
+      for (const auto& gradient : torch::autograd::grad({result.output.sum()}, {q, k, v})) {
+        EXPECT_TRUE(gradient.eq(0).all().item<bool>());
+      }
+    }
+  }
+}
+
+TEST_P(AttentionTest, StridesDoNotMatter) {
+  const auto q = random({kB, kH, kLq, kD}).detach(), k = random({kB, kH, kLk, kD}).detach(), v = random({kB, kH, kLk, kD}).detach();
+  const auto strided = [](const torch::Tensor& x) { return x.permute({3, 1, 0, 2}).contiguous().permute({2, 1, 3, 0}); };
+  for (const auto path : {AttentionPath::definition, AttentionPath::fused}) {
+    const auto expected = attention(q, k, v, {.path = path}).output;
+    expect_close(attention(strided(q), strided(k), strided(v), {.path = path}).output, expected, 1e-12, "strided");
+  }
+}
+
+TEST_P(AttentionTest, FusedRefusesWhatItsKernelsCannotDo) {
+  const auto x = random({1, 2, 3, 4});
+  const auto refusal = [&](AttentionOptions options, const torch::Tensor& k, const torch::Tensor& v) {
+    options.path = AttentionPath::fused;
+    return error_of<c10::ValueError>([&] { attention(x, k, v, options); });
+  };
+  EXPECT_EQ(refusal({.weights = AttentionWeights::mean}, x, x),
+            "[attention] path must not be fused here, because attention weights are wanted.");
+  EXPECT_EQ(refusal({.dropout = 0.1}, x, x), "[attention] path must not be fused here, because dropout is above 0.");
+  const auto empty = x.slice(2, 0, 0);
+  EXPECT_EQ(refusal({}, empty, empty), "[attention] path must not be fused here, because an axis is empty.");
+  EXPECT_EQ(refusal({.mask = Mask::bias(random({3, 3}))}, x, x),
+            "[attention] path must not be fused here, because the mask's bias asks for its gradient.");
+  if (device_.is_cpu()) {
+    EXPECT_EQ(refusal({}, x, x.slice(3, 0, 2)),
+              "[attention] path must not be fused here, because the CPU kernel needs value heads of the size of key heads.");
+  } else {
+    EXPECT_EQ(refusal({.log_sum_exp = true}, x, x),
+              "[attention] path must not be fused here, because only the CPU kernel is asked for its log-sum-exp.");
+  }
+}
+
+TEST_P(AttentionTest, RefusesBadInputByName) {
+  const auto q = random({2, 4, 3, 8}), k = random({2, 2, 5, 8}), v = random({2, 2, 5, 6});
+  const auto value_error = [](const auto&... arguments) {
+    return error_of<c10::ValueError>([&] { attention(arguments...); });
+  };
+  const auto type_error = [](const auto&... arguments) {
+    return error_of<c10::TypeError>([&] { attention(arguments...); });
+  };
+  EXPECT_EQ(value_error(q[0], k, v), "[attention] q must have shape [B, H, Lq, d], but has [4, 3, 8].");
+  EXPECT_EQ(value_error(q, k[0], v), "[attention] k must have shape [2, G, Lk, 8], but has [2, 5, 8].");
+  EXPECT_EQ(value_error(q, k.slice(3, 0, 4), v), "[attention] k must have shape [2, G, Lk, 8], but has [2, 2, 5, 4].");
+  EXPECT_EQ(value_error(q, random({2, 3, 5, 8}), v),
+            "[attention] k must have a number of heads that divides the 4 of q, but has 3.");
+  EXPECT_EQ(value_error(q, k, v.slice(2, 0, 4)), "[attention] v must have shape [2, 2, 5, e], but has [2, 2, 4, 6].");
+  EXPECT_EQ(type_error(q.to(torch::kLong), k, v), "[attention] q must be of a floating point type, but is int64.");
+  EXPECT_EQ(type_error(q, k.to(torch::kFloat), v), "[attention] k must be float64, the type of q, but is float32.");
+  EXPECT_EQ(type_error(q, k, v.to(torch::kHalf)), "[attention] v must be float64, the type of q, but is float16.");
+  EXPECT_EQ(value_error(q, k, v, AttentionOptions{.dropout = 1.5}), "[attention] dropout must lie in [0, 1], but is 1.5.");
+  EXPECT_EQ(value_error(q, k, v, AttentionOptions{.mask = Mask::dense(torch::ones({3, 4}, torch::dtype(torch::kBool).device(device_)))}),
+            "[attention] mask (dense) must fit [B, H, Lq, Lk] = [2, 4, 3, 5], but has [1, 1, 3, 4].");
+  if (!device_.is_cpu()) {
+    EXPECT_EQ(type_error(q, k.cpu(), v), "[attention] k must be on " + device_.str() + ", as q, but is on cpu.");
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Devices, AttentionTest, testing::ValuesIn(devices()), device_name);
+
+}  // namespace
+}  // namespace xattn::test
