@@ -143,6 +143,11 @@ std::string refusal_of_fused(const Tensor& q, const Tensor& k, const Tensor& v, 
   return {};
 }
 
+// Kernels read rows of consecutive numbers.
+Tensor with_unit_stride(const Tensor& x) {
+  return x.stride(-1) == 1 ? x : x.contiguous();
+}
+
 // One call of a fused kernel. Empty rows are opened, as in `define`, and closed by the caller.
 std::tuple<Tensor, Tensor> call_kernel(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   const auto Lq = q.size(2), Lk = k.size(2);
@@ -153,7 +158,7 @@ std::tuple<Tensor, Tensor> call_kernel(const Tensor& q, const Tensor& k, const T
     auto bias = options.mask.additive();
     if (!bias.defined()) bias = at::zeros({}, q.options());
     const auto mask = keep.defined() ? at::where(keep, bias.to(q.scalar_type()), kMinusInfinity) : bias.to(q.scalar_type());
-    additive = with_rows_filled(mask, options.mask.empty_rows(Lq, Lk, q.device()), 0).contiguous();
+    additive = with_unit_stride(with_rows_filled(mask, options.mask.empty_rows(Lq, Lk, q.device()), 0));
   }
   if (q.is_cpu()) {
     return at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, additive, scale_of(q, options));
@@ -213,11 +218,6 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
     return result;
   }
 };
-
-// Kernels read rows of consecutive numbers.
-Tensor with_unit_stride(const Tensor& x) {
-  return x.stride(-1) == 1 ? x : x.contiguous();
-}
 
 AttentionResult fuse(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   const auto rows = with_unit_stride(q), keys = with_unit_stride(k), values = with_unit_stride(v);
