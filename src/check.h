@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -31,26 +32,9 @@ inline std::string shape_of(const at::Tensor& tensor) {
   return tensor.defined() ? fmt::format("[{}]", fmt::join(tensor.sizes(), ", ")) : "undefined";
 }
 
-/// "float32", the spelling of Python: shorter than c10::toString and known to everybody.
-inline std::string_view type_name(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble: return "float64";
-    case at::kFloat: return "float32";
-    case at::kHalf: return "float16";
-    case at::kBFloat16: return "bfloat16";
-    case at::kBool: return "bool";
-    case at::kLong: return "int64";
-    case at::kInt: return "int32";
-    case at::kShort: return "int16";
-    case at::kChar: return "int8";
-    case at::kByte: return "uint8";
-    default: return c10::toString(type);
-  }
-}
-
-/// "float32 tensor", with the device where it matters: what came, for messages.
-inline std::string_view type_of(const at::Tensor& tensor) {
-  return tensor.defined() ? type_name(tensor.scalar_type()) : "undefined";
+/// "float32", as Python spells it, or "undefined".
+inline std::string type_of(const at::Tensor& tensor) {
+  return tensor.defined() ? c10::getDtypeNames(tensor.scalar_type()).first : "undefined";
 }
 
 }  // namespace xattn::detail

@@ -29,7 +29,7 @@ XATTN_API FileFormat detect_format(const std::string& path);
 XATTN_API NamedTensors load_tensors(const std::string& path);
 
 struct LoadOptions {
-  std::string prefix;             ///< load only names that start so, without it, as in "decoder.layers.0.cross."
+  std::string prefix = {};        ///< load only names that start so, without it, as in "decoder.layers.0.cross."
   bool allow_missing = false;     ///< leave parameters and buffers alone that the file does not have
   bool allow_unexpected = false;  ///< ignore names in the file that the module does not have
 };
@@ -44,7 +44,8 @@ struct XATTN_API LoadReport {
   std::string summary() const;
 };
 
-/// File and module do not fit: lists ALL missing, unexpected and misshapen names that the options do not allow.
+/// File and module do not fit: lists ALL missing, unexpected and misshapen names that the options do not allow. Nothing was
+/// loaded, not even what `report().loaded` lists.
 class XATTN_API LoadError : public FileError {
  public:
   LoadError(const std::string& message, LoadReport report) : FileError(message), report_(std::move(report)) {}

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <fmt/format.h>
+#include <xattn/file_error.h>
+
+#include <cerrno>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+
+// How the library refuses a file: "[reader] path: what was expected and what came", always one line.
+namespace xattn::detail {
+
+/// `text` with its control characters escaped: names come from files, and must not break the line or drive the terminal.
+inline std::string one_line(std::string_view text) {
+  std::string line;
+  for (char c : text) {
+    if (const auto code = static_cast<unsigned char>(c); code < 0x20 || code == 0x7f) {
+      line += fmt::format("\\x{:02x}", code);
+    } else {
+      line += c;
+    }
+  }
+  return line;
+}
+
+/// Throws FileError with "[reader] path: message".
+template <typename... Args>
+[[noreturn]] void fail_file(std::string_view reader,
+                            std::string_view path,
+                            fmt::format_string<Args...> format,
+                            Args&&... args) {
+  const auto message = fmt::format(format, std::forward<Args>(args)...);
+  throw FileError(one_line(fmt::format("[{}] {}: {}", reader, path, message)));
+}
+
+/// The same unless `ok`. The message is only formatted when it is needed.
+template <typename... Args>
+void check_file(bool ok, std::string_view reader, std::string_view path, fmt::format_string<Args...> format, Args&&... args) {
+  if (!ok) {
+    fail_file(reader, path, format, std::forward<Args>(args)...);
+  }
+}
+
+/// What the operating system said last: "No such file or directory".
+inline std::string system_reason() {
+  return std::generic_category().message(errno);
+}
+
+}  // namespace xattn::detail

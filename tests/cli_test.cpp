@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <sys/wait.h>
+#include <torch/torch.h>
+#include <xattn/cross_attention.h>
+#include <xattn/load.h>
+#include <xattn/safetensors.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "test_util.h"
+
+namespace xattn {
+namespace {
+
+using nlohmann::json;
+using test::data_path;
+
+class CliTest : public testing::Test {
+ protected:
+  struct Result {
+    int status;
+    std::string out;
+    std::string err;
+  };
+
+  // Runs the program that was built, in the temporary directory.
+  Result xattn(const std::string& arguments) const {
+    const auto command = "cd " + dir.path() + " && " XATTN_CLI_PATH " " + arguments + " > .out 2> .err";
+    const int status = std::system(command.c_str());
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, test::read_bytes(dir.file(".out")),
+            test::read_bytes(dir.file(".err"))};
+  }
+
+  // The one line on standard error, without the program's name, of a run that ends with this status.
+  std::string error(int status, const std::string& arguments) const {
+    const auto result = xattn(arguments);
+    EXPECT_EQ(result.status, status) << result.err;
+    EXPECT_EQ(result.out, "");
+    EXPECT_EQ(std::ranges::count(result.err, '\n'), 1) << result.err;
+    EXPECT_TRUE(result.err.starts_with("xattn: ") && result.err.ends_with("\n")) << result.err;
+    return result.err.size() < 8 ? "" : result.err.substr(7, result.err.size() - 8);
+  }
+
+  // Runs `attention` by itself and, with these arguments, by the program; expects the same results.
+  void expect_same(CrossAttention attention, const NamedTensors& inputs, const Mask& mask, const std::string& arguments) {
+    save_safetensors(dir.file("weights"), *attention);
+    save_safetensors(dir.file("in"), inputs);
+    const auto result = xattn("run weights --inputs in --output out --device cpu " + arguments);
+    ASSERT_EQ(result.status, 0) << result.err;
+    EXPECT_EQ(result.out + result.err, "");
+
+    const auto& key = inputs.contains("key") ? inputs.at("key") : inputs.at("context");
+    const auto& value = inputs.contains("value") ? inputs.at("value") : inputs.at("context");
+    const torch::NoGradGuard no_grad;
+    const auto [output, weights] = attention->forward(inputs.at("query"), key, value, mask);
+    auto results = load_tensors(dir.file("out"));
+    EXPECT_EQ(results.size(), weights.defined() ? 2U : 1U);
+    EXPECT_TRUE(torch::equal(results["output"], output));
+    if (weights.defined()) {
+      EXPECT_TRUE(torch::equal(results["weights"], weights));
+    }
+  }
+
+  const test::TempDir dir;
+  const torch::Tensor query = torch::rand({2, 3, 4});
+  const torch::Tensor key = torch::rand({2, 5, 6});
+  const torch::Tensor value = torch::rand({2, 5, 6});
+};
+
+// ---- run ---------------------------------------------------------------------------------------------------------------------
+
+TEST_F(CliTest, RunEqualsTheModule) {
+  expect_same(CrossAttention(4, 6, 6, 8), {{"query", query}, {"key", key}, {"value", value}}, {}, "--weights mean");
+}
+
+TEST_F(CliTest, RunWritesWeightsOnlyIfAsked) {
+  const auto options = CrossAttentionOptions(4, 6, 6, 8).attention_weights(AttentionWeights::none);
+  expect_same(CrossAttention(options), {{"query", query}, {"key", key}, {"value", value}}, {}, "");
+}
+
+TEST_F(CliTest, RunTakesHeadsAndWritesWeightsOfEach) {
+  const auto options = CrossAttentionOptions(4, 6, 6, 8).num_heads(4).attention_weights(AttentionWeights::per_head);
+  expect_same(CrossAttention(options), {{"query", query}, {"key", key}, {"value", value}}, {}, "--heads 4 --weights per-head");
+}
+
+TEST_F(CliTest, RunTakesOneContextForKeyAndValue) {
+  expect_same(CrossAttention(4, 6, 6, 8), {{"query", query}, {"context", key}}, {}, "--weights mean");
+}
+
+TEST_F(CliTest, RunTakesMasksAndBias) {
+  const auto padding = torch::tensor({{1, 1, 0, 0, 0}, {1, 0, 1, 1, 1}}).to(torch::kBool);
+  const auto dense = torch::rand({2, 1, 3, 5}) > 0.3;
+  const auto bias = torch::randn({2, 1, 3, 5});
+  const CrossAttention attention(4, 6, 6, 8);
+  expect_same(attention, {{"query", query}, {"context", key}, {"mask", padding}}, Mask::key_padding(padding), "--weights mean");
+  expect_same(attention, {{"query", query}, {"context", key}, {"mask", dense}}, Mask::dense(dense), "--weights mean");
+  expect_same(attention, {{"query", query}, {"context", key}, {"mask", padding}, {"bias", bias}},
+              Mask::key_padding(padding) & Mask::bias(bias), "--weights mean");
+}
+
+TEST_F(CliTest, RunWorksInTheTypeOfTheQuery) {
+  CrossAttention attention(4, 6, 6, 8);
+  attention->to(torch::kDouble);
+  attention->reset_parameters();  // to numbers that float32 would round
+  expect_same(attention, {{"query", query.to(torch::kDouble)}, {"context", key.to(torch::kDouble)}}, {}, "--weights mean");
+  save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key}});
+  EXPECT_EQ(xattn("run weights --inputs in --output out --device cpu --threads 1").status, 0);
+  EXPECT_EQ(load_tensors(dir.file("out")).at("output").scalar_type(), torch::kFloat);
+}
+
+TEST_F(CliTest, RunTakesTheOnlyLayerOfALargerModel) {
+  save_safetensors(dir.file("in"), NamedTensors{{"query", torch::rand({2, 3, 8})}, {"context", torch::rand({2, 5, 12})}});
+  for (const std::string prefix : {"", "--prefix fusion", "--prefix fusion."}) {
+    const auto result = xattn("run " + data_path("reference_in_model.pt") + " --inputs in --output out --device cpu " + prefix);
+    EXPECT_EQ(result.status, 0) << result.err;
+  }
+}
+
+TEST_F(CliTest, RunListsTheLayersWhereThereAreSeveral) {
+  NamedTensors tensors;
+  const CrossAttention attention(4, 6, 6, 8);
+  for (const auto& item : attention->named_parameters()) {
+    tensors["a." + item.key()] = item.value();
+    tensors["b." + item.key()] = item.value();
+  }
+  save_safetensors(dir.file("two"), tensors);
+  save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key}});
+  EXPECT_EQ(error(1, "run two --inputs in --output out"),
+            "[run] two: --prefix must be one of \"a.\", \"b.\", but was not given");
+  EXPECT_EQ(error(1, "run two --inputs in --output out --prefix c"),
+            "[run] two: --prefix must be one of \"a.\", \"b.\", but is \"c\"");
+  EXPECT_EQ(xattn("run two --inputs in --output out --prefix b. --device cpu").status, 0);
+}
+
+TEST_F(CliTest, RunRefusesFilesWithoutALayer) {
+  save_safetensors(dir.file("none"), NamedTensors{{"weight", query}});
+  EXPECT_EQ(error(1, "run none --inputs in --output out"),
+            "[run] none: must hold query_linear, key_linear, value_linear and output_linear of a layer, but does not");
+}
+
+TEST_F(CliTest, RunRefusesHeadsThatDoNotDivide) {
+  save_safetensors(dir.file("weights"), *CrossAttention(4, 6, 6, 8));
+  save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key}});
+  EXPECT_EQ(error(1, "run weights --inputs in --output out --heads 3"),
+            "[with_heads] num_heads must be one of 1, 2, 4, 8, but is 3.");
+}
+
+TEST_F(CliTest, RunRefusesInputsThatAreNotItsOwn) {
+  save_safetensors(dir.file("weights"), *CrossAttention(4, 6, 6, 8));
+  const auto refusal = [&](const NamedTensors& inputs) {
+    save_safetensors(dir.file("in"), inputs);
+    const auto message = error(1, "run weights --inputs in --output out --device cpu");
+    EXPECT_FALSE(std::filesystem::exists(dir.file("out")));
+    return message;
+  };
+  const std::string incomplete = "[run] in: must hold query, and either key and value, or context";
+  EXPECT_EQ(refusal({{"query", query}}), incomplete);
+  EXPECT_EQ(refusal({{"query", query}, {"key", key}}), incomplete);
+  EXPECT_EQ(refusal({{"query", query}, {"key", key}, {"context", key}}), incomplete);
+  EXPECT_EQ(refusal({{"context", key}}), incomplete);
+  EXPECT_EQ(refusal({{"query", query}, {"context", key}, {"masks", key}}),
+            "[run] in: may hold bias, context, key, mask, query, value only, but holds \"masks\"");
+  EXPECT_EQ(refusal({{"query", query.to(torch::kLong)}, {"context", key}}), "[run] in: query must have a floating point type");
+  EXPECT_EQ(refusal({{"query", query}, {"context", key}, {"mask", torch::ones({5}, torch::kBool)}}),
+            "[run] in: mask must have shape [B|1, Lk] or [B|1, H|1, Lq|1, Lk], but has [5]");
+  EXPECT_TRUE(refusal({{"query", query}, {"context", query}}).starts_with("[cross_attention] key must have shape [B, Lk, 6]"));
+}
+
+TEST_F(CliTest, RunRefusesToOverwriteItsInputs) {
+  save_safetensors(dir.file("weights"), *CrossAttention(4, 6, 6, 8));
+  save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key}});
+  std::filesystem::create_hard_link(dir.file("in"), dir.file("link"));
+  EXPECT_EQ(error(2, "run weights --inputs in --output weights"), "--output: must not be an input, but is weights");
+  EXPECT_EQ(error(2, "run weights --inputs in --output ./in"), "--output: must not be an input, but is in");
+  EXPECT_EQ(error(2, "run weights --inputs in --output link"), "--output: must not be an input, but is in");
+  EXPECT_EQ(load_tensors(dir.file("weights")).size(), 8U);
+}
+
+TEST_F(CliTest, RunRefusesDevicesThatAreNotThere) {
+  EXPECT_EQ(error(2, "run weights --inputs in --output out --device gpu"), "--device: must be cpu, cuda or cuda:N, but is gpu");
+  const auto count = std::to_string(torch::cuda::device_count());
+  EXPECT_EQ(error(1, "run weights --inputs in --output out --device cuda:77"),
+            "[run] --device must be there, but of cuda:77 there are " + count + " CUDA devices");
+}
+
+TEST_F(CliTest, RunDefaultsToCudaWhereThereIsOne) {
+  if (!torch::cuda::is_available()) GTEST_SKIP() << "no CUDA device";
+  save_safetensors(dir.file("weights"), *CrossAttention(4, 6, 6, 8));
+  save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key}});
+  EXPECT_EQ(xattn("run weights --inputs in --output by_default").status, 0);
+  EXPECT_EQ(xattn("run weights --inputs in --output on_cuda --device cuda").status, 0);
+  EXPECT_EQ(test::read_bytes(dir.file("by_default")), test::read_bytes(dir.file("on_cuda")));
+}
+
+// ---- inspect -----------------------------------------------------------------------------------------------------------------
+
+TEST_F(CliTest, InspectPrintsDocumentedJson) {
+  const CrossAttention attention(CrossAttentionOptions(4, 5, 6, 8).num_heads(4).kv_heads(2).qkv_bias(false));
+  save_safetensors(dir.file("x"), *attention, {{"who", "me\n"}});
+  const auto result = xattn("inspect x --json");
+  ASSERT_EQ(result.status, 0) << result.err;
+  const auto expected = json::parse(R"({
+    "format": "safetensors",
+    "metadata": {"who": "me\n"},
+    "tensors": [
+      {"name": "key_linear.weight", "type": "float32", "shape": [4, 5]},
+      {"name": "output_linear.bias", "type": "float32", "shape": [8]},
+      {"name": "output_linear.weight", "type": "float32", "shape": [8, 8]},
+      {"name": "query_linear.weight", "type": "float32", "shape": [8, 4]},
+      {"name": "value_linear.weight", "type": "float32", "shape": [4, 6]}],
+    "layers": [
+      {"prefix": "", "layout": "reference", "dim_query": 4, "dim_key": 5, "dim_value": 6, "dim_output": 8,
+       "inner_qk": 8, "inner_v": 8, "group": 2,
+       "query_bias": false, "key_bias": false, "value_bias": false, "output_bias": true}]})");
+  EXPECT_EQ(json::parse(result.out), expected);
+}
+
+TEST_F(CliTest, InspectReadsTorchScript) {
+  const auto result = xattn("inspect " + data_path("reference_in_model.pt") + " --json");
+  ASSERT_EQ(result.status, 0) << result.err;
+  const auto document = json::parse(result.out);
+  EXPECT_EQ(document["format"], "torchscript");
+  EXPECT_EQ(document["tensors"].size(), 11U);
+  EXPECT_EQ(document["layers"].size(), 1U);
+  EXPECT_EQ(document["layers"][0]["prefix"], "fusion.");
+}
+
+TEST_F(CliTest, InspectPrintsALineForEachTensor) {
+  save_safetensors(dir.file("x"), NamedTensors{{"a", torch::ones({2, 3})}, {"red\x1b[31m", torch::ones({}, torch::kBFloat16)}});
+  EXPECT_EQ(xattn("inspect x").out,
+            "safetensors, 2 tensors\n"
+            "  \"a\"              float32          [2, 3]\n"
+            "  \"red\\u001b[31m\"  bfloat16         []\n"
+            "no cross-attention layer\n");
+}
+
+TEST_F(CliTest, InspectRefusesBrokenFiles) {
+  EXPECT_EQ(error(1, "inspect nothing"), "[load] nothing: cannot be opened: No such file or directory");
+  test::write_bytes(dir.file("x"), "some text");
+  EXPECT_EQ(error(1, "inspect x"), "[load] x: must be a safetensors file or an archive of torch.jit.save, but is neither");
+  const auto bytes = test::read_bytes(data_path("reference.pt"));
+  test::write_bytes(dir.file("half"), bytes.substr(0, bytes.size() / 2));
+  EXPECT_TRUE(error(1, "inspect half").starts_with("[torchscript] half: must be an archive of torch.jit.save"));
+}
+
+// ---- usage -------------------------------------------------------------------------------------------------------------------
+
+TEST_F(CliTest, WrongUsageIsOneLineAndStatusTwo) {
+  EXPECT_EQ(error(2, ""), "expected inspect or run, but neither came");
+  EXPECT_EQ(error(2, "inspekt x"), "The following arguments were not expected: x inspekt");
+  EXPECT_EQ(error(2, "inspect"), "FILE is required");
+  EXPECT_EQ(error(2, "inspect x --jason"), "The following argument was not expected: --jason");
+  EXPECT_EQ(error(2, "run x --inputs in"), "--output is required");
+  EXPECT_EQ(error(2, "run x --inputs in --output out --heads 0"), "--heads: Value 0 not in range 1 to 65536");
+  EXPECT_EQ(error(2, "run x --inputs in --output out --weights all"), "--weights: all not in {none,mean,per-head}");
+}
+
+TEST_F(CliTest, EveryHelpShowsAnExample) {
+  for (const std::string command : {"", "inspect ", "run "}) {
+    const auto result = xattn(command + "--help");
+    EXPECT_EQ(result.status, 0);
+    EXPECT_NE(result.out.find("Example: xattn " + (command.empty() ? "inspect " : command)), std::string::npos) << result.out;
+    EXPECT_EQ(result.err, "");
+  }
+}
+
+TEST_F(CliTest, PrintsItsVersion) {
+  EXPECT_TRUE(xattn("--version").out.starts_with("xattn "));
+}
+
+}  // namespace
+}  // namespace xattn

@@ -1,0 +1,384 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <xattn/load.h>
+
+#include <torch/torch.h>
+#include <xattn/cross_attention.h>
+#include <xattn/safetensors.h>
+#include <xattn/torchscript.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "compare.h"
+#include "test_util.h"
+
+namespace xattn {
+namespace {
+
+using test::data_path;
+using test::error_of;
+using test::TempDir;
+using Names = std::vector<std::string>;
+
+// query_linear is 4 -> 8, as small as the four widths allow to be told apart.
+CrossAttention small() {
+  return CrossAttention(4, 5, 6, 8);
+}
+
+NamedTensors copy_of(const torch::nn::Module& module) {
+  NamedTensors tensors;
+  for (const auto& item : module.named_parameters()) tensors[item.key()] = item.value().detach().clone();
+  for (const auto& item : module.named_buffers()) tensors[item.key()] = item.value().detach().clone();
+  return tensors;
+}
+
+bool equal(const NamedTensors& a, const NamedTensors& b) {
+  return std::ranges::equal(a, b, [](const auto& x, const auto& y) {
+    return x.first == y.first && x.second.dtype() == y.second.dtype() && torch::equal(x.second, y.second);
+  });
+}
+
+// What is said of these tensors, and that nothing changed.
+std::string refusal(torch::nn::Module& module, const NamedTensors& tensors, const LoadOptions& options = {}) {
+  const auto before = copy_of(module);
+  const auto message = error_of<LoadError>([&] { load_weights(module, tensors, options); });
+  EXPECT_TRUE(equal(copy_of(module), before)) << "the module changed";
+  EXPECT_EQ(message.find('\n'), std::string::npos) << message;
+  const std::string start = "[load_weights] set of tensors: does not fit the module; ";
+  EXPECT_TRUE(message.starts_with(start)) << message;
+  return message.substr(std::min(message.size(), start.size()));
+}
+
+// The reference inside a larger model, as tests/data/reference_in_model.pt has it.
+struct ModelImpl : torch::nn::Module {
+  torch::nn::Embedding embedding = register_module("embedding", torch::nn::Embedding(20, 8));
+  CrossAttention fusion = register_module("fusion", CrossAttention(8, 12, 12, 16));
+  torch::nn::Linear classifier = register_module("classifier", torch::nn::Linear(16, 5));
+};
+TORCH_MODULE(Model);
+
+// Two names for one tensor.
+struct TiedImpl : torch::nn::Module {
+  TiedImpl() { register_parameter("decoder", encoder); }
+  torch::Tensor encoder = register_parameter("encoder", torch::zeros({2}));
+};
+
+// ---- Loading -----------------------------------------------------------------------------------------------------------------
+
+TEST(LoadTest, LoadsTheReferenceFromTorchScript) {
+  CrossAttention attention(8, 12, 12, 16);
+  const auto report = load_weights(*attention, data_path("reference.pt"));
+  EXPECT_EQ(report.loaded.size(), 8U);
+  EXPECT_EQ(report.summary(), "loaded 8 tensors");
+  EXPECT_TRUE(equal(copy_of(*attention), load_torchscript(data_path("reference.pt"))));
+}
+
+TEST(LoadTest, LoadsALargerModelWithTheReferenceInside) {
+  Model model;
+  EXPECT_EQ(load_weights(*model, data_path("reference_in_model.pt")).loaded.size(), 11U);
+  EXPECT_TRUE(equal(copy_of(*model), load_torchscript(data_path("reference_in_model.pt"))));
+}
+
+TEST(LoadTest, LoadsOneLayerOfALargerModelByPrefix) {
+  CrossAttention attention(8, 12, 12, 16);
+  const auto report = load_weights(*attention, data_path("reference_in_model.pt"), {.prefix = "fusion."});
+  EXPECT_EQ(report.loaded, Names({"key_linear.bias", "key_linear.weight", "output_linear.bias", "output_linear.weight",
+                                  "query_linear.bias", "query_linear.weight", "value_linear.bias", "value_linear.weight"}));
+  EXPECT_TRUE(report.unexpected.empty());
+  const auto tensors = load_torchscript(data_path("reference_in_model.pt"));
+  EXPECT_TRUE(torch::equal(attention->query_linear->weight, tensors.at("fusion.query_linear.weight")));
+}
+
+TEST(LoadTest, LoadsWhatSaveSafetensorsWroteOfAModule) {
+  const TempDir dir;
+  Model saved, loaded;
+  save_safetensors(dir.file("x"), *saved, {{"step", "7"}});
+  EXPECT_EQ(SafetensorsFile(dir.file("x")).metadata().at("step"), "7");
+  load_weights(*loaded, dir.file("x"));
+  EXPECT_TRUE(equal(copy_of(*loaded), copy_of(*saved)));
+}
+
+TEST(LoadTest, TellsFormatsByContentNotByName) {
+  const TempDir dir;
+  std::filesystem::copy_file(data_path("reference.pt"), dir.file("x.safetensors"));
+  EXPECT_EQ(detect_format(dir.file("x.safetensors")), FileFormat::torchscript);
+  EXPECT_EQ(load_tensors(dir.file("x.safetensors")).size(), 8U);
+  save_safetensors(dir.file("y.pt"), *small());
+  EXPECT_EQ(detect_format(dir.file("y.pt")), FileFormat::safetensors);
+  EXPECT_EQ(load_tensors(dir.file("y.pt")).size(), 8U);
+}
+
+TEST(LoadTest, KeepsTheModulesOwnTensors) {
+  // An optimizer holds them.
+  auto attention = small();
+  const auto weight = attention->query_linear->weight;
+  const void* data = weight.data_ptr();
+  const auto tensors = copy_of(*small());
+  load_weights(*attention, tensors);
+  EXPECT_TRUE(attention->query_linear->weight.is_same(weight));
+  EXPECT_EQ(weight.data_ptr(), data);
+  EXPECT_TRUE(weight.is_leaf() && weight.requires_grad());
+  EXPECT_TRUE(torch::equal(weight, tensors.at("query_linear.weight")));
+  EXPECT_NE(tensors.at("query_linear.weight").data_ptr(), data);
+}
+
+TEST(LoadTest, LoadsIntoAnyStrides) {
+  auto attention = small();
+  attention->query_linear->weight.set_data(torch::zeros({4, 8}).t());
+  const auto tensors = copy_of(*small());
+  load_weights(*attention, tensors);
+  EXPECT_TRUE(torch::equal(attention->query_linear->weight, tensors.at("query_linear.weight")));
+}
+
+TEST(LoadTest, LoadsBuffers) {
+  torch::nn::BatchNorm1d saved(3), loaded(3);
+  saved->forward(torch::rand({4, 3}));
+  EXPECT_EQ(load_weights(*loaded, copy_of(*saved)).loaded.size(), 5U);
+  EXPECT_TRUE(torch::equal(loaded->running_mean, saved->running_mean));
+  EXPECT_EQ(loaded->num_batches_tracked.item<int64_t>(), 1);
+}
+
+TEST(LoadTest, ExpectsNothingForParametersThatAreSwitchedOff) {
+  torch::nn::BatchNorm1d norm(torch::nn::BatchNorm1dOptions(3).affine(false).track_running_stats(false));
+  EXPECT_EQ(load_weights(*norm, NamedTensors()).summary(), "loaded 0 tensors");
+  torch::nn::Linear linear(torch::nn::LinearOptions(3, 2).bias(false));
+  EXPECT_EQ(load_weights(*linear, NamedTensors{{"weight", torch::ones({2, 3})}}).summary(), "loaded 1 tensors");
+}
+
+TEST(LoadTest, LoadsSharedParametersFromEitherName) {
+  for (const auto* name : {"encoder", "decoder"}) {
+    TiedImpl tied;
+    const auto report = load_weights(tied, NamedTensors{{name, torch::ones({2})}});
+    EXPECT_EQ(report.summary(), "loaded 2 tensors");
+    EXPECT_TRUE(torch::equal(tied.encoder, torch::ones({2})));
+  }
+}
+
+TEST(LoadTest, ConvertsFloatingPointTypes) {
+  for (const auto type : {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16, at::kFloat8_e4m3fn, at::kFloat8_e5m2}) {
+    for (const auto own : {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16}) {
+      torch::nn::Linear linear(2, 1);
+      linear->to(own);
+      load_weights(*linear,
+                   NamedTensors{{"weight", torch::tensor({{0.5, -3.}}).to(type)}, {"bias", torch::tensor({2.}).to(type)}});
+      EXPECT_EQ(linear->weight.scalar_type(), own);
+      EXPECT_TRUE(torch::equal(linear->weight, torch::tensor({{0.5, -3.}}).to(own)));
+    }
+  }
+}
+
+TEST(LoadTest, ConvertsComplexTypes) {
+  TiedImpl module;
+  module.encoder.set_data(torch::zeros({2}, at::kComplexDouble));
+  const auto value = torch::complex(torch::ones({2}), -torch::ones({2}));
+  load_weights(module, NamedTensors{{"encoder", value}});
+  EXPECT_TRUE(torch::equal(module.encoder, value.to(at::kComplexDouble)));
+}
+
+TEST(LoadTest, LoadsOntoADevice) {
+  if (!torch::cuda::is_available()) GTEST_SKIP() << "no CUDA device";
+  auto attention = small();
+  attention->to(torch::kCUDA, torch::kHalf);
+  const auto tensors = copy_of(*small());
+  load_weights(*attention, tensors);
+  EXPECT_TRUE(attention->query_linear->weight.is_cuda());
+  EXPECT_TRUE(torch::equal(attention->query_linear->weight.cpu(), tensors.at("query_linear.weight").to(torch::kHalf)));
+}
+
+TEST(LoadTest, LeavesMissingTensorsAloneWhereAllowed) {
+  auto attention = small();
+  const auto before = copy_of(*attention);
+  auto tensors = copy_of(*small());
+  tensors.erase("key_linear.bias");
+  const auto report = load_weights(*attention, tensors, {.allow_missing = true});
+  EXPECT_EQ(report.missing, Names({"key_linear.bias"}));
+  EXPECT_EQ(report.summary(), "loaded 7 tensors; missing: key_linear.bias");
+  tensors["key_linear.bias"] = before.at("key_linear.bias");
+  EXPECT_TRUE(equal(copy_of(*attention), tensors));
+}
+
+TEST(LoadTest, IgnoresUnexpectedTensorsWhereAllowed) {
+  auto attention = small();
+  auto tensors = copy_of(*small());
+  tensors["gate"] = torch::ones({1});
+  const auto report = load_weights(*attention, tensors, {.allow_unexpected = true});
+  EXPECT_EQ(report.unexpected, Names({"gate"}));
+  EXPECT_EQ(report.summary(), "loaded 8 tensors; unexpected: gate");
+  tensors.erase("gate");
+  EXPECT_TRUE(equal(copy_of(*attention), tensors));
+}
+
+// ---- Refusing ----------------------------------------------------------------------------------------------------------------
+
+TEST(LoadTest, RefusesMissingNames) {
+  auto attention = small();
+  auto tensors = copy_of(*small());
+  tensors.erase("key_linear.bias");
+  tensors.erase("query_linear.weight");
+  EXPECT_EQ(refusal(*attention, tensors), "missing: key_linear.bias, query_linear.weight");
+  EXPECT_EQ(refusal(*attention, tensors, {.allow_unexpected = true}), "missing: key_linear.bias, query_linear.weight");
+}
+
+TEST(LoadTest, RefusesUnexpectedNames) {
+  auto attention = small();
+  auto tensors = copy_of(*small());
+  tensors["gate"] = torch::ones({1});
+  tensors["two\nlines"] = torch::ones({1});
+  EXPECT_EQ(refusal(*attention, tensors), "unexpected: gate, two\\x0alines");
+  EXPECT_EQ(refusal(*attention, tensors, {.allow_missing = true}), "unexpected: gate, two\\x0alines");
+}
+
+TEST(LoadTest, RefusesOtherShapes) {
+  auto attention = small();
+  auto tensors = copy_of(*small());
+  tensors["query_linear.weight"] = torch::ones({4, 8});
+  tensors["key_linear.bias"] = torch::Tensor();
+  EXPECT_EQ(refusal(*attention, tensors, {.allow_missing = true, .allow_unexpected = true}),
+            "misshapen: key_linear.bias must have shape [8], but has undefined, "
+            "query_linear.weight must have shape [8, 4], but has [4, 8]");
+}
+
+TEST(LoadTest, RefusesTypesThatDoNotConvert) {
+  torch::nn::BatchNorm1d norm(2);
+  auto tensors = copy_of(*norm);
+  tensors["weight"] = torch::ones({2}, at::kComplexFloat);
+  tensors["bias"] = torch::ones({2}, at::kChar);  // quantized: nothing without its scale
+  tensors["running_var"] = torch::ones({2}, at::kBool);
+  tensors["num_batches_tracked"] = torch::tensor(1.5);
+  EXPECT_EQ(refusal(*norm, tensors),
+            "misshapen: bias must convert to float32, but is int8, num_batches_tracked must convert to int64, but is float32, "
+            "running_var must convert to float32, but is bool, weight must convert to float32, but is complex64");
+}
+
+TEST(LoadTest, ListsEverythingThatIsWrongAtOnce) {
+  auto attention = small();
+  auto tensors = copy_of(*small());
+  tensors.erase("key_linear.bias");
+  tensors["gate"] = torch::ones({1});
+  tensors["query_linear.bias"] = torch::ones({9});
+  EXPECT_EQ(refusal(*attention, tensors),
+            "missing: key_linear.bias; unexpected: gate; misshapen: query_linear.bias must have shape [8], but has [9]");
+  try {
+    load_weights(*attention, tensors);
+    FAIL();
+  } catch (const LoadError& error) {
+    EXPECT_EQ(error.report().missing, Names({"key_linear.bias"}));
+    EXPECT_EQ(error.report().unexpected, Names({"gate"}));
+    EXPECT_EQ(error.report().misshapen, Names({"query_linear.bias must have shape [8], but has [9]"}));
+    EXPECT_EQ(error.report().loaded.size(), 6U);
+  }
+}
+
+TEST(LoadTest, RefusesAPrefixThatIsNotThere) {
+  torch::nn::Linear linear(2, 1);
+  EXPECT_EQ(refusal(*linear, {{"weight", torch::ones({1, 2})}, {"bias", torch::ones({1})}}, {.prefix = "a."}),
+            "missing: bias, weight");
+}
+
+TEST(LoadTest, NamesTheFile) {
+  torch::nn::Linear linear(2, 1);
+  const TempDir dir;
+  save_safetensors(dir.file("x"), NamedTensors{{"weight", torch::ones({1, 2})}});
+  EXPECT_EQ(error_of<LoadError>([&] { load_weights(*linear, dir.file("x")); }),
+            "[load_weights] " + dir.file("x") + ": does not fit the module; missing: bias");
+}
+
+TEST(LoadTest, RefusesFilesOfNoKnownFormat) {
+  const TempDir dir;
+  test::write_bytes(dir.file("text"), "some text, which is long enough");
+  test::write_bytes(dir.file("empty"), "");
+  for (const auto& path : {dir.file("text"), dir.file("empty"), dir.path()}) {
+    EXPECT_EQ(error_of<FileError>([&] { load_tensors(path); }),
+              "[load] " + path + ": must be a safetensors file or an archive of torch.jit.save, but is neither");
+  }
+  EXPECT_EQ(error_of<FileError>([] { load_tensors("/no/such/file"); }),
+            "[load] /no/such/file: cannot be opened: No such file or directory");
+}
+
+// ---- Finding layers ----------------------------------------------------------------------------------------------------------
+
+TEST(FindLayersTest, TellsWidthsAndBiases) {
+  const auto options = CrossAttentionOptions(4, 5, 6, 7).num_heads(1).head_dim(8).value_head_dim(9);
+  auto with_some_biases = options;
+  with_some_biases.key_bias(false).output_bias(false);
+  const auto layers = find_layers(copy_of(*CrossAttention(with_some_biases)));
+  ASSERT_EQ(layers.size(), 1U);
+  const auto& found = layers[0].options;
+  EXPECT_EQ(layers[0].prefix, "");
+  EXPECT_EQ(found.dim_query(), 4);
+  EXPECT_EQ(found.dim_key(), 5);
+  EXPECT_EQ(found.dim_value(), 6);
+  EXPECT_EQ(found.dim_output(), 7);
+  EXPECT_EQ(found.num_heads(), 1);
+  EXPECT_EQ(found.head_dim(), 8);
+  EXPECT_EQ(found.value_head_dim(), 9);
+  EXPECT_TRUE(found.query_bias() && found.value_bias());
+  EXPECT_FALSE(found.key_bias() || found.output_bias());
+}
+
+TEST(FindLayersTest, BuildsAModuleThatLoads) {
+  const CrossAttention saved(CrossAttentionOptions(4, 5, 6, 24).num_heads(6).kv_heads(2).qkv_bias(false));
+  const auto tensors = copy_of(*saved);
+  CrossAttention loaded(find_layers(tensors).at(0).with_heads(6));
+  load_weights(*loaded, tensors);
+  EXPECT_EQ(loaded->options.kv_heads(), 2);
+  EXPECT_EQ(loaded->options.head_dim(), 4);
+  const auto query = torch::rand({1, 2, 4}), key = torch::rand({1, 3, 5}), value = torch::rand({1, 3, 6});
+  EXPECT_TRUE(
+      torch::equal(std::get<0>(loaded->forward(query, key, value)), std::get<0>(saved.ptr()->forward(query, key, value))));
+}
+
+TEST(FindLayersTest, ListsTheHeadsThatArePossible) {
+  const auto layer = find_layers(copy_of(*CrossAttention(CrossAttentionOptions(4, 5, 6, 24).num_heads(6).kv_heads(2)))).at(0);
+  EXPECT_EQ(layer.options.num_heads(), 3);
+  EXPECT_EQ(layer.options.kv_heads(), 1);
+  for (const int64_t heads : {-3, 0, 1, 5, 48}) {
+    EXPECT_EQ(error_of<c10::ValueError>([&] { layer.with_heads(heads); }),
+              "[with_heads] num_heads must be one of 3, 6, 12, 24, but is " + std::to_string(heads) + ".");
+  }
+}
+
+TEST(FindLayersTest, FindsEveryLayerInOrderOfPrefix) {
+  NamedTensors tensors = {{"embedding.weight", torch::ones({2, 2})}};
+  for (const auto* prefix : {"a.b.", "a.", "z."}) {
+    for (const auto& [name, tensor] : copy_of(*small())) tensors[prefix + name] = tensor;
+  }
+  Names prefixes;
+  for (const auto& layer : find_layers(tensors)) prefixes.push_back(layer.prefix);
+  EXPECT_EQ(prefixes, Names({"a.", "a.b.", "z."}));
+}
+
+TEST(FindLayersTest, PassesOverWhatIsNoWholeLayer) {
+  const auto whole = copy_of(*small());
+  const auto found_with = [&](const std::string& name, const torch::Tensor& tensor) {
+    auto tensors = whole;
+    tensors[name] = tensor;
+    return find_layers(tensors).size();
+  };
+  EXPECT_EQ(found_with("other", torch::ones({1})), 1U);
+  EXPECT_EQ(found_with("key_linear.weight", torch::ones({8})), 0U);
+  EXPECT_EQ(found_with("key_linear.weight", torch::ones({0, 5})), 0U);
+  EXPECT_EQ(found_with("key_linear.weight", torch::ones({3, 5})), 0U);  // 8 features of the query are not 3 of the key
+  EXPECT_EQ(found_with("key_linear.weight", torch::ones({4, 5})), 0U);  // grouped, but not so on the value side
+  EXPECT_EQ(found_with("query_norm.weight", torch::ones({8})), 0U);
+  EXPECT_EQ(find_layers({}).size(), 0U);
+  NamedTensors renamed;
+  for (const auto& [name, tensor] : whole) renamed["my_" + name] = tensor;
+  EXPECT_EQ(find_layers(renamed).size(), 0U);
+  for (const auto* name : {"query_linear.weight", "key_linear.weight", "value_linear.weight", "output_linear.weight"}) {
+    auto tensors = whole;
+    tensors.erase(name);
+    EXPECT_EQ(find_layers(tensors).size(), 0U) << name;
+  }
+}
+
+TEST(FindLayersTest, LooksAtShapesOnly) {
+  NamedTensors tensors;
+  for (const auto& [name, tensor] : copy_of(*small())) tensors[name] = torch::empty(tensor.sizes(), torch::kMeta);
+  EXPECT_EQ(find_layers(tensors).size(), 1U);
+}
+
+}  // namespace
+}  // namespace xattn
