@@ -34,7 +34,7 @@ inline std::string shape_of(const at::Tensor& tensor) {
 
 /// "float32", as Python spells it, or "undefined".
 inline std::string type_of(const at::Tensor& tensor) {
-  return tensor.defined() ? c10::getDtypeNames(tensor.scalar_type()).first : "undefined";
+  return tensor.defined() ? std::string(c10::getDtypeNames(tensor.scalar_type()).first) : "undefined";
 }
 
 }  // namespace xattn::detail

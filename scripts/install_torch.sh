@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Installs PyTorch into .venv of the project. Called by scripts/build.sh, through CMake, when no other LibTorch will do.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+version=2.13.0
+index=()
+[[ -z ${XATTN_TORCH_INDEX:-} ]] || index=(--extra-index-url "$XATTN_TORCH_INDEX")
+
+install() {
+  .venv/bin/python -m pip install --disable-pip-version-check "${index[@]}" "torch==$1"
+}
+
+python3 -m venv .venv
+echo "Installing PyTorch $version for the CPU into .venv: a download of 190 MB, 1 GB on disk."
+errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
+if install "$version+cpu" 2> "$errors"; then exit; fi
+if ! grep -q "No matching distribution" "$errors"; then
+  cat "$errors" >&2
+  exit 1
+fi
+echo "pip finds no build for the CPU only; XATTN_TORCH_INDEX may name a package index that has it."
+echo "Installing PyTorch $version as pip finds it: on x86-64 a CUDA build, a download of 2.7 GB, 5 GB on disk."
+install "$version"

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C++ of README.md, compiled and run. Each ```cpp block there must stand here, word by word.
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+#include <xattn/xattn.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "test_util.h"
+
+namespace xattn::test {
+namespace {
+
+// Text without indentation and empty lines, so that a block compares wherever it stands.
+std::string without_indentation(const std::string& text) {
+  std::istringstream lines(text);
+  std::string result;
+  for (std::string line; std::getline(lines, line);) {
+    const auto start = line.find_first_not_of(' ');
+    if (start != std::string::npos) result += line.substr(start) + "\n";
+  }
+  return result;
+}
+
+TEST(ReadmeTest, EveryBlockOfCodeStandsInThisFile) {
+  const auto readme = read_bytes(XATTN_SOURCE_DIR "/README.md");
+  const auto here = without_indentation(read_bytes(__FILE__));
+  const std::string open = "```cpp\n", close = "```";
+  int blocks = 0;
+  for (auto at = readme.find(open); at != std::string::npos; at = readme.find(open, at)) {
+    at += open.size();
+    const auto block = readme.substr(at, readme.find(close, at) - at);
+    EXPECT_NE(here.find(without_indentation(block)), std::string::npos) << "not in this file:\n" << block;
+    at += block.size();
+    ++blocks;
+  }
+  EXPECT_GE(blocks, 5);
+}
+
+TEST(ReadmeTest, Example) {
+  testing::internal::CaptureStdout();
+  xattn::CrossAttention attention(128, 256, 256, 512);  // dim_query, dim_key, dim_value, dim_output
+  auto query = torch::randn({2, 4, 128});               // [B, Lq, dim_query]: what asks, as 4 words
+  auto image = torch::randn({2, 6, 256});               // [B, Lk, dim_key]: what answers, as 6 regions
+  auto [output, weights] = attention->forward(query, /*key=*/image, /*value=*/image);
+  std::cout << "Output shape: " << output.sizes() << "\n";
+  std::cout << "Attention weights shape: " << weights.sizes() << "\n";
+  EXPECT_EQ(testing::internal::GetCapturedStdout(), "Output shape: [2, 4, 512]\nAttention weights shape: [2, 4, 6]\n");
+}
+
+TEST(ReadmeTest, Masks) {
+  auto x = torch::randn({2, 77, 16});
+  auto text_lengths = torch::tensor({12, 77});
+  xattn::CrossAttention attention(16, 16, 16, 16);
+  {
+    using xattn::Mask;
+    auto mask = Mask::lengths(text_lengths, /*Lk=*/77) & Mask::causal(xattn::CausalAlignment::upper_left);
+    auto [output, weights] = attention->forward(x, x, x, mask);
+    EXPECT_EQ(weights.slice(2, 12)[0].abs().max().item<double>(), 0);
+  }
+  auto key_padding_mask = torch::zeros({2, 77}, torch::kBool);  // true = ignored
+  auto attn_mask = torch::Tensor();
+  auto same = xattn::Mask::from_multihead_attention(key_padding_mask, attn_mask, /*num_heads=*/8);
+  EXPECT_TRUE(same.keep(1, 77, torch::kCPU).all().item<bool>());
+}
+
+TEST(ReadmeTest, Context) {
+  auto image = torch::randn({2, 10, 320});
+  auto text = torch::randn({2, 77, 768});
+  auto lengths = torch::tensor({12, 77});
+  xattn::CrossAttention to_text(xattn::CrossAttentionOptions(320, 768, 768, 320)
+                                    .num_heads(8)
+                                    .qkv_bias(false)
+                                    .attention_weights(xattn::AttentionWeights::none));
+  auto context = to_text->context(text, text, xattn::Mask::lengths(lengths, 77));  // the key/value side, made once
+  auto [output, none] = to_text->attend(image, context);                           // as often as you like; differentiable
+  EXPECT_EQ(output.sizes(), image.sizes());
+  EXPECT_FALSE(none.defined());
+}
+
+struct CaptionerImpl : torch::nn::Module {
+  CaptionerImpl() {
+    fusion = register_module("fusion", xattn::CrossAttention(64, 128, 128, 64));
+    head = register_module("head", torch::nn::Linear(64, 1000));
+  }
+
+  torch::Tensor forward(const torch::Tensor& words, const torch::Tensor& regions) {
+    auto [fused, weights] = fusion(words, regions, regions);
+    return head(fused);
+  }
+
+  xattn::CrossAttention fusion = nullptr;
+  torch::nn::Linear head = nullptr;
+};
+TORCH_MODULE(Captioner);
+
+TEST(ReadmeTest, Training) {
+  auto words = torch::randn({2, 5, 64});
+  auto regions = torch::randn({2, 9, 128});
+  auto next_words = torch::randint(1000, {2, 5});
+  Captioner model;
+  torch::optim::AdamW optimizer(model->parameters(), /*lr=*/1e-3);
+  auto loss = torch::cross_entropy_loss(model(words, regions).flatten(0, 1), next_words.flatten());
+  optimizer.zero_grad();
+  loss.backward();
+  optimizer.step();
+  EXPECT_TRUE(model->fusion->key_linear->weight.grad().defined());
+}
+
+TEST(ReadmeTest, Loading) {
+  const TempDir directory;
+  const auto path = directory.file("model.safetensors");
+  const Captioner trained;
+  xattn::save_safetensors(path, *trained);
+  Captioner model;
+  xattn::CrossAttention attention(64, 128, 128, 64);
+  {
+    auto report = xattn::load_weights(*model, path);                             // everything, by name, or an error and no change
+    xattn::load_weights(*attention, path, {.prefix = "fusion."});                // one layer of a larger file
+    xattn::load_weights(*model, path, {.allow_missing = true});                  // keep what the file does not have
+    std::cout << report.summary() << "\n";
+    EXPECT_EQ(report.loaded.size(), 10);
+  }
+  EXPECT_TRUE(attention->key_linear->weight.equal(trained->fusion->key_linear->weight));
+}
+
+TEST(ReadmeTest, Core) {
+  auto q = torch::randn({2, 8, 4, 64}), k = torch::randn({2, 2, 6, 64}), v = torch::randn({2, 2, 6, 64});
+  // q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e]
+  auto result = xattn::attention(q, k, v, {.weights = xattn::AttentionWeights::per_head, .log_sum_exp = true});
+  // result.output [B, H, Lq, e], result.weights [B, H, Lq, Lk], result.log_sum_exp [B, H, Lq]
+  EXPECT_EQ(result.weights.sizes(), (std::vector<int64_t>{2, 8, 4, 6}));
+}
+
+}  // namespace
+}  // namespace xattn::test
