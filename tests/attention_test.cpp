@@ -175,7 +175,7 @@ TEST_P(AttentionTest, GradientsEqualDifferencesForEveryMaskInFirstAndSecondOrder
 
 TEST_P(AttentionTest, BiasReceivesItsGradientInFirstAndSecondOrder) {
   const auto q = random({kB, kH, kLq, 2}).detach(), k = random({kB, kH, kLk, 2}).detach(), v = random({kB, kH, kLk, 2}).detach();
-  for (const auto shape : std::vector<std::vector<int64_t>>{{kLq, kLk}, {kB, kLq, kLk}, {1, kH, 1, kLk}}) {
+  for (const auto& shape : std::vector<std::vector<int64_t>>{{kLq, kLk}, {kB, kLq, kLk}, {1, kH, 1, kLk}}) {
     const auto bias = random(shape);
     const auto f = [&](const std::vector<torch::Tensor>& x) {
       const auto mask = Mask::bias(x[0]) & Mask::lengths(torch::tensor({0, 4}, device_), kLk);
@@ -198,8 +198,12 @@ TEST_P(AttentionTest, RowWithoutKeysGivesZerosAndNoGradientInEveryType) {
         if (path == AttentionPath::definition) options.weights = AttentionWeights::per_head;
         const auto result = attention(q, k, v, options);
         EXPECT_TRUE(result.output.select(2, 2).eq(0).all().item<bool>());
-        if (result.weights.defined()) EXPECT_TRUE(result.weights.select(2, 2).eq(0).all().item<bool>());
-        if (options.log_sum_exp) EXPECT_TRUE(result.log_sum_exp.select(2, 2).eq(-kInfinity).all().item<bool>());
+        if (result.weights.defined()) {
+          EXPECT_TRUE(result.weights.select(2, 2).eq(0).all().item<bool>());
+        }
+        if (options.log_sum_exp) {
+          EXPECT_TRUE(result.log_sum_exp.select(2, 2).eq(-kInfinity).all().item<bool>());
+        }
         // All of the gradient comes in at the empty row: none may reach q, k or v, and none may be NaN.
         const auto gradients = torch::autograd::grad({result.output.select(2, 2).sum()}, {q, k, v}, {}, true);
         for (const auto& gradient : gradients) EXPECT_TRUE(gradient.eq(0).all().item<bool>());

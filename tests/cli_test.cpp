@@ -181,10 +181,10 @@ TEST_F(CliTest, RunRefusesToOverwriteItsInputs) {
 }
 
 TEST_F(CliTest, RunRefusesDevicesThatAreNotThere) {
-  EXPECT_EQ(error(2, "run weights --inputs in --output out --device gpu"), "--device: must be cpu, cuda or cuda:N, but is gpu");
+  EXPECT_EQ(error(2, "run weights --inputs in --output out --device gpu"), "--device: 'gpu' is not cpu, cuda or cuda:N");
   const auto count = std::to_string(torch::cuda::device_count());
   EXPECT_EQ(error(1, "run weights --inputs in --output out --device cuda:77"),
-            "[run] --device must be there, but of cuda:77 there are " + count + " CUDA devices");
+            "there is no device cuda:77 here (" + count + " CUDA devices); try --device cpu");
 }
 
 TEST_F(CliTest, RunDefaultsToCudaWhereThereIsOne) {

@@ -58,8 +58,12 @@ TEST_P(CrossAttentionTest, EveryOptionGivesItsShapes) {
     const auto [output, map] = module->forward(query_, key_, value_);
     EXPECT_EQ(output.sizes(), (std::vector<int64_t>{kB, kLq, 16}));
     EXPECT_EQ(map.defined(), weights != W::none);
-    if (weights == W::mean) EXPECT_EQ(map.sizes(), (std::vector<int64_t>{kB, kLq, kLk}));
-    if (weights == W::per_head) EXPECT_EQ(map.sizes(), (std::vector<int64_t>{kB, 4, kLq, kLk}));
+    if (weights == W::mean) {
+      EXPECT_EQ(map.sizes(), (std::vector<int64_t>{kB, kLq, kLk}));
+    }
+    if (weights == W::per_head) {
+      EXPECT_EQ(map.sizes(), (std::vector<int64_t>{kB, 4, kLq, kLk}));
+    }
   }
 }
 
@@ -82,7 +86,9 @@ TEST_P(CrossAttentionTest, UnbatchedEqualsABatchOfOne) {
     const auto [outputs, maps] = module->forward(query_.slice(0, 0, 1), key_.slice(0, 0, 1), value_.slice(0, 0, 1), mask);
     EXPECT_TRUE(output.equal(outputs[0]));
     EXPECT_EQ(map.defined(), maps.defined());
-    if (map.defined()) EXPECT_TRUE(map.equal(maps[0]));
+    if (map.defined()) {
+      EXPECT_TRUE(map.equal(maps[0]));
+    }
   }
 }
 
@@ -131,7 +137,9 @@ TEST_P(CrossAttentionTest, RowWithoutKeysGivesTheOutputBias) {
     const auto query = query_.clone().requires_grad_();
     const auto [output, map] = module->forward(query, key_, value_, mask);
     EXPECT_TRUE(output[0].equal(module->output_linear->bias.expand({kLq, 16})));
-    if (map.defined()) EXPECT_TRUE(map[0].eq(0).all().item<bool>());
+    if (map.defined()) {
+      EXPECT_TRUE(map[0].eq(0).all().item<bool>());
+    }
     output.sum().backward();
     EXPECT_TRUE(query.grad()[0].eq(0).all().item<bool>());
     for (const auto& parameter : module->named_parameters()) {

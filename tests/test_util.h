@@ -17,7 +17,7 @@ namespace xattn::test {
 
 /// A file of tests/data, from whatever directory the tests are run.
 inline std::string data_path(const std::string& name) {
-  return std::string(XATTN_TEST_DATA) + "/" + name;
+  return XATTN_TEST_DATA "/" + name;
 }
 
 /// The message, without backtrace, of the E that `call` throws. Fails the test if it throws anything else, or nothing.

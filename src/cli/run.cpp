@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <ATen/Parallel.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <torch/cuda.h>
 #include <xattn/cross_attention.h>
 #include <xattn/load.h>
 #include <xattn/safetensors.h>
@@ -19,6 +17,7 @@
 #include <vector>
 
 #include "cli.h"
+#include "program.h"
 
 namespace xattn::cli {
 namespace {
@@ -37,8 +36,8 @@ struct Arguments {
   std::optional<std::string> prefix;
   int64_t heads = 1;
   std::string weights = "none";
-  std::string device;
-  int threads = 0;  // torch's choice
+  std::string device = program::default_device();
+  int threads = 0;
 };
 
 [[noreturn]] void fail(const std::string& path, const std::string& message) {
@@ -97,21 +96,6 @@ Inputs read_inputs(const std::string& path, torch::Device device) {
   return inputs;
 }
 
-torch::Device device_of(std::string name) {
-  if (name.empty()) name = torch::cuda::is_available() ? "cuda" : "cpu";
-  std::optional<torch::Device> device;
-  try {
-    device.emplace(name);
-  } catch (const c10::Error&) {
-    throw CLI::ValidationError("--device", "must be cpu, cuda or cuda:N, but is " + name);
-  }
-  const int count = static_cast<int>(torch::cuda::device_count());
-  if (device->is_cuda() && std::max<int>(device->index(), 0) >= count) {
-    throw std::runtime_error(fmt::format("[run] --device must be there, but of {} there are {} CUDA devices", name, count));
-  }
-  return *device;
-}
-
 // Whether or not the names differ: a hard link is the same file, too.
 void check_output(const Arguments& arguments) {
   for (const auto& input : {arguments.file, arguments.inputs}) {
@@ -129,8 +113,8 @@ AttentionWeights weights_of(const std::string& name) {
 
 void run(const Arguments& arguments) {
   check_output(arguments);
-  const auto device = device_of(arguments.device);
-  if (arguments.threads > 0) at::set_num_threads(arguments.threads);
+  const auto device = program::find_device(arguments.device);
+  program::set_threads(arguments.threads);
 
   const auto tensors = load_tensors(arguments.file);
   const auto layer = choose_layer(tensors, arguments);
@@ -166,8 +150,8 @@ void add_run(CLI::App& program) {
   command->add_option("--weights", arguments->weights, "Attention weights to write")
       ->capture_default_str()
       ->check(CLI::IsMember({"none", "mean", "per-head"}));
-  command->add_option("--device", arguments->device, "cpu, cuda or cuda:N; default cuda where there is one");
-  command->add_option("--threads", arguments->threads, "CPU threads; default torch's own choice")->check(CLI::Range(1, 1024));
+  program::add_device_option(*command, arguments->device);
+  program::add_threads_option(*command, arguments->threads);
   command->footer(kFooter);
   command->callback([arguments] { run(*arguments); });
 }

@@ -27,9 +27,9 @@ void run_example(torch::Device device) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App program("Runs cross attention once, on random numbers, and prints the shapes of what comes out.", "reference");
-  program.footer("Example: reference --seed 1 --device cpu");
-  examples::CommonOptions options;
-  examples::add_common_options(program, options);
-  return examples::run(program, argc, argv, [&] { run_example(examples::apply(options)); });
+  CLI::App app("Runs cross attention once, on random numbers, and prints the shapes of what comes out.", "reference");
+  app.footer("Example: reference --seed 1 --device cpu");
+  program::CommonOptions options;
+  program::add_common_options(app, options);
+  return program::run(app, argc, argv, [&] { run_example(program::apply(options)); });
 }

@@ -25,8 +25,8 @@ inline constexpr int64_t kFeatures = kFeaturesPerSide * kFeaturesPerSide;
 ///   found    = attention(question, key = features + position, value = features)     [B, Q, 64]
 ///   scores   = Linear(relu(found))                     [B, Q, 10]
 ///
-/// Only the keys know positions, as in DETR (Carion et al., 2020, https://arxiv.org/abs/2005.12872): where to look depends on the
-/// place, what is read there does not.
+/// Only the keys know positions, as in DETR (Carion et al., 2020, https://arxiv.org/abs/2005.12872): where to look depends on
+/// the place, what is read there does not.
 class ModelImpl : public torch::nn::Cloneable<ModelImpl> {
  public:
   ModelImpl() { reset(); }

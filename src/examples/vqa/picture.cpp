@@ -98,8 +98,8 @@ void draw_labels(const torch::Tensor& picture) {
   draw_text(picture, kAnswerY, kGap, "answer", kScale, kGrey);
   draw_text(picture, kAnswerY + kLine, kGap, "truth", kScale, kGrey);
   draw_text(picture, kLegendY, kGap,
-            "blue: the asked cell. red: where it looked most. each of the 36 squares is a feature that sees its whole cell.",
-            kScale, kGrey);
+            "blue: the asked cell. red: most attention. each of the 36 squares is a feature that sees its whole cell.", kScale,
+            kGrey);
 }
 
 void draw_column(const torch::Tensor& picture, int64_t x, const Answered& answered) {
