@@ -477,11 +477,12 @@ class AnswerModel(nn.Module):
 
 
 def write_torchscript(folder: Path) -> None:
-    """reference.pt, a scripted reference, and what it gives."""
+    """reference.pt, a scripted reference, inputs as `xattn run` takes them, and what it gives."""
     sizes = (8, 12, 12, 16)
     torch.manual_seed(1)
     module = CrossAttention(*sizes)
     inputs = {"query": torch.randn(2, 4, 8), "key": torch.randn(2, 6, 12), "value": torch.randn(2, 6, 12)}
+    write(folder / "reference_inputs.safetensors", inputs, {"shows": "inputs for reference.pt"})
     inputs |= {"cotangent.output": torch.randn(2, 4, 16), "cotangent.attention_weights": torch.randn(2, 4, 6)}
     metadata = describe_reference(sizes, "weights from a TorchScript file", seed="1", weights="reference.pt")
     write(folder / "reference_torchscript.safetensors", inputs | run_reference(module, inputs), metadata)
@@ -541,7 +542,7 @@ def write_all(folder: Path) -> list[str]:
         write_case(folder, case)
     for part in (write_seeded_initialisation, write_reference_example, write_torchscript, write_torchscript_model):
         part(folder)
-    extra = ("seeded_initialisation", "reference_example", "reference_torchscript", "reference_in_model")
+    extra = ("seeded_initialisation", "reference_example", "reference_torchscript", "reference_inputs", "reference_in_model")
     names = [f"{name}.safetensors" for name in (*[case.name for case in CASES], *extra)]
     return [*names, "reference.pt", "reference_in_model.pt"]
 

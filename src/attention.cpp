@@ -36,47 +36,22 @@ constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   constexpr auto kCaller = "attention";
-  check_value(q.dim() == 4 && q.size(1) >= 1 && q.size(3) >= 1,
-              kCaller,
-              "q must have shape [B, H, Lq, d], but has {}.",
+  check_value(q.dim() == 4 && q.size(1) >= 1 && q.size(3) >= 1, kCaller, "q must have shape [B, H, Lq, d], but has {}.",
               shape_of(q));
-  check_value(k.dim() == 4 && k.size(0) == q.size(0) && k.size(1) >= 1 && k.size(3) == q.size(3),
-              kCaller,
-              "k must have shape [{}, G, Lk, {}], but has {}.",
-              q.size(0),
-              q.size(3),
-              shape_of(k));
-  check_value(q.size(1) % k.size(1) == 0,
-              kCaller,
-              "k must have a number of heads that divides the {} of q, but has {}.",
-              q.size(1),
-              k.size(1));
-  check_value(v.dim() == 4 && v.sizes().slice(0, 3) == k.sizes().slice(0, 3) && v.size(3) >= 1,
-              kCaller,
-              "v must have shape [{}, {}, {}, e], but has {}.",
-              k.size(0),
-              k.size(1),
-              k.size(2),
-              shape_of(v));
+  check_value(k.dim() == 4 && k.size(0) == q.size(0) && k.size(1) >= 1 && k.size(3) == q.size(3), kCaller,
+              "k must have shape [{}, G, Lk, {}], but has {}.", q.size(0), q.size(3), shape_of(k));
+  check_value(q.size(1) % k.size(1) == 0, kCaller, "k must have a number of heads that divides the {} of q, but has {}.",
+              q.size(1), k.size(1));
+  check_value(v.dim() == 4 && v.sizes().slice(0, 3) == k.sizes().slice(0, 3) && v.size(3) >= 1, kCaller,
+              "v must have shape [{}, {}, {}, e], but has {}.", k.size(0), k.size(1), k.size(2), shape_of(v));
   check_type(q.is_floating_point(), kCaller, "q must be of a floating point type, but is {}.", type_of(q));
   for (const auto& [name, x] : {std::pair("k", &k), std::pair("v", &v)}) {
-    check_type(x->scalar_type() == q.scalar_type(),
-               kCaller,
-               "{} must be {}, the type of q, but is {}.",
-               name,
-               type_of(q),
+    check_type(x->scalar_type() == q.scalar_type(), kCaller, "{} must be {}, the type of q, but is {}.", name, type_of(q),
                type_of(*x));
-    check_type(x->device() == q.device(),
-               kCaller,
-               "{} must be on {}, as q, but is on {}.",
-               name,
-               q.device().str(),
+    check_type(x->device() == q.device(), kCaller, "{} must be on {}, as q, but is on {}.", name, q.device().str(),
                x->device().str());
   }
-  check_value(options.dropout >= 0 && options.dropout <= 1,
-              kCaller,
-              "dropout must lie in [0, 1], but is {}.",
-              options.dropout);
+  check_value(options.dropout >= 0 && options.dropout <= 1, kCaller, "dropout must lie in [0, 1], but is {}.", options.dropout);
   options.mask.check(kCaller, q.size(0), q.size(1), q.size(2), k.size(2), q.device());
 }
 
@@ -246,9 +221,7 @@ AttentionResult attention(const Tensor& q, const Tensor& k, const Tensor& v, con
   check_inputs(q, k, v, options);
   if (options.path == AttentionPath::definition) return define(q, k, v, options);
   const auto refusal = refusal_of_fused(q, k, v, options);
-  check_value(options.path != AttentionPath::fused || refusal.empty(),
-              "attention",
-              "path must not be fused here, because {}.",
+  check_value(options.path != AttentionPath::fused || refusal.empty(), "attention", "path must not be fused here, because {}.",
               refusal);
   return refusal.empty() ? fuse(q, k, v, options) : define(q, k, v, options);
 }

@@ -20,8 +20,7 @@ void Context::check_made_from(std::string_view caller, const Weights& weights) c
     const auto& then = made_from_[i];
     same = now.tensor.is_same(then.tensor) && now.data == then.data && now.version == then.version;
   }
-  detail::check_value(same,
-                      caller,
+  detail::check_value(same, caller,
                       "context must be made with the weights that attend to it, but they are another module's, or have changed "
                       "since. Make the context again.");
 }

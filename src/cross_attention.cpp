@@ -33,17 +33,12 @@ CrossAttentionOptions resolved(CrossAttentionOptions options) {
   const auto heads = options.num_heads();
   if (!options.kv_heads()) options.kv_heads(heads);
   check_positive("kv_heads", *options.kv_heads());
-  check_value(heads % *options.kv_heads() == 0,
-              kCaller,
-              "num_heads must be a multiple of kv_heads, but they are {} and {}.",
-              heads,
-              *options.kv_heads());
+  check_value(heads % *options.kv_heads() == 0, kCaller, "num_heads must be a multiple of kv_heads, but they are {} and {}.",
+              heads, *options.kv_heads());
   if (!options.head_dim()) {
-    check_value(options.dim_output() % heads == 0,
-                kCaller,
+    check_value(options.dim_output() % heads == 0, kCaller,
                 "dim_output must be a multiple of num_heads, but they are {} and {}. Otherwise give head_dim.",
-                options.dim_output(),
-                heads);
+                options.dim_output(), heads);
     options.head_dim(options.dim_output() / heads);
   }
   check_positive("head_dim", *options.head_dim());
@@ -51,13 +46,10 @@ CrossAttentionOptions resolved(CrossAttentionOptions options) {
   check_positive("value_head_dim", *options.value_head_dim());
   if (!options.scale()) options.scale(1 / std::sqrt(static_cast<double>(*options.head_dim())));
   check_value(std::isfinite(*options.scale()), kCaller, "scale must be finite, but is {}.", *options.scale());
-  check_value(options.dropout() >= 0 && options.dropout() <= 1,
-              kCaller,
-              "dropout must lie in [0, 1], but is {}.",
+  check_value(options.dropout() >= 0 && options.dropout() <= 1, kCaller, "dropout must lie in [0, 1], but is {}.",
               options.dropout());
   check_value(options.qk_norm_eps() >= 0, kCaller, "qk_norm_eps must not be negative, but is {}.", options.qk_norm_eps());
-  check_value(options.qk_norm() != NormKind::none || options.qk_norm_scope() == NormScope::per_head,
-              kCaller,
+  check_value(options.qk_norm() != NormKind::none || options.qk_norm_scope() == NormScope::per_head, kCaller,
               "qk_norm must be rms or layer for a qk_norm_scope of across_heads, but is none.");
   return options;
 }
@@ -70,30 +62,17 @@ Tensor batched(const Tensor& x) {
 }
 
 void check_input(const char* name, const Tensor& x, const char* length, int64_t features, const torch::nn::Linear& projection) {
-  check_value(x.defined() && (x.dim() == 2 || x.dim() == 3) && x.size(-1) == features,
-              kCaller,
-              "{} must have shape [B, {}, {}], but has {}.",
-              name,
-              length,
-              features,
-              shape_of(x));
+  check_value(x.defined() && (x.dim() == 2 || x.dim() == 3) && x.size(-1) == features, kCaller,
+              "{} must have shape [B, {}, {}], but has {}.", name, length, features, shape_of(x));
   const auto& weight = projection->weight;
   if (at::autocast::is_autocast_enabled(x.device().type())) {
     check_type(x.is_floating_point(), kCaller, "{} must be of a floating point type, but is {}.", name, type_of(x));
   } else {
-    check_type(x.scalar_type() == weight.scalar_type(),
-               kCaller,
-               "{} must be {}, the type of the parameters, but is {}.",
-               name,
-               type_of(weight),
-               type_of(x));
+    check_type(x.scalar_type() == weight.scalar_type(), kCaller, "{} must be {}, the type of the parameters, but is {}.", name,
+               type_of(weight), type_of(x));
   }
-  check_type(x.device() == weight.device(),
-             kCaller,
-             "{} must be on {}, as the parameters, but is on {}.",
-             name,
-             weight.device().str(),
-             x.device().str());
+  check_type(x.device() == weight.device(), kCaller, "{} must be on {}, as the parameters, but is on {}.", name,
+             weight.device().str(), x.device().str());
 }
 
 // [B, L, n * size] -> [B, n, L, size], normalised on the way if there is a norm.
@@ -144,29 +123,23 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::forward(const Tensor& query,
 Context CrossAttentionImpl::context(const Tensor& key, const Tensor& value, const Mask& mask) {
   check_input("key", key, "Lk", options.dim_key(), key_linear);
   check_input("value", value, "Lk", options.dim_value(), value_linear);
-  check_value(key.sizes().slice(0, key.dim() - 1) == value.sizes().slice(0, value.dim() - 1),
-              kCaller,
-              "value must have the batch and length of key, {}, but has {}.",
-              shape_of(key),
-              shape_of(value));
+  check_value(key.sizes().slice(0, key.dim() - 1) == value.sizes().slice(0, value.dim() - 1), kCaller,
+              "value must have the batch and length of key, {}, but has {}.", shape_of(key), shape_of(value));
   const auto xk = batched(key), xv = batched(value);
   mask.check(kCaller, xk.size(0), options.num_heads(), std::nullopt, xk.size(1), xk.device());
 
   const auto G = *options.kv_heads();
   Norm no_norm = nullptr;
-  const auto k = split_heads(key_linear(xk), G, *options.head_dim(), options, key_norm);           // [B, G, Lk, d]
-  const auto v = split_heads(value_linear(xv), G, *options.value_head_dim(), options, no_norm);    // [B, G, Lk, e]
+  const auto k = split_heads(key_linear(xk), G, *options.head_dim(), options, key_norm);         // [B, G, Lk, d]
+  const auto v = split_heads(value_linear(xv), G, *options.value_head_dim(), options, no_norm);  // [B, G, Lk, e]
   return Context(k, v, mask, key.dim() == 3, context_weights());
 }
 
 std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Tensor& query, const Context& context) {
   check_input("query", query, "Lq", options.dim_query(), query_linear);
   check_value((query.dim() == 3) == context.is_batched() && (query.dim() == 2 || query.size(0) == context.batch_size()),
-              kCaller,
-              "query must have shape {}Lq, {}] to match its context, but has {}.",
-              context.is_batched() ? fmt::format("[{}, ", context.batch_size()) : "[",
-              options.dim_query(),
-              shape_of(query));
+              kCaller, "query must have shape {}Lq, {}] to match its context, but has {}.",
+              context.is_batched() ? fmt::format("[{}, ", context.batch_size()) : "[", options.dim_query(), shape_of(query));
   context.check_made_from(kCaller, context_weights());
   const auto x = batched(query);
   context.mask().check(kCaller, x.size(0), options.num_heads(), x.size(1), context.length(), x.device());
@@ -213,8 +186,7 @@ void CrossAttentionImpl::pretty_print(std::ostream& stream) const {
     add(o.qk_norm_scope() == NormScope::across_heads, ".qk_norm_scope(NormScope::across_heads)");
     add(o.qk_norm_eps() != 1e-6, ".qk_norm_eps({})", o.qk_norm_eps());
   }
-  add(o.attention_weights() != AttentionWeights::mean,
-      ".attention_weights(AttentionWeights::{})",
+  add(o.attention_weights() != AttentionWeights::mean, ".attention_weights(AttentionWeights::{})",
       kWeights[static_cast<int>(o.attention_weights())]);
   const auto sizes = fmt::format("{}, {}, {}, {}", o.dim_query(), o.dim_key(), o.dim_value(), o.dim_output());
   stream << (named.empty() ? fmt::format("xattn::CrossAttention({})", sizes)

@@ -34,28 +34,19 @@ constexpr double kForbidden = -10000;
 
 // [Lq, Lk], [B, Lq, Lk] or [B|1, H|1, Lq|1, Lk] -> [B|1, H|1, Lq|1, Lk]
 at::Tensor with_four_axes(const at::Tensor& tensor, std::string_view name) {
-  check_value(tensor.dim() >= 2 && tensor.dim() <= 4,
-              "mask",
-              "{} must have shape [Lq, Lk], [B, Lq, Lk] or [B|1, H|1, Lq|1, Lk], but has {}.",
-              name,
-              shape_of(tensor));
+  check_value(tensor.dim() >= 2 && tensor.dim() <= 4, "mask",
+              "{} must have shape [Lq, Lk], [B, Lq, Lk] or [B|1, H|1, Lq|1, Lk], but has {}.", name, shape_of(tensor));
   if (tensor.dim() == 2) return tensor.unsqueeze(0).unsqueeze(0);
   return tensor.dim() == 3 ? tensor.unsqueeze(1) : tensor;
 }
 
 void check_bool(const at::Tensor& tensor, std::string_view name) {
-  check_type(tensor.defined() && tensor.scalar_type() == at::kBool,
-             "mask",
-             "{} must be bool, true = may attend, but is {}.",
-             name,
-             type_of(tensor));
+  check_type(tensor.defined() && tensor.scalar_type() == at::kBool, "mask", "{} must be bool, true = may attend, but is {}.",
+             name, type_of(tensor));
 }
 
 void check_floating(const at::Tensor& tensor, std::string_view name) {
-  check_type(tensor.defined() && tensor.is_floating_point(),
-             "mask",
-             "{} must be of a floating point type, but is {}.",
-             name,
+  check_type(tensor.defined() && tensor.is_floating_point(), "mask", "{} must be of a floating point type, but is {}.", name,
              type_of(tensor));
 }
 
@@ -70,10 +61,8 @@ Mask Mask::key_padding(const at::Tensor& valid) {
 }
 
 Mask Mask::lengths(const at::Tensor& lengths, int64_t Lk) {
-  check_type(lengths.defined() && at::isIntegralType(lengths.scalar_type(), /*includeBool=*/false),
-             "mask",
-             "lengths must be of an integer type, but is {}.",
-             type_of(lengths));
+  check_type(lengths.defined() && at::isIntegralType(lengths.scalar_type(), /*includeBool=*/false), "mask",
+             "lengths must be of an integer type, but is {}.", type_of(lengths));
   check_value(lengths.dim() == 1, "mask", "lengths must have shape [B], but has {}.", shape_of(lengths));
   check_value(Lk >= 0, "mask", "Lk must not be negative, but is {}.", Lk);
   if (lengths.is_cpu() && lengths.numel() > 0) {
@@ -115,20 +104,15 @@ Mask Mask::from_multihead_attention(const at::Tensor& key_padding_mask, const at
   check_value(num_heads >= 1, "mask", "num_heads must be at least 1, but is {}.", num_heads);
   Mask mask;
   if (key_padding_mask.defined()) {
-    check_value(key_padding_mask.dim() == 2,
-                "mask",
-                "key_padding_mask must have shape [B, Lk], but has {}.",
+    check_value(key_padding_mask.dim() == 2, "mask", "key_padding_mask must have shape [B, Lk], but has {}.",
                 shape_of(key_padding_mask));
     mask = mask & convert(key_padding_mask.unsqueeze(1));  // [B, 1, Lk]
   }
   if (attn_mask.defined()) {
-    check_value(attn_mask.dim() == 2 || (attn_mask.dim() == 3 && attn_mask.size(0) % num_heads == 0),
-                "mask",
-                "attn_mask must have shape [Lq, Lk] or [B * {}, Lq, Lk], but has {}.",
-                num_heads,
-                shape_of(attn_mask));
-    mask = mask & convert(attn_mask.dim() == 2 ? attn_mask
-                                               : attn_mask.unflatten(0, {attn_mask.size(0) / num_heads, num_heads}));
+    check_value(attn_mask.dim() == 2 || (attn_mask.dim() == 3 && attn_mask.size(0) % num_heads == 0), "mask",
+                "attn_mask must have shape [Lq, Lk] or [B * {}, Lq, Lk], but has {}.", num_heads, shape_of(attn_mask));
+    mask =
+        mask & convert(attn_mask.dim() == 2 ? attn_mask : attn_mask.unflatten(0, {attn_mask.size(0) / num_heads, num_heads}));
   }
   return mask;
 }
@@ -194,30 +178,16 @@ at::Tensor Mask::empty_rows(int64_t Lq, int64_t Lk, at::Device device) const {
   return at::eq(at::amax(logits, -1, /*keepdim=*/true), kMinusInfinity);
 }
 
-void Mask::check(std::string_view caller,
-                 int64_t B,
-                 int64_t H,
-                 std::optional<int64_t> Lq,
-                 int64_t Lk,
-                 at::Device device) const {
+void Mask::check(
+    std::string_view caller, int64_t B, int64_t H, std::optional<int64_t> Lq, int64_t Lk, at::Device device) const {
   const auto fits = [](int64_t size, int64_t expected) { return size == 1 || size == expected; };
   for (const auto* parts : {&keep_, &bias_}) {
     for (const auto& [name, tensor] : *parts) {
-      check_value(fits(tensor.size(0), B) && fits(tensor.size(1), H) && (!Lq || fits(tensor.size(2), *Lq)) &&
-                      tensor.size(3) == Lk,
-                  caller,
-                  "mask ({}) must fit [B, H, Lq, Lk] = [{}, {}, {}, {}], but has {}.",
-                  name,
-                  B,
-                  H,
-                  Lq ? fmt::to_string(*Lq) : "Lq",
-                  Lk,
-                  shape_of(tensor));
-      check_type(tensor.device() == device,
-                 caller,
-                 "mask ({}) must be on {}, as the inputs, but is on {}.",
-                 name,
-                 device.str(),
+      check_value(
+          fits(tensor.size(0), B) && fits(tensor.size(1), H) && (!Lq || fits(tensor.size(2), *Lq)) && tensor.size(3) == Lk,
+          caller, "mask ({}) must fit [B, H, Lq, Lk] = [{}, {}, {}, {}], but has {}.", name, B, H,
+          Lq ? fmt::to_string(*Lq) : "Lq", Lk, shape_of(tensor));
+      check_type(tensor.device() == device, caller, "mask ({}) must be on {}, as the inputs, but is on {}.", name, device.str(),
                  tensor.device().str());
     }
   }

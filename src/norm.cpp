@@ -29,19 +29,14 @@ void NormImpl::reset_parameters() {
 
 void NormImpl::pretty_print(std::ostream& stream) const {
   constexpr const char* kNames[] = {"none", "rms", "layer"};
-  stream << fmt::format("xattn::Norm(NormOptions(NormKind::{}, {}).eps({}))",
-                        kNames[static_cast<int>(options.kind())],
-                        options.size(),
-                        options.eps());
+  stream << fmt::format("xattn::Norm(NormOptions(NormKind::{}, {}).eps({}))", kNames[static_cast<int>(options.kind())],
+                        options.size(), options.eps());
 }
 
 torch::Tensor NormImpl::forward(const torch::Tensor& x) {
   if (options.kind() == NormKind::none) return x;
-  detail::check_value(x.dim() >= 1 && x.size(-1) == options.size(),
-                      "norm",
-                      "x must have shape [..., {}], but has {}.",
-                      options.size(),
-                      detail::shape_of(x));
+  detail::check_value(x.dim() >= 1 && x.size(-1) == options.size(), "norm", "x must have shape [..., {}], but has {}.",
+                      options.size(), detail::shape_of(x));
   const auto shape = at::IntArrayRef(options.size());
   const auto wide = x.to(weight.scalar_type());  // under autocast the weight may be wider than the input
   const auto y = options.kind() == NormKind::rms ? at::rms_norm(wide, shape, weight, options.eps())

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <xattn/attention.h>
+
 #include <gtest/gtest.h>
 #include <torch/torch.h>
-#include <xattn/attention.h>
 
 #include <cmath>
 #include <limits>
@@ -85,7 +86,8 @@ std::tuple<torch::Tensor, torch::Tensor, torch::Tensor> loop(const torch::Tensor
 
 TEST_P(AttentionTest, DefinitionEqualsItsFormulaNumberByNumber) {
   for (const int64_t G : {1, 2, 4}) {
-    const auto q = random({kB, kH, kLq, kD}).detach(), k = random({kB, G, kLk, kD}).detach(), v = random({kB, G, kLk, 3}).detach();
+    const auto q = random({kB, kH, kLq, kD}).detach(), k = random({kB, G, kLk, kD}).detach(),
+               v = random({kB, G, kLk, 3}).detach();
     for (const auto& [name, mask] : masks(device_)) {
       AttentionOptions options{.mask = mask, .scale = 0.7, .weights = AttentionWeights::per_head, .log_sum_exp = true};
       const auto result = attention(q, k, v, options);
@@ -174,7 +176,8 @@ TEST_P(AttentionTest, GradientsEqualDifferencesForEveryMaskInFirstAndSecondOrder
 }
 
 TEST_P(AttentionTest, BiasReceivesItsGradientInFirstAndSecondOrder) {
-  const auto q = random({kB, kH, kLq, 2}).detach(), k = random({kB, kH, kLk, 2}).detach(), v = random({kB, kH, kLk, 2}).detach();
+  const auto q = random({kB, kH, kLq, 2}).detach(), k = random({kB, kH, kLk, 2}).detach(),
+             v = random({kB, kH, kLk, 2}).detach();
   for (const auto& shape : std::vector<std::vector<int64_t>>{{kLq, kLk}, {kB, kLq, kLk}, {1, kH, 1, kLk}}) {
     const auto bias = random(shape);
     const auto f = [&](const std::vector<torch::Tensor>& x) {
@@ -192,7 +195,8 @@ TEST_P(AttentionTest, RowWithoutKeysGivesZerosAndNoGradientInEveryType) {
     const auto hole = torch::zeros({kLq, kLk}).masked_fill(keep.cpu().logical_not(), -kInfinity).to(device_, type);
     for (const auto& mask : {Mask::dense(keep), Mask::bias(hole)}) {
       for (const auto path : {AttentionPath::definition, AttentionPath::fused}) {
-        const auto q = random({kB, kH, kLq, kD}, type), k = random({kB, kH, kLk, kD}, type), v = random({kB, kH, kLk, kD}, type);
+        const auto q = random({kB, kH, kLq, kD}, type), k = random({kB, kH, kLk, kD}, type),
+                   v = random({kB, kH, kLk, kD}, type);
         AttentionOptions options{.mask = mask, .path = path};
         options.log_sum_exp = path == AttentionPath::definition || device_.is_cpu();
         if (path == AttentionPath::definition) options.weights = AttentionWeights::per_head;
@@ -286,7 +290,8 @@ TEST_P(AttentionTest, EmptyAxesGiveEmptyOrZeroResults) {
 }
 
 TEST_P(AttentionTest, StridesDoNotMatter) {
-  const auto q = random({kB, kH, kLq, kD}).detach(), k = random({kB, kH, kLk, kD}).detach(), v = random({kB, kH, kLk, kD}).detach();
+  const auto q = random({kB, kH, kLq, kD}).detach(), k = random({kB, kH, kLk, kD}).detach(),
+             v = random({kB, kH, kLk, kD}).detach();
   const auto strided = [](const torch::Tensor& x) { return x.permute({3, 1, 0, 2}).contiguous().permute({2, 1, 3, 0}); };
   for (const auto path : {AttentionPath::definition, AttentionPath::fused}) {
     const auto expected = attention(q, k, v, {.path = path}).output;
@@ -318,12 +323,8 @@ TEST_P(AttentionTest, FusedRefusesWhatItsKernelsCannotDo) {
 
 TEST_P(AttentionTest, RefusesBadInputByName) {
   const auto q = random({2, 4, 3, 8}), k = random({2, 2, 5, 8}), v = random({2, 2, 5, 6});
-  const auto value_error = [](const auto&... arguments) {
-    return error_of<c10::ValueError>([&] { attention(arguments...); });
-  };
-  const auto type_error = [](const auto&... arguments) {
-    return error_of<c10::TypeError>([&] { attention(arguments...); });
-  };
+  const auto value_error = [](const auto&... arguments) { return error_of<c10::ValueError>([&] { attention(arguments...); }); };
+  const auto type_error = [](const auto&... arguments) { return error_of<c10::TypeError>([&] { attention(arguments...); }); };
   EXPECT_EQ(value_error(q[0], k, v), "[attention] q must have shape [B, H, Lq, d], but has [4, 3, 8].");
   EXPECT_EQ(value_error(q, k[0], v), "[attention] k must have shape [2, G, Lk, 8], but has [2, 5, 8].");
   EXPECT_EQ(value_error(q, k.slice(3, 0, 4), v), "[attention] k must have shape [2, G, Lk, 8], but has [2, 2, 5, 4].");
@@ -334,7 +335,8 @@ TEST_P(AttentionTest, RefusesBadInputByName) {
   EXPECT_EQ(type_error(q, k.to(torch::kFloat), v), "[attention] k must be float64, the type of q, but is float32.");
   EXPECT_EQ(type_error(q, k, v.to(torch::kHalf)), "[attention] v must be float64, the type of q, but is float16.");
   EXPECT_EQ(value_error(q, k, v, AttentionOptions{.dropout = 1.5}), "[attention] dropout must lie in [0, 1], but is 1.5.");
-  EXPECT_EQ(value_error(q, k, v, AttentionOptions{.mask = Mask::dense(torch::ones({3, 4}, torch::dtype(torch::kBool).device(device_)))}),
+  EXPECT_EQ(value_error(q, k, v,
+                        AttentionOptions{.mask = Mask::dense(torch::ones({3, 4}, torch::dtype(torch::kBool).device(device_)))}),
             "[attention] mask (dense) must fit [B, H, Lq, Lk] = [2, 4, 3, 5], but has [1, 1, 3, 4].");
   if (!device_.is_cpu()) {
     EXPECT_EQ(type_error(q, k.cpu(), v), "[attention] k must be on " + device_.str() + ", as q, but is on cpu.");

@@ -34,8 +34,8 @@ inline double tolerance(at::ScalarType type, int64_t terms) {
   switch (type) {
     case at::kDouble: return std::min(1e-12, static_cast<double>(terms) * std::numeric_limits<double>::epsilon());
     case at::kFloat: return std::min(1e-5, static_cast<double>(terms) * std::numeric_limits<float>::epsilon());
-    case at::kHalf: return 2e-3;       // 2 units of 2^-10
-    case at::kBFloat16: return 1.5e-2; // 2 units of 2^-7
+    case at::kHalf: return 2e-3;        // 2 units of 2^-10
+    case at::kBFloat16: return 1.5e-2;  // 2 units of 2^-7
     default: throw std::invalid_argument("no tolerance for this type");
   }
 }
@@ -55,10 +55,10 @@ inline void expect_close(const torch::Tensor& actual,
   const double largest = b.abs().max().item<double>();
   const auto at = difference.argmax().item<int64_t>();  // the place of a NaN, if there is one
   const double worst = difference[at].item<double>();
-  EXPECT_TRUE(worst <= tolerance * largest) << what << " " << actual.sizes() << ": largest difference " << worst << " (relative "
-                                            << worst / largest << ", allowed " << tolerance << ") at flat index " << at << ": "
-                                            << a.flatten()[at].item<double>() << " instead of "
-                                            << b.flatten()[at].item<double>();
+  EXPECT_TRUE(worst <= tolerance * largest)
+      << what << " " << actual.sizes() << ": largest difference " << worst << " (relative " << worst / largest << ", allowed "
+      << tolerance << ") at flat index " << at << ": " << a.flatten()[at].item<double>() << " instead of "
+      << b.flatten()[at].item<double>();
 }
 
 using ScalarFunction = std::function<torch::Tensor(const std::vector<torch::Tensor>&)>;
@@ -88,9 +88,7 @@ inline void expect_gradient(const ScalarFunction& f, const std::vector<torch::Te
 }
 
 /// The same for the second derivative: differentiates a fixed projection of the gradient.
-inline void expect_second_gradient(const ScalarFunction& f,
-                                   const std::vector<torch::Tensor>& inputs,
-                                   const std::string& what) {
+inline void expect_second_gradient(const ScalarFunction& f, const std::vector<torch::Tensor>& inputs, const std::string& what) {
   std::vector<torch::Tensor> directions;
   for (const auto& input : inputs) directions.push_back(torch::randn_like(input.detach()));
   const auto projected = [&](const std::vector<torch::Tensor>& x) {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <xattn/cross_attention.h>
+
 #include <ATen/autocast_mode.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
-#include <xattn/cross_attention.h>
 
 #include <cmath>
 #include <set>
@@ -107,8 +108,7 @@ TEST_P(CrossAttentionTest, PermutingTheContextChangesNothingButTheOrderOfItsWeig
   auto module = make(CrossAttentionOptions(options_).num_heads(2));
   const auto order = torch::randperm(kLk, torch::kLong).to(device_);
   const auto [output, weights] = module->forward(query_, key_, value_);
-  const auto [permuted, permuted_weights] =
-      module->forward(query_, key_.index_select(1, order), value_.index_select(1, order));
+  const auto [permuted, permuted_weights] = module->forward(query_, key_.index_select(1, order), value_.index_select(1, order));
   expect_close(permuted, output, 1e-12, "output");
   expect_close(permuted_weights, weights.index_select(2, order), 1e-12, "weights");
 }
@@ -176,7 +176,8 @@ TEST_P(CrossAttentionTest, StridesDoNotMatter) {
   const auto alone = [](const torch::Tensor& x) {
     return x.slice(0, 0, 1).as_strided({1, x.size(1), x.size(2)}, {1 << 20, x.stride(1), x.stride(2)});
   };
-  expect_close(std::get<0>(module->forward(alone(query_), alone(key_), alone(value_))), expected.slice(0, 0, 1), 1e-12, "alone");
+  expect_close(std::get<0>(module->forward(alone(query_), alone(key_), alone(value_))), expected.slice(0, 0, 1), 1e-12,
+               "alone");
 }
 
 TEST_P(CrossAttentionTest, GradientsEqualDifferencesInFirstAndSecondOrder) {
@@ -217,7 +218,8 @@ TEST_P(CrossAttentionTest, ContextServesSeveralQueriesAndGathersTheirGradients) 
 
 TEST_P(CrossAttentionTest, ContextOfOtherOrChangedWeightsIsRefused) {
   const std::string message =
-      "[cross_attention] context must be made with the weights that attend to it, but they are another module's, or have changed "
+      "[cross_attention] context must be made with the weights that attend to it, but they are another module's, or have "
+      "changed "
       "since. Make the context again.";
   const auto attend = [&](CrossAttention& module, const Context& context) {
     return error_of<c10::ValueError>([&] { module->attend(query_.to(module->query_linear->weight.scalar_type()), context); });
@@ -308,7 +310,9 @@ TEST_P(CrossAttentionTest, AutocastGivesTheTypesOfTheReference) {
 
 TEST_P(CrossAttentionTest, TrainsInsideALargerModel) {
   struct ModelImpl : torch::nn::Module {
-    ModelImpl() : fusion(register_module("fusion", CrossAttention(8, 12, 10, 16))), head(register_module("head", torch::nn::Linear(16, 1))) {}
+    ModelImpl()
+        : fusion(register_module("fusion", CrossAttention(8, 12, 10, 16))),
+          head(register_module("head", torch::nn::Linear(16, 1))) {}
     torch::Tensor forward(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v) {
       return head(std::get<0>(fusion(q, k, v)));
     }
@@ -350,7 +354,8 @@ TEST_P(CrossAttentionTest, ThreadsShareAModuleAndGetTheSameBits) {
 }
 
 TEST_P(CrossAttentionTest, ClonesDeeplyAndMovesBetweenDevices) {
-  auto module = make(CrossAttentionOptions(options_).num_heads(2).qk_norm(NormKind::layer).qk_norm_scope(NormScope::across_heads));
+  auto module =
+      make(CrossAttentionOptions(options_).num_heads(2).qk_norm(NormKind::layer).qk_norm_scope(NormScope::across_heads));
   auto copy = CrossAttention(std::dynamic_pointer_cast<CrossAttentionImpl>(module->clone(device_)));
   EXPECT_TRUE(std::get<0>(copy->forward(query_, key_, value_)).equal(std::get<0>(module->forward(query_, key_, value_))));
   const torch::NoGradGuard no_grad;
@@ -389,7 +394,8 @@ TEST_P(CrossAttentionTest, RefusesBadInputByName) {
   EXPECT_EQ(value_error(query_, key_, key_), "[cross_attention] value must have shape [B, Lk, 10], but has [2, 6, 12].");
   EXPECT_EQ(value_error(key_, key_, value_), "[cross_attention] query must have shape [B, Lq, 8], but has [2, 6, 12].");
   EXPECT_EQ(value_error(query_[0][0], key_, value_), "[cross_attention] query must have shape [B, Lq, 8], but has [8].");
-  EXPECT_EQ(value_error(query_, torch::Tensor(), value_), "[cross_attention] key must have shape [B, Lk, 12], but has undefined.");
+  EXPECT_EQ(value_error(query_, torch::Tensor(), value_),
+            "[cross_attention] key must have shape [B, Lk, 12], but has undefined.");
   EXPECT_EQ(value_error(query_, key_, value_.slice(1, 0, 5)),
             "[cross_attention] value must have the batch and length of key, [2, 6, 12], but has [2, 5, 10].");
   EXPECT_EQ(value_error(query_, key_, value_[0]),

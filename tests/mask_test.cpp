@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <xattn/mask.h>
+
 #include <gtest/gtest.h>
 #include <torch/torch.h>
-#include <xattn/mask.h>
 
 #include "compare.h"
 #include "test_util.h"
@@ -68,9 +69,8 @@ TEST(MaskTest, CausalLowerRightEndsTogether) {
 TEST(MaskTest, BothCausalAlignmentsTogetherKeepWhatBothAllow) {
   const auto upper = Mask::causal(CausalAlignment::upper_left), lower = Mask::causal(CausalAlignment::lower_right);
   for (const auto& [Lq, Lk] : {std::pair(2, 4), std::pair(4, 2), std::pair(3, 3)}) {
-    EXPECT_TRUE((upper & lower)
-                    .keep(Lq, Lk, torch::kCPU)
-                    .equal(upper.keep(Lq, Lk, torch::kCPU) & lower.keep(Lq, Lk, torch::kCPU)));
+    EXPECT_TRUE(
+        (upper & lower).keep(Lq, Lk, torch::kCPU).equal(upper.keep(Lq, Lk, torch::kCPU) & lower.keep(Lq, Lk, torch::kCPU)));
   }
 }
 
@@ -146,8 +146,7 @@ TEST(MaskTest, RefusesWrongTypesByName) {
             "[mask] dense must be bool, true = may attend, but is float32.");
   EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::dense({}); }),
             "[mask] dense must be bool, true = may attend, but is undefined.");
-  EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::bias(bools); }),
-            "[mask] bias must be of a floating point type, but is bool.");
+  EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::bias(bools); }), "[mask] bias must be of a floating point type, but is bool.");
   EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::from_additive(bools); }),
             "[mask] from_additive must be of a floating point type, but is bool.");
   EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::lengths(floats[0], 3); }),

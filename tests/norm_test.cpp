@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <xattn/norm.h>
+
 #include <gtest/gtest.h>
 #include <torch/torch.h>
-#include <xattn/norm.h>
 
 #include <sstream>
 
@@ -71,7 +72,8 @@ TEST(NormTest, RefusesBadInput) {
   EXPECT_EQ(error_of<c10::ValueError>([] { Norm(NormOptions(NormKind::rms, 2).eps(-1)); }),
             "[norm] eps must not be negative, but is -1.");
   Norm norm(NormKind::rms, 4);
-  EXPECT_EQ(error_of<c10::ValueError>([&] { norm(torch::ones({2, 3})); }), "[norm] x must have shape [..., 4], but has [2, 3].");
+  EXPECT_EQ(error_of<c10::ValueError>([&] { norm(torch::ones({2, 3})); }),
+            "[norm] x must have shape [..., 4], but has [2, 3].");
 }
 
 }  // namespace

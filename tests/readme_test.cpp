@@ -13,26 +13,26 @@
 namespace xattn::test {
 namespace {
 
-// Text without indentation and empty lines, so that a block compares wherever it stands.
-std::string without_indentation(const std::string& text) {
+// The words of each line, so that a block compares wherever it stands.
+std::string words_of(const std::string& text) {
   std::istringstream lines(text);
   std::string result;
   for (std::string line; std::getline(lines, line);) {
-    const auto start = line.find_first_not_of(' ');
-    if (start != std::string::npos) result += line.substr(start) + "\n";
+    std::istringstream words(line);
+    for (std::string word; words >> word;) result += word + " ";
   }
   return result;
 }
 
 TEST(ReadmeTest, EveryBlockOfCodeStandsInThisFile) {
   const auto readme = read_bytes(XATTN_SOURCE_DIR "/README.md");
-  const auto here = without_indentation(read_bytes(__FILE__));
+  const auto here = words_of(read_bytes(__FILE__));
   const std::string open = "```cpp\n", close = "```";
   int blocks = 0;
   for (auto at = readme.find(open); at != std::string::npos; at = readme.find(open, at)) {
     at += open.size();
     const auto block = readme.substr(at, readme.find(close, at) - at);
-    EXPECT_NE(here.find(without_indentation(block)), std::string::npos) << "not in this file:\n" << block;
+    EXPECT_NE(here.find(words_of(block)), std::string::npos) << "not in this file:\n" << block;
     at += block.size();
     ++blocks;
   }
@@ -117,9 +117,9 @@ TEST(ReadmeTest, Loading) {
   Captioner model;
   xattn::CrossAttention attention(64, 128, 128, 64);
   {
-    auto report = xattn::load_weights(*model, path);                             // everything, by name, or an error and no change
-    xattn::load_weights(*attention, path, {.prefix = "fusion."});                // one layer of a larger file
-    xattn::load_weights(*model, path, {.allow_missing = true});                  // keep what the file does not have
+    auto report = xattn::load_weights(*model, path);               // everything, by name, or an error and no change
+    xattn::load_weights(*attention, path, {.prefix = "fusion."});  // one layer of a larger file
+    xattn::load_weights(*model, path, {.allow_missing = true});    // keep what the file does not have
     std::cout << report.summary() << "\n";
     EXPECT_EQ(report.loaded.size(), 10);
   }

@@ -26,7 +26,7 @@ enum class AttentionWeights {
 enum class AttentionPath {
   automatic,   ///< fused where it is legal, otherwise the definition
   definition,  ///< plain tensor operations: the documentation that cannot rot
-  fused,       ///< LibTorch's fused kernels; c10::ValueError says why where they cannot do what is asked (weights, dropout, ...)
+  fused,  ///< LibTorch's fused kernels; c10::ValueError says why where they cannot do what is asked (weights, dropout, ...)
 };
 
 struct AttentionOptions {

@@ -53,9 +53,7 @@ class XATTN_API Mask {
 
   /// From the arguments of torch's MultiheadAttention, where a boolean true means IGNORED and a float is added to the logits.
   /// key_padding_mask: undefined or [B, Lk]. attn_mask: undefined, [Lq, Lk] or [B * num_heads, Lq, Lk].
-  static Mask from_multihead_attention(const at::Tensor& key_padding_mask,
-                                       const at::Tensor& attn_mask,
-                                       int64_t num_heads);
+  static Mask from_multihead_attention(const at::Tensor& key_padding_mask, const at::Tensor& attn_mask, int64_t num_heads);
 
   /// From the arguments of torch's scaled_dot_product_attention for four-axis inputs, where a boolean true means kept and
   /// a float is added to the logits. attn_mask: undefined or broadcastable from the right to [B, H, Lq, Lk] (so three axes are
@@ -88,12 +86,7 @@ class XATTN_API Mask {
 
   /// Throws, in the name of `caller`, c10::ValueError unless the mask fits these sizes (any number of queries where Lq is not
   /// known yet), c10::TypeError unless it is on this device.
-  void check(std::string_view caller,
-             int64_t B,
-             int64_t H,
-             std::optional<int64_t> Lq,
-             int64_t Lk,
-             at::Device device) const;
+  void check(std::string_view caller, int64_t B, int64_t H, std::optional<int64_t> Lq, int64_t Lk, at::Device device) const;
 
   /// The same mask with its tensors on another device.
   Mask to(at::Device device) const;

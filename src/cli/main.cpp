@@ -10,7 +10,7 @@
 int main(int argc, char** argv) {
   CLI::App app("Looks into files of cross-attention weights, and runs the layers in them.", "xattn");
   app.set_version_flag("--version",
-                           fmt::format("xattn {}.{}.{}", XATTN_VERSION_MAJOR, XATTN_VERSION_MINOR, XATTN_VERSION_PATCH));
+                       fmt::format("xattn {}.{}.{}", XATTN_VERSION_MAJOR, XATTN_VERSION_MINOR, XATTN_VERSION_PATCH));
   app.footer("Example: xattn inspect weights.safetensors");
   xattn::cli::add_inspect(app);
   xattn::cli::add_run(app);

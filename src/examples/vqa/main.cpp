@@ -13,12 +13,12 @@
 #include <string>
 #include <vector>
 
-#include "program.h"
 #include "board.h"
 #include "canvas.h"
 #include "digits.h"
 #include "model.h"
 #include "picture.h"
+#include "program.h"
 #include "progress.h"
 #include "questions.h"
 #include "train.h"
