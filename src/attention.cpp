@@ -2,6 +2,7 @@
 #include <xattn/attention.h>
 
 #include <ATen/autocast_mode.h>
+#include <ATen/core/ivalue.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/logical_not.h>
@@ -13,7 +14,6 @@
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/custom_class.h>
 
 #include <cmath>
 #include <limits>

@@ -19,7 +19,7 @@ expect() { # STATUS TEXT COMMAND...
   grep -qF -- "$2" "$temp/out" || fail "'${*:3}' does not say '$2'"
 }
 
-for script in build test run format; do
+for script in build test run format check; do
   expect 0 "usage: scripts/$script.sh" "scripts/$script.sh" --help
 done
 expect 2 "unknown argument 'all'" scripts/build.sh all
