@@ -27,6 +27,9 @@ and these metadata, some only where they apply:
     largest_logit                where logits are large
     script, torch, numpy         what made the file
 
+The cases of BLOCK_CASES, in tests/data/block, are the same for CrossAttentionBlock; `block` is JSON by the names of
+CrossAttentionBlockOptions, and `options` those of its attention.
+
 Inputs and weights are stored in a type that holds them exactly. Results are computed from these values in float64 and stored in
 float64, so that a run in any type is judged by the exact answer. Most cases lie on a coarse grid of numbers that bfloat16 and
 float16 hold exactly too: one file then serves all four types.
@@ -171,6 +174,73 @@ def sdpa_mask(case: "Case", masks: Tensors) -> dict:
     return {"attn_mask": None if keep.all() else keep}
 
 
+class DecoderHalf(nn.TransformerDecoderLayer):
+    """The part after self-attention, with its attention weights."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, ignored: Tensor | None) -> tuple[Tensor, Tensor]:
+        asks = self.norm2(query) if self.norm_first else query
+        mixed, attention_weights = self.multihead_attn(asks, key, value, ignored, average_attn_weights=False)
+        if self.norm_first:
+            x = query + mixed
+            return x + self._ff_block(self.norm3(x)), attention_weights
+        x = self.norm2(query + mixed)
+        return self.norm3(x + self._ff_block(x)), attention_weights
+
+
+def decoder_layer(case: "BlockCase", weights: Tensors, query: Tensor, key: Tensor, value: Tensor, masks: Tensors):
+    """norm2, multihead_attn, norm3, linear1 and linear2 of torch.nn.TransformerDecoderLayer, in float64"""
+    size, before = case.sizes[0], case.block.get("norm_placement", "before") == "before"
+    arguments = {"dropout": 0.0, "activation": case.block["activation"], "batch_first": True, "norm_first": before}
+    half = DecoderHalf(size, case.heads, case.hidden, dtype=torch.float64, **arguments)
+    names = {"attention_norm": "norm2", "attention.output_linear": "multihead_attn.out_proj", "feed_forward_norm": "norm3"}
+    names |= {"feed_forward_in": "linear1", "feed_forward_out": "linear2"}
+    parameters = {f"{theirs}.{x}": weights[f"{ours}.{x}"] for ours, theirs in names.items() for x in ("weight", "bias")}
+    for x in ("weight", "bias"):
+        parameters[f"multihead_attn.in_proj_{x}"] = torch.cat([weights[f"attention.{linear}.{x}"] for linear in LINEARS[:3]])
+    ignored = ~masks["key_padding"] if "key_padding" in masks else None
+
+    # With a self-attention that adds nothing, the whole layer is this half.
+    with torch.no_grad():
+        half.self_attn.out_proj.weight.zero_()
+        half.self_attn.out_proj.bias.zero_()
+        whole = nn.TransformerDecoderLayer(size, case.heads, case.hidden, dtype=torch.float64, **arguments)
+        whole.load_state_dict(half.state_dict() | parameters)
+        asks = query if before else whole.norm1(query)
+        expected, _ = functional_call(half, parameters, (asks, key, key, ignored))
+        torch.testing.assert_close(whole(query, key, memory_key_padding_mask=ignored), expected)
+    return functional_call(half, parameters, (query, key, value, ignored))
+
+
+def gated(case: "BlockCase", weights: Tensors, query: Tensor, key: Tensor, value: Tensor, masks: Tensors):
+    """F.rms_norm or F.layer_norm, the attention of other cases, torch.tanh, F.linear, F.gelu or F.silu, in float64"""
+    kind, before = case.block.get("norm", "layer"), case.block.get("norm_placement", "before") == "before"
+    activations = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+
+    def normalised(x: Tensor, name: str) -> Tensor:
+        if kind == "rms":
+            return F.rms_norm(x, x.shape[-1:], weights[f"{name}.weight"], 1e-5)
+        if kind == "layer":
+            return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-5)
+        return x
+
+    def entrance(x: Tensor, name: str) -> Tensor:
+        return normalised(x, f"{name}_norm") if before else x
+
+    def added(x: Tensor, branch: Tensor, name: str) -> Tensor:
+        y = x + torch.tanh(weights[f"{name}_gate"]) * branch
+        return y if before else normalised(y, f"{name}_norm")
+
+    inner = {name.removeprefix("attention."): x for name, x in weights.items() if name.startswith("attention.")}
+    mixed, attention_weights = sdpa(case, inner, entrance(query, "attention"), key, value, masks)
+    x = added(query, mixed, "attention")
+    if case.hidden == 0:
+        return x, attention_weights
+    hidden = F.linear(entrance(x, "feed_forward"), weights["feed_forward_in.weight"], weights["feed_forward_in.bias"])
+    hidden = activations[case.block.get("activation", "gelu")](hidden)
+    branch = F.linear(hidden, weights["feed_forward_out.weight"], weights["feed_forward_out.bias"])
+    return added(x, branch, "feed_forward"), attention_weights
+
+
 def over_heads(mask: Tensor) -> Tensor:
     """[Lq, Lk] or [B, Lq, Lk] or [B, H, Lq, Lk], any axis but the last may be 1 -> the last form."""
     return mask[:, None] if mask.dim() == 3 else mask
@@ -290,14 +360,44 @@ CASES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class BlockCase(Case):
+    block: dict = field(default_factory=dict)  # options of the block that are not at their default
+
+    @property
+    def hidden(self) -> int:
+        return self.block.get("feed_forward", 4 * self.sizes[0])
+
+
+DECODER = {"sizes": (16, 16, 16, 16), "options": heads(4), "masks": {"key_padding": "B Lk"}}
+GATED = {"sizes": (8, 12, 10, 8)}
+
+BLOCK_CASES = (
+    BlockCase("block/norm_before", "LayerNorm before, gelu", decoder_layer, block={"activation": "gelu"}, **DECODER),
+    BlockCase("block/norm_after", "LayerNorm after, relu", decoder_layer,
+              block={"norm_placement": "after", "activation": "relu", "feed_forward": 24}, **DECODER),
+    BlockCase("block/gate_scalar", "RMSNorm before, a gate of one number for each branch", gated, options=heads(2),
+              block={"norm": "rms", "gate": "scalar", "activation": "gelu_tanh", "feed_forward": 20}, **GATED),
+    BlockCase("block/gate_per_feature", "RMSNorm before, gates of features", gated, options=heads(4, kv_heads=2),
+              masks={"lengths": "B"}, block={"norm": "rms", "gate": "per_feature", "activation": "silu"}, **GATED),
+    BlockCase("block/gate_norm_after", "LayerNorm after, gates of features", gated, options=heads(2),
+              block={"norm_placement": "after", "gate": "per_feature", "feed_forward": 12}, **GATED),
+    BlockCase("block/attention_only", "no norm and no feed-forward branch", gated, options=heads(2),
+              block={"norm": "none", "gate": "scalar", "feed_forward": 0}, **GATED),
+)  # fmt: skip
+
+
+def rounded(x: Tensor, step: float) -> Tensor:
+    """On a grid of 8 significant bits, which is what bfloat16 has."""
+    return (x / step).round().clamp(-256, 256) * step
+
+
 def make_inputs(case: Case) -> Tensors:
     """Inputs, weights, masks and cotangents of a case, in the type that the file stores."""
     random = torch.Generator().manual_seed(case.seed)
 
     def store(x: Tensor, step: float) -> Tensor:
-        if case.on_grid:  # 8 significant bits, which is what bfloat16 has
-            x = (x / step).round().clamp(-256, 256) * step
-        return x.to(getattr(torch, case.stored))
+        return (rounded(x, step) if case.on_grid else x).to(getattr(torch, case.stored))
 
     def normal(*shape: int) -> Tensor:
         return store(torch.randn(shape, generator=random, dtype=torch.float64), 1 / 64)
@@ -331,6 +431,28 @@ def make_inputs(case: Case) -> Tensors:
     if case.options.get("attention_weights") != "none":
         per_head = case.options.get("attention_weights") == "per_head"
         tensors["cotangent.attention_weights"] = normal(case.B, *([H] if per_head else []), case.Lq, case.Lk)
+    return tensors
+
+
+def make_block_inputs(case: BlockCase) -> Tensors:
+    """The same for a block: what the attention of such a case has, and the block's own weights."""
+    tensors = {name.replace("weights.", "weights.attention."): x for name, x in make_inputs(case).items()}
+    random = torch.Generator().manual_seed(case.seed + 1)
+
+    def normal(*shape: int) -> Tensor:
+        return rounded(torch.randn(shape, generator=random, dtype=torch.float64) / 4, 1 / 64).float()
+
+    Eq, hidden = case.sizes[0], case.hidden
+    linears = [("feed_forward_in", hidden, Eq), ("feed_forward_out", Eq, hidden)]
+    for name, rows, columns in linears if hidden else []:
+        tensors |= {f"weights.{name}.weight": normal(rows, columns), f"weights.{name}.bias": normal(rows)}
+    for branch in ("attention", "feed_forward") if hidden else ("attention",):
+        if case.block.get("norm") != "none":
+            tensors[f"weights.{branch}_norm.weight"] = 1 + normal(Eq)
+        if case.block.get("norm", "layer") == "layer":
+            tensors[f"weights.{branch}_norm.bias"] = normal(Eq)
+        if "gate" in case.block:
+            tensors[f"weights.{branch}_gate"] = 0.5 + normal(1 if case.block["gate"] == "scalar" else Eq)
     return tensors
 
 
@@ -410,6 +532,12 @@ def autocast_types(case: Case, tensors: Tensors) -> dict[str, str]:
 def write_case(folder: Path, case: Case) -> None:
     tensors = make_inputs(case)
     write(folder / f"{case.name}.safetensors", tensors | solve(case, tensors), describe(case, tensors))
+
+
+def write_block_case(folder: Path, case: BlockCase) -> None:
+    tensors = make_block_inputs(case)
+    metadata = describe(case, tensors) | {"block": json.dumps(case.block)}
+    write(folder / f"{case.name}.safetensors", tensors | solve(case, tensors), metadata)
 
 
 # ---------------------------------------------------------------------------------- the reference, initialised from a seed
@@ -538,12 +666,15 @@ def write(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
 
 def write_all(folder: Path) -> list[str]:
     """Returns the names of all files."""
+    (folder / "block").mkdir(exist_ok=True)
     for case in CASES:
         write_case(folder, case)
+    for case in BLOCK_CASES:
+        write_block_case(folder, case)
     for part in (write_seeded_initialisation, write_reference_example, write_torchscript, write_torchscript_model):
         part(folder)
     extra = ("seeded_initialisation", "reference_example", "reference_torchscript", "reference_inputs", "reference_in_model")
-    names = [f"{name}.safetensors" for name in (*[case.name for case in CASES], *extra)]
+    names = [f"{name}.safetensors" for name in (*[case.name for case in (*CASES, *BLOCK_CASES)], *extra)]
     return [*names, "reference.pt", "reference_in_model.pt"]
 
 

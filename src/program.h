@@ -20,6 +20,12 @@
 // The manners that all our programs share: --device, --seed and --threads, errors in one line, and the exit status.
 namespace program {
 
+/// The user asked the job to stop; what() says how to go on.
+class Interrupted : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 /// Empty if it is one, otherwise what is wrong: what CLI11 asks of a check.
 inline std::string check_device_name(const std::string& name) {
   const auto message = fmt::format("'{}' is not cpu, cuda or cuda:N", name);
@@ -98,6 +104,8 @@ inline int run(CLI::App& program, int argc, char** argv, const std::function<voi
     return program.exit(help);
   } catch (const CLI::ParseError& error) {
     return fail(2, error.what());
+  } catch (const Interrupted& interrupted) {
+    return fail(130, interrupted.what());  // as shells have it for Ctrl-C
   } catch (const c10::Error& error) {
     return fail(1, error.what_without_backtrace());
   } catch (const std::exception& error) {

@@ -4,10 +4,13 @@
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <string>
 
+#include "common/png.h"
 #include "test_util.h"
 
 namespace xattn {
@@ -40,43 +43,120 @@ TEST_F(ExamplesTest, ReferencePrintsTheShapesOfTheReference) {
 }
 
 TEST_F(ExamplesTest, HelpShowsAnExample) {
-  for (const std::string program : {XATTN_REFERENCE_PATH, XATTN_VQA_PATH}) {
+  for (const std::string program : {XATTN_REFERENCE_PATH, XATTN_VQA_PATH, XATTN_VQA_PATH " ask", XATTN_VQA_PATH " train",
+                                    XATTN_VQA_PATH " evaluate", XATTN_VQA_PATH " draw", XATTN_CAPTION_PATH,
+                                    XATTN_CAPTION_PATH " describe", XATTN_CAPTION_PATH " train", XATTN_CAPTION_PATH " evaluate"}) {
     const auto result = run(program, "--help");
     EXPECT_EQ(result.status, 0);
-    EXPECT_NE(result.out.find("\nExample: "), std::string::npos) << result.out;
+    EXPECT_NE(result.out.find("\nExample: "), std::string::npos) << program << "\n" << result.out;
   }
 }
 
 TEST_F(ExamplesTest, WrongUsageIsOneLineAndStatusTwo) {
-  const auto device = run(XATTN_REFERENCE_PATH, "--device toaster");
-  EXPECT_EQ(device.status, 2);
-  EXPECT_EQ(device.err, "reference: --device: 'toaster' is not cpu, cuda or cuda:N\n");
-
-  const auto threads = run(XATTN_VQA_PATH, "--threads 0");
-  EXPECT_EQ(threads.status, 2);
-  EXPECT_EQ(threads.err, "vqa: --threads: Value 0 not in range 1 to 1024\n");
+  const auto refused = [this](const std::string& program, const std::string& arguments) {
+    const auto result = run(program, arguments);
+    EXPECT_EQ(result.status, 2) << arguments;
+    EXPECT_EQ(result.out, "") << arguments;
+    return result.err;
+  };
+  EXPECT_EQ(refused(XATTN_REFERENCE_PATH, "--device toaster"), "reference: --device: 'toaster' is not cpu, cuda or cuda:N\n");
+  EXPECT_EQ(refused(XATTN_VQA_PATH, "evaluate --threads 0"), "vqa: --threads: Value 0 not in range 1 to 1024\n");
+  EXPECT_EQ(refused(XATTN_VQA_PATH, ""), "vqa: A subcommand is required\n");
+  EXPECT_EQ(refused(XATTN_VQA_PATH, "train --text cnn"), "vqa: --text: cnn not in {rnn,transformer}\n");
+  EXPECT_EQ(refused(XATTN_VQA_PATH, "train --resume --steps 5"), "vqa: --steps excludes --resume\n");
+  EXPECT_EQ(refused(XATTN_CAPTION_PATH, "describe"), "caption: BOARD.png is required\n");
 }
 
 TEST_F(ExamplesTest, AFailedJobIsOneLineAndStatusOne) {
-  const auto device = run(XATTN_REFERENCE_PATH, "--device cuda:99");
-  EXPECT_EQ(device.status, 1);
-  EXPECT_EQ(device.err.find("reference: there is no device cuda:99 here"), 0U) << device.err;
-
-  const auto digits = run(XATTN_VQA_PATH, "--digits missing.safetensors");
-  EXPECT_EQ(digits.status, 1);
-  EXPECT_EQ(digits.err, "vqa: there is no file missing.safetensors; say where the digits are with --digits FILE\n");
-
-  const auto picture = run(XATTN_VQA_PATH, "--picture missing/answers.png");
-  EXPECT_EQ(picture.status, 1);
-  EXPECT_EQ(picture.err, "vqa: there is no folder missing for the picture; choose another with --picture FILE\n");
+  const auto failed = [this](const std::string& program, const std::string& arguments) {
+    const auto result = run(program, arguments);
+    EXPECT_EQ(result.status, 1) << arguments;
+    EXPECT_EQ(std::ranges::count(result.err, '\n'), 1) << result.err;
+    return result.err;
+  };
+  EXPECT_EQ(failed(XATTN_REFERENCE_PATH, "--device cuda:99").find("reference: there is no device cuda:99 here"), 0U);
+  EXPECT_EQ(failed(XATTN_VQA_PATH, "evaluate --digits missing.safetensors"),
+            "vqa: [safetensors] missing.safetensors: cannot be opened: No such file or directory\n");
+  EXPECT_EQ(failed(XATTN_VQA_PATH, "train --report missing/report.html"),
+            "vqa: cannot write missing/report.html: there is no folder missing\n");
+  EXPECT_EQ(failed(XATTN_VQA_PATH, "train --resume --output none.safetensors"),
+            "vqa: [safetensors] none.safetensors.training: cannot be opened: No such file or directory\n");
+  test::write_bytes(dir.file("text.png"), "no picture");
+  EXPECT_EQ(failed(XATTN_VQA_PATH, "ask text.png 'is there a one'"), "vqa: cannot read text.png: it is not a PNG\n");
+  ASSERT_EQ(run(XATTN_VQA_PATH, "draw 7-3---1-- board.png").status, 0);
+  EXPECT_EQ(failed(XATTN_VQA_PATH, "ask board.png 'is there a seveen'"),
+            "vqa: the word 'seveen' is not known; the nearest known words are seven, even, see\n");
+  EXPECT_EQ(failed(XATTN_VQA_PATH, "ask board.png '?'"), "vqa: the question has no words\n");
+  EXPECT_EQ(failed(XATTN_VQA_PATH, "ask board.png 'is there a one' --checkpoint " XATTN_EXAMPLE_DATA "/caption.safetensors"),
+            "vqa: " XATTN_EXAMPLE_DATA "/caption.safetensors: must be a checkpoint of vqa, but is one of caption; `vqa train` "
+            "writes one\n");
+  EXPECT_EQ(failed(XATTN_VQA_PATH, "draw 7-3 board.png"),
+            "vqa: a board is written as nine cells, row by row, each a digit or '-', as in 7-3---1--, not as '7-3'\n");
 }
 
-TEST_F(ExamplesTest, VqaFailsWhenItsAnswersAreBad) {
-  const auto result = run(XATTN_VQA_PATH, "--steps 10 --device cpu");
-  EXPECT_EQ(result.status, 1);
-  EXPECT_NE(result.out.find("step 10/10"), std::string::npos) << result.out;
-  EXPECT_NE(result.err.find("at least 95 % and 80 % are wanted\n"), std::string::npos) << result.err;
-  EXPECT_TRUE(std::filesystem::exists(dir.file("vqa.png")));
+TEST_F(ExamplesTest, VqaAnswersAQuestionAboutAPictureAndDrawsWhereItLooked) {
+  ASSERT_EQ(run(XATTN_VQA_PATH, "draw 7-3---1-- board.png --seed 3").status, 0);
+  const auto result = run(XATTN_VQA_PATH, "ask board.png 'What is in the top right?' --picture answer.png --device cpu");
+  EXPECT_EQ(result.status, 0) << result.err;
+  EXPECT_EQ(result.out.find("three ("), 0U) << result.out;
+  EXPECT_NE(result.out.find("Where it looked is drawn in answer.png."), std::string::npos) << result.out;
+  const auto picture = examples::read_png(dir.file("answer.png"));
+  EXPECT_GT(picture.size(0), 288);  // at least the board
+}
+
+TEST_F(ExamplesTest, CaptionDescribesAPictureAndDrawsWhereItLooked) {
+  ASSERT_EQ(run(XATTN_VQA_PATH, "draw 7-3---1-- board.png --seed 3").status, 0);
+  for (const std::string beams : {"1", "5"}) {
+    const auto result = run(XATTN_CAPTION_PATH, "describe board.png --picture words.png --device cpu --beams " + beams);
+    EXPECT_EQ(result.status, 0) << result.err;
+    for (const auto* digit : {"a seven", "a three", "a one"}) {
+      EXPECT_NE(result.out.find(digit), std::string::npos) << result.out;
+    }
+  }
+  EXPECT_GT(examples::read_png(dir.file("words.png")).size(0), 288);
+}
+
+TEST_F(ExamplesTest, EvaluateJsonIsOneObject) {
+  const auto vqa = run(XATTN_VQA_PATH, "evaluate --json --boards 100 --device cpu");
+  EXPECT_EQ(vqa.status, 0) << vqa.err;
+  const auto answers = nlohmann::json::parse(vqa.out);
+  EXPECT_GT(answers.at("accuracy").get<double>(), 0.9);
+  EXPECT_EQ(answers.at("kinds").size(), 7u);
+  EXPECT_EQ(answers.at("kinds").at("place").at("questions").get<int>(), 200);
+  const auto caption = run(XATTN_CAPTION_PATH, "evaluate --json --boards 100 --device cpu");
+  EXPECT_EQ(caption.status, 0) << caption.err;
+  const auto captions = nlohmann::json::parse(caption.out);
+  EXPECT_GT(captions.at("exact_match").get<double>(), 0.85);
+  EXPECT_GT(captions.at("recogniser").get<double>(), 0.85);
+  EXPECT_EQ(captions.at("boards").get<int>(), 100);
+}
+
+// Ctrl-C after a while; `timeout` sends it.
+TEST_F(ExamplesTest, AnInterruptedTrainingGoesOnToTheSameResult) {
+  for (const std::string program : {XATTN_VQA_PATH, XATTN_CAPTION_PATH}) {
+    const auto options = std::string(" train --device cpu --threads 1 --seed 5 --boards 5 ");
+    const auto whole = run(program, options + "--steps 60 --output whole.safetensors");
+    ASSERT_EQ(whole.status, 0) << whole.err;
+    EXPECT_NE(whole.out.find("step 60/60  loss "), std::string::npos) << whole.out;
+    auto parts = run("timeout --preserve-status -s INT 1.5 " + program, options + "--steps 60 --output parts.safetensors");
+    ASSERT_EQ(parts.status, 130) << "it was done before it could be interrupted, or could not: " << parts.err;
+    EXPECT_NE(parts.err.find("and saved in parts.safetensors.training; go on with: "), std::string::npos) << parts.err;
+    EXPECT_NE(parts.err.find(" train --resume --output parts.safetensors\n"), std::string::npos) << parts.err;
+    EXPECT_FALSE(std::filesystem::exists(dir.file("parts.safetensors")));
+    parts = run(program, " train --device cpu --threads 1 --boards 5 --resume --output parts.safetensors");
+    ASSERT_EQ(parts.status, 0) << parts.err;
+    EXPECT_EQ(test::read_bytes(dir.file("parts.safetensors")), test::read_bytes(dir.file("whole.safetensors")));
+    EXPECT_FALSE(std::filesystem::exists(dir.file("parts.safetensors.training")));
+  }
+}
+
+TEST_F(ExamplesTest, ReportsAreWritten) {
+  for (const std::string program : {XATTN_VQA_PATH, XATTN_CAPTION_PATH}) {
+    const auto result = run(program, "evaluate --boards 50 --device cpu --report report.html");
+    EXPECT_EQ(result.status, 0) << result.err;
+    EXPECT_EQ(test::read_bytes(dir.file("report.html")).find("<!DOCTYPE html>"), 0u);
+    std::filesystem::remove(dir.file("report.html"));
+  }
 }
 
 }  // namespace

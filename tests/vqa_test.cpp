@@ -1,205 +1,363 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// The parts of the program vqa: its data, its questions, its model and its picture.
-#include <ATen/CPUGeneratorImpl.h>
-#include <ATen/Parallel.h>
+// The parts of the program vqa: its questions, its models, its evaluation.
 #include <gtest/gtest.h>
-#include <png.h>
-#include <torch/nn/functional/loss.h>
-#include <torch/optim/adam.h>
-#include <torch/utils.h>
+#include <torch/script.h>
+#include <torch/torch.h>
 #include <xattn/file_error.h>
 #include <xattn/safetensors.h>
 
+#include <algorithm>
+#include <array>
+#include <cctype>
+#include <filesystem>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "common/board.h"
+#include "common/digits.h"
+#include "one_thread.h"
 #include "test_util.h"
-#include "vqa/board.h"
-#include "vqa/canvas.h"
-#include "vqa/digits.h"
 #include "vqa/model.h"
-#include "vqa/picture.h"
 #include "vqa/questions.h"
-#include "vqa/train.h"
+#include "vqa/task.h"
+#include "vqa/text_encoder.h"
+#include "vqa/trained.h"
 
 namespace vqa {
 namespace {
 
-const DigitSets& digits() {
-  static const auto sets = load_digits(XATTN_EXAMPLE_DATA "/digits.safetensors");
+using examples::kEmpty;
+using xattn::test::error_of;
+using xattn::test::OneThread;
+using xattn::test::TempDir;
+
+constexpr double kPublishedAccuracy = 0.98;  // of the shipped checkpoint, in README.md
+
+const examples::DigitSets& digits() {
+  static const auto sets = examples::load_digits(XATTN_EXAMPLE_DATA "/digits.safetensors");
   return sets;
 }
 
-at::Generator seeded(uint64_t seed) {
-  return at::make_generator<at::CPUGeneratorImpl>(seed);
+const Grammar& grammar() {
+  static const auto read = examples::read_grammar(XATTN_EXAMPLE_DATA "/questions.txt", question_rules());
+  return read;
 }
 
-// Where each of a [N, 8, 8] is found among b [M, 8, 8]: bool [N, M].
-torch::Tensor same_images(const torch::Tensor& a, const torch::Tensor& b) {
-  return a.flatten(1).unsqueeze(1).eq(b.flatten(1).unsqueeze(0)).all(-1);
+Vocabulary vocabulary() {
+  return Vocabulary(grammar().vocabulary());
 }
 
-// boards [B, 1, 24, 24], cells [B, Q] -> the asked digits, [B * Q, 8, 8].
-torch::Tensor asked_images(const Batch& batch) {
-  std::vector<torch::Tensor> images;
-  for (int64_t b = 0; b < batch.cells.size(0); ++b) {
-    for (int64_t q = 0; q < batch.cells.size(1); ++q) {
-      const auto cell = batch.cells[b][q].item<int64_t>();
-      images.push_back(batch.boards[b][0].narrow(0, cell / 3 * 8, 8).narrow(1, cell % 3 * 8, 8));
+//   7 . 3
+//   . 7 .
+//   1 9 .
+Board board_of_five() {
+  Random random(0);
+  return examples::board_of("7-3-7-19-", digits().held_out, random);
+}
+
+ModelOptions options_of(const std::string& text) {
+  return {.vocabulary = vocabulary().size(), .text = text};
+}
+
+TEST(VqaQuestionsTest, AnswersAreTrueOfTheBoard) {
+  const auto board = board_of_five();
+  const auto said = [&](const Meaning& meaning) {
+    return std::string(kAnswers.at(static_cast<size_t>(answer(board, meaning))));
+  };
+  EXPECT_EQ(said({.kind = Kind::place, .cell = 2}), "three");
+  EXPECT_EQ(said({.kind = Kind::place, .cell = 1}), "nothing");
+  EXPECT_EQ(said({.kind = Kind::relation, .side = 0, .digit = 9}), "one");
+  EXPECT_EQ(said({.kind = Kind::relation, .side = 2, .digit = 9}), "seven");
+  EXPECT_EQ(said({.kind = Kind::relation, .side = 1, .digit = 9}), "nothing");
+  EXPECT_EQ(said({.kind = Kind::relation, .side = 1, .digit = 3}), "nothing") << "right of the right column";
+  EXPECT_EQ(said({.kind = Kind::relation, .side = 3, .digit = 1}), "nothing") << "below the bottom row";
+  EXPECT_EQ(said({.kind = Kind::count}), "five");
+  EXPECT_EQ(said({.kind = Kind::count, .line = 0}), "two");
+  EXPECT_EQ(said({.kind = Kind::count, .line = 5}), "one");
+  EXPECT_EQ(said({.kind = Kind::count, .parity = 0}), "zero");
+  EXPECT_EQ(said({.kind = Kind::count, .parity = 1}), "five");
+  EXPECT_EQ(said({.kind = Kind::exist, .digit = 9}), "yes");
+  EXPECT_EQ(said({.kind = Kind::exist, .digit = 8}), "no");
+  EXPECT_EQ(said({.kind = Kind::exist, .line = 0, .digit = 9}), "no");
+  EXPECT_EQ(said({.kind = Kind::compare, .cell = 0, .other_cell = 2, .order = 0}), "yes");
+  EXPECT_EQ(said({.kind = Kind::compare, .cell = 0, .other_cell = 2, .order = 1}), "no");
+  EXPECT_EQ(said({.kind = Kind::largest}), "nine");
+  EXPECT_EQ(said({.kind = Kind::largest, .line = 0}), "seven");
+  EXPECT_EQ(said({.kind = Kind::smallest}), "one");
+  EXPECT_EQ(said({.kind = Kind::smallest, .line = 4}), "seven");
+}
+
+TEST(VqaQuestionsTest, HasAnAnswerForEveryQuestionThatItAsks) {
+  Random random(1);
+  const auto batch = draw_batch(digits().training, grammar(), 300, random);
+  for (size_t b = 0; b < batch.drawn.size(); ++b) {
+    const auto& board = batch.drawn[b];
+    const auto filled = examples::kCells - std::ranges::count(board.digits, kEmpty);
+    EXPECT_GE(filled, examples::kFewestDigits);
+    EXPECT_LE(filled, examples::kMostDigits);
+    ASSERT_EQ(batch.questions[b].size(), static_cast<size_t>(kQuestionsPerBoard));
+    for (size_t q = 0; q < batch.questions[b].size(); ++q) {
+      const auto& question = batch.questions[b][q];
+      EXPECT_EQ(question.answer, answer(board, question.meaning));
+      EXPECT_EQ(static_cast<size_t>(question.meaning.kind), q / 2);
+      EXPECT_LT(question.words.size(), static_cast<size_t>(TransformerEncoderImpl::kLongest));
+      if (question.meaning.kind == Kind::relation) {
+        EXPECT_EQ(std::ranges::count(board.digits, *question.meaning.digit), 1) << "which one is meant?";
+      }
+      if (question.meaning.kind == Kind::exist || question.meaning.kind == Kind::compare) {
+        EXPECT_EQ(question.answer, q % 2 == 0 ? kYes : kNo);
+      }
     }
   }
-  return torch::stack(images);
 }
 
-// For equal bits; and small products on many threads crawl on a busy machine.
-class OneThread {
- public:
-  OneThread() { at::set_num_threads(1); }
-  ~OneThread() { at::set_num_threads(before_); }
-
- private:
-  int before_ = at::get_num_threads();
-};
-
-TEST(VqaDigitsTest, HoldsOutEveryFifthOfEachDigit) {
-  EXPECT_EQ(digits().training.labels.size(0) + digits().held_out.labels.size(0), 1797);
-  for (int64_t digit = 0; digit < 10; ++digit) {
-    const auto trained = digits().training.labels.eq(digit).sum().item<int64_t>();
-    const auto held_out = digits().held_out.labels.eq(digit).sum().item<int64_t>();
-    EXPECT_EQ(held_out, (trained + held_out) / 5) << "of digit " << digit;
+TEST(VqaQuestionsTest, TheWordsSayWhatIsMeant) {
+  Random random(2);
+  const auto board = board_of_five();
+  for (int i = 0; i < 100; ++i) {
+    const auto question = draw_question(Kind::relation, board, true, grammar(), random).value();
+    const auto text = examples::join(question.words);
+    EXPECT_NE(text.find(kAnswers.at(static_cast<size_t>(*question.meaning.digit))), std::string::npos) << text;
+    constexpr std::array<std::array<const char*, 2>, 4> kSides = {
+        {{"left of", "to the left of"}, {"right of", "to the right of"}, {"above", "over"}, {"below", "under"}}};
+    const auto& sides = kSides.at(static_cast<size_t>(*question.meaning.side));
+    EXPECT_TRUE(text.find(sides[0]) != std::string::npos || text.find(sides[1]) != std::string::npos) << text;
   }
 }
 
-TEST(VqaDigitsTest, SharesNoImageBetweenTheSets) {
-  EXPECT_FALSE(same_images(digits().held_out.images, digits().training.images).any().item<bool>());
+TEST(VqaQuestionsTest, NoConstantAnswerIsRightMoreThanHalfTheTime) {
+  Random random(3);
+  const auto batch = draw_batch(digits().held_out, grammar(), 1000, random);
+  std::map<Kind, std::map<int64_t, int64_t>> counts;
+  for (const auto& questions : batch.questions) {
+    for (const auto& question : questions) ++counts[question.meaning.kind][question.answer];
+  }
+  for (const auto& [kind, answers] : counts) {
+    int64_t most = 0;
+    for (const auto& [answer, count] : answers) most = std::max(most, count);
+    EXPECT_LE(most, 1000) << "of 2000 questions of kind " << kKinds.at(static_cast<size_t>(kind));
+  }
 }
 
-TEST(VqaDigitsTest, RefusesOtherFilesByName) {
-  const xattn::test::TempDir dir;
-  const auto path = dir.file("not_digits.safetensors");
-  xattn::save_safetensors(path,
-                          {{"images", torch::zeros({20, 4, 4}, torch::kUInt8)}, {"labels", torch::zeros(20, torch::kUInt8)}});
-  EXPECT_EQ(xattn::test::error_of<xattn::FileError>([&] { load_digits(path); }),
-            path + ": images must be uint8 [N, 8, 8]; scripts/make_digits.py writes such a file");
+TEST(VqaQuestionsTest, ComesOutTheSameFromTheSameSeed) {
+  Random first(4);
+  Random second(4);
+  const auto a = draw_batch(digits().training, grammar(), 5, first);
+  const auto b = draw_batch(digits().training, grammar(), 5, second);
+  for (size_t i = 0; i < 5; ++i) {
+    EXPECT_EQ(a.drawn[i].images, b.drawn[i].images);
+    for (size_t q = 0; q < a.questions[i].size(); ++q) EXPECT_EQ(a.questions[i][q].words, b.questions[i][q].words);
+  }
 }
 
-TEST(VqaBoardTest, AnswersNameTheDigitInTheAskedCell) {
-  auto generator = seeded(1);
-  const auto batch = draw_batch(digits().held_out, /*boards=*/20, /*questions=*/9, generator);
-  ASSERT_EQ(batch.boards.sizes(), (std::vector<int64_t>{20, 1, 24, 24}));
-  const auto matches = same_images(asked_images(batch), digits().held_out.images);  // [180, 355]
-  ASSERT_TRUE(matches.any(1).all().item<bool>()) << "a cell shows something else than one of the given digits";
-  const auto truths = digits().held_out.labels.index({matches.to(torch::kUInt8).argmax(1)});
-  EXPECT_TRUE(truths.equal(batch.answers.flatten()));
+// Two boards, and their questions.
+Tensors some_tensors(uint64_t seed) {
+  Random random(seed);
+  return encode(draw_batch(digits().training, grammar(), 2, random), digits().training, vocabulary());
 }
 
-TEST(VqaBoardTest, ComesOutTheSameFromTheSameSeed) {
-  auto first = seeded(2);
-  auto second = seeded(2);
-  const auto a = draw_batch(digits().training, 3, 4, first);
-  const auto b = draw_batch(digits().training, 3, 4, second);
-  EXPECT_TRUE(a.boards.equal(b.boards) && a.words.equal(b.words) && a.cells.equal(b.cells) && a.answers.equal(b.answers));
-}
+class VqaModelTest : public testing::TestWithParam<std::string> {};
+INSTANTIATE_TEST_SUITE_P(, VqaModelTest, testing::Values("rnn", "transformer"), [](const auto& info) {
+  auto name = info.param;
+  name[0] = static_cast<char>(std::toupper(name[0]));
+  return name;
+});
 
-TEST(VqaQuestionsTest, EachPhraseAsksForOneCell) {
-  const auto& words = question_words();
-  EXPECT_EQ(question_text(words[0][0]), "top left");
-  EXPECT_EQ(question_text(words[4][3]), "centre of the board");
-  EXPECT_EQ(question_text(words[8][3]), "bottom of the right column");
-  EXPECT_LT(words.max().item<int64_t>(), vocabulary_size());
-  const auto phrases = words.flatten(0, 1);  // [36, 5]
-  EXPECT_EQ(std::get<0>(torch::unique_dim(phrases, 0)).size(0), phrases.size(0));
-}
-
-TEST(VqaModelTest, PaddingChangesNothing) {
-  torch::manual_seed(3);
-  Model model;
+TEST_P(VqaModelTest, PaddingChangesNoAnswer) {
+  torch::manual_seed(5);
+  Model model(options_of(GetParam()));
   model->eval();
-  auto generator = seeded(3);
-  const auto batch = draw_batch(digits().training, 2, 9, generator);
-  const auto padded = torch::constant_pad_nd(batch.words, {0, 3});  // [2, 9, 8]
-  const auto [scores, attention] = model->forward(batch.boards, batch.words);
-  const auto [same_scores, same_attention] = model->forward(batch.boards, padded);
-  EXPECT_TRUE(scores.allclose(same_scores));
-  EXPECT_TRUE(attention.allclose(same_attention));
+  const auto batch = some_tensors(5);
+  const auto padded = torch::constant_pad_nd(batch.words, {0, 7});
+  const auto T = batch.words.size(2);
+  const auto answers = model->forward(batch.boards, batch.words);
+  const auto same = model->forward(batch.boards, padded);
+  EXPECT_TRUE(answers.scores.allclose(same.scores, 1e-4, 1e-5));
+  EXPECT_TRUE(answers.answer_weights.allclose(same.answer_weights, 1e-4, 1e-5));
+  const auto real = batch.words.ne(Vocabulary::kPadding).unsqueeze(3);
+  EXPECT_TRUE((answers.word_weights * real).allclose(same.word_weights.narrow(2, 0, T) * real, 1e-4, 1e-5));
 }
 
-TEST(VqaModelTest, CountsTheAttentionInTheAskedCell) {
-  auto attention = torch::zeros({1, 2, 36});
-  attention[0][0][3 * 6 + 4] = 0.75;  // row 3, column 4 of 6x6: in the middle row, right column, which is cell 5
-  attention[0][0][2 * 6 + 3] = 0.25;  // cell 4
-  attention[0][1][0] = 1;             // cell 0
-  const auto share = share_in_cell(attention, torch::tensor({5, 8}).view({1, 2}));
-  EXPECT_TRUE(share.equal(torch::tensor({0.75F, 0.0F}).view({1, 2})));
-}
-
-TEST(VqaTrainTest, OverfitsOneBatch) {
-  const OneThread one_thread;
-  torch::manual_seed(4);
-  Model model;
-  auto generator = seeded(4);
-  const auto batch = draw_batch(digits().training, 8, 9, generator);
-  torch::optim::Adam optimizer(model->parameters(), 3e-3);
-  double last = 0;
-  for (int step = 0; step < 80; ++step) {
-    const auto scores = std::get<0>(model->forward(batch.boards, batch.words));
-    const auto loss = torch::nn::functional::cross_entropy(scores.flatten(0, 1), batch.answers.flatten());
-    optimizer.zero_grad();
-    loss.backward();
-    optimizer.step();
-    last = loss.item<double>();
+TEST_P(VqaModelTest, AnswersEachQuestionByItself) {
+  torch::manual_seed(6);
+  Model model(options_of(GetParam()));
+  model->eval();
+  const auto batch = some_tensors(6);
+  const auto together = model->forward(batch.boards, batch.words).scores;  // [2, 14, 13]
+  for (int64_t q = 0; q < together.size(1); q += 5) {
+    const auto alone = model->forward(batch.boards.narrow(0, 1, 1), batch.words.narrow(0, 1, 1).narrow(1, q, 1)).scores;
+    EXPECT_TRUE(alone[0][0].allclose(together[1][q], 1e-4, 1e-5)) << "question " << q;
   }
-  EXPECT_LT(last, 0.01);
-  EXPECT_TRUE(std::get<0>(model->forward(batch.boards, batch.words)).argmax(-1).equal(batch.answers));
 }
 
-TEST(VqaTrainTest, SameSeedGivesTheSameLosses) {
+TEST_P(VqaModelTest, WeightsOfWordsAndAnswersSumToOne) {
+  Model model(options_of(GetParam()));
+  const auto batch = some_tensors(7);
+  const auto answers = model->forward(batch.boards, batch.words);
+  EXPECT_TRUE(answers.word_weights.sum(-1).allclose(torch::ones({1}), 1e-4, 1e-5));
+  EXPECT_TRUE(answers.answer_weights.sum(-1).allclose(torch::ones({1}), 1e-4, 1e-5));
+}
+
+TEST_P(VqaModelTest, OverfitsOneBatch) {
   const OneThread one_thread;
-  const auto losses = [](uint64_t seed) {
-    torch::manual_seed(seed);
-    Model model;
-    std::vector<double> seen;
-    train(model, digits().training, {.steps = 20, .boards = 4, .seed = seed},
-          [&seen](const Progress& progress) { seen.push_back(progress.loss); });
-    return seen;
-  };
-  const auto first = losses(5);
-  EXPECT_EQ(first.size(), 2u);
-  EXPECT_EQ(first, losses(5));
-  EXPECT_NE(first, losses(6));
+  torch::manual_seed(8);
+  Model model(options_of(GetParam()));
+  const auto batch = some_tensors(8);
+  examples::Trainer trainer(model.ptr(), {.steps = 250, .warm_up = 20, .weight_decay = 0});
+  double loss = 0;
+  trainer.run([&](Random&) { return learn_from(model, batch); },
+              [&](const examples::Progress& progress) { loss = progress.loss; }, [] { return false; });
+  EXPECT_LT(loss, 0.01);
+  EXPECT_TRUE(model->forward(batch.boards, batch.words).scores.argmax(-1).equal(batch.answers));
 }
 
-TEST(VqaPictureTest, IsAPngThatReadsBackTheSame) {
-  const Answered answered = {"bottom of the middle column", 7, 3, 8, torch::rand({24, 24}), torch::rand({36}).softmax(0)};
-  const auto picture = draw_answers({answered, answered});
-  const xattn::test::TempDir dir;
-  const auto path = dir.file("answers.png");
-  write_png(path, picture);
-
-  png_image image = {};
-  image.version = PNG_IMAGE_VERSION;
-  ASSERT_NE(png_image_begin_read_from_file(&image, path.c_str()), 0) << image.message;
-  image.format = PNG_FORMAT_RGB;
-  ASSERT_EQ(picture.sizes(), (std::vector<int64_t>{image.height, image.width, 3}));
-  const auto read = torch::zeros_like(picture);
-  ASSERT_NE(png_image_finish_read(&image, nullptr, read.mutable_data_ptr(), 0, nullptr), 0) << image.message;
-  EXPECT_TRUE(read.equal(picture));
+TEST_P(VqaModelTest, LearnsFromNewBoardsInAFewSteps) {
+  const OneThread one_thread;
+  torch::manual_seed(9);
+  Model model(options_of(GetParam()));
+  examples::Trainer trainer(model.ptr(), {.steps = 40, .warm_up = 10});
+  trainer.run(training_step(model, digits().training, grammar(), torch::kCPU), [](const auto&) {}, [] { return false; });
+  const auto& losses = trainer.curves().at(0).values;
+  EXPECT_LT(losses.back(), losses.front() - 0.5);  // from ln 13 = 2.56, the loss of knowing nothing, or above
 }
 
-TEST(VqaPictureTest, SaysWhichFileCannotBeWritten) {
-  const xattn::test::TempDir dir;
-  const auto path = dir.file("no/such/folder.png");
-  EXPECT_EQ(xattn::test::error_of<std::runtime_error>([&] { write_png(path, make_picture(2, 2, {0, 0, 0})); }),
-            "cannot write " + path + ": No such file or directory");
+TEST(VqaMeanPoolingTest, GivesEveryPlaceTheSameWeight) {
+  auto options = options_of("rnn");
+  options.attention = false;
+  Model model(options);
+  const auto batch = some_tensors(10);
+  const auto answers = model->forward(batch.boards, batch.words);
+  EXPECT_TRUE(answers.word_weights.allclose(torch::full({1}, 1.0 / 9)));
 }
 
-TEST(VqaCanvasTest, DrawsTextInsideThePictureOnly) {
-  const auto picture = make_picture(20, 20, {0, 0, 0});
-  draw_text(picture, 0, 0, "1", 1, {255, 255, 255});
-  EXPECT_EQ(picture.ne(0).sum().item<int64_t>(), 3 * 10);  // the ten pixels of a 1, in three colours
-  draw_text(picture, 15, 15, "long text", 2, {255, 255, 255});
+// TorchScript encoders as a user would bring them.
+constexpr auto kImageCode = R"(
+def forward(self, boards):
+    return torch.adaptive_avg_pool2d(boards, [2, 4]).expand(boards.size(0), 5, 2, 4)
+)";
+constexpr auto kTextCode = R"(
+def forward(self, words):
+    return words.unsqueeze(2).expand(words.size(0), words.size(1), 6).float()
+)";
+
+std::string save_module(const TempDir& dir, const std::string& name, const std::string& code) {
+  torch::jit::Module module("encoder");
+  module.define(code);
+  module.save(dir.file(name));
+  return dir.file(name);
+}
+
+TEST(VqaPretrainedTest, AnyTorchScriptModuleIsAFrozenEncoder) {
+  const TempDir dir;
+  auto options = options_of("rnn");
+  options.image_encoder = examples::Pretrained(save_module(dir, "image.pt", kImageCode));
+  options.text_encoder = examples::Pretrained(save_module(dir, "text.pt", kTextCode));
+  Model model(options);
+  EXPECT_EQ(model->rows, 2);
+  EXPECT_EQ(model->columns, 4);
+  const auto batch = some_tensors(11);
+  const auto answers = model->forward(batch.boards, batch.words);
+  EXPECT_EQ(answers.answer_weights.sizes(), (std::vector<int64_t>{2, kQuestionsPerBoard, 8}));
+  const auto step = learn_from(model, batch);
+  step.loss.backward();
+  for (const auto& parameter : model->named_parameters()) {
+    EXPECT_TRUE(parameter.value().grad().defined()) << parameter.key();
+    EXPECT_EQ(parameter.key().find("image_encoder"), std::string::npos);
+    EXPECT_EQ(parameter.key().find("text_encoder"), std::string::npos);
+  }
+}
+
+TEST(VqaPretrainedTest, GoesIntoTheCheckpoint) {
+  const TempDir dir;
+  auto options = options_of("transformer");
+  options.image_encoder = examples::Pretrained(save_module(dir, "image.pt", kImageCode));
+  Model model(options);
+  model->eval();
+  examples::TrainingRun run = {.program = kProgram,
+                               .output = dir.file("vqa.safetensors"),
+                               .unit = "questions",
+                               .metadata = metadata_of(model, grammar()),
+                               .extra = pretrained_of(model)};
+  examples::Trainer trainer(model.ptr(), {.steps = 1});
+  run.run(trainer, training_step(model, digits().training, grammar(), torch::kCPU));
+  std::filesystem::remove(dir.file("image.pt"));
+  model->eval();
+  auto trained = load_trained(run.output, torch::kCPU);
+  const auto batch = some_tensors(12);
+  EXPECT_TRUE(trained.model->forward(batch.boards, batch.words).scores.equal(model->forward(batch.boards, batch.words).scores));
+  EXPECT_FALSE(std::filesystem::exists(run.state_path()));
+}
+
+TEST(VqaPretrainedTest, RefusesFilesThatAreNoSuchEncoder) {
+  const TempDir dir;
+  EXPECT_EQ(error_of<std::runtime_error>([&] { examples::Pretrained(dir.file("none.pt")); }),
+            dir.file("none.pt") + ": cannot be opened; it should be a TorchScript module");
+  xattn::test::write_bytes(dir.file("text.pt"), "no archive");
+  EXPECT_EQ(error_of<std::runtime_error>([&] { examples::Pretrained(dir.file("text.pt")); }),
+            dir.file("text.pt") + ": must be a TorchScript module, as torch.jit.save writes it");
+  auto options = options_of("rnn");
+  options.image_encoder = examples::Pretrained(save_module(dir, "flat.pt", "def forward(self, x):\n    return x.flatten(1)\n"));
+  EXPECT_EQ(error_of<std::runtime_error>([&] { Model model(options); }),
+            dir.file("flat.pt") + ": must make features [B, C, h, w] of boards [B, 1, 24, 24], but makes [1, 576]");
+  options.image_encoder = examples::Pretrained(save_module(dir, "pair.pt", "def forward(self, x):\n    return (x, x)\n"));
+  const auto error = error_of<std::runtime_error>([&] { Model model(options); });
+  EXPECT_EQ(error.find(dir.file("pair.pt") + ": must make one tensor of one tensor [1, 1, 24, 24], but does not: "), 0u) << error;
+}
+
+TEST(VqaCheckpointTest, RefusesFilesOfOtherPrograms) {
+  const TempDir dir;
+  const auto path = dir.file("other.safetensors");
+  xattn::save_safetensors(path, {{"x", torch::zeros(1)}}, {{"program", "caption"}});
+  EXPECT_EQ(error_of<xattn::FileError>([&] { load_trained(path, torch::kCPU); }),
+            path + ": must be a checkpoint of vqa, but is one of caption; `vqa train` writes one");
+  xattn::save_safetensors(path, {{"x", torch::zeros(1)}});
+  EXPECT_EQ(error_of<xattn::FileError>([&] { load_trained(path, torch::kCPU); }),
+            path + ": must be a checkpoint of vqa, but is one of no program; `vqa train` writes one");
+}
+
+// The shipped checkpoint.
+TEST(VqaShippedTest, ReproducesItsPublishedAccuracy) {
+  auto trained = load_trained(XATTN_EXAMPLE_DATA "/vqa.safetensors", torch::kCPU);
+  const auto score = evaluate(trained.model, digits().held_out, trained.grammar, torch::kCPU, /*boards=*/1000, /*seed=*/12345);
+  EXPECT_NEAR(score.accuracy(), kPublishedAccuracy, 0.002);  // README.md; other instructions may turn a few of 14,000 answers
+  EXPECT_GE(score.accuracy(), 0.97);
+  for (size_t kind = 0; kind < score.kinds.size(); ++kind) {
+    const auto& [name, right, total] = score.kinds[kind];
+    EXPECT_GE(static_cast<double>(right), 0.92 * static_cast<double>(total)) << name;
+    EXPECT_LE(score.best_constant[kind], 0.5) << name;
+  }
+}
+
+TEST(VqaShippedTest, LooksWhereTheAnswerIs) {
+  // No loss has seen the attention; still the asked cell gets the most of it for nearly all questions of place.
+  auto trained = load_trained(XATTN_EXAMPLE_DATA "/vqa.safetensors", torch::kCPU);
+  Random random(13);
+  const auto batch = draw_batch(digits().held_out, trained.grammar, 50, random);
+  const auto tensors = encode(batch, digits().held_out, Vocabulary(trained.grammar.vocabulary()));
+  const auto most = trained.model->forward(tensors.boards, tensors.words).answer_weights.argmax(-1);  // [50, 14]
+  int64_t looked = 0;
+  for (size_t b = 0; b < batch.questions.size(); ++b) {
+    for (const int64_t q : {0, 1}) {
+      looked += most[static_cast<int64_t>(b)][q].item<int64_t>() == batch.questions[b][static_cast<size_t>(q)].meaning.cell;
+    }
+  }
+  EXPECT_GE(looked, 70) << "of 100";
+}
+
+TEST(VqaExampleTest, ShowsAMapForEveryWord) {
+  auto trained = load_trained(XATTN_EXAMPLE_DATA "/vqa.safetensors", torch::kCPU);
+  std::vector<examples::Example> shown;
+  evaluate(trained.model, digits().held_out, trained.grammar, torch::kCPU, /*boards=*/20, /*seed=*/1, &shown);
+  ASSERT_FALSE(shown.empty());
+  for (const auto& example : shown) {
+    EXPECT_EQ(example.right, example.answer == example.truth);
+    EXPECT_EQ(example.picture.sizes(), (std::vector<int64_t>{288, 288, 3}));
+    EXPECT_NEAR(example.map.sum().item<double>(), 1, 1e-4);
+    for (const auto& word : example.words) EXPECT_NEAR(word.map.sum().item<double>(), 1, 1e-4) << word.text;
+  }
 }
 
 }  // namespace

@@ -3,5 +3,5 @@
 
 /// The version of the library, read by CMakeLists.txt. Follows semantic versioning from 1.0.0 on; before it, a minor may break.
 #define XATTN_VERSION_MAJOR 0
-#define XATTN_VERSION_MINOR 1
+#define XATTN_VERSION_MINOR 2
 #define XATTN_VERSION_PATCH 0

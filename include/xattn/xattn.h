@@ -3,6 +3,8 @@
 
 // The whole library. Start reading with cross_attention.h.
 #include <xattn/attention.h>
+#include <xattn/attention_map.h>
+#include <xattn/block.h>
 #include <xattn/context.h>
 #include <xattn/cross_attention.h>
 #include <xattn/file_error.h>

@@ -1,127 +1,264 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Visual question answering in its smallest honest form: which digit is at this place of the board?
-// Start reading with model.h, then train.cpp.
-#include <ATen/CPUGeneratorImpl.h>
+// Visual question answering on boards of handwritten digits. Start reading with model.h, then questions.h, then task.cpp.
 #include <fmt/format.h>
-#include <torch/utils.h>
+#include <fmt/ranges.h>
 
-#include <chrono>
-#include <filesystem>
 #include <iostream>
+#include <nlohmann/json.hpp>
+#include <optional>
 #include <stdexcept>
 #include <string>
-#include <vector>
+#include <utility>
 
-#include "board.h"
-#include "canvas.h"
-#include "digits.h"
-#include "model.h"
-#include "picture.h"
+#include "common/board.h"
+#include "common/checkpoint.h"
+#include "common/digits.h"
+#include "common/png.h"
+#include "common/report.h"
+#include "common/tiles.h"
+#include "common/write_file.h"
 #include "program.h"
-#include "progress.h"
-#include "questions.h"
-#include "train.h"
+#include "vqa/model.h"
+#include "vqa/questions.h"
+#include "vqa/task.h"
+#include "vqa/trained.h"
 
 namespace {
 
-// What the program promises; it fails when the model does worse.
-constexpr double kWantedAccuracy = 0.95;
-constexpr double kWantedShare = 0.8;
-
 struct Options : program::CommonOptions {
-  // The products are small: on a busy machine two threads wait for each other at every one (68 s were measured in place of 11).
-  // And so the result does not depend on the number of cores.
-  Options() { threads = 1; }
-
-  int64_t steps = vqa::TrainOptions().steps;
   std::string digits = XATTN_EXAMPLE_DATA "/digits.safetensors";
-  std::string picture = "vqa.png";
+  std::string checkpoint = XATTN_EXAMPLE_DATA "/vqa.safetensors";
+  std::string report = {};
+  int64_t boards = 1000;
+
+  // train
+  std::string output = "vqa.safetensors";
+  std::string text = "rnn";
+  std::string grammar = XATTN_EXAMPLE_DATA "/questions.txt";
+  std::string image_encoder = {};
+  std::string text_encoder = {};
+  bool mean_pooling = false;
+  bool resume = false;
+  int64_t steps = examples::TrainerOptions().steps;
+
+  // ask and draw
+  std::string board = {};
+  std::string question = {};
+  std::string picture = {};
+  std::string cells = {};
+
+  // evaluate
+  bool json = false;
 };
 
-// Found out now rather than after the training.
-void check_files(const Options& options) {
-  if (!std::filesystem::exists(options.digits)) {
-    throw std::runtime_error(fmt::format("there is no file {}; say where the digits are with --digits FILE", options.digits));
+constexpr uint64_t kEvaluationSeed = 12345;  // always the same boards and questions
+
+// The share of right answers for each kind, and their mean.
+void print(const vqa::Score& score) {
+  for (size_t kind = 0; kind < score.kinds.size(); ++kind) {
+    const auto& [name, right, total] = score.kinds[kind];
+    std::cout << fmt::format("  {:<10} {:5.1f} %   of {}; always the same answer: {:.1f} %\n", name,
+                             100.0 * static_cast<double>(right) / static_cast<double>(total), total,
+                             100 * score.best_constant[kind]);
   }
-  const auto folder = std::filesystem::path(options.picture).parent_path();
-  if (!folder.empty() && !std::filesystem::is_directory(folder)) {
+  std::cout << fmt::format("  {:<10} {:5.1f} %\n", "mean", 100 * score.accuracy());
+}
+
+nlohmann::json as_json(const vqa::Score& score) {
+  nlohmann::json kinds;
+  for (const auto& [name, right, total] : score.kinds) {
+    kinds[name] = {{"accuracy", static_cast<double>(right) / static_cast<double>(total)}, {"questions", total}};
+  }
+  return {{"accuracy", score.accuracy()}, {"kinds", kinds}};
+}
+
+// Answers questions about held-out boards, and writes the report if there is to be one.
+vqa::Score evaluate(vqa::Trained& trained, const vqa::Digits& held_out, torch::Device device, const Options& options) {
+  std::vector<examples::Example> shown;
+  const auto score = vqa::evaluate(trained.model, held_out, trained.grammar, device, options.boards, kEvaluationSeed,
+                                   options.report.empty() ? nullptr : &shown);
+  if (!options.report.empty()) {
+    const auto& model = trained.model->options;
+    examples::write_report(
+        options.report,
+        {.title = "Visual question answering on boards of handwritten digits",
+         .summary = fmt::format("{:.1f} % of questions about held-out boards answered rightly, as the mean over {} kinds.",
+                                100 * score.accuracy(), score.kinds.size()),
+         .facts = {{"text encoder", model.text_encoder ? model.text_encoder->file_name() : model.text},
+                   {"image encoder", model.image_encoder ? model.image_encoder->file_name() : "CNN, trained with the rest"},
+                   {"attention", model.attention ? "cross-attention" : "none: mean pooling"},
+                   {"boards", fmt::format("{}", options.boards)}},
+         .curves = trained.curves,
+         .rates = score.kinds,
+         .confusion = score.confusion,
+         .examples = std::move(shown)});
+  }
+  return score;
+}
+
+examples::Pretrained read_image_encoder(const std::string& path) {
+  if (path.empty()) return nullptr;
+  return examples::Pretrained(path);
+}
+
+examples::Pretrained read_text_encoder(const std::string& path, const vqa::Grammar& grammar) {
+  if (path.empty()) return nullptr;
+  examples::Pretrained encoder(path);
+  if (const auto words = examples::split(encoder->extra_file("vocabulary.txt")); words != grammar.vocabulary()) {
     throw std::runtime_error(
-        fmt::format("there is no folder {} for the picture; choose another with --picture FILE", folder.string()));
+        fmt::format("{}: must know the {} words of the grammar in their order, but has other words: {} in its "
+                    "vocabulary.txt",
+                    path, grammar.vocabulary().size(), words.size()));
   }
+  return encoder;
 }
 
-// Asks one question about each of `count` new boards.
-std::vector<vqa::Answered> ask(vqa::Model& model, const vqa::Digits& digits, int64_t count, const Options& options) {
-  const torch::NoGradGuard no_grad;
-  model->eval();
-  auto generator = at::make_generator<at::CPUGeneratorImpl>(options.seed);
-  const auto batch = vqa::draw_batch(digits, count, /*questions=*/1, generator);
-  const auto on_device = batch.to(torch::Device(options.device));
-  const auto [scores, attention] = model->forward(on_device.boards, on_device.words);  // [B, 1, 10], [B, 1, 36]
-  const auto answers = scores.argmax(-1).cpu();                                        // [B, 1]
-  const auto looked = attention.cpu();
-
-  std::vector<vqa::Answered> answered;
-  for (int64_t i = 0; i < count; ++i) {
-    answered.push_back({vqa::question_text(batch.words[i][0]), batch.cells[i][0].item<int64_t>(), answers[i][0].item<int64_t>(),
-                        batch.answers[i][0].item<int64_t>(), batch.boards[i][0], looked[i][0]});
-  }
-  return answered;
+vqa::Trained make_model(const Options& options) {
+  auto grammar = examples::read_grammar(options.grammar, vqa::question_rules());
+  const vqa::ModelOptions model = {.vocabulary = vqa::Vocabulary(grammar.vocabulary()).size(),
+                                   .text = options.text,
+                                   .attention = !options.mean_pooling,
+                                   .image_encoder = read_image_encoder(options.image_encoder),
+                                   .text_encoder = read_text_encoder(options.text_encoder, grammar)};
+  return {vqa::Model(model), std::move(grammar), {}};
 }
 
-void print(const std::vector<vqa::Answered>& answered) {
-  std::cout << "\nFive questions about boards of held-out digits:\n";
-  for (const auto& one : answered) {
-    std::cout << fmt::format("  {:<28} answer {}   truth {}   {}\n", one.question + "?", one.answer, one.truth,
-                             one.answer == one.truth ? "right" : "WRONG");
-  }
-}
-
-void train_and_show(const Options& options) {
-  check_files(options);
+void train(const Options& options) {
   const auto device = program::apply(options);
-  const auto digits = vqa::load_digits(options.digits);
+  examples::check_folder(options.output);
+  examples::check_folder(options.report);
+  const auto digits = examples::load_digits(options.digits);
+
+  examples::TrainingRun run = {
+      .program = vqa::kProgram, .output = options.output, .unit = "questions", .metadata = {}, .extra = {}};
+  std::optional<examples::Checkpoint> state;
+  if (options.resume) state = examples::read_checkpoint(run.state_path(), vqa::kProgram);
+  auto trained = state ? vqa::make_again(*state) : make_model(options);
+  const auto training =
+      state ? examples::training_of(*state) : examples::TrainerOptions{.steps = options.steps, .seed = options.seed};
+  trained.model->to(device);
+  examples::Trainer trainer(trained.model.ptr(), training);
+  if (state) trainer.load_state(state->tensors);
+
+  run.metadata = vqa::metadata_of(trained.model, trained.grammar);
+  run.extra = vqa::pretrained_of(trained.model);
   std::cout << fmt::format("Training on boards of {} handwritten digits; {} others are held out.\n",
                            digits.training.labels.size(0), digits.held_out.labels.size(0));
+  run.run(trainer, vqa::training_step(trained.model, digits.training, trained.grammar, device));
+  std::cout << "Trained; the checkpoint is " << options.output << ". On boards of held-out digits:\n";
+  trained.curves = trainer.curves();
+  print(evaluate(trained, digits.held_out, device, options));
+}
 
-  vqa::Model model;
-  model->to(device);
-  vqa::ProgressBar bar(options.steps);
-  const auto begin = std::chrono::steady_clock::now();
-  vqa::train(model, digits.training, {.steps = options.steps, .seed = options.seed, .device = device},
-             [&bar](const vqa::Progress& progress) { bar.show(progress); });
-  const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - begin;
-  std::cout << fmt::format("Trained in {:.1f} s.\n", passed.count());
+void ask(const Options& options) {
+  const auto device = program::apply(options);
+  examples::check_folder(options.picture);
+  auto trained = vqa::load_trained(options.checkpoint, device);
+  const auto board = examples::read_board(options.board);  // [1, 24, 24]
+  const auto words = examples::split(options.question);
+  if (words.empty()) throw std::runtime_error("the question has no words");
+  const auto numbers = examples::Vocabulary(trained.grammar.vocabulary()).encode({words});  // [1, T]
 
-  const auto answered = ask(model, digits.held_out, /*count=*/5, options);
-  print(answered);
-  vqa::write_png(options.picture, vqa::draw_answers(answered));
-  std::cout << "They are drawn in " << options.picture << ".\n";
-
-  const auto score = vqa::evaluate(model, digits.held_out, device);
-  const auto figures = fmt::format(
-      "{:.1f} % of {} questions about held-out boards answered rightly, {:.1f} % of the attention in the asked cell",
-      100 * score.accuracy, score.questions, 100 * score.share_in_cell);
-  std::cout << "\n" << figures << ".\n";
-  if (score.accuracy < kWantedAccuracy || score.share_in_cell < kWantedShare) {
-    throw std::runtime_error(
-        fmt::format("{}; at least {:.0f} % and {:.0f} % are wanted", figures, 100 * kWantedAccuracy, 100 * kWantedShare));
+  const torch::NoGradGuard no_grad;
+  const auto answers = trained.model->forward(board.unsqueeze(0).to(device), numbers.unsqueeze(0).to(device));
+  const auto example = vqa::make_example(trained.model, board[0], words, answers, 0, 0, /*truth=*/"");
+  const auto certainty = answers.scores.softmax(-1).max().item<double>();
+  std::cout << fmt::format("{} ({:.0f} %)\n", example.answer, 100 * certainty);
+  if (!options.picture.empty()) {
+    examples::write_png(options.picture, examples::draw_example(example));
+    std::cout << "Where it looked is drawn in " << options.picture << ".\n";
   }
+}
+
+void evaluate(const Options& options) {
+  const auto device = program::apply(options);
+  examples::check_folder(options.report);
+  auto trained = vqa::load_trained(options.checkpoint, device);
+  const auto score = evaluate(trained, examples::load_digits(options.digits).held_out, device, options);
+  if (options.json) {
+    std::cout << as_json(score).dump() << "\n";
+  } else {
+    print(score);
+  }
+}
+
+void draw(const Options& options) {
+  const auto digits = examples::load_digits(options.digits).held_out;
+  vqa::Random random(options.seed);
+  const auto board = examples::board_of(options.cells, digits, random);
+  constexpr int64_t kZoom = 12;
+  examples::write_png(options.board, examples::board_picture(examples::paint({board}, digits)[0][0], kZoom));
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app(
-      "Trains visual question answering on boards of handwritten digits, then shows what it answers and where it looks.",
-      "vqa");
-  app.footer("Example: vqa --seed 1 --threads 2 --picture answers.png");
+  CLI::App app("Visual question answering on boards of handwritten digits.", "vqa");
+  app.require_subcommand(1);
+  app.footer("Example: vqa ask board.png \"what is left of the seven\" --picture answer.png");
   Options options;
-  app.add_option("--steps", options.steps, "training steps")->check(CLI::Range(1, 1000000))->capture_default_str();
-  app.add_option("--digits", options.digits, "the handwritten digits, as scripts/make_digits.py writes them")
-      ->capture_default_str();
-  app.add_option("--picture", options.picture, "where to draw five answers, as PNG")->capture_default_str();
-  program::add_common_options(app, options);
-  return program::run(app, argc, argv, [&] { train_and_show(options); });
+  void (*job)(const Options&) = nullptr;
+  const auto add_command = [&](const char* name, const char* text, const char* example, void (*command)(const Options&)) {
+    auto* added = app.add_subcommand(name, text);
+    added->footer(std::string("Example: ") + example);
+    added->callback([&job, command] { job = command; });
+    program::add_common_options(*added, options);
+    added->add_option("--digits", options.digits, "the handwritten digits, as scripts/make_digits.py writes them")
+        ->capture_default_str();
+    return added;
+  };
+  const auto add_checkpoint = [&](CLI::App* command) {
+    command->add_option("--checkpoint", options.checkpoint, "what `vqa train` wrote")->capture_default_str();
+  };
+  const auto add_report = [&](CLI::App* command) {
+    command->add_option("--report", options.report, "write an HTML page here that shows the evaluation");
+    command
+        ->add_option("--boards", options.boards,
+                     fmt::format("boards to evaluate on, {} questions each", vqa::kQuestionsPerBoard))
+        ->check(CLI::Range(1, 1000000))
+        ->capture_default_str();
+  };
+
+  auto* train_command = add_command("train", "Trains a model and evaluates it on boards of held-out digits.",
+                                    "vqa train --text transformer --output my.safetensors --report my.html", train);
+  train_command->add_option("--output", options.output, "the checkpoint to write")->capture_default_str();
+  auto* resume = train_command->add_flag("--resume", options.resume, "go on with the training of --output that was stopped");
+  for (auto* option :
+       {train_command->add_option("--text", options.text, "the text encoder: rnn or transformer")
+            ->check(CLI::IsMember({"rnn", "transformer"}))
+            ->capture_default_str(),
+        train_command->add_option("--steps", options.steps, "training steps")
+            ->check(CLI::Range(1, 10000000))
+            ->capture_default_str(),
+        train_command->add_option("--grammar", options.grammar, "the questions")->capture_default_str(),
+        train_command->add_option("--image-encoder", options.image_encoder,
+                                  "a TorchScript module to use frozen in place of the CNN; its code is run, so trust it"),
+        train_command->add_option("--text-encoder", options.text_encoder, "the same in place of the text encoder"),
+        train_command->add_flag("--mean-pooling", options.mean_pooling,
+                                "give every place of the image the same weight, to compare")}) {
+    option->excludes(resume);
+  }
+  add_report(train_command);
+
+  auto* ask_command =
+      add_command("ask", "Answers a question about a board.", "vqa ask board.png \"how many digits are there\"", ask);
+  ask_command->add_option("BOARD.png", options.board, "3 x 3 cells; a square picture, its side a multiple of 24 pixels")
+      ->required();
+  ask_command->add_option("QUESTION", options.question, "in the words of the grammar")->required();
+  ask_command->add_option("--picture", options.picture, "draw here, as PNG, where the model looked");
+  add_checkpoint(ask_command);
+
+  auto* evaluate_command = add_command("evaluate", "Answers questions about boards of held-out digits, always the same ones.",
+                                       "vqa evaluate --report evaluation.html", evaluate);
+  add_checkpoint(evaluate_command);
+  add_report(evaluate_command);
+  evaluate_command->add_flag("--json", options.json, "print one JSON object");
+
+  auto* draw_command =
+      add_command("draw", "Draws a board of held-out digits to ask about.", "vqa draw 7-3---1-- board.png", draw);
+  draw_command->add_option("CELLS", options.cells, "nine, row by row, each a digit or -")->required();
+  draw_command->add_option("BOARD.png", options.board, "the picture to write")->required();
+
+  return program::run(app, argc, argv, [&] { job(options); });
 }

@@ -1,74 +1,112 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "model.h"
+#include "vqa/model.h"
 
-#include <torch/nn/modules/activation.h>
-#include <torch/nn/modules/batchnorm.h>
-#include <torch/nn/modules/conv.h>
-#include <torch/nn/modules/pooling.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
 
-#include "board.h"
-#include "questions.h"
+#include <stdexcept>
+
+#include "common/board.h"
+#include "common/image_encoder.h"
+#include "common/vocabulary.h"
+#include "vqa/questions.h"
+#include "vqa/text_encoder.h"
 
 namespace vqa {
 namespace {
 
-constexpr int64_t kWordSize = 32;
-constexpr int64_t kFeatureSize = 64;
-constexpr int64_t kAnswerSize = 64;
+using xattn::CrossAttentionBlock;
+using xattn::CrossAttentionBlockOptions;
+using xattn::CrossAttentionOptions;
 
-torch::nn::Conv2d conv3x3(int64_t from, int64_t to) {
-  return torch::nn::Conv2d(torch::nn::Conv2dOptions(from, to, 3).padding(1).bias(false));  // the norm behind it has a bias
+void check_encoder(bool ok, const examples::Pretrained& encoder, const std::string& expected, const torch::Tensor& found) {
+  if (ok) return;
+  throw std::runtime_error(fmt::format("{}: must make {}, but makes {}", encoder->file_name(), expected, found.sizes()));
 }
 
-// [B, 1, 24, 24] -> [B, 64, 6, 6]. The poolings keep to the borders of the cells, and a feature sees 14x14 pixels: all of its
-// cell and a rim of others, but never all of another cell. So what is attended to is what is read.
-torch::nn::Sequential make_image_encoder() {
-  using namespace torch::nn;
-  return Sequential(conv3x3(1, 32), BatchNorm2d(32), ReLU(), MaxPool2d(2),                        // [B, 32, 12, 12]
-                    conv3x3(32, 64), BatchNorm2d(64), ReLU(),                                     // [B, 64, 12, 12]
-                    conv3x3(64, kFeatureSize), BatchNorm2d(kFeatureSize), ReLU(), MaxPool2d(2));  // [B, 64, 6, 6]
-}
-
-// Normalised queries and keys bound the logits. Without that a softmax may settle wholly on a wrong feature early in training,
-// where no gradient is left to move it away.
-xattn::CrossAttention make_cross_attention() {
-  return xattn::CrossAttention(xattn::CrossAttentionOptions(/*dim_query=*/kWordSize,
-                                                            /*dim_key=*/kFeatureSize,
-                                                            /*dim_value=*/kFeatureSize,
-                                                            /*dim_output=*/kAnswerSize)
-                                   .qk_norm(xattn::NormKind::rms));
+CrossAttentionBlock make_block(const ModelOptions& options) {
+  constexpr auto E = ModelImpl::kFeatures;
+  auto attention = CrossAttentionOptions(E, E, E, E).num_heads(ModelImpl::kHeads);
+  if (!options.attention) attention.scale(0);  // logits of zero: all weights alike
+  return CrossAttentionBlock(CrossAttentionBlockOptions(attention).feed_forward(2 * E));
 }
 
 }  // namespace
 
-void ModelImpl::reset() {
-  image_encoder = register_module("image_encoder", make_image_encoder());
-  // The vector of word 0, the padding, is zero and stays zero: it adds nothing to the sum of the words.
-  word_embedding = register_module(
-      "word_embedding", torch::nn::Embedding(torch::nn::EmbeddingOptions(vocabulary_size(), kWordSize).padding_idx(0)));
-  position = register_parameter("position", torch::randn({kFeatures, kFeatureSize}));
-  cross_attention = register_module("cross_attention", make_cross_attention());
-  classifier = register_module("classifier", torch::nn::Linear(kAnswerSize, kDigitKinds));
+ModelImpl::ModelImpl(const ModelOptions& options) : options(options) {
+  make_image_encoder();
+  make_text_encoder();
+  for (int64_t i = 0; i < kBlocks; ++i) {
+    blocks.push_back(register_module(fmt::format("block{}", i), make_block(options)));
+  }
+  norm = register_module("norm", xattn::Norm(xattn::NormKind::layer, kFeatures));
+  reader = register_parameter("reader", torch::randn({1, kFeatures}));
+  read_out = register_module("read_out", make_block({.vocabulary = options.vocabulary}));
+  classifier = register_module("classifier", torch::nn::Linear(kFeatures, kAnswers.size()));
 }
 
-std::tuple<torch::Tensor, torch::Tensor> ModelImpl::forward(const torch::Tensor& boards, const torch::Tensor& words) {
-  const auto grid = image_encoder->forward(boards);                     // [B, 64, 6, 6]
-  const auto features = grid.flatten(2).transpose(1, 2);                // [B, 36, 64]
-  const auto question = word_embedding->forward(words).sum(/*dim=*/2);  // [B, Q, 5, 32] -> [B, Q, 32]
-  const auto [found, attention] = cross_attention->forward(question, /*key=*/features + position, /*value=*/features);
-  return {classifier->forward(found.relu()), attention};
+void ModelImpl::make_image_encoder() {
+  auto encoder = options.image_encoder;
+  if (encoder) {
+    image_encoder = torch::nn::AnyModule(encoder);
+    const auto features = encoder->forward(torch::zeros({1, 1, examples::kBoardSize, examples::kBoardSize}));
+    check_encoder(features.dim() == 4 && features.size(0) == 1, encoder, "features [B, C, h, w] of boards [B, 1, 24, 24]",
+                  features);
+    rows = features.size(2);
+    columns = features.size(3);
+    image_projection = register_module("image_projection", torch::nn::Linear(features.size(1), kFeatures));
+  } else {
+    image_encoder = torch::nn::AnyModule(examples::ImageEncoder(kFeatures));
+    register_module("image_encoder", image_encoder.ptr());
+    rows = columns = 3;
+  }
+  position = register_parameter("position", torch::randn({rows * columns, kFeatures}));
 }
 
-torch::Tensor share_in_cell(const torch::Tensor& attention, const torch::Tensor& cells) {
-  const auto B = attention.size(0);
-  const auto Q = attention.size(1);
-  constexpr auto n = kCellsPerSide;
-  constexpr auto m = kFeaturesPerSide / kCellsPerSide;
-  const auto of_cells = attention
-                            .reshape({B, Q, n, m, n, m})     // [B, Q, cell row, y, cell column, x]
-                            .sum(torch::IntArrayRef{3, 5})   // [B, Q, 3, 3]
-                            .flatten(2);                     // [B, Q, 9]
-  return of_cells.gather(2, cells.unsqueeze(2)).squeeze(2);  // [B, Q]
+void ModelImpl::make_text_encoder() {
+  auto encoder = options.text_encoder;
+  if (encoder) {
+    text_encoder = torch::nn::AnyModule(encoder);
+    const auto words = torch::full({1, 3}, examples::Vocabulary::kEnd, torch::kInt64);
+    const auto states = encoder->forward(words);
+    check_encoder(states.dim() == 3 && states.size(0) == 1 && states.size(1) == 3, encoder, "states [N, T, C] of words [N, T]",
+                  states);
+    text_projection = register_module("text_projection", torch::nn::Linear(states.size(2), kFeatures));
+    return;
+  }
+  if (options.text == "rnn") {
+    text_encoder = torch::nn::AnyModule(RnnEncoder(options.vocabulary, kFeatures));
+  } else if (options.text == "transformer") {
+    text_encoder = torch::nn::AnyModule(TransformerEncoder(options.vocabulary, kFeatures));
+  } else {
+    throw std::runtime_error(fmt::format("the text encoder must be rnn or transformer, but is '{}'", options.text));
+  }
+  register_module("text_encoder", text_encoder.ptr());
+}
+
+Answers ModelImpl::forward(const torch::Tensor& boards, const torch::Tensor& words) {
+  const auto B = words.size(0);
+  const auto Q = words.size(1);
+  const auto T = words.size(2);
+  auto context = examples::to_context(image_encoder.forward<torch::Tensor>(boards));  // [B, Lk, 64]
+  if (image_projection) context = image_projection->forward(context);
+  context = context + position;
+
+  const auto sentences = words.flatten(0, 1);               // [B * Q, T]
+  auto x = text_encoder.forward<torch::Tensor>(sentences);  // [B * Q, T, 64]
+  if (text_projection) x = text_projection->forward(x);
+
+  // All questions about one image are queries of the same batch entry, so that the image is not copied for each.
+  x = x.reshape({B, Q * T, kFeatures});
+  torch::Tensor weights;  // [B, Q * T, Lk]
+  for (auto& block : blocks) std::tie(x, weights) = block->forward(x, context, context);
+  x = norm->forward(x).view({B * Q, T, kFeatures});
+
+  const auto real = xattn::Mask::key_padding(sentences.ne(examples::Vocabulary::kPadding));
+  const auto [answer, share] =
+      read_out->forward(reader.expand({B * Q, 1, kFeatures}), x, x, real);  // [B*Q, 1, 64], [B*Q, 1, T]
+  weights = weights.view({B * Q, T, -1});
+  return {classifier->forward(answer).view({B, Q, -1}), weights.view({B, Q, T, -1}), share.matmul(weights).view({B, Q, -1})};
 }
 
 }  // namespace vqa

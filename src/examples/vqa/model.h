@@ -1,51 +1,76 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <torch/nn/cloneable.h>
-#include <torch/nn/modules/container/sequential.h>
-#include <torch/nn/modules/embedding.h>
+#include <torch/nn/module.h>
+#include <torch/nn/modules/container/any.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
-#include <xattn/cross_attention.h>
+#include <xattn/block.h>
+#include <xattn/norm.h>
 
 #include <cstdint>
-#include <tuple>
+#include <string>
+#include <vector>
+
+#include "common/pretrained.h"
 
 namespace vqa {
 
-/// Features of a board: a grid of 6x6, so that each cell has 2x2 of its own.
-inline constexpr int64_t kFeaturesPerSide = 6;
-inline constexpr int64_t kFeatures = kFeaturesPerSide * kFeaturesPerSide;
+struct ModelOptions {
+  int64_t vocabulary;        ///< numbers of words in use
+  std::string text = "rnn";  ///< or "transformer"
+  bool attention = true;  ///< false: every place of the image gets the same weight, which leaves mean pooling, to compare with
+  examples::Pretrained image_encoder = nullptr;  ///< used frozen in place of the CNN
+  examples::Pretrained text_encoder = nullptr;   ///< used frozen in place of the one that `text` names
+};
 
-/// Visual question answering: a question attends to an image, and what it finds there is classified.
+/// What the model says of some questions, and where it looked.
+struct Answers {
+  torch::Tensor scores;          ///< [B, Q, 13], one for each of kAnswers
+  torch::Tensor word_weights;    ///< [B, Q, T, Lk]: where each word looked in the last block. The heads' mean.
+  torch::Tensor answer_weights;  ///< [B, Q, Lk]: where the answer came from, words weighed as they are read out
+};
+
+/// Visual question answering. The text asks the image: each word of a question is a query, the places of the image are the context.
 ///
-///   features = CNN(board)                              [B, 36, 64]    the context
-///   question = sum of its words' vectors               [B, Q, 32]     the query; the Q questions of a board share its context
-///   found    = attention(question, key = features + position, value = features)     [B, Q, 64]
-///   scores   = Linear(relu(found))                     [B, Q, 10]
+///   context   = CNN(board) + position                       [B, 9, 64]
+///   question  = text encoder(words)                         [B, Q, T, 64]
+///   question  = two cross-attention blocks of the question over the context
+///   answer    = classifier(one more block, of one learned query over the words)
 ///
-/// Only the keys know positions, as in DETR (Carion et al., 2020, https://arxiv.org/abs/2005.12872): where to look depends on
-/// the place, what is read there does not.
-class ModelImpl : public torch::nn::Cloneable<ModelImpl> {
+/// An image is encoded once, whatever the number of questions. No loss sees the attention.
+class ModelImpl : public torch::nn::Module {
  public:
-  ModelImpl() { reset(); }
+  static constexpr int64_t kFeatures = 64;
+  static constexpr int64_t kHeads = 4;
+  static constexpr int64_t kBlocks = 2;
 
-  void reset() override;
+  /// Throws std::runtime_error, naming the file, if a pretrained encoder does not make what this model needs.
+  explicit ModelImpl(const ModelOptions& options);
 
-  /// boards [B, 1, 24, 24], words int64 [B, Q, 5] -> scores of the ten digits [B, Q, 10], attention weights [B, Q, 36].
-  std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& boards, const torch::Tensor& words);
+  /// boards [B, 1, 24, 24], words int64 [B, Q, T], padded with 0 behind.
+  Answers forward(const torch::Tensor& boards, const torch::Tensor& words);
 
-  torch::nn::Sequential image_encoder{nullptr};
-  torch::nn::Embedding word_embedding{nullptr};
-  torch::Tensor position;  ///< [36, 64], learned
-  xattn::CrossAttention cross_attention{nullptr};
+  ModelOptions options;
+  int64_t rows = 0;  ///< of the grid of the context
+  int64_t columns = 0;
+
+  torch::nn::AnyModule image_encoder;
+  torch::nn::Linear image_projection{nullptr};  ///< from the width of a pretrained encoder; empty without one
+  torch::Tensor position;                       ///< [Lk, 64], learned
+  torch::nn::AnyModule text_encoder;
+  torch::nn::Linear text_projection{nullptr};
+  std::vector<xattn::CrossAttentionBlock> blocks;
+  xattn::Norm norm{nullptr};
+  torch::Tensor reader;  ///< [1, 64], the learned query
+  xattn::CrossAttentionBlock read_out{nullptr};
   torch::nn::Linear classifier{nullptr};
+
+ private:
+  void make_image_encoder();
+  void make_text_encoder();
 };
 TORCH_MODULE(Model);
-
-/// The share of the attention that falls into the asked cells.
-/// attention [B, Q, 36], cells int64 [B, Q] -> [B, Q], from 0 to 1.
-torch::Tensor share_in_cell(const torch::Tensor& attention, const torch::Tensor& cells);
 
 }  // namespace vqa

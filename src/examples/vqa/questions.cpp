@@ -1,81 +1,251 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "questions.h"
+#include "vqa/questions.h"
 
 #include <algorithm>
-#include <array>
-#include <sstream>
-#include <vector>
+#include <numeric>
+#include <utility>
 
 namespace vqa {
 namespace {
 
-// For each cell, ways to ask which digit is there. "Middle" means a row or a column, as the other words have it.
-constexpr std::array<std::array<const char*, 4>, 9> kPhrases = {{
-    {"top left", "upper left", "left of the top row", "top of the left column"},
-    {"top middle", "upper centre", "middle of the top row", "top of the middle column"},
-    {"top right", "upper right", "right of the top row", "top of the right column"},
-    {"middle left", "left of centre", "left of the middle row", "middle of the left column"},
-    {"middle", "centre", "middle of the middle row", "centre of the board"},
-    {"middle right", "right of centre", "right of the middle row", "middle of the right column"},
-    {"bottom left", "lower left", "left of the bottom row", "bottom of the left column"},
-    {"bottom middle", "lower centre", "middle of the bottom row", "bottom of the middle column"},
-    {"bottom right", "lower right", "right of the bottom row", "bottom of the right column"},
-}};
+using examples::kCells;
+using examples::kCellsPerSide;
+using examples::kEmpty;
 
-constexpr int64_t kLongest = 5;  // words
+using Places = std::vector<int64_t>;
 
-struct PhraseBook {
-  std::vector<std::string> vocabulary = {""};  // the words in the order of their first use, after the padding
-  torch::Tensor words;                         // int64 [9, 4, 5]
-};
-
-int64_t word_number(const std::string& word, std::vector<std::string>& vocabulary) {
-  const auto known = std::find(vocabulary.begin(), vocabulary.end(), word);
-  const auto number = known - vocabulary.begin();
-  if (known == vocabulary.end()) {
-    vocabulary.push_back(word);
-  }
-  return number;
+int64_t digit_in(const Board& board, int64_t cell) {
+  return board.digits.at(static_cast<size_t>(cell));
 }
 
-PhraseBook make_book() {
-  PhraseBook book;
-  book.words = torch::zeros({kPhrases.size(), kPhrases[0].size(), kLongest}, torch::kInt64);
-  auto words = book.words.accessor<int64_t, 3>();
-  for (size_t cell = 0; cell < kPhrases.size(); ++cell) {
-    for (size_t phrase = 0; phrase < kPhrases[cell].size(); ++phrase) {
-      std::istringstream stream(kPhrases[cell][phrase]);
-      std::string word;
-      for (int64_t place = 0; stream >> word; ++place) {
-        words[cell][phrase][place] = word_number(word, book.vocabulary);
+Places all_cells() {
+  Places cells(kCells);
+  std::iota(cells.begin(), cells.end(), 0);
+  return cells;
+}
+
+// The cells of a line, or of the whole board.
+Places cells_of(std::optional<int64_t> line) {
+  if (!line) return all_cells();
+  const auto& cells = examples::board_lines().at(static_cast<size_t>(*line));
+  return {cells.begin(), cells.end()};
+}
+
+Places filled(const Board& board, Places cells) {
+  std::erase_if(cells, [&](int64_t cell) { return digit_in(board, cell) == kEmpty; });
+  return cells;
+}
+
+Places digits_in(const Board& board, std::optional<int64_t> line) {
+  auto digits = filled(board, cells_of(line));
+  for (auto& digit : digits) digit = digit_in(board, digit);
+  return digits;
+}
+
+int64_t count(const Places& places, int64_t value) {
+  return std::ranges::count(places, value);
+}
+
+// The cell on this side, or nothing at the edge.
+std::optional<int64_t> neighbour(int64_t cell, int64_t side) {
+  constexpr std::array<std::pair<int64_t, int64_t>, 4> kSteps = {{{0, -1}, {0, 1}, {-1, 0}, {1, 0}}};  // rows, columns
+  const auto [down, right] = kSteps.at(static_cast<size_t>(side));
+  const auto row = cell / kCellsPerSide + down;
+  const auto column = cell % kCellsPerSide + right;
+  if (std::min(row, column) < 0 || std::max(row, column) >= kCellsPerSide) return std::nullopt;
+  return row * kCellsPerSide + column;
+}
+
+int64_t digit_or_nothing(const Board& board, std::optional<int64_t> cell) {
+  return cell && digit_in(board, *cell) != kEmpty ? digit_in(board, *cell) : kNothing;
+}
+
+int64_t yes_or_no(bool yes) {
+  return yes ? kYes : kNo;
+}
+
+Places non_empty_lines(const Board& board) {
+  Places lines = {0, 1, 2, 3, 4, 5};
+  std::erase_if(lines, [&](int64_t line) { return digits_in(board, line).empty(); });
+  return lines;
+}
+
+std::optional<Meaning> draw_place(const Board& board, Random& random) {
+  const bool empty = random.once_in(8);
+  auto cells = all_cells();
+  std::erase_if(cells, [&](int64_t cell) { return (digit_in(board, cell) == kEmpty) != empty; });
+  return Meaning{.kind = Kind::place, .cell = random.pick(cells)};
+}
+
+std::optional<Meaning> draw_relation(const Board& board, Random& random) {
+  const auto digits = digits_in(board, {});
+  std::vector<Meaning> with_neighbour;
+  std::vector<Meaning> without;
+  for (const auto cell : filled(board, all_cells())) {
+    const auto digit = digit_in(board, cell);
+    if (count(digits, digit) > 1) continue;
+    for (int64_t side = 0; side < 4; ++side) {
+      const bool found = digit_or_nothing(board, neighbour(cell, side)) != kNothing;
+      (found ? with_neighbour : without).push_back({.kind = Kind::relation, .side = side, .digit = digit});
+    }
+  }
+  if (with_neighbour.empty() && without.empty()) return std::nullopt;
+  if (with_neighbour.empty()) return random.pick(without);
+  return random.pick(random.once_in(8) && !without.empty() ? without : with_neighbour);
+}
+
+std::optional<Meaning> draw_count(bool with_line, bool with_parity, Random& random) {
+  Meaning meaning = {.kind = Kind::count};
+  if (with_line) meaning.line = random.below(6);
+  if (with_parity) meaning.parity = random.below(2);
+  return meaning;
+}
+
+std::optional<Meaning> draw_exist(const Board& board, bool with_line, bool want_yes, Random& random) {
+  Meaning meaning = {.kind = Kind::exist};
+  if (with_line) meaning.line = want_yes ? random.pick(non_empty_lines(board)) : random.below(6);
+  const auto here = digits_in(board, meaning.line);
+  const auto anywhere = digits_in(board, {});
+  if (want_yes) {
+    meaning.digit = random.pick(here);
+    return meaning;
+  }
+  Places elsewhere = anywhere;
+  std::erase_if(elsewhere, [&](int64_t digit) { return count(here, digit) > 0; });
+  Places nowhere = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9};
+  std::erase_if(nowhere, [&](int64_t digit) { return count(anywhere, digit) > 0; });
+  meaning.digit = random.pick(!elsewhere.empty() && random.once_in(2) ? elsewhere : nowhere);
+  return meaning;
+}
+
+std::optional<Meaning> draw_compare(const Board& board, bool want_yes, Random& random) {
+  const auto cells = filled(board, all_cells());
+  std::vector<Meaning> wanted;
+  for (const auto cell : cells) {
+    for (const auto other : cells) {
+      if (digit_in(board, cell) == digit_in(board, other)) continue;
+      for (int64_t order = 0; order < 2; ++order) {
+        const Meaning meaning = {.kind = Kind::compare, .cell = cell, .other_cell = other, .order = order};
+        if (answer(board, meaning) == yes_or_no(want_yes)) wanted.push_back(meaning);
       }
     }
   }
-  return book;
+  if (wanted.empty()) return std::nullopt;
+  return random.pick(wanted);
 }
 
-const PhraseBook& book() {
-  static const auto made = make_book();
-  return made;
+std::optional<Meaning> draw_extreme(Kind kind, const Board& board, bool with_line, Random& random) {
+  Meaning meaning = {.kind = kind};
+  if (with_line) meaning.line = random.pick(non_empty_lines(board));
+  return meaning;
+}
+
+bool has(const Grammar::Form& form, const std::string& slot) {
+  return std::ranges::count(form.slots, slot) > 0;
+}
+
+std::optional<Meaning> draw_meaning(Kind kind, const Board& board, bool want_yes, const Grammar::Form& form, Random& random) {
+  switch (kind) {
+    case Kind::place: return draw_place(board, random);
+    case Kind::relation: return draw_relation(board, random);
+    case Kind::count: return draw_count(has(form, "line"), has(form, "parity"), random);
+    case Kind::exist: return draw_exist(board, has(form, "line"), want_yes, random);
+    case Kind::compare: return draw_compare(board, want_yes, random);
+    case Kind::largest:
+    case Kind::smallest: return draw_extreme(kind, board, has(form, "line"), random);
+  }
+  return std::nullopt;
+}
+
+// What each slot of the form stands for, in order.
+std::vector<int64_t> values_of(const Grammar::Form& form, const Meaning& meaning) {
+  std::vector<int64_t> values;
+  bool first_cell = true;
+  for (const auto& slot : form.slots) {
+    if (slot == "cell") {
+      values.push_back((std::exchange(first_cell, false) ? meaning.cell : meaning.other_cell).value());
+    } else {
+      values.push_back((slot == "line"     ? meaning.line
+                        : slot == "side"   ? meaning.side
+                        : slot == "digit"  ? meaning.digit
+                        : slot == "parity" ? meaning.parity
+                                           : meaning.order)
+                           .value());
+    }
+  }
+  return values;
 }
 
 }  // namespace
 
-int64_t vocabulary_size() {
-  return static_cast<int64_t>(book().vocabulary.size());
-}
-
-const torch::Tensor& question_words() {
-  return book().words;
-}
-
-std::string question_text(const torch::Tensor& words) {
-  std::string text;
-  for (int64_t place = 0; place < words.size(0); ++place) {
-    const auto& word = book().vocabulary.at(words[place].item<int64_t>());
-    text += (text.empty() || word.empty() ? "" : " ") + word;
+int64_t answer(const Board& board, const Meaning& meaning) {
+  const auto digits = digits_in(board, meaning.line);
+  switch (meaning.kind) {
+    case Kind::place: return digit_or_nothing(board, meaning.cell);
+    case Kind::relation: {
+      const auto found = std::ranges::find(board.digits, meaning.digit.value());
+      return digit_or_nothing(board, neighbour(found - board.digits.begin(), meaning.side.value()));
+    }
+    case Kind::count:
+      return std::ranges::count_if(digits, [&](int64_t digit) { return !meaning.parity || digit % 2 == *meaning.parity; });
+    case Kind::exist: return yes_or_no(count(digits, meaning.digit.value()) > 0);
+    case Kind::compare: {
+      const auto difference = digit_in(board, meaning.cell.value()) - digit_in(board, meaning.other_cell.value());
+      return yes_or_no(meaning.order == 0 ? difference > 0 : difference < 0);
+    }
+    case Kind::largest: return std::ranges::max(digits);
+    case Kind::smallest: return std::ranges::min(digits);
   }
-  return text;
+  return kNothing;
+}
+
+const examples::GrammarRules& question_rules() {
+  static const examples::GrammarRules rules = {
+      .slots = {{"cell", {"0", "1", "2", "3", "4", "5", "6", "7", "8"}},
+                {"line", {"0", "1", "2", "3", "4", "5"}},
+                {"side", {"left", "right", "above", "below"}},
+                {"digit", {"0", "1", "2", "3", "4", "5", "6", "7", "8", "9"}},
+                {"parity", {"even", "odd"}},
+                {"order", {"larger", "smaller"}}},
+      .kinds = {{"place", {{"cell"}}},
+                {"relation", {{"digit", "side"}}},
+                {"count", {{}, {"line"}, {"parity"}}},
+                {"exist", {{"digit"}, {"digit", "line"}}},
+                {"compare", {{"cell", "cell", "order"}}},
+                {"largest", {{}, {"line"}}},
+                {"smallest", {{}, {"line"}}}},
+  };
+  return rules;
+}
+
+std::optional<Question> draw_question(Kind kind, const Board& board, bool want_yes, const Grammar& grammar, Random& random) {
+  const auto& form = random.pick(grammar.forms(kKinds.at(static_cast<size_t>(kind))));
+  const auto meaning = draw_meaning(kind, board, want_yes, form, random);
+  if (!meaning) return std::nullopt;
+  return Question{*meaning, grammar.say(form, values_of(form, *meaning), random), answer(board, *meaning)};
+}
+
+Batch draw_batch(const Digits& digits, const Grammar& grammar, int64_t boards, Random& random) {
+  using examples::kFewestDigits;
+  using examples::kMostDigits;
+  Batch batch;
+  while (static_cast<int64_t>(batch.drawn.size()) < boards) {
+    const auto count = kFewestDigits + random.below(kMostDigits - kFewestDigits + 1);
+    // On few boards, as on one of two equal digits, a kind has no sensible question: draw another of as many digits.
+    for (bool complete = false; !complete;) {
+      const auto board = draw_board(digits, count, random);
+      std::vector<Question> questions;
+      for (int64_t i = 0; i < kQuestionsPerBoard; ++i) {
+        auto question = draw_question(static_cast<Kind>(i / 2), board, /*want_yes=*/i % 2 == 0, grammar, random);
+        if (question) questions.push_back(std::move(*question));
+      }
+      complete = static_cast<int64_t>(questions.size()) == kQuestionsPerBoard;
+      if (!complete) continue;
+      batch.drawn.push_back(board);
+      batch.questions.push_back(std::move(questions));
+    }
+  }
+  return batch;
 }
 
 }  // namespace vqa

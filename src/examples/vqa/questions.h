@@ -1,20 +1,81 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <torch/types.h>
-
+#include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <vector>
+
+#include "common/board.h"
+#include "common/grammar.h"
+#include "common/random.h"
 
 namespace vqa {
 
-/// Different words that the questions are made of, and one more: word 0 is padding, at the end of the shorter questions.
-int64_t vocabulary_size();
+using examples::Board;
+using examples::Digits;
+using examples::Grammar;
+using examples::Random;
+using examples::Words;
 
-/// Every question that can be asked, as words: int64 [9 cells, 4 phrases, 5 words]. Cells are counted row by row.
-const torch::Tensor& question_words();
+enum class Kind {
+  place,     ///< what is in this cell
+  relation,  ///< what stands next to this digit, of which there is one
+  count,     ///< how many digits there are: on the board, in a line, or of this parity
+  exist,     ///< whether there is such a digit, on the board or in a line
+  compare,   ///< whether the digit in one cell is larger, or smaller, than the one in another
+  largest,   ///< on the board or in a line
+  smallest,  ///< likewise
+};
 
-/// The question as text. words: int64 [5].
-std::string question_text(const torch::Tensor& words);
+/// In the order of Kind; the kinds of the grammar.
+inline constexpr std::array<const char*, 7> kKinds = {"place", "relation", "count", "exist", "compare", "largest", "smallest"};
+
+/// All answers there are. A count and a digit of the same number are the same answer.
+inline constexpr std::array<const char*, 13> kAnswers = {"zero",  "one",   "two",  "three", "four", "five",   "six",
+                                                         "seven", "eight", "nine", "yes",   "no",   "nothing"};
+inline constexpr int64_t kYes = 10;
+inline constexpr int64_t kNo = 11;
+inline constexpr int64_t kNothing = 12;
+
+/// What a question asks, whatever its words. What its kind and form do not need stays empty.
+struct Meaning {
+  Kind kind;
+  std::optional<int64_t> cell = {};        ///< 0 to 8, row by row
+  std::optional<int64_t> other_cell = {};  ///< of a comparison: the second
+  std::optional<int64_t> line = {};        ///< rows 0 to 2, columns 3 to 5
+  std::optional<int64_t> side = {};        ///< 0 left, 1 right, 2 above, 3 below
+  std::optional<int64_t> digit = {};
+  std::optional<int64_t> parity = {};  ///< 0 even, 1 odd
+  std::optional<int64_t> order = {};   ///< 0 larger, 1 smaller
+};
+
+/// The answer, a place in kAnswers. REQUIRES: the question has one on this board: the digit of a relation is there once, compared
+/// cells hold digits that differ, there is a digit to be the largest or smallest.
+int64_t answer(const Board& board, const Meaning& meaning);
+
+struct Question {
+  Meaning meaning;
+  Words words;
+  int64_t answer;
+};
+
+/// What vqa understands of its grammar; see data/questions.txt.
+const examples::GrammarRules& question_rules();
+
+/// A question of this kind about the board, drawn at random; nothing if none has a sensible answer. Questions of yes or no get the
+/// answer that is wanted, so that a batch can hold as many of either. Of places and neighbours one in eight is an empty one.
+std::optional<Question> draw_question(Kind kind, const Board& board, bool want_yes, const Grammar& grammar, Random& random);
+
+/// B boards, and Q questions about each: two of every kind, yes and no as often.
+struct Batch {
+  std::vector<Board> drawn;                      ///< B
+  std::vector<std::vector<Question>> questions;  ///< B times Q
+};
+inline constexpr int64_t kQuestionsPerBoard = 2 * static_cast<int64_t>(kKinds.size());
+
+/// Boards of 2 to 6 digits, each number as often as the others.
+Batch draw_batch(const Digits& digits, const Grammar& grammar, int64_t boards, Random& random);
 
 }  // namespace vqa

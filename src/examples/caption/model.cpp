@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "caption/model.h"
+
+#include <fmt/format.h>
+
+#include "common/board.h"
+#include "common/vocabulary.h"
+
+namespace caption {
+namespace {
+
+using examples::Vocabulary;
+using xattn::AttentionWeights;
+using xattn::CrossAttentionBlock;
+using xattn::CrossAttentionBlockOptions;
+using xattn::CrossAttentionOptions;
+
+CrossAttentionBlockOptions block_options(int64_t features, int64_t heads, AttentionWeights weights) {
+  return CrossAttentionBlockOptions(
+             CrossAttentionOptions(features, features, features, features).num_heads(heads).attention_weights(weights))
+      .norm_placement(xattn::NormPlacement::after);
+}
+
+}  // namespace
+
+DecoderLayerImpl::DecoderLayerImpl(int64_t features, int64_t heads) {
+  self_attention = register_module("self_attention",
+                                   CrossAttentionBlock(block_options(features, heads, AttentionWeights::none).feed_forward(0)));
+  cross_attention =
+      register_module("cross_attention",
+                      CrossAttentionBlock(block_options(features, heads, AttentionWeights::mean).feed_forward(2 * features)));
+}
+
+std::tuple<torch::Tensor, torch::Tensor> DecoderLayerImpl::forward(const torch::Tensor& x,
+                                                                   const xattn::Mask& mask,
+                                                                   const xattn::Context& image) {
+  const auto B = x.size(0);
+  const auto n = x.size(1);
+  const auto T = x.size(2);
+  const auto sentences = x.flatten(0, 1);  // [B * n, T, E]
+  const auto heard = std::get<0>(self_attention->forward(sentences, sentences, sentences, mask));
+  // All sentences about one image are queries of the same batch entry, so that the image is not copied for each.
+  const auto [seen, weights] = cross_attention->attend(heard.reshape({B, n * T, -1}), image);
+  return {seen.view({B, n, T, -1}), weights.view({B, n, T, -1})};
+}
+
+ModelImpl::ModelImpl(const ModelOptions& options) : options(options) {
+  image_encoder = register_module("image_encoder", examples::ImageEncoder(kFeatures));
+  place = register_parameter("place", torch::randn({examples::kCells, kFeatures}));
+  embedding = register_module(
+      "embedding",
+      torch::nn::Embedding(torch::nn::EmbeddingOptions(options.vocabulary, kFeatures).padding_idx(Vocabulary::kPadding)));
+  position = register_parameter("position", torch::randn({options.longest + 1, kFeatures}));
+  for (int64_t i = 0; i < kLayers; ++i) {
+    layers.push_back(register_module(fmt::format("layer{}", i), DecoderLayer(kFeatures, kHeads)));
+  }
+  classifier = register_module("classifier", torch::nn::Linear(kFeatures, options.vocabulary));
+  recogniser = register_module("recogniser", torch::nn::Linear(kFeatures, examples::kDigitKinds + 1));
+}
+
+torch::Tensor ModelImpl::see(const torch::Tensor& boards) {
+  return examples::to_context(image_encoder->forward(boards));
+}
+
+std::vector<xattn::Context> ModelImpl::look(const torch::Tensor& features) {
+  const auto places = features + place;  // [B, 9, 96]
+  std::vector<xattn::Context> images;
+  for (auto& layer : layers) images.push_back(layer->cross_attention->context(places, places));
+  return images;
+}
+
+std::tuple<torch::Tensor, torch::Tensor> ModelImpl::tell(const torch::Tensor& words,
+                                                         const std::vector<xattn::Context>& images) {
+  const auto mask = xattn::Mask::causal(xattn::CausalAlignment::upper_left) &
+                    xattn::Mask::key_padding(words.flatten(0, 1).ne(Vocabulary::kPadding));
+  auto x = embedding->forward(words) + position.narrow(0, 0, words.size(2));  // [B, n, T, E]
+  torch::Tensor weights;                                                      // [B, n, T, 9]
+  for (size_t i = 0; i < layers.size(); ++i) std::tie(x, weights) = layers[i]->forward(x, mask, images.at(i));
+  return {classifier->forward(x), weights};
+}
+
+torch::Tensor ModelImpl::recognise(const torch::Tensor& features) {
+  return recogniser->forward(features.detach());
+}
+
+}  // namespace caption

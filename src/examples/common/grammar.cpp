@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "grammar.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <cctype>
+#include <fstream>
+#include <iterator>
+#include <sstream>
+#include <stdexcept>
+
+namespace examples {
+namespace {
+
+Words split_at_spaces(const std::string& text) {
+  std::istringstream stream(text);
+  return {std::istream_iterator<std::string>(stream), {}};
+}
+
+std::vector<Words> split_phrases(const std::string& text) {
+  std::vector<Words> phrases;
+  std::istringstream stream(text);
+  for (std::string phrase; std::getline(stream, phrase, '|');) phrases.push_back(split_at_spaces(phrase));
+  return phrases;
+}
+
+bool is_slot(const std::string& word) {
+  return word.starts_with('{') && word.ends_with('}');
+}
+
+std::string slot_name(const std::string& word) {
+  return word.substr(1, word.size() - 2);
+}
+
+template <typename Map>
+std::string names(const Map& map) {
+  std::vector<std::string> all;
+  for (const auto& [name, value] : map) all.push_back(name);
+  return fmt::format("{}", fmt::join(all, ", "));
+}
+
+std::string meanings(const std::vector<std::vector<std::string>>& all) {
+  std::vector<std::string> each;
+  for (const auto& slots : all) each.push_back(slots.empty() ? "none" : fmt::format("{{{}}}", fmt::join(slots, "} {")));
+  return fmt::format("{}", fmt::join(each, ", or "));
+}
+
+}  // namespace
+
+Words split(const std::string& text) {
+  std::string spaced;
+  for (const char c : text) {
+    const auto character = static_cast<unsigned char>(c);
+    if (c == ',') {
+      spaced += " , ";
+    } else if (std::isspace(character) || std::isalnum(character) || character >= 0x80) {
+      spaced += static_cast<char>(std::tolower(character));
+    } else {
+      spaced += ' ';
+    }
+  }
+  return split_at_spaces(spaced);
+}
+
+std::string join(const Words& words) {
+  std::string text;
+  for (const auto& word : words) text += (text.empty() || word == "," ? "" : " ") + word;
+  return text;
+}
+
+Grammar::Grammar(std::string text, const std::string& name, const GrammarRules& rules) : text_(std::move(text)) {
+  for (const auto& [slot, values] : rules.slots) phrases_[slot].resize(values.size());
+  for (const auto& [kind, allowed] : rules.kinds) forms_[kind];
+
+  Words of_phrases;
+  Words of_forms;
+  int64_t number = 0;
+  const auto check = [&](bool ok, const std::string& message) {
+    if (!ok) throw std::runtime_error(fmt::format("{}:{}: {}", name, number, message));
+  };
+
+  const auto add_phrases = [&](const Words& head, const std::string& body) {
+    const auto slot = rules.slots.find(head[1]);
+    check(slot != rules.slots.end(), fmt::format("the slot must be one of {}, but is '{}'", names(rules.slots), head[1]));
+    const auto value = std::ranges::find(slot->second, head[2]);
+    check(value != slot->second.end(),
+          fmt::format("the value of {} must be one of {}, but is '{}'", head[1], fmt::join(slot->second, ", "), head[2]));
+    for (auto& phrase : split_phrases(body)) {
+      check(!phrase.empty(), "a phrase is empty");
+      of_phrases.insert(of_phrases.end(), phrase.begin(), phrase.end());
+      phrases_[head[1]].at(static_cast<size_t>(value - slot->second.begin())).push_back(std::move(phrase));
+    }
+  };
+
+  const auto add_form = [&](const std::string& kind, const std::string& body) {
+    const auto rule = rules.kinds.find(kind);
+    check(rule != rules.kinds.end(), fmt::format("the kind must be one of {}, but is '{}'", names(rules.kinds), kind));
+    Form form = {split_at_spaces(body), {}};
+    check(!form.words.empty(), "the form is empty");
+    for (const auto& word : form.words) {
+      is_slot(word) ? form.slots.push_back(slot_name(word)) : of_forms.push_back(word);
+    }
+    auto sorted = form.slots;
+    std::ranges::sort(sorted);
+    check(std::ranges::count(rule->second, sorted) > 0, fmt::format("a form of {} must have these slots: {}; but it has {}",
+                                                                    kind, meanings(rule->second), meanings({sorted})));
+    forms_[kind].push_back(std::move(form));
+  };
+
+  std::istringstream lines(text_);
+  for (std::string line; std::getline(lines, line);) {
+    ++number;
+    if (line.empty() || line.starts_with('#')) continue;
+    const auto colon = line.find(':');
+    const auto head = split_at_spaces(line.substr(0, colon));
+    const bool slot = head.size() == 3 && head[0] == "slot";
+    check(colon != std::string::npos && (slot || head.size() == 1),
+          fmt::format("a line must be 'slot NAME VALUE: PHRASE | PHRASE' or 'KIND: FORM', but is '{}'", line));
+    const auto body = line.substr(colon + 1);
+    slot ? add_phrases(head, body) : add_form(head[0], body);
+  }
+
+  for (const auto& [slot, values] : rules.slots) {
+    for (size_t i = 0; i < values.size(); ++i) {
+      check(!phrases_[slot][i].empty(), fmt::format("there is no line 'slot {} {}: PHRASE'", slot, values[i]));
+    }
+  }
+  for (const auto& [kind, forms] : forms_) check(!forms.empty(), fmt::format("there is no line '{}: FORM'", kind));
+
+  for (const auto* words : {&of_phrases, &of_forms}) {
+    for (const auto& word : *words) {
+      if (std::ranges::count(vocabulary_, word) == 0) vocabulary_.push_back(word);
+    }
+  }
+}
+
+Words Grammar::say(const Form& form, const std::vector<int64_t>& values, Random& random) const {
+  Words words;
+  size_t slot = 0;
+  for (const auto& word : form.words) {
+    if (is_slot(word)) {
+      const auto& phrase = random.pick(phrases(form.slots.at(slot), values.at(slot)));
+      words.insert(words.end(), phrase.begin(), phrase.end());
+      ++slot;
+    } else {
+      words.push_back(word);
+    }
+  }
+  return words;
+}
+
+Grammar read_grammar(const std::string& path, const GrammarRules& rules) {
+  std::ifstream in(path);
+  if (!in) throw std::runtime_error(fmt::format("{}: cannot be opened; it should hold a grammar", path));
+  std::ostringstream text;
+  text << in.rdbuf();
+  return {text.str(), path, rules};
+}
+
+}  // namespace examples

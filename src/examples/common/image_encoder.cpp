@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "image_encoder.h"
+
+#include <torch/nn/modules/activation.h>
+#include <torch/nn/modules/batchnorm.h>
+#include <torch/nn/modules/conv.h>
+#include <torch/nn/modules/pooling.h>
+
+namespace examples {
+namespace {
+
+torch::nn::Conv2dOptions convolution(int64_t in, int64_t out, int64_t size) {
+  return torch::nn::Conv2dOptions(in, out, size).bias(false);  // the norm behind it has a bias
+}
+
+}  // namespace
+
+void ImageEncoderImpl::reset() {
+  using namespace torch::nn;
+  layers = register_module(
+      "layers", Sequential(Conv2d(convolution(1, 32, 3).padding(1)), BatchNorm2d(32), ReLU(), MaxPool2d(2),   // [B, 32, 12, 12]
+                           Conv2d(convolution(32, 64, 3).padding(1)), BatchNorm2d(64), ReLU(), MaxPool2d(2),  // [B, 64, 6, 6]
+                           Conv2d(convolution(64, features_, 2).stride(2)), BatchNorm2d(features_), ReLU(),   // [B, C, 3, 3]
+                           Conv2d(convolution(features_, features_, 3).padding(1)), BatchNorm2d(features_), ReLU()));
+}
+
+torch::Tensor ImageEncoderImpl::forward(const torch::Tensor& boards) {
+  return layers->forward(boards);
+}
+
+}  // namespace examples

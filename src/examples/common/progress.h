@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "trainer.h"
+
+namespace examples {
+
+/// Shows training on standard output: on a terminal a bar that is redrawn in place, otherwise ten plain lines.
+class ProgressBar {
+ public:
+  /// `unit` is what the training counts: "questions".
+  explicit ProgressBar(const char* unit);
+
+  void show(const Progress& progress);
+
+ private:
+  const char* unit_;
+  bool terminal_;
+  int64_t next_line_ = 0;  // in tenths of the training
+};
+
+}  // namespace examples

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/nn/module.h>
+#include <torch/optim/adamw.h>
+#include <torch/types.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "random.h"
+#include "report.h"
+
+namespace examples {
+
+/// What one step found on its batch.
+struct Step {
+  torch::Tensor loss;      ///< a scalar with its graph
+  torch::Tensor accuracy;  ///< a scalar from 0 to 1
+  int64_t examples;        ///< questions, or sentences
+};
+
+struct TrainerOptions {
+  int64_t steps = 1500;
+  double learning_rate = 2e-3;  ///< its highest: it grows over `warm_up` steps, then falls to zero along a cosine
+  int64_t warm_up = 100;
+  double weight_decay = 0.01;
+  double largest_gradient = 1;  ///< longer ones, in the norm of all parameters together, are cut to this
+  uint64_t seed = 0;            ///< of the draws that `forward` makes
+};
+
+/// Where the training stands.
+struct Progress {
+  int64_t step;  ///< counted from 1
+  int64_t steps;
+  double loss;      ///< of this step
+  double accuracy;  ///< likewise
+  double examples_per_second;
+  double seconds_left;
+};
+
+/// Trains a module by AdamW, and can stop and go on: a trainer made in the same way, with the state of one that stopped, comes on
+/// one thread to the same bits as if there had been no stop.
+class Trainer {
+ public:
+  /// Draws a batch and runs the model on it. Everything random in it must come from the generator given.
+  using Forward = std::function<Step(Random&)>;
+
+  Trainer(std::shared_ptr<torch::nn::Module> model, const TrainerOptions& options);
+
+  /// Goes on to the last step, or until `stop` says so after a step. True if the last step is done.
+  bool run(const Forward& forward, const std::function<void(const Progress&)>& report, const std::function<bool()>& stop);
+
+  int64_t step() const { return step_; }
+  const TrainerOptions& options() const { return options_; }
+
+  /// Loss and accuracy, about a hundred points each.
+  const std::vector<Curve>& curves() const { return curves_; }
+
+  /// All that `run` needs to go on, parameters and buffers of the model included, by name.
+  std::map<std::string, torch::Tensor> state();
+
+  /// Throws xattn::FileError if the state is of another model, or incomplete. Then nothing has changed.
+  void load_state(const std::map<std::string, torch::Tensor>& state);
+
+ private:
+  Step learn(const Forward& forward);
+
+  std::shared_ptr<torch::nn::Module> model_;
+  TrainerOptions options_;
+  torch::optim::AdamW optimizer_;
+  Random random_;
+  int64_t step_ = 0;
+  std::vector<Curve> curves_ = {{"loss", {}, {}}, {"accuracy", {}, {}}};
+};
+
+/// Curves as tensors "curve.NAME" [2, N] and back, for files.
+std::map<std::string, torch::Tensor> pack(const std::vector<Curve>& curves);
+std::vector<Curve> unpack_curves(const std::map<std::string, torch::Tensor>& tensors);
+
+}  // namespace examples

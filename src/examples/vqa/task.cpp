@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vqa/task.h"
+
+#include <fmt/format.h>
+#include <torch/nn/functional/loss.h>
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+namespace vqa {
+namespace {
+
+std::string answer_text(int64_t answer) {
+  return kAnswers.at(static_cast<size_t>(answer));
+}
+
+int64_t at(const torch::Tensor& x, int64_t b, int64_t q) {
+  return x[b][q].item<int64_t>();
+}
+
+}  // namespace
+
+Tensors encode(const Batch& batch, const Digits& digits, const Vocabulary& vocabulary, Random* hands) {
+  std::vector<Words> sentences;
+  std::vector<int64_t> answers;
+  for (const auto& questions : batch.questions) {
+    for (const auto& question : questions) {
+      sentences.push_back(question.words);
+      answers.push_back(question.answer);
+    }
+  }
+  const auto B = static_cast<int64_t>(batch.drawn.size());
+  return {paint(batch.drawn, digits, hands), vocabulary.encode(sentences).unflatten(0, {B, -1}),
+          torch::tensor(answers, torch::kInt64).view({B, -1})};
+}
+
+examples::Step learn_from(Model& model, const Tensors& batch) {
+  const auto scores = model->forward(batch.boards, batch.words).scores;  // [B, Q, 13]
+  const auto loss = torch::nn::functional::cross_entropy(scores.flatten(0, 1), batch.answers.flatten());
+  return {loss, scores.argmax(-1).eq(batch.answers).to(torch::kFloat32).mean(), batch.answers.numel()};
+}
+
+examples::Trainer::Forward training_step(Model model, const Digits& digits, const Grammar& grammar, torch::Device device) {
+  constexpr int64_t kBoards = 16;
+  return [=, vocabulary = Vocabulary(grammar.vocabulary())](Random& random) mutable {
+    const auto [boards, words, answers] = encode(draw_batch(digits, grammar, kBoards, random), digits, vocabulary, &random);
+    return learn_from(model, {boards.to(device), words.to(device), answers.to(device)});
+  };
+}
+
+double Score::accuracy() const {
+  double sum = 0;
+  for (const auto& kind : kinds) sum += static_cast<double>(kind.right) / static_cast<double>(kind.total);
+  return sum / static_cast<double>(kinds.size());
+}
+
+examples::Example make_example(const Model& model,
+                               const torch::Tensor& board,
+                               const Words& words,
+                               const Answers& answers,
+                               int64_t b,
+                               int64_t q,
+                               const std::string& truth) {
+  constexpr int64_t kZoom = 12;
+  const auto grid = [&](const torch::Tensor& weights) { return weights.cpu().view({model->rows, model->columns}); };
+  const auto given = answer_text(answers.scores[b][q].argmax().item<int64_t>());
+  examples::Example example = {.right = given == truth,
+                               .title = examples::join(words) + "?",
+                               .answer = given,
+                               .truth = truth,
+                               .picture = examples::board_picture(board, kZoom),
+                               .words = {},
+                               .map = grid(answers.answer_weights[b][q])};
+  for (size_t i = 0; i < words.size(); ++i) {
+    example.words.push_back({words[i], grid(answers.word_weights[b][q][static_cast<int64_t>(i)])});
+  }
+  return example;
+}
+
+Score evaluate(Model& model,
+               const Digits& digits,
+               const Grammar& grammar,
+               torch::Device device,
+               int64_t boards,
+               uint64_t seed,
+               std::vector<examples::Example>* examples) {
+  constexpr int64_t kAtOnce = 50;          // boards
+  constexpr int64_t kExamplesPerKind = 4;  // of right and of wrong answers
+  const torch::NoGradGuard no_grad;
+  model->eval();
+  const Vocabulary vocabulary(grammar.vocabulary());
+  Random random(seed);
+  const auto K = static_cast<int64_t>(kKinds.size());
+  const auto A = static_cast<int64_t>(kAnswers.size());
+  auto answered = torch::zeros({K, A, A}, torch::kInt64);  // by kind, truth and answer
+  auto* counts = answered.mutable_data_ptr<int64_t>();
+  auto shown = std::vector<std::array<int64_t, 2>>(kKinds.size(), {0, 0});
+  for (int64_t first = 0; first < boards; first += kAtOnce) {
+    const auto batch = draw_batch(digits, grammar, std::min(kAtOnce, boards - first), random);
+    const auto tensors = encode(batch, digits, vocabulary);
+    const auto answers = model->forward(tensors.boards.to(device), tensors.words.to(device));
+    const auto given = answers.scores.argmax(-1).cpu();  // [B, Q]
+    for (int64_t b = 0; b < given.size(0); ++b) {
+      for (int64_t q = 0; q < given.size(1); ++q) {
+        const auto& question = batch.questions[static_cast<size_t>(b)][static_cast<size_t>(q)];
+        const auto kind = static_cast<size_t>(question.meaning.kind);
+        const bool right = at(given, b, q) == question.answer;
+        ++counts[(static_cast<int64_t>(kind) * A + question.answer) * A + at(given, b, q)];
+        if (examples != nullptr && shown[kind][right]++ < kExamplesPerKind) {
+          examples->push_back(
+              make_example(model, tensors.boards[b][0], question.words, answers, b, q, answer_text(question.answer)));
+        }
+      }
+    }
+  }
+
+  Score score;
+  for (int64_t kind = 0; kind < K; ++kind) {
+    const auto of_kind = answered[kind];  // [13, 13]
+    const auto total = of_kind.sum().item<int64_t>();
+    score.kinds.push_back({kKinds.at(static_cast<size_t>(kind)), of_kind.trace().item<int64_t>(), total});
+    score.best_constant.push_back(of_kind.sum(1).max().item<double>() / static_cast<double>(total));
+  }
+  score.confusion = {{kAnswers.begin(), kAnswers.end()}, answered.sum(0)};
+  return score;
+}
+
+}  // namespace vqa

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vqa/text_encoder.h"
+
+#include <torch/nn/utils/rnn.h>
+
+#include <tuple>
+
+#include "common/vocabulary.h"
+
+namespace vqa {
+namespace {
+
+using examples::Vocabulary;
+
+torch::nn::Embedding make_embedding(int64_t vocabulary, int64_t features) {
+  return torch::nn::Embedding(torch::nn::EmbeddingOptions(vocabulary, features).padding_idx(Vocabulary::kPadding));
+}
+
+}  // namespace
+
+void RnnEncoderImpl::reset() {
+  embedding = register_module("embedding", make_embedding(vocabulary_, features_));
+  gru = register_module("gru",
+                        torch::nn::GRU(torch::nn::GRUOptions(features_, features_ / 2).batch_first(true).bidirectional(true)));
+}
+
+torch::Tensor RnnEncoderImpl::forward(const torch::Tensor& words) {
+  namespace rnn = torch::nn::utils::rnn;
+  const auto lengths = words.ne(Vocabulary::kPadding).sum(1).cpu();  // [N]
+  const auto embedded = embedding->forward(words);                   // [N, T, features]
+  const auto packed = rnn::pack_padded_sequence(embedded, lengths, /*batch_first=*/true, /*enforce_sorted=*/false);
+  const auto read = std::get<0>(gru->forward_with_packed_input(packed));
+  return embedded + std::get<0>(rnn::pad_packed_sequence(read, /*batch_first=*/true, /*padding_value=*/0,
+                                                         /*total_length=*/words.size(1)));
+}
+
+void TransformerEncoderImpl::reset() {
+  embedding = register_module("embedding", make_embedding(vocabulary_, features_));
+  position = register_parameter("position", torch::randn({kLongest, features_}));
+  layer = register_module(
+      "layer", xattn::CrossAttentionBlock(
+                   xattn::CrossAttentionBlockOptions(xattn::CrossAttentionOptions(features_, features_, features_, features_)
+                                                         .num_heads(4)
+                                                         .attention_weights(xattn::AttentionWeights::none))
+                       .norm_placement(xattn::NormPlacement::after)
+                       .feed_forward(2 * features_)));
+}
+
+torch::Tensor TransformerEncoderImpl::forward(const torch::Tensor& words) {
+  const auto T = words.size(1);
+  TORCH_CHECK_VALUE(T <= kLongest, "a question may have up to ", kLongest - 1, " words, but has ", T - 1, ".");
+  const auto x = embedding->forward(words) + position.narrow(0, 0, T);  // [N, T, features]
+  return std::get<0>(layer->forward(x, x, x, xattn::Mask::key_padding(words.ne(Vocabulary::kPadding))));
+}
+
+}  // namespace vqa

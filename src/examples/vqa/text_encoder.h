@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/nn/cloneable.h>
+#include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/rnn.h>
+#include <torch/nn/pimpl.h>
+#include <torch/types.h>
+#include <xattn/block.h>
+
+#include <cstdint>
+
+// Two text encoders: words int64 [N, T], padded with 0 behind -> one vector for each word that knows the words around it,
+// [N, T, features]. What stands at padding is not to be looked at.
+namespace vqa {
+
+/// A recurrent network that reads the words forwards and backwards. Cho et al., 2014, https://arxiv.org/abs/1406.1078.
+class RnnEncoderImpl : public torch::nn::Cloneable<RnnEncoderImpl> {
+ public:
+  RnnEncoderImpl(int64_t vocabulary, int64_t features) : vocabulary_(vocabulary), features_(features) { reset(); }
+
+  void reset() override;
+  torch::Tensor forward(const torch::Tensor& words);
+
+  torch::nn::Embedding embedding{nullptr};
+  torch::nn::GRU gru{nullptr};
+
+ private:
+  int64_t vocabulary_;
+  int64_t features_;
+};
+TORCH_MODULE(RnnEncoder);
+
+/// A Transformer encoder of one layer. A block that asks itself, `forward(x, x, x)`, is self-attention.
+class TransformerEncoderImpl : public torch::nn::Cloneable<TransformerEncoderImpl> {
+ public:
+  static constexpr int64_t kLongest = 32;  ///< words; there are no positions behind these
+
+  TransformerEncoderImpl(int64_t vocabulary, int64_t features) : vocabulary_(vocabulary), features_(features) { reset(); }
+
+  void reset() override;
+
+  /// Throws c10::ValueError for more than kLongest words.
+  torch::Tensor forward(const torch::Tensor& words);
+
+  torch::nn::Embedding embedding{nullptr};
+  torch::Tensor position;  ///< [kLongest, features], learned
+  xattn::CrossAttentionBlock layer{nullptr};
+
+ private:
+  int64_t vocabulary_;
+  int64_t features_;
+};
+TORCH_MODULE(TransformerEncoder);
+
+}  // namespace vqa

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// The parts of the program caption: its sentences, its decoder, its search.
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+#include <xattn/file_error.h>
+
+#include <array>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "caption/captions.h"
+#include "caption/decode.h"
+#include "caption/model.h"
+#include "caption/task.h"
+#include "caption/trained.h"
+#include "common/board.h"
+#include "one_thread.h"
+#include "test_util.h"
+
+namespace caption {
+namespace {
+
+using examples::kCells;
+using examples::kEmpty;
+using xattn::test::OneThread;
+
+constexpr double kPublishedExactMatch = 0.95;  // of the shipped checkpoint, in README.md
+
+const examples::DigitSets& digits() {
+  static const auto sets = examples::load_digits(XATTN_EXAMPLE_DATA "/digits.safetensors");
+  return sets;
+}
+
+const Grammar& grammar() {
+  static const auto read = examples::read_grammar(XATTN_EXAMPLE_DATA "/captions.txt", caption_rules());
+  return read;
+}
+
+Model make() {
+  return make_model(grammar()).model;
+}
+
+TEST(CaptionsTest, SayWhatIsOnTheBoardInEveryForm) {
+  Random random(1);
+  const CaptionReader reader(grammar());
+  std::set<std::string> beginnings;
+  for (const auto& board : draw_boards(digits().training, 300, random)) {
+    const auto caption = draw_caption(board, grammar(), random);
+    const auto said = reader.read(caption);
+    ASSERT_TRUE(said) << examples::join(caption);
+    EXPECT_EQ(*said, board.digits) << examples::join(caption);
+    EXPECT_LE(static_cast<int64_t>(caption.size()), longest_caption(grammar()));
+    beginnings.insert(caption.at(0));
+  }
+  EXPECT_EQ(beginnings, (std::set<std::string>{"there", "a", "an", "the", "you"}));
+}
+
+TEST(CaptionsTest, ReadsItemsInAnyOrderAndRefusesWhatIsNotInTheGrammar) {
+  const CaptionReader reader(grammar());
+  const auto read = [&](const std::string& text) { return reader.read(examples::split(text)); };
+  std::array<int64_t, kCells> expected;
+  expected.fill(kEmpty);
+  expected[0] = 7;
+  expected[4] = 8;
+  EXPECT_EQ(read("there is an eight in the centre and a seven in the top left"), expected);
+  EXPECT_EQ(read("a seven at the upper left and an eight at the middle"), expected);
+  for (const auto* wrong : {"",
+                            "there is",
+                            "there is a seven in the top left, an eight in the centre",              // , in place of and
+                            "there is a seven in the top left and an eight in the centre and",       // an empty item
+                            "there is a seven in the top left and an eight at the centre",           // two forms
+                            "there is a seven in the top left and an eight in the top left",         // one cell twice
+                            "there is a eight in the centre and a seven in the top left",            // not a phrase
+                            "there are a seven in the top left and an eight in the centre",          // not a form
+                            "there is a seven in the top left and an eight in the centre please"}) { // words left over
+    EXPECT_EQ(read(wrong), std::nullopt) << wrong;
+  }
+}
+
+TEST(CaptionModelTest, WordsSeeNoLaterWord) {
+  torch::manual_seed(2);
+  auto model = make();
+  model->eval();
+  const auto images = model->look(torch::rand({2, 9, ModelImpl::kFeatures}));
+  const auto words = torch::randint(2, model->options.vocabulary, {2, 3, 8}, torch::kInt64);
+  auto changed = words.clone();
+  changed.slice(2, 5) = torch::randint(2, model->options.vocabulary, {2, 3, 3}, torch::kInt64);
+  const auto [scores, weights] = model->tell(words, images);
+  const auto [others, other_weights] = model->tell(changed, images);
+  EXPECT_TRUE(scores.slice(2, 0, 5).allclose(others.slice(2, 0, 5), 1e-4, 1e-5));
+  EXPECT_TRUE(weights.slice(2, 0, 5).allclose(other_weights.slice(2, 0, 5), 1e-4, 1e-5));
+  EXPECT_FALSE(scores.slice(2, 5).allclose(others.slice(2, 5), 1e-4, 1e-5));
+}
+
+TEST(CaptionModelTest, PaddingAndOtherSentencesChangeNothing) {
+  torch::manual_seed(3);
+  auto model = make();
+  model->eval();
+  const auto features = torch::rand({2, 9, ModelImpl::kFeatures});
+  const auto words = torch::randint(2, model->options.vocabulary, {2, 3, 6}, torch::kInt64);
+  const auto together = std::get<0>(model->tell(torch::constant_pad_nd(words, {0, 4}), model->look(features)));
+  for (int64_t b = 0; b < 2; ++b) {
+    const auto image = model->look(features.narrow(0, b, 1));
+    for (int64_t n = 0; n < 3; ++n) {
+      const auto alone = std::get<0>(model->tell(words.narrow(0, b, 1).narrow(1, n, 1), image));
+      EXPECT_TRUE(alone[0][0].allclose(together[b][n].narrow(0, 0, 6), 1e-4, 1e-5));
+    }
+  }
+}
+
+TEST(CaptionTaskTest, TheRecogniserDoesNotChangeTheFeatures) {
+  auto model = make();
+  model->recognise(model->see(torch::rand({2, 1, 24, 24}))).sum().backward();
+  for (const auto& parameter : model->named_parameters()) {
+    EXPECT_EQ(parameter.value().grad().defined(), parameter.key().starts_with("recogniser.")) << parameter.key();
+  }
+}
+
+TEST(CaptionTaskTest, EachWordIsToldFromTheTrueWordsBeforeIt) {
+  Random random(4);
+  const auto boards = draw_boards(digits().training, 2, random);
+  const auto batch = encode(boards, {{"a", "one"}, {"there"}}, digits().training, Vocabulary({"a", "one", "there"}));
+  EXPECT_TRUE(batch.words.equal(torch::tensor({1, 2, 3, 1, 4, 1}, torch::kInt64).view({2, 1, 3})));
+  EXPECT_TRUE(batch.next.equal(torch::tensor({2, 3, 1, 4, 1, 0}, torch::kInt64).view({2, 1, 3})));
+}
+
+TEST(CaptionTaskTest, OverfitsOneBatch) {
+  const OneThread one_thread;
+  torch::manual_seed(5);
+  auto model = make();
+  Random random(5);
+  const auto boards = draw_boards(digits().training, 4, random);
+  std::vector<Words> captions;
+  for (const auto& board : boards) captions.push_back(draw_caption(board, grammar(), random));
+  const Vocabulary vocabulary(grammar().vocabulary());
+  const auto batch = encode(boards, captions, digits().training, vocabulary);
+  examples::Trainer trainer(model.ptr(), {.steps = 200, .warm_up = 20, .weight_decay = 0});
+  double loss = 0;
+  trainer.run([&](Random&) { return learn_from(model, batch); },
+              [&](const examples::Progress& progress) { loss = progress.loss; }, [] { return false; });
+  EXPECT_LT(loss, 0.01);
+  // In training mode, as the norms have learned this batch alone.
+  const auto decoded = decode(model, model->look(model->see(batch.boards)), /*beams=*/1);
+  for (size_t b = 0; b < captions.size(); ++b) EXPECT_EQ(vocabulary.decode(decoded.words[static_cast<int64_t>(b)]), captions[b]);
+}
+
+// A model that has learned little: its search meets endings of all kinds.
+Model half_trained() {
+  torch::manual_seed(6);
+  auto model = make();
+  examples::Trainer trainer(model.ptr(), {.steps = 60, .warm_up = 10});
+  trainer.run(training_step(model, digits().training, grammar(), torch::kCPU), [](const auto&) {}, [] { return false; });
+  model->eval();
+  return model;
+}
+
+// The log-probability of each sentence [B, T] by teacher forcing, up to its kEnd.
+torch::Tensor log_probability(Model& model, const torch::Tensor& words, const std::vector<xattn::Context>& images) {
+  const auto begin = torch::full({words.size(0), 1}, Vocabulary::kEnd, torch::kInt64);
+  const auto given = torch::cat({begin, words.slice(1, 0, -1)}, 1).unsqueeze(1);  // [B, 1, T]
+  auto next = std::get<0>(model->tell(given, images)).squeeze(1);                 // [B, T, vocabulary]
+  next.select(2, Vocabulary::kPadding).fill_(-1e9);                               // the search never says it
+  const auto of_words = next.log_softmax(-1).gather(2, words.unsqueeze(2)).squeeze(2);
+  return (of_words * words.ne(Vocabulary::kPadding)).sum(1);
+}
+
+TEST(CaptionDecodeTest, FindsWhatTeacherForcingGivesTheSameProbability) {
+  const OneThread one_thread;
+  const torch::NoGradGuard no_grad;
+  auto model = half_trained();
+  Random random(7);
+  const auto images = model->look(model->see(paint(draw_boards(digits().held_out, 6, random), digits().held_out)));
+  torch::Tensor last;
+  for (const int64_t beams : {1, 2, 8}) {
+    const auto decoded = decode(model, images, beams);
+    EXPECT_TRUE(decoded.log_probability.allclose(log_probability(model, decoded.words, images), 1e-3, 1e-3)) << beams << " beams";
+    if (last.defined()) {
+      EXPECT_GE(decoded.log_probability.sum().item<double>(), last.item<double>() - 1e-3) << beams << " beams";
+    }
+    last = decoded.log_probability.sum();
+  }
+}
+
+TEST(CaptionDecodeTest, OneBeamTakesTheMostProbableWordEachTime) {
+  const OneThread one_thread;
+  const torch::NoGradGuard no_grad;
+  auto model = half_trained();
+  Random random(8);
+  const auto images = model->look(model->see(paint(draw_boards(digits().held_out, 1, random), digits().held_out)));
+  const auto decoded = decode(model, images, 1).words[0];  // [T]
+  auto said = torch::full({1, 1, 1}, Vocabulary::kEnd, torch::kInt64);
+  for (int64_t i = 0; i < decoded.size(0); ++i) {
+    auto scores = std::get<0>(model->tell(said, images))[0][0][-1];
+    scores[Vocabulary::kPadding] = -1e9;
+    ASSERT_EQ(scores.argmax().item<int64_t>(), decoded[i].item<int64_t>()) << "word " << i;
+    said = torch::cat({said, scores.argmax().view({1, 1, 1})}, 2);
+  }
+}
+
+TEST(CaptionDecodeTest, ContextsDoNotGrowWithTheNumberOfBeams) {
+  auto model = make();
+  model->eval();
+  const auto images = model->look(torch::rand({3, 9, ModelImpl::kFeatures}));
+  const auto bytes = [&] {
+    size_t sum = 0;
+    for (const auto& image : images) sum += image.key().storage().nbytes() + image.value().storage().nbytes();
+    return sum;
+  };
+  const auto once = bytes();
+  EXPECT_EQ(once, 2 * ModelImpl::kLayers * 3 * 9 * ModelImpl::kFeatures * sizeof(float));  // keys and values of 9 places of 3 images
+  for (const int64_t beams : {1, 16}) {
+    decode(model, images, beams);
+    EXPECT_EQ(bytes(), once) << beams << " beams";
+  }
+  // All beams of an image are queries of its one batch entry: more of them meet the same keys.
+  const auto words = torch::full({3, 16, 2}, Vocabulary::kEnd, torch::kInt64);
+  EXPECT_EQ(std::get<1>(model->tell(words, images)).sizes(), (std::vector<int64_t>{3, 16, 2, 9}));
+  EXPECT_EQ(images.at(0).batch_size(), 3);
+}
+
+TEST(CaptionShippedTest, ReproducesItsPublishedAccuracy) {
+  auto trained = load_trained(XATTN_EXAMPLE_DATA "/caption.safetensors", torch::kCPU);
+  const auto score = evaluate(trained.model, digits().held_out, trained.grammar, torch::kCPU, /*boards=*/1000, /*beams=*/1,
+                              /*seed=*/12345);
+  EXPECT_EQ(score.boards, 1000);
+  EXPECT_NEAR(static_cast<double>(score.right), 1000 * kPublishedExactMatch, 3);  // README.md
+  EXPECT_GE(score.right, 900);
+}
+
+TEST(CaptionShippedTest, LooksAtTheDigitThatItNames) {
+  auto trained = load_trained(XATTN_EXAMPLE_DATA "/caption.safetensors", torch::kCPU);
+  Random random(9);
+  const auto board = examples::board_of("7-3-5---1", digits().held_out, random);
+  const auto example = describe(trained.model, paint({board}, digits().held_out)[0], Vocabulary(trained.grammar.vocabulary()),
+                                torch::kCPU, /*beams=*/4);
+  for (const auto& [word, cell] : {std::pair{"seven", 0}, {"three", 2}, {"five", 4}, {"one", 8}}) {
+    const auto said = std::ranges::find(example.words, word, &examples::Word::text);
+    ASSERT_NE(said, example.words.end()) << word << " in: " << example.title;
+    EXPECT_EQ(said->map.argmax().item<int64_t>(), cell) << word;
+  }
+}
+
+}  // namespace
+}  // namespace caption
