@@ -66,9 +66,8 @@ TEST(DigitsTest, JitterMovesALittleAndDiffersEachTime) {
   const auto again = jitter(images, random.generator());
   const auto mean_difference = (moved - images).abs().mean().item<double>();
   EXPECT_GT(mean_difference, 0.02);
-  EXPECT_LT(mean_difference, 0.15);
+  EXPECT_LT(mean_difference, 0.2);
   EXPECT_FALSE(moved.equal(again));
-  EXPECT_GE(moved.min().item<double>(), 0.0);
 }
 
 TEST(BoardTest, ShowsTheImagesOfItsDigits) {
@@ -102,11 +101,11 @@ TEST(BoardTest, FillsAllCellsEquallyOften) {
 
 TEST(BoardTest, ComesFromNineCharacters) {
   Random random(4);
-  const auto board = board_of("7-3---1--", digits().held_out, random);
+  const auto board = board_of("7.3...1..", digits().held_out, random);
   EXPECT_EQ(board.digits, (std::array<int64_t, kCells>{7, kEmpty, 3, kEmpty, kEmpty, kEmpty, 1, kEmpty, kEmpty}));
-  for (const auto* cells : {"7-3", "7-3---1-x", ""}) {
+  for (const auto* cells : {"7.3", "7.3...1.x", ""}) {
     EXPECT_EQ(error_of<std::runtime_error>([&] { board_of(cells, digits().held_out, random); }),
-              "a board is written as nine cells, row by row, each a digit or '-', as in 7-3---1--, not as '" +
+              "a board is written as nine cells, row by row, each a digit or '.', as in 7.3...1.., not as '" +
                   std::string(cells) + "'");
   }
 }

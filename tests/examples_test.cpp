@@ -43,9 +43,10 @@ TEST_F(ExamplesTest, ReferencePrintsTheShapesOfTheReference) {
 }
 
 TEST_F(ExamplesTest, HelpShowsAnExample) {
-  for (const std::string program : {XATTN_REFERENCE_PATH, XATTN_VQA_PATH, XATTN_VQA_PATH " ask", XATTN_VQA_PATH " train",
-                                    XATTN_VQA_PATH " evaluate", XATTN_VQA_PATH " draw", XATTN_CAPTION_PATH,
-                                    XATTN_CAPTION_PATH " describe", XATTN_CAPTION_PATH " train", XATTN_CAPTION_PATH " evaluate"}) {
+  for (const std::string program :
+       {XATTN_REFERENCE_PATH, XATTN_VQA_PATH, XATTN_VQA_PATH " ask", XATTN_VQA_PATH " train", XATTN_VQA_PATH " evaluate",
+        XATTN_VQA_PATH " draw", XATTN_CAPTION_PATH, XATTN_CAPTION_PATH " describe", XATTN_CAPTION_PATH " train",
+        XATTN_CAPTION_PATH " evaluate"}) {
     const auto result = run(program, "--help");
     EXPECT_EQ(result.status, 0);
     EXPECT_NE(result.out.find("\nExample: "), std::string::npos) << program << "\n" << result.out;
@@ -83,19 +84,20 @@ TEST_F(ExamplesTest, AFailedJobIsOneLineAndStatusOne) {
             "vqa: [safetensors] none.safetensors.training: cannot be opened: No such file or directory\n");
   test::write_bytes(dir.file("text.png"), "no picture");
   EXPECT_EQ(failed(XATTN_VQA_PATH, "ask text.png 'is there a one'"), "vqa: cannot read text.png: it is not a PNG\n");
-  ASSERT_EQ(run(XATTN_VQA_PATH, "draw 7-3---1-- board.png").status, 0);
+  ASSERT_EQ(run(XATTN_VQA_PATH, "draw 7.3...1.. board.png").status, 0);
   EXPECT_EQ(failed(XATTN_VQA_PATH, "ask board.png 'is there a seveen'"),
             "vqa: the word 'seveen' is not known; the nearest known words are seven, even, see\n");
   EXPECT_EQ(failed(XATTN_VQA_PATH, "ask board.png '?'"), "vqa: the question has no words\n");
   EXPECT_EQ(failed(XATTN_VQA_PATH, "ask board.png 'is there a one' --checkpoint " XATTN_EXAMPLE_DATA "/caption.safetensors"),
-            "vqa: " XATTN_EXAMPLE_DATA "/caption.safetensors: must be a checkpoint of vqa, but is one of caption; `vqa train` "
+            "vqa: " XATTN_EXAMPLE_DATA
+            "/caption.safetensors: must be a checkpoint of vqa, but is one of caption; `vqa train` "
             "writes one\n");
-  EXPECT_EQ(failed(XATTN_VQA_PATH, "draw 7-3 board.png"),
-            "vqa: a board is written as nine cells, row by row, each a digit or '-', as in 7-3---1--, not as '7-3'\n");
+  EXPECT_EQ(failed(XATTN_VQA_PATH, "draw 7.3 board.png"),
+            "vqa: a board is written as nine cells, row by row, each a digit or '.', as in 7.3...1.., not as '7.3'\n");
 }
 
 TEST_F(ExamplesTest, VqaAnswersAQuestionAboutAPictureAndDrawsWhereItLooked) {
-  ASSERT_EQ(run(XATTN_VQA_PATH, "draw 7-3---1-- board.png --seed 3").status, 0);
+  ASSERT_EQ(run(XATTN_VQA_PATH, "draw 7.3...1.. board.png --seed 3").status, 0);
   const auto result = run(XATTN_VQA_PATH, "ask board.png 'What is in the top right?' --picture answer.png --device cpu");
   EXPECT_EQ(result.status, 0) << result.err;
   EXPECT_EQ(result.out.find("three ("), 0U) << result.out;
@@ -105,7 +107,7 @@ TEST_F(ExamplesTest, VqaAnswersAQuestionAboutAPictureAndDrawsWhereItLooked) {
 }
 
 TEST_F(ExamplesTest, CaptionDescribesAPictureAndDrawsWhereItLooked) {
-  ASSERT_EQ(run(XATTN_VQA_PATH, "draw 7-3---1-- board.png --seed 3").status, 0);
+  ASSERT_EQ(run(XATTN_VQA_PATH, "draw 7.3...1.. board.png --seed 3").status, 0);
   for (const std::string beams : {"1", "5"}) {
     const auto result = run(XATTN_CAPTION_PATH, "describe board.png --picture words.png --device cpu --beams " + beams);
     EXPECT_EQ(result.status, 0) << result.err;

@@ -91,7 +91,7 @@ TEST(VocabularyTest, EncodesWithEndAndPaddingAndDecodesBack) {
 TEST(VocabularyTest, NamesTheNearestKnownWords) {
   const Vocabulary vocabulary({"seven", "even", "left", "eleven"});
   EXPECT_EQ(error_of<std::runtime_error>([&] { vocabulary.encode({{"left", "sevn"}}); }),
-            "the word 'sevn' is not known; the nearest known words are seven, even, eleven");
+            "the word 'sevn' is not known; the nearest known words are seven, even, left");
 }
 
 }  // namespace

@@ -137,10 +137,10 @@ TEST(ReadmeTest, Core) {
 TEST(ReadmeTest, Block) {
   auto words = torch::randn({2, 5, 512});
   auto regions = torch::randn({2, 49, 1024});
-  xattn::CrossAttentionBlock block(xattn::CrossAttentionBlockOptions(
-                                       xattn::CrossAttentionOptions(512, 1024, 1024, 512).num_heads(8))
-                                       .norm(xattn::NormKind::rms)
-                                       .gate(xattn::BlockGate::scalar));  // starts at zero: a new block changes nothing
+  xattn::CrossAttentionBlock block(
+      xattn::CrossAttentionBlockOptions(xattn::CrossAttentionOptions(512, 1024, 1024, 512).num_heads(8))
+          .norm(xattn::NormKind::rms)
+          .gate(xattn::BlockGate::scalar));  // starts at zero: a new block changes nothing
   auto [output, weights] = block->forward(words, /*key=*/regions, /*value=*/regions);
   EXPECT_TRUE(output.equal(words));
   EXPECT_EQ(weights.sizes(), (std::vector<int64_t>{2, 5, 49}));
@@ -151,10 +151,10 @@ TEST(ReadmeTest, Maps) {
   auto query = torch::randn({1, 4, 64});
   auto context = torch::randn({1, 49, 128});
   auto image = torch::zeros({224, 224, 3}, torch::kUInt8);
-  auto weights = std::get<1>(attention->forward(query, context, context));     // [1, 4, 49]: 4 words ask 7 x 7 regions
-  auto maps = xattn::attention_maps(weights, {.rows = 7, .columns = 7});       // [1, 4, 7, 7]
-  auto picture = xattn::overlay_map(image, maps[0][2]);                        // [224, 224, 3]: where word 2 looks
-  auto regions = xattn::attention_entropy(weights).exp();                      // [1, 4]: at how many regions each looks
+  auto weights = std::get<1>(attention->forward(query, context, context));  // [1, 4, 49]: 4 words ask 7 x 7 regions
+  auto maps = xattn::attention_maps(weights, {.rows = 7, .columns = 7});    // [1, 4, 7, 7]
+  auto picture = xattn::overlay_map(image, maps[0][2]);                     // [224, 224, 3]: where word 2 looks
+  auto regions = xattn::attention_entropy(weights).exp();                   // [1, 4]: at how many regions each looks
   EXPECT_EQ(picture.sizes(), image.sizes());
   EXPECT_GT(regions.min().item<double>(), 1);
 }

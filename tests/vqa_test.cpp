@@ -34,7 +34,7 @@ using xattn::test::error_of;
 using xattn::test::OneThread;
 using xattn::test::TempDir;
 
-constexpr double kPublishedAccuracy = 0.98;  // of the shipped checkpoint, in README.md
+constexpr double kPublishedAccuracy = 0.974;  // of the shipped checkpoint, in README.md
 
 const examples::DigitSets& digits() {
   static const auto sets = examples::load_digits(XATTN_EXAMPLE_DATA "/digits.safetensors");
@@ -55,7 +55,7 @@ Vocabulary vocabulary() {
 //   1 9 .
 Board board_of_five() {
   Random random(0);
-  return examples::board_of("7-3-7-19-", digits().held_out, random);
+  return examples::board_of("7.3.7.19.", digits().held_out, random);
 }
 
 ModelOptions options_of(const std::string& text) {
@@ -304,7 +304,8 @@ TEST(VqaPretrainedTest, RefusesFilesThatAreNoSuchEncoder) {
             dir.file("flat.pt") + ": must make features [B, C, h, w] of boards [B, 1, 24, 24], but makes [1, 576]");
   options.image_encoder = examples::Pretrained(save_module(dir, "pair.pt", "def forward(self, x):\n    return (x, x)\n"));
   const auto error = error_of<std::runtime_error>([&] { Model model(options); });
-  EXPECT_EQ(error.find(dir.file("pair.pt") + ": must make one tensor of one tensor [1, 1, 24, 24], but does not: "), 0u) << error;
+  EXPECT_EQ(error.find(dir.file("pair.pt") + ": must make one tensor of one tensor [1, 1, 24, 24], but does not: "), 0u)
+      << error;
 }
 
 TEST(VqaCheckpointTest, RefusesFilesOfOtherPrograms) {

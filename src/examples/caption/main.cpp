@@ -25,6 +25,10 @@
 namespace {
 
 struct Options : program::CommonOptions {
+  // The products are small: two threads gain little, and on a busy machine they wait for each other at every one. And so the result
+  // does not depend on the number of cores.
+  Options() { threads = 1; }
+
   std::string digits = XATTN_EXAMPLE_DATA "/digits.safetensors";
   std::string checkpoint = XATTN_EXAMPLE_DATA "/caption.safetensors";
   std::string report = {};
@@ -35,7 +39,7 @@ struct Options : program::CommonOptions {
   std::string output = "caption.safetensors";
   std::string grammar = XATTN_EXAMPLE_DATA "/captions.txt";
   bool resume = false;
-  int64_t steps = examples::TrainerOptions().steps;
+  int64_t steps = 5000;
 
   // describe
   std::string board = {};

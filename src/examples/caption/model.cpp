@@ -80,7 +80,7 @@ std::tuple<torch::Tensor, torch::Tensor> ModelImpl::tell(const torch::Tensor& wo
 }
 
 torch::Tensor ModelImpl::recognise(const torch::Tensor& features) {
-  return recogniser->forward(features.detach());
+  return recogniser->forward(features);
 }
 
 }  // namespace caption

@@ -43,13 +43,13 @@ Board draw_board(const Digits& digits, int64_t count, Random& random) {
 }
 
 Board board_of(const std::string& cells, const Digits& digits, Random& random) {
-  if (cells.size() != kCells || cells.find_first_not_of("0123456789-") != std::string::npos) {
+  if (cells.size() != kCells || cells.find_first_not_of("0123456789.") != std::string::npos) {
     throw std::runtime_error(
-        fmt::format("a board is written as nine cells, row by row, each a digit or '-', as in 7-3---1--, not as '{}'", cells));
+        fmt::format("a board is written as nine cells, row by row, each a digit or '.', as in 7.3...1.., not as '{}'", cells));
   }
   auto board = empty_board();
   for (size_t cell = 0; cell < cells.size(); ++cell) {
-    if (cells[cell] == '-') continue;
+    if (cells[cell] == '.') continue;
     board.digits.at(cell) = cells[cell] - '0';
     const auto such = digits.labels.eq(board.digits.at(cell)).nonzero().flatten();  // [number of such images]
     board.images.at(cell) = such[random.below(such.size(0))].item<int64_t>();

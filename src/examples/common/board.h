@@ -32,8 +32,8 @@ const std::array<std::array<int64_t, kCellsPerSide>, 2 * kCellsPerSide>& board_l
 /// A board of `count` digits in cells drawn at random, by images drawn at random.
 Board draw_board(const Digits& digits, int64_t count, Random& random);
 
-/// A board like "7-3---1--", cells row by row, by images drawn at random. Throws std::runtime_error unless it is nine characters
-/// of 0 to 9 and -.
+/// A board like "7.3...1..", cells row by row, by images drawn at random. Throws std::runtime_error unless it is nine characters
+/// of 0 to 9 and a point.
 Board board_of(const std::string& cells, const Digits& digits, Random& random);
 
 /// float32 [B, 1, 24, 24], ink from 0 to 1. With `hands` the digits are written by other hands; see `jitter`.

@@ -27,6 +27,10 @@
 namespace {
 
 struct Options : program::CommonOptions {
+  // The products are small: two threads gain little, and on a busy machine they wait for each other at every one. And so the result
+  // does not depend on the number of cores.
+  Options() { threads = 1; }
+
   std::string digits = XATTN_EXAMPLE_DATA "/digits.safetensors";
   std::string checkpoint = XATTN_EXAMPLE_DATA "/vqa.safetensors";
   std::string report = {};
@@ -40,7 +44,7 @@ struct Options : program::CommonOptions {
   std::string text_encoder = {};
   bool mean_pooling = false;
   bool resume = false;
-  int64_t steps = examples::TrainerOptions().steps;
+  int64_t steps = 8000;
 
   // ask and draw
   std::string board = {};
@@ -256,8 +260,8 @@ int main(int argc, char** argv) {
   evaluate_command->add_flag("--json", options.json, "print one JSON object");
 
   auto* draw_command =
-      add_command("draw", "Draws a board of held-out digits to ask about.", "vqa draw 7-3---1-- board.png", draw);
-  draw_command->add_option("CELLS", options.cells, "nine, row by row, each a digit or -")->required();
+      add_command("draw", "Draws a board of held-out digits to ask about.", "vqa draw 7.3...1.. board.png", draw);
+  draw_command->add_option("CELLS", options.cells, "nine, row by row, each a digit or a point")->required();
   draw_command->add_option("BOARD.png", options.board, "the picture to write")->required();
 
   return program::run(app, argc, argv, [&] { job(options); });
