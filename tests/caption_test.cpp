@@ -160,8 +160,8 @@ torch::Tensor log_probability(Model& model, const torch::Tensor& words, const st
 
 TEST(CaptionDecodeTest, FindsWhatTeacherForcingGivesTheSameProbability) {
   const OneThread one_thread;
-  const torch::NoGradGuard no_grad;
   auto model = half_trained();
+  const torch::NoGradGuard no_grad;
   Random random(7);
   const auto images = model->look(model->see(paint(draw_boards(digits().held_out, 6, random), digits().held_out)));
   torch::Tensor last;
@@ -178,8 +178,8 @@ TEST(CaptionDecodeTest, FindsWhatTeacherForcingGivesTheSameProbability) {
 
 TEST(CaptionDecodeTest, OneBeamTakesTheMostProbableWordEachTime) {
   const OneThread one_thread;
-  const torch::NoGradGuard no_grad;
   auto model = half_trained();
+  const torch::NoGradGuard no_grad;
   Random random(8);
   const auto images = model->look(model->see(paint(draw_boards(digits().held_out, 1, random), digits().held_out)));
   const auto decoded = decode(model, images, 1).words[0];  // [T]
