@@ -18,10 +18,10 @@ torch::Tensor next_words(Model& model,
                          const torch::Tensor& ended,
                          const std::vector<xattn::Context>& images) {
   const auto scores = std::get<0>(model->tell(words, images)).select(2, -1);  // [B, n, vocabulary]
-  auto padding = torch::full_like(scores, kNever);
+  const auto padding = torch::full_like(scores, kNever);
   padding.select(2, Vocabulary::kPadding).zero_();
-  auto next = scores.log_softmax(-1);
-  next.select(2, Vocabulary::kPadding).fill_(kNever);
+  scores.select(2, Vocabulary::kPadding).fill_(kNever);  // never before the end
+  const auto next = scores.log_softmax(-1);
   return torch::where(ended.unsqueeze(2), padding, next);
 }
 
