@@ -34,8 +34,8 @@ class CaptionReader {
  public:
   explicit CaptionReader(const Grammar& grammar);
 
-  /// What the caption says is in each cell, in any order, a digit or kEmpty; nothing if it is not in the grammar, or says two things of
-  /// one cell.
+  /// What the caption says is in each cell, in any order, a digit or kEmpty; nothing if it is not in the grammar, or says two
+  /// things of one cell.
   std::optional<std::array<int64_t, examples::kCells>> read(const Words& caption) const;
 
  private:

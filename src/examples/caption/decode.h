@@ -17,8 +17,9 @@ struct Decoded {
   torch::Tensor log_probability;  ///< [B], the sum over the words
 };
 
-/// Writes captions word by word, of images as `look` made them. With one beam each next word is the most probable one (greedy search);
-/// with n, the n most probable beginnings are kept. Beams share the contexts: nothing of an image is copied or made again.
+/// Writes captions word by word, of images as `look` made them. With one beam each next word is the most probable one (greedy
+/// search); with n, the n most probable beginnings are kept. Beams share the contexts: nothing of an image is copied or made
+/// again.
 Decoded decode(Model& model, const std::vector<xattn::Context>& images, int64_t beams);
 
 }  // namespace caption

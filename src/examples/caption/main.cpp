@@ -25,8 +25,8 @@
 namespace {
 
 struct Options : program::CommonOptions {
-  // The products are small: two threads gain little, and on a busy machine they wait for each other at every one. And so the result
-  // does not depend on the number of cores.
+  // The products are small: two threads gain little, and on a busy machine they wait for each other at every one. And so the
+  // result does not depend on the number of cores.
   Options() { threads = 1; }
 
   std::string digits = XATTN_EXAMPLE_DATA "/digits.safetensors";

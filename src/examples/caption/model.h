@@ -56,8 +56,8 @@ class ModelImpl : public torch::nn::Module {
   /// Returns the scores of the word behind each, [B, n, T, vocabulary], and where it looked for it, [B, n, T, 9].
   std::tuple<torch::Tensor, torch::Tensor> tell(const torch::Tensor& words, const std::vector<xattn::Context>& images);
 
-  /// Recognises digits without a decoder: features [B, 9, 96] -> scores of 0 to 9 and of the empty cell, [B, 9, 11]. Its loss teaches
-  /// the CNN to read, and it shows how many captions could be right if the decoder made no mistake.
+  /// Recognises digits without a decoder: features [B, 9, 96] -> scores of 0 to 9 and of the empty cell, [B, 9, 11]. Its loss
+  /// teaches the CNN to read, and it shows how many captions could be right if the decoder made no mistake.
   torch::Tensor recognise(const torch::Tensor& features);
 
   ModelOptions options;

@@ -32,8 +32,8 @@ const std::array<std::array<int64_t, kCellsPerSide>, 2 * kCellsPerSide>& board_l
 /// A board of `count` digits in cells drawn at random, by images drawn at random.
 Board draw_board(const Digits& digits, int64_t count, Random& random);
 
-/// A board like "7.3...1..", cells row by row, by images drawn at random. Throws std::runtime_error unless it is nine characters
-/// of 0 to 9 and a point.
+/// A board like "7.3...1..", cells row by row, by images drawn at random. Throws std::runtime_error unless it is nine
+/// characters of 0 to 9 and a point.
 Board board_of(const std::string& cells, const Digits& digits, Random& random);
 
 /// float32 [B, 1, 24, 24], ink from 0 to 1. With `hands` the digits are written by other hands; see `jitter`.
@@ -42,9 +42,9 @@ torch::Tensor paint(const std::vector<Board>& boards, const Digits& digits, Rand
 /// A board for the eye and for files: [24, 24], ink from 0 to 1 -> dark on white, uint8 [24 * zoom, 24 * zoom, 3].
 torch::Tensor board_picture(const torch::Tensor& board, int64_t zoom);
 
-/// The board in a PNG file, [1, 24, 24], ink from 0 to 1. The picture must be square, its side a multiple of 24; it is averaged down
-/// to 24. Dark on light and light on dark are told apart by the brighter half of the pixels: paper is what there is more of.
-/// Throws std::runtime_error, naming the file.
+/// The board in a PNG file, [1, 24, 24], ink from 0 to 1. The picture must be square, its side a multiple of 24; it is
+/// averaged down to 24. Dark on light and light on dark are told apart by the brighter half of the pixels: paper is what there
+/// is more of. Throws std::runtime_error, naming the file.
 torch::Tensor read_board(const std::string& path);
 
 }  // namespace examples

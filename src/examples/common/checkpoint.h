@@ -9,8 +9,8 @@
 
 #include "trainer.h"
 
-// A checkpoint is a safetensors file: the tensors of the model as "model.NAME", and in its metadata who wrote it ("program") and all
-// that it takes to make the model again.
+// A checkpoint is a safetensors file: the tensors of the model as "model.NAME", and in its metadata who wrote it ("program")
+// and all that it takes to make the model again.
 namespace examples {
 
 struct Checkpoint {
@@ -41,8 +41,8 @@ struct TrainingRun {
   /// Where the state of the training is kept until it is done: output + ".training".
   std::string state_path() const { return output + ".training"; }
 
-  /// Trains to the end with a progress bar, writes the checkpoint and removes the state. Saves the state twice a minute, and when
-  /// Ctrl-C asks to stop; then throws program::Interrupted, which says how to go on.
+  /// Trains to the end with a progress bar, writes the checkpoint and removes the state. Saves the state twice a minute, and
+  /// when Ctrl-C asks to stop; then throws program::Interrupted, which says how to go on.
   void run(Trainer& trainer, const Trainer::Forward& forward) const;
 };
 

@@ -24,8 +24,8 @@ struct DigitSets {
   Digits held_out;
 };
 
-/// The images [N, 8, 8] as other hands might have written them: each turned, stretched, slanted and moved by a little, drawn at random,
-/// with more or less ink, and with some noise.
+/// The images [N, 8, 8] as other hands might have written them: each turned, stretched, slanted and moved by a little, drawn
+/// at random, with more or less ink, and with some noise.
 torch::Tensor jitter(const torch::Tensor& images, at::Generator& generator);
 
 /// Reads the file that scripts/make_digits.py writes. Every fifth image of each digit is held out, always the same ones.

@@ -37,8 +37,9 @@ class Grammar {
     std::vector<std::string> slots;  // their names, in order
   };
 
-  /// Throws std::runtime_error with `name` (of the file) and the number of the line for a line that is neither a slot nor a form, a
-  /// slot, value, kind or meaning that the rules do not have, and for a value or kind of the rules that the text does not have.
+  /// Throws std::runtime_error with `name` (of the file) and the number of the line for a line that is neither a slot nor a
+  /// form, a slot, value, kind or meaning that the rules do not have, and for a value or kind of the rules that the text does
+  /// not have.
   Grammar(std::string text, const std::string& name, const GrammarRules& rules);
 
   const std::vector<Form>& forms(const std::string& kind) const { return forms_.at(kind); }

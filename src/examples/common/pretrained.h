@@ -10,8 +10,8 @@
 
 namespace examples {
 
-/// A TorchScript module in a file, as a frozen encoder: it is run in evaluation mode and without gradients, and is no part of the
-/// parameters of the model that uses it. LibTorch RUNS CODE FROM THE FILE: use files that you trust.
+/// A TorchScript module in a file, as a frozen encoder: it is run in evaluation mode and without gradients, and is no part of
+/// the parameters of the model that uses it. LibTorch RUNS CODE FROM THE FILE: use files that you trust.
 class PretrainedImpl : public torch::nn::Module {
  public:
   /// Throws std::runtime_error, naming the file, if it is no TorchScript module.

@@ -20,8 +20,8 @@ struct Tile {
 /// The tiles row by row under some lines of text: uint8 [height, width, 3].
 torch::Tensor draw_tiles(const std::vector<std::string>& headlines, const std::vector<Tile>& tiles, int64_t columns);
 
-/// The example as a picture: what is asked and answered, the board, and over it where the model looked, for the whole answer (if there is
-/// such a map) and for each word.
+/// The example as a picture: what is asked and answered, the board, and over it where the model looked, for the whole answer
+/// (if there is such a map) and for each word.
 torch::Tensor draw_example(const Example& example);
 
 }  // namespace examples

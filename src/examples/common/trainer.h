@@ -43,8 +43,8 @@ struct Progress {
   double seconds_left;
 };
 
-/// Trains a module by AdamW, and can stop and go on: a trainer made in the same way, with the state of one that stopped, comes on
-/// one thread to the same bits as if there had been no stop.
+/// Trains a module by AdamW, and can stop and go on: a trainer made in the same way, with the state of one that stopped, comes
+/// on one thread to the same bits as if there had been no stop.
 class Trainer {
  public:
   /// Draws a batch and runs the model on it. Everything random in it must come from the generator given.

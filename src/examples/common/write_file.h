@@ -10,8 +10,8 @@ namespace examples {
 /// Throws std::runtime_error, naming the file, if it cannot be written.
 void write_file(const std::string& path, std::string_view bytes);
 
-/// Throws std::runtime_error if there is no folder for a file of this path: found out at the beginning of a long job rather than at its
-/// end. An empty path is no file.
+/// Throws std::runtime_error if there is no folder for a file of this path: found out at the beginning of a long job rather
+/// than at its end. An empty path is no file.
 void check_folder(const std::string& path);
 
 }  // namespace examples

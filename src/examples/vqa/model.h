@@ -32,7 +32,8 @@ struct Answers {
   torch::Tensor answer_weights;  ///< [B, Q, Lk]: where the answer came from, words weighed as they are read out
 };
 
-/// Visual question answering. The text asks the image: each word of a question is a query, the places of the image are the context.
+/// Visual question answering. The text asks the image: each word of a question is a query, the places of the image are the
+/// context.
 ///
 ///   context   = CNN(board) + position                       [B, 9, 64]
 ///   question  = text encoder(words)                         [B, Q, T, 64]

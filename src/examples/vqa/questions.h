@@ -51,8 +51,8 @@ struct Meaning {
   std::optional<int64_t> order = {};   ///< 0 larger, 1 smaller
 };
 
-/// The answer, a place in kAnswers. REQUIRES: the question has one on this board: the digit of a relation is there once, compared
-/// cells hold digits that differ, there is a digit to be the largest or smallest.
+/// The answer, a place in kAnswers. REQUIRES: the question has one on this board: the digit of a relation is there once,
+/// compared cells hold digits that differ, there is a digit to be the largest or smallest.
 int64_t answer(const Board& board, const Meaning& meaning);
 
 struct Question {
@@ -64,8 +64,9 @@ struct Question {
 /// What vqa understands of its grammar; see data/questions.txt.
 const examples::GrammarRules& question_rules();
 
-/// A question of this kind about the board, drawn at random; nothing if none has a sensible answer. Questions of yes or no get the
-/// answer that is wanted, so that a batch can hold as many of either. Of places and neighbours one in eight is an empty one.
+/// A question of this kind about the board, drawn at random; nothing if none has a sensible answer. Questions of yes or no get
+/// the answer that is wanted, so that a batch can hold as many of either. Of places and neighbours one in eight is an empty
+/// one.
 std::optional<Question> draw_question(Kind kind, const Board& board, bool want_yes, const Grammar& grammar, Random& random);
 
 /// B boards, and Q questions about each: two of every kind, yes and no as often.

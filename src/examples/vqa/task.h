@@ -53,7 +53,8 @@ Score evaluate(Model& model,
                uint64_t seed,
                std::vector<examples::Example>* examples = nullptr);
 
-/// A question with its answer for the eye. scores [13], word_weights [T, Lk], answer_weights [Lk] are the model's of this question.
+/// A question with its answer for the eye. scores [13], word_weights [T, Lk], answer_weights [Lk] are the model's of this
+/// question.
 examples::Example make_example(const Model& model,
                                const torch::Tensor& board,
                                const Words& words,
