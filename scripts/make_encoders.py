@@ -208,7 +208,7 @@ def draw_boards(digits, count, jitter, generator):
 
 
 def jittered(images, generator):
-    """Each image [N, 8, 8] turned, scaled, sheared, shifted and inked a little differently."""
+    """Each image [N, 8, 8] turned, scaled, sheared, shifted and inked a little differently, and with noise."""
     n = len(images)
 
     def draw(*shape):
@@ -216,7 +216,8 @@ def jittered(images, generator):
 
     maps = torch.eye(2, 3) + 0.15 * draw(2, 3)
     grid = F.affine_grid(maps, [n, 1, 8, 8], align_corners=False)
-    return F.grid_sample(images.unsqueeze(1), grid, align_corners=False).squeeze(1) * (1 + 0.2 * draw(1, 1))
+    inked = F.grid_sample(images.unsqueeze(1), grid, align_corners=False).squeeze(1) * (1 + 0.2 * draw(1, 1))
+    return inked + 0.1 * torch.randn(inked.shape, generator=generator)
 
 
 def draw_questions(grammar, count, rng):
@@ -275,8 +276,8 @@ def make_text_encoder(grammar, steps, rng):
     def loss_of():
         words, meanings = draw_questions(grammar, 64, rng)
         of_words = meanings.repeat_interleave(words.ne(0).sum(1), dim=0)  # [words, 8]
-        losses = [F.cross_entropy(s, m, ignore_index=-1, reduction="sum") for s, m in zip(scores_of(words), of_words.T, strict=True)]
-        return sum(losses) / (of_words >= 0).sum()
+        parts = zip(scores_of(words), of_words.T, strict=True)
+        return sum(F.cross_entropy(s, m, ignore_index=-1, reduction="sum") for s, m in parts) / (of_words >= 0).sum()
 
     train("text encoder", [encoder, head], steps, loss_of)
     with torch.no_grad():
@@ -284,7 +285,8 @@ def make_text_encoder(grammar, steps, rng):
         of_words = meanings.repeat_interleave(words.ne(0).sum(1), dim=0)
         found = torch.stack([s.argmax(-1) for s in scores_of(words)], dim=1)
     asked = of_words >= 0
-    print(f"text encoder: from single words {100 * (found == of_words)[asked].float().mean():.2f} % of the meanings are told rightly")
+    right = 100 * (found == of_words)[asked].float().mean()
+    print(f"text encoder: from the states of single words {right:.2f} % of what the questions ask is told rightly")
     return encoder
 
 
@@ -316,7 +318,7 @@ def main():
     except OSError as error:
         raise ValueError(f"{arguments.output}: is no folder to write to: {error}") from error
 
-    image_steps, text_steps = (10, 10) if arguments.small else (1500, 1500)
+    image_steps, text_steps = (10, 10) if arguments.small else (3000, 3000)
     image_encoder = make_image_encoder(training, held_out, image_steps, torch.Generator().manual_seed(arguments.seed))
     text_encoder = make_text_encoder(grammar, text_steps, random.Random(arguments.seed))
 

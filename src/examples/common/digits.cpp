@@ -25,7 +25,7 @@ Digits select(const torch::Tensor& images, const torch::Tensor& labels, const to
 torch::Tensor jitter(const torch::Tensor& images, at::Generator& generator) {
   constexpr double kMost = 0.15;    // of each entry of the map from places to places; 0.15 moves by 0.6 pixels
   constexpr double kMostInk = 0.2;  // more or less than there is
-  constexpr double kNoise = 0.1;    // its deviation; keeps the model from learning single pixels by heart
+  constexpr double kNoise = 0.05;   // its deviation; keeps the model from learning single pixels by heart
   const auto N = images.size(0);
   const auto draw = [&](torch::IntArrayRef shape, double most) { return (torch::rand(shape, generator) * 2 - 1) * most; };
   const auto maps = torch::eye(2, 3) + draw({N, 2, 3}, kMost);  // [N, 2, 3]

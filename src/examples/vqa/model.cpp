@@ -24,11 +24,18 @@ void check_encoder(bool ok, const examples::Pretrained& encoder, const std::stri
   throw std::runtime_error(fmt::format("{}: must make {}, but makes {}", encoder->file_name(), expected, found.sizes()));
 }
 
-CrossAttentionBlock make_block(const ModelOptions& options) {
+// scale 0 makes all logits zero and so all weights alike.
+CrossAttentionBlock make_block(int64_t context_features, std::optional<double> scale = {}) {
   constexpr auto E = ModelImpl::kFeatures;
-  auto attention = CrossAttentionOptions(E, E, E, E).num_heads(ModelImpl::kHeads);
-  if (!options.attention) attention.scale(0);  // logits of zero: all weights alike
+  const auto attention =
+      CrossAttentionOptions(E, context_features, context_features, E).num_heads(ModelImpl::kHeads).scale(scale);
   return CrossAttentionBlock(CrossAttentionBlockOptions(attention).feed_forward(2 * E));
+}
+
+// For each image the places of the words among its Q * T, padding left out, or rather put last: [B, most words of an image].
+torch::Tensor places_of_words(const torch::Tensor& real) {
+  const auto longest = real.sum(1).max().item<int64_t>();
+  return real.to(torch::kUInt8).argsort(/*stable=*/true, /*dim=*/1, /*descending=*/true).narrow(1, 0, longest);
 }
 
 }  // namespace
@@ -37,11 +44,12 @@ ModelImpl::ModelImpl(const ModelOptions& options) : options(options) {
   make_image_encoder();
   make_text_encoder();
   for (int64_t i = 0; i < kBlocks; ++i) {
-    blocks.push_back(register_module(fmt::format("block{}", i), make_block(options)));
+    blocks.push_back(register_module(fmt::format("block{}", i),
+                                     make_block(kImageFeatures, options.attention ? std::nullopt : std::optional(0.0))));
   }
   norm = register_module("norm", xattn::Norm(xattn::NormKind::layer, kFeatures));
   reader = register_parameter("reader", torch::randn({1, kFeatures}));
-  read_out = register_module("read_out", make_block({.vocabulary = options.vocabulary}));
+  read_out = register_module("read_out", make_block(kFeatures));
   classifier = register_module("classifier", torch::nn::Linear(kFeatures, kAnswers.size()));
 }
 
@@ -54,13 +62,13 @@ void ModelImpl::make_image_encoder() {
                   features);
     rows = features.size(2);
     columns = features.size(3);
-    image_projection = register_module("image_projection", torch::nn::Linear(features.size(1), kFeatures));
+    image_projection = register_module("image_projection", torch::nn::Linear(features.size(1), kImageFeatures));
   } else {
-    image_encoder = torch::nn::AnyModule(examples::ImageEncoder(kFeatures));
+    image_encoder = torch::nn::AnyModule(examples::ImageEncoder(kImageFeatures));
     register_module("image_encoder", image_encoder.ptr());
     rows = columns = 3;
   }
-  position = register_parameter("position", torch::randn({rows * columns, kFeatures}));
+  position = register_parameter("position", torch::randn({rows * columns, kImageFeatures}));
 }
 
 void ModelImpl::make_text_encoder() {
@@ -88,24 +96,30 @@ Answers ModelImpl::forward(const torch::Tensor& boards, const torch::Tensor& wor
   const auto B = words.size(0);
   const auto Q = words.size(1);
   const auto T = words.size(2);
-  auto context = examples::to_context(image_encoder.forward<torch::Tensor>(boards));  // [B, Lk, 64]
+  auto context = examples::to_context(image_encoder.forward<torch::Tensor>(boards));  // [B, Lk, 128]
   if (image_projection) context = image_projection->forward(context);
   context = context + position;
 
-  const auto sentences = words.flatten(0, 1);               // [B * Q, T]
-  auto x = text_encoder.forward<torch::Tensor>(sentences);  // [B * Q, T, 64]
-  if (text_projection) x = text_projection->forward(x);
+  const auto sentences = words.flatten(0, 1);                      // [B * Q, T]
+  const auto real = sentences.ne(examples::Vocabulary::kPadding);  // [B * Q, T]
+  auto states = text_encoder.forward<torch::Tensor>(sentences);    // [B * Q, T, 64]
+  if (text_projection) states = text_projection->forward(states);
 
-  // All questions about one image are queries of the same batch entry, so that the image is not copied for each.
-  x = x.reshape({B, Q * T, kFeatures});
-  torch::Tensor weights;  // [B, Q * T, Lk]
+  // All words about one image are queries of the same batch entry, so that the image is not copied for each question, and
+  // padding is left out.
+  const auto places = places_of_words(real.view({B, Q * T})).unsqueeze(-1);  // [B, L, 1]
+  auto x = states.view({B, Q * T, kFeatures}).gather(1, places.expand({-1, -1, kFeatures}));
+  torch::Tensor weights;  // [B, L, Lk]
   for (auto& block : blocks) std::tie(x, weights) = block->forward(x, context, context);
-  x = norm->forward(x).view({B * Q, T, kFeatures});
+  const auto back = [&](const torch::Tensor& of_words) {  // [B, L, n] -> [B * Q, T, n]
+    const auto n = of_words.size(-1);
+    return of_words.new_zeros({B, Q * T, n}).scatter(1, places.expand({-1, -1, n}), of_words).view({B * Q, T, n});
+  };
+  x = back(norm->forward(x));
+  weights = back(weights);
 
-  const auto real = xattn::Mask::key_padding(sentences.ne(examples::Vocabulary::kPadding));
-  const auto [answer, share] =
-      read_out->forward(reader.expand({B * Q, 1, kFeatures}), x, x, real);  // [B*Q, 1, 64], [B*Q, 1, T]
-  weights = weights.view({B * Q, T, -1});
+  const auto [answer, share] = read_out->forward(reader.expand({B * Q, 1, kFeatures}), x, x,
+                                                 xattn::Mask::key_padding(real));  // [B*Q, 1, 64], [B*Q, 1, T]
   return {classifier->forward(answer).view({B, Q, -1}), weights.view({B, Q, T, -1}), share.matmul(weights).view({B, Q, -1})};
 }
 

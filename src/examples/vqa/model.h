@@ -35,7 +35,7 @@ struct Answers {
 /// Visual question answering. The text asks the image: each word of a question is a query, the places of the image are the
 /// context.
 ///
-///   context   = CNN(board) + position                       [B, 9, 64]
+///   context   = CNN(board) + position                       [B, 9, 128]
 ///   question  = text encoder(words)                         [B, Q, T, 64]
 ///   question  = two cross-attention blocks of the question over the context
 ///   answer    = classifier(one more block, of one learned query over the words)
@@ -43,7 +43,8 @@ struct Answers {
 /// An image is encoded once, whatever the number of questions. No loss sees the attention.
 class ModelImpl : public torch::nn::Module {
  public:
-  static constexpr int64_t kFeatures = 64;
+  static constexpr int64_t kFeatures = 64;        ///< of a word
+  static constexpr int64_t kImageFeatures = 128;  ///< of a place of the image
   static constexpr int64_t kHeads = 4;
   static constexpr int64_t kBlocks = 2;
 
@@ -59,7 +60,7 @@ class ModelImpl : public torch::nn::Module {
 
   torch::nn::AnyModule image_encoder;
   torch::nn::Linear image_projection{nullptr};  ///< from the width of a pretrained encoder; empty without one
-  torch::Tensor position;                       ///< [Lk, 64], learned
+  torch::Tensor position;                       ///< [Lk, 128], learned
   torch::nn::AnyModule text_encoder;
   torch::nn::Linear text_projection{nullptr};
   std::vector<xattn::CrossAttentionBlock> blocks;

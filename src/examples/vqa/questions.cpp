@@ -225,7 +225,7 @@ std::optional<Question> draw_question(Kind kind, const Board& board, bool want_y
   return Question{*meaning, grammar.say(form, values_of(form, *meaning), random), answer(board, *meaning)};
 }
 
-Batch draw_batch(const Digits& digits, const Grammar& grammar, int64_t boards, Random& random) {
+Batch draw_batch(const Digits& digits, const Grammar& grammar, int64_t boards, Random& random, const Kinds& kinds) {
   using examples::kFewestDigits;
   using examples::kMostDigits;
   Batch batch;
@@ -235,11 +235,12 @@ Batch draw_batch(const Digits& digits, const Grammar& grammar, int64_t boards, R
     for (bool complete = false; !complete;) {
       const auto board = draw_board(digits, count, random);
       std::vector<Question> questions;
-      for (int64_t i = 0; i < kQuestionsPerBoard; ++i) {
-        auto question = draw_question(static_cast<Kind>(i / 2), board, /*want_yes=*/i % 2 == 0, grammar, random);
+      bool want_yes = true;
+      for (const auto kind : kinds) {
+        auto question = draw_question(kind, board, std::exchange(want_yes, !want_yes), grammar, random);
         if (question) questions.push_back(std::move(*question));
       }
-      complete = static_cast<int64_t>(questions.size()) == kQuestionsPerBoard;
+      complete = questions.size() == kinds.size();
       if (!complete) continue;
       batch.drawn.push_back(board);
       batch.questions.push_back(std::move(questions));

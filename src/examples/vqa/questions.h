@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/board.h"
@@ -69,14 +70,27 @@ const examples::GrammarRules& question_rules();
 /// one.
 std::optional<Question> draw_question(Kind kind, const Board& board, bool want_yes, const Grammar& grammar, Random& random);
 
-/// B boards, and Q questions about each: two of every kind, yes and no as often.
+/// The kinds of the questions about one board. Every second question of yes or no has the answer yes.
+using Kinds = std::array<Kind, 14>;
+inline constexpr int64_t kQuestionsPerBoard = std::tuple_size_v<Kinds>;
+
+/// Two of every kind.
+inline constexpr Kinds kEvenly = {Kind::place,   Kind::place,   Kind::relation, Kind::relation, Kind::count,
+                                  Kind::count,   Kind::exist,   Kind::exist,    Kind::compare,  Kind::compare,
+                                  Kind::largest, Kind::largest, Kind::smallest, Kind::smallest};
+
+/// For training: more of those that take longest to learn, fewer of those that are learned with others.
+inline constexpr Kinds kMoreRelations = {Kind::place,    Kind::place,   Kind::relation, Kind::relation, Kind::relation,
+                                         Kind::relation, Kind::count,   Kind::count,    Kind::exist,    Kind::exist,
+                                         Kind::compare,  Kind::compare, Kind::largest,  Kind::smallest};
+
+/// B boards, and Q questions about each.
 struct Batch {
   std::vector<Board> drawn;                      ///< B
   std::vector<std::vector<Question>> questions;  ///< B times Q
 };
-inline constexpr int64_t kQuestionsPerBoard = 2 * static_cast<int64_t>(kKinds.size());
 
-/// Boards of 2 to 6 digits, each number as often as the others.
-Batch draw_batch(const Digits& digits, const Grammar& grammar, int64_t boards, Random& random);
+/// Boards of 2 to 6 digits, each number as often as the others, and questions of these kinds about each.
+Batch draw_batch(const Digits& digits, const Grammar& grammar, int64_t boards, Random& random, const Kinds& kinds = kEvenly);
 
 }  // namespace vqa

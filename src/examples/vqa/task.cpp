@@ -44,7 +44,8 @@ examples::Step learn_from(Model& model, const Tensors& batch) {
 examples::Trainer::Forward training_step(Model model, const Digits& digits, const Grammar& grammar, torch::Device device) {
   constexpr int64_t kBoards = 16;
   return [=, vocabulary = Vocabulary(grammar.vocabulary())](Random& random) mutable {
-    const auto [boards, words, answers] = encode(draw_batch(digits, grammar, kBoards, random), digits, vocabulary, &random);
+    const auto batch = draw_batch(digits, grammar, kBoards, random, kMoreRelations);
+    const auto [boards, words, answers] = encode(batch, digits, vocabulary, &random);
     return learn_from(model, {boards.to(device), words.to(device), answers.to(device)});
   };
 }

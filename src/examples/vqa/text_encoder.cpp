@@ -16,6 +16,14 @@ torch::nn::Embedding make_embedding(int64_t vocabulary, int64_t features) {
   return torch::nn::Embedding(torch::nn::EmbeddingOptions(vocabulary, features).padding_idx(Vocabulary::kPadding));
 }
 
+// Vaswani et al., 2017, section 3.5: place t has sin(t / 10000^(i/n)) and cos of the same, for i = 0 to n - 1: [T, 2n].
+torch::Tensor sinusoids(int64_t T, int64_t features) {
+  const auto n = features / 2;
+  const auto frequencies = torch::pow(10000, -torch::arange(n, torch::kFloat32) / n);  // [n]
+  const auto angles = torch::outer(torch::arange(T, torch::kFloat32), frequencies);    // [T, n]
+  return torch::cat({angles.sin(), angles.cos()}, /*dim=*/1);
+}
+
 }  // namespace
 
 void RnnEncoderImpl::reset() {
@@ -36,21 +44,24 @@ torch::Tensor RnnEncoderImpl::forward(const torch::Tensor& words) {
 
 void TransformerEncoderImpl::reset() {
   embedding = register_module("embedding", make_embedding(vocabulary_, features_));
-  position = register_parameter("position", torch::randn({kLongest, features_}));
-  layer = register_module(
-      "layer", xattn::CrossAttentionBlock(
-                   xattn::CrossAttentionBlockOptions(xattn::CrossAttentionOptions(features_, features_, features_, features_)
-                                                         .num_heads(4)
-                                                         .attention_weights(xattn::AttentionWeights::none))
-                       .norm_placement(xattn::NormPlacement::after)
-                       .feed_forward(2 * features_)));
+  position = register_parameter("position", sinusoids(kLongest, features_));
+  layers = register_module("layers", torch::nn::ModuleList());
+  const auto attention = xattn::CrossAttentionOptions(features_, features_, features_, features_)
+                             .num_heads(4)
+                             .attention_weights(xattn::AttentionWeights::none);
+  for (int64_t i = 0; i < kLayers; ++i) {
+    layers->push_back(xattn::CrossAttentionBlock(
+        xattn::CrossAttentionBlockOptions(attention).norm_placement(xattn::NormPlacement::after).feed_forward(2 * features_)));
+  }
 }
 
 torch::Tensor TransformerEncoderImpl::forward(const torch::Tensor& words) {
   const auto T = words.size(1);
   TORCH_CHECK_VALUE(T <= kLongest, "a question may have up to ", kLongest - 1, " words, but has ", T - 1, ".");
-  const auto x = embedding->forward(words) + position.narrow(0, 0, T);  // [N, T, features]
-  return std::get<0>(layer->forward(x, x, x, xattn::Mask::key_padding(words.ne(Vocabulary::kPadding))));
+  const auto mask = xattn::Mask::key_padding(words.ne(Vocabulary::kPadding));
+  auto x = embedding->forward(words) + position.narrow(0, 0, T);  // [N, T, features]
+  for (const auto& layer : *layers) x = std::get<0>(layer->as<xattn::CrossAttentionBlock>()->forward(x, x, x, mask));
+  return x;
 }
 
 }  // namespace vqa

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/nn/cloneable.h>
+#include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/modules/rnn.h>
 #include <torch/nn/pimpl.h>
@@ -31,9 +32,11 @@ class RnnEncoderImpl : public torch::nn::Cloneable<RnnEncoderImpl> {
 };
 TORCH_MODULE(RnnEncoder);
 
-/// A Transformer encoder of one layer. A block that asks itself, `forward(x, x, x)`, is self-attention.
+/// A Transformer encoder. A block that asks itself, `forward(x, x, x)`, is self-attention.
+/// Vaswani et al., 2017, https://arxiv.org/abs/1706.03762.
 class TransformerEncoderImpl : public torch::nn::Cloneable<TransformerEncoderImpl> {
  public:
+  static constexpr int64_t kLayers = 2;
   static constexpr int64_t kLongest = 32;  ///< words; there are no positions behind these
 
   TransformerEncoderImpl(int64_t vocabulary, int64_t features) : vocabulary_(vocabulary), features_(features) { reset(); }
@@ -44,8 +47,8 @@ class TransformerEncoderImpl : public torch::nn::Cloneable<TransformerEncoderImp
   torch::Tensor forward(const torch::Tensor& words);
 
   torch::nn::Embedding embedding{nullptr};
-  torch::Tensor position;  ///< [kLongest, features], learned
-  xattn::CrossAttentionBlock layer{nullptr};
+  torch::Tensor position;  ///< [kLongest, features], learned; sinusoids at first
+  torch::nn::ModuleList layers{nullptr};
 
  private:
   int64_t vocabulary_;
