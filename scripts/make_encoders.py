@@ -217,7 +217,7 @@ def jittered(images, generator):
     maps = torch.eye(2, 3) + 0.15 * draw(2, 3)
     grid = F.affine_grid(maps, [n, 1, 8, 8], align_corners=False)
     inked = F.grid_sample(images.unsqueeze(1), grid, align_corners=False).squeeze(1) * (1 + 0.2 * draw(1, 1))
-    return inked + 0.1 * torch.randn(inked.shape, generator=generator)
+    return inked + 0.05 * torch.randn(inked.shape, generator=generator)
 
 
 def draw_questions(grammar, count, rng):
