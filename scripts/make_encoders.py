@@ -311,6 +311,7 @@ def parse_arguments():
 def main():
     arguments = parse_arguments()
     torch.manual_seed(arguments.seed)
+    torch.set_num_threads(1)  # the products are small, and the result does not depend on the number of cores
     training, held_out = load_digits(arguments.digits)
     grammar = Grammar(arguments.grammar)
     try:

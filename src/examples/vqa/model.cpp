@@ -109,14 +109,14 @@ Answers ModelImpl::forward(const torch::Tensor& boards, const torch::Tensor& wor
   // padding is left out.
   const auto places = places_of_words(real.view({B, Q * T})).unsqueeze(-1);  // [B, L, 1]
   auto x = states.view({B, Q * T, kFeatures}).gather(1, places.expand({-1, -1, kFeatures}));
-  torch::Tensor weights;  // [B, L, Lk]
-  for (auto& block : blocks) std::tie(x, weights) = block->forward(x, context, context);
+  std::vector<torch::Tensor> seen(kBlocks);  // [B, L, Lk] each
+  for (size_t i = 0; i < seen.size(); ++i) std::tie(x, seen[i]) = blocks[i]->forward(x, context, context);
   const auto back = [&](const torch::Tensor& of_words) {  // [B, L, n] -> [B * Q, T, n]
     const auto n = of_words.size(-1);
     return of_words.new_zeros({B, Q * T, n}).scatter(1, places.expand({-1, -1, n}), of_words).view({B * Q, T, n});
   };
   x = back(norm->forward(x));
-  weights = back(weights);
+  const auto weights = back(torch::stack(seen).mean(0));  // [B * Q, T, Lk]
 
   const auto [answer, share] = read_out->forward(reader.expand({B * Q, 1, kFeatures}), x, x,
                                                  xattn::Mask::key_padding(real));  // [B*Q, 1, 64], [B*Q, 1, T]

@@ -27,8 +27,9 @@ struct ModelOptions {
 
 /// What the model says of some questions, and where it looked.
 struct Answers {
-  torch::Tensor scores;          ///< [B, Q, 13], one for each of kAnswers
-  torch::Tensor word_weights;    ///< [B, Q, T, Lk]: where each word looked in the last block. The heads' mean.
+  torch::Tensor scores;  ///< [B, Q, 13], one for each of kAnswers
+  torch::Tensor
+      word_weights;  ///< [B, Q, T, Lk]: where each word looked, the mean over heads and blocks. Says nothing at padding.
   torch::Tensor answer_weights;  ///< [B, Q, Lk]: where the answer came from, words weighed as they are read out
 };
 
