@@ -34,7 +34,7 @@ using xattn::test::error_of;
 using xattn::test::OneThread;
 using xattn::test::TempDir;
 
-constexpr double kPublishedAccuracy = 0.990;  // of the shipped checkpoint, in README.md
+constexpr double kPublishedAccuracy = 0.988;  // of the shipped checkpoint, in README.md
 
 const examples::DigitSets& digits() {
   static const auto sets = examples::load_digits(XATTN_EXAMPLE_DATA "/digits.safetensors");

@@ -44,7 +44,7 @@ struct Options : program::CommonOptions {
   std::string text_encoder = {};
   bool mean_pooling = false;
   bool resume = false;
-  int64_t steps = 6000;
+  int64_t steps = 8000;
 
   // ask and draw
   std::string board = {};
