@@ -44,6 +44,7 @@ import struct
 import sys
 import tempfile
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -649,6 +650,210 @@ def write_archive(path: Path, module: torch.jit.ScriptModule) -> None:
     writer.write_end_of_file()
 
 
+# ------------------------------------------------------------------------------------------------------------- torch.export
+
+
+class ExportedModel(nn.Module):
+    """Holds the reference, and what else the files of torch.export have: tied weights, views, buffers, constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.fusion = CrossAttention(4, 6, 6, 8)
+        self.embedding, self.unembedding = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.unembedding.weight = self.embedding.weight
+        self.transposed = nn.Parameter(torch.randn(4, 3).t())
+        self.every_second = nn.Parameter(torch.randn(3, 4)[:, ::2])
+        pool = torch.randn(10)
+        self.register_buffer("middle", pool[2:5])
+        self.register_buffer("end", pool[4:].view(2, 3))
+        self.register_buffer("expanded", torch.randn(2, 1).expand(2, 3))
+        self.register_buffer("none", torch.empty(0, 2))
+        self.register_buffer("positions", torch.arange(4), persistent=False)
+        self.shift = torch.randn(4)
+
+    def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
+        query = self.embedding(tokens) + self.shift + self.positions[:, None] * torch.tensor([1.0, 2.0, 3.0, 4.0])
+        return self.fusion(query, features, features)[0]
+
+
+class AllTypes(nn.Module):
+    """A buffer of every type that torch.export can write, and one without axes."""
+
+    def __init__(self):
+        super().__init__()
+        names = "uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 float32 float64 bfloat16 bool complex32 complex64 "
+        names += "complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
+        for name in names.split():
+            self.register_buffer(f"of_{name}", torch.tensor([0, 1, 2, 4]).to(getattr(torch, name)))
+        self.register_buffer("scalar", torch.tensor(2.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def write_exported(folder: Path, name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """NAME.pt2 and, in NAME.safetensors, the tensors that PyTorch reads from it; complex ones as pairs of float64."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of storages that no tensor shows in full
+        torch.export.save(torch.export.export(model, inputs), buffer)
+    copy_archive(buffer, folder / f"{name}.pt2", {"models/model.json": without_metadata})
+    tensors = {key: x.detach().clone() for key, x in read(folder / f"{name}.pt2")[0].items()}
+    pairs = {key: torch.view_as_real(x.to(torch.complex128)) for key, x in tensors.items() if x.is_complex()}
+    write(folder / f"{name}.safetensors", tensors | pairs, {"shows": f"the tensors of {name}.pt2"})
+
+
+def write_all_exported(folder: Path) -> list[str]:
+    torch.manual_seed(3)
+    write_exported(folder, "exported", ExportedModel(), (torch.randint(5, (2, 4)), torch.randn(2, 3, 6)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of complex32
+        write_exported(folder, "exported_types", AllTypes(), (torch.ones(1),))
+    return [f"{name}.{suffix}" for name in ("exported", "exported_types") for suffix in ("pt2", "safetensors")]
+
+
+def without_metadata(record: bytes) -> bytes:
+    """The graph of a model without stack traces, which hold the paths of the machine that made it."""
+
+    def strip(x):
+        if isinstance(x, dict):
+            return {key: {} if key == "metadata" else strip(value) for key, value in x.items()}
+        return [strip(value) for value in x] if isinstance(x, list) else x
+
+    return json.dumps(strip(json.loads(record)), separators=(",", ":")).encode()
+
+
+def copy_archive(source: io.BytesIO, path: Path, changes: dict[str, Callable[[bytes], bytes]]) -> None:
+    """An archive of PyTorch, with some of its records changed."""
+    source.seek(0)
+    reader, writer = torch._C.PyTorchFileReader(source), torch._C.PyTorchFileWriter(str(path))
+    writer.set_min_version(6)
+    for record in reader.get_all_records():
+        if record not in ("byteorder", ".data/serialization_id", ".data/version"):  # which the writer adds
+            data = changes.get(record, bytes)(reader.get_record(record))
+            writer.write_record(record, data, len(data))
+    writer.write_end_of_file()
+
+
+# -------------------------------------------------------------------------------------------------------------- torch.save
+
+
+class SmallModel(nn.Module):
+    """Parameters, buffers, a list of modules, and a weight that two modules share."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 2)
+        self.norm = nn.BatchNorm1d(2)
+        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        self.layers[1].weight = self.layers[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[1](self.layers[0](self.norm(self.first(x))))
+
+
+SAVED_TYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool uint64 uint32 uint16 complex32 complex64 "
+SAVED_TYPES += "complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
+
+
+def write_saved(folder: Path) -> list[str]:
+    """One small model as torch.save and torch.jit.save write it, and views and types of tensors. Returns the files' names."""
+    torch.manual_seed(4)
+    model, x = SmallModel(), torch.randn(4, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(x).sum().backward()
+    optimizer.step()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    write(folder / "state_dict.safetensors", state, {"shows": "the tensors of the small model", "seed": "4"})
+    torch.save(model.state_dict(), folder / "state_dict.pt")
+    checkpoint = {"epoch": 3, "loss": 0.5, "name": "small", "optimizer": optimizer.state_dict(), "model": model.state_dict()}
+    torch.save(checkpoint, folder / "checkpoint.pt", pickle_protocol=4)
+    torch.save(model.state_dict(), folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save(model, folder / "module.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        write_archive(folder / "scripted.pt", torch.jit.script(model))
+        write_archive(folder / "traced.pt", torch.jit.trace(model.eval(), x))
+        write_archive(folder / "frozen.pt", torch.jit.freeze(torch.jit.script(model)))
+
+    base = torch.arange(12.0).view(3, 4)
+    views = {"base": base, "transposed": base.t(), "columns": base[:, 1::2], "row": base[2], "expanded": base[0].expand(5, 4)}
+    views |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(3, 0, 2), "parameter": nn.Parameter(base[1])}
+    torch.save(views, folder / "views.pt")
+    copies = {name: x.detach().clone() for name, x in views.items()}
+    write(folder / "views.safetensors", copies, {"shows": "the tensors of views.pt"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of complex32
+        six = torch.arange(6).view(2, 3)
+        torch.save({name: six.to(getattr(torch, name)) for name in SAVED_TYPES.split()}, folder / "types.pt")
+    names = ("state_dict", "checkpoint", "legacy", "module", "scripted", "traced", "frozen", "views", "types")
+    return [*(f"{name}.pt" for name in names), "state_dict.safetensors", "views.safetensors"]
+
+
+# -------------------------------------------------------------------------------------------------------- seeds of fuzzers
+
+
+def write_seeds(folder: Path) -> None:
+    """fuzz/TARGET/*, from what is in `folder`: inputs from which the fuzzers of scripts/fuzz.sh make up others."""
+
+    def keep(target: str, name: str, data: bytes) -> None:
+        path = folder / "fuzz" / target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    for name in ("views", "state_dict", "exported_types"):
+        keep("safetensors", name, (folder / "files" / f"{name}.safetensors").read_bytes())
+    keep("safetensors", "empty", struct.pack("<Q", 2) + b"{}")
+    for name in ("views", "state_dict", "frozen", "traced"):
+        keep("zip", name, (folder / "files" / f"{name}.pt").read_bytes())
+
+    for path in sorted((folder / "files").glob("*.pt")):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                keep("pickle", path.stem, archive.read(f"{path.stem}/data.pkl"))
+    # Their storages have other sizes than those that the fuzzer puts beside: 64 bytes each. Those of the next three have not.
+    flat = torch.zeros(16)
+    model = {"weight": flat, "view": flat[2:].view(2, 7).t(), "wide": torch.zeros(8, dtype=torch.float64)}
+    model |= {"flags": nn.Parameter(torch.zeros(64, dtype=torch.bool), False), "new": torch.zeros(32, dtype=torch.uint16)}
+    model["tagged"] = flat[:3]
+    model["tagged"].tag = "an attribute"
+    layers = nn.Sequential(nn.Linear(4, 4, False), nn.Sequential(nn.Linear(4, 4, False)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        layers = torch.jit.script(layers)
+    saves = {"fits": lambda f: torch.save({"epoch": 3, "best": True, "model": model}, f)}
+    saves["fits_torchscript"] = lambda f: torch.jit.save(layers, f)
+    saves["conjugate"] = lambda f: torch.save({"conjugate": torch.zeros(8, dtype=torch.complex64).conj()}, f)
+    for name, save_to in saves.items():
+        buffer = io.BytesIO()
+        save_to(buffer)
+        buffer.seek(0)
+        keep("pickle", name, torch._C.PyTorchFileReader(buffer).get_record("data.pkl"))
+
+    entry = {"path_name": "weight_0", "is_param": True, "use_pickle": False, "tensor_meta": {"dtype": 7, "requires_grad": True}}
+    entry["tensor_meta"] |= {"sizes": [{"as_int": 2}, {"as_int": 3}], "strides": [{"as_int": 3}, {"as_int": 1}], "layout": 7}
+    entry["tensor_meta"] |= {"device": {"type": "cpu", "index": None}, "storage_offset": {"as_int": 1}}
+    config = json.dumps({"config": {"weight": entry, "other": entry | {"path_name": "weight_1"}}}).encode()
+    keep("json", "config", config)
+    keep("json", "empty", b'{"config": {}}')
+    keep("json", "bool", config.replace(b'"dtype": 7', b'"dtype": 12'))
+    index = {"metadata": {"total_size": 24, "shift": -1}, "weight_map": {"weight": "model-00001-of-00002.safetensors"}}
+    keep("json", "index", json.dumps(index, indent=2).encode())
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        records = {"archive_format": b"pt2", "archive_version": b"0", "byteorder": b"little", "models/model.json": b"{}"}
+        records |= {"data/weights/weight_0": bytes(64), "data/weights/weight_1": bytes(64), "data/constants/tensor_0": b""}
+        records["data/weights/model_weights_config.json"] = config
+        records["data/constants/model_constants_config.json"] = b'{"config": {}}'
+        for name, data in records.items():
+            with archive.open(zipfile.ZipInfo(f"x/{name}"), "w", force_zip64=True) as record:
+                record.write(data)
+        archive.writestr(zipfile.ZipInfo("x/extra/deflated"), bytes(100), zipfile.ZIP_DEFLATED)
+        archive.comment = b"a comment"
+    keep("zip", "exported", buffer.getvalue())
+
+
 # ------------------------------------------------------------------------------------------------------------- write and check
 
 
@@ -673,18 +878,30 @@ def write_all(folder: Path) -> list[str]:
         write_block_case(folder, case)
     for part in (write_seeded_initialisation, write_reference_example, write_torchscript, write_torchscript_model):
         part(folder)
+    (folder / "files").mkdir(exist_ok=True)
+    exported = [f"files/{name}" for name in write_all_exported(folder / "files")]
+    saved = [f"files/{name}" for name in write_saved(folder / "files")]
+    write_seeds(folder)
     extra = ("seeded_initialisation", "reference_example", "reference_torchscript", "reference_inputs", "reference_in_model")
     names = [f"{name}.safetensors" for name in (*[case.name for case in (*CASES, *BLOCK_CASES)], *extra)]
-    return [*names, "reference.pt", "reference_in_model.pt"]
+    return [*names, "reference.pt", "reference_in_model.pt", *exported, *saved]
 
 
 def read(path: Path) -> tuple[Tensors, dict[str, str]]:
+    if path.suffix == ".pt2":
+        program = torch.export.load(path)
+        return program.state_dict | program.constants, {}
     if path.suffix == ".pt":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return torch.jit.load(path).state_dict(), {}
+            warnings.simplefilter("ignore")
+            saved = torch.load(path, weights_only=False)  # of TorchScript too
+            return saved.state_dict() if isinstance(saved, nn.Module) else saved.get("model", saved), {}
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def same_bytes(a: Tensor, b: Tensor, *_) -> bool:
+    return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))  # it has not all types
 
 
 def differences(old_path: Path, new_path: Path) -> list[str]:
@@ -697,8 +914,8 @@ def differences(old_path: Path, new_path: Path) -> list[str]:
     found += [f"{name} is only in one" for name in sorted(old.keys() ^ new.keys())]
     for name in sorted(old.keys() & new.keys()):
         a, b = old[name], new[name]
-        exact = a.dtype != torch.float64
-        if a.dtype != b.dtype or a.shape != b.shape or not (torch.equal(a, b) if exact else torch.allclose(a, b, 1e-9, 1e-12)):
+        close = torch.allclose if a.dtype == torch.float64 else same_bytes
+        if a.dtype != b.dtype or a.shape != b.shape or not close(a, b, 1e-9, 1e-12):
             found.append(f"{name} differs")
     return found
 

@@ -12,11 +12,13 @@
 #include <string_view>
 
 #include "check.h"
+#include "option_names.h"
 
 namespace xattn {
 
 using detail::check_type;
 using detail::check_value;
+using detail::name_of;
 using detail::shape_of;
 using torch::Tensor;
 
@@ -59,6 +61,9 @@ void CrossAttentionBlockImpl::reset() {
   const auto norm = [&](const char* name) {
     return register_module(name, Norm(NormOptions(options.norm(), Eq).eps(options.norm_eps())));
   };
+  const auto linear = [&](const char* name, int64_t in, int64_t out) {
+    return register_module(name, torch::nn::Linear(torch::nn::LinearOptions(in, out).bias(options.feed_forward_bias())));
+  };
   const auto gate = [&](const char* name) {
     return register_parameter(name, torch::zeros({options.gate() == BlockGate::scalar ? 1 : Eq}));
   };
@@ -68,8 +73,9 @@ void CrossAttentionBlockImpl::reset() {
   if (gated) attention_gate = gate("attention_gate");
   if (hidden == 0) return;
   feed_forward_norm = norm("feed_forward_norm");
-  feed_forward_in = register_module("feed_forward_in", torch::nn::Linear(Eq, hidden));
-  feed_forward_out = register_module("feed_forward_out", torch::nn::Linear(hidden, Eq));
+  feed_forward_in = linear("feed_forward_in", Eq, hidden);
+  if (options.feed_forward_glu()) feed_forward_multiplier = linear("feed_forward_multiplier", Eq, hidden);
+  feed_forward_out = linear("feed_forward_out", hidden, Eq);
   if (gated) feed_forward_gate = gate("feed_forward_gate");
 }
 
@@ -78,7 +84,7 @@ void CrossAttentionBlockImpl::reset_parameters() {
   for (auto* norm : {&attention_norm, &feed_forward_norm}) {
     if (*norm) (*norm)->reset_parameters();
   }
-  for (auto* linear : {&feed_forward_in, &feed_forward_out}) {
+  for (auto* linear : {&feed_forward_in, &feed_forward_multiplier, &feed_forward_out}) {
     if (*linear) (*linear)->reset_parameters();
   }
   for (auto* gate : {&attention_gate, &feed_forward_gate}) {
@@ -87,20 +93,19 @@ void CrossAttentionBlockImpl::reset_parameters() {
 }
 
 void CrossAttentionBlockImpl::pretty_print(std::ostream& stream) const {
-  constexpr const char* kNorms[] = {"none", "rms", "layer"};
-  constexpr const char* kGates[] = {"none", "scalar", "per_feature"};
-  constexpr const char* kActivations[] = {"relu", "gelu", "gelu_tanh", "silu"};
   const auto& o = options;
   std::string named;
   const auto add = [&named](bool differs, std::string_view call, const auto&... argument) {
     if (differs) named += fmt::format(fmt::runtime(call), argument...);
   };
-  add(o.norm() != NormKind::layer, ".norm(NormKind::{})", kNorms[static_cast<int>(o.norm())]);
+  add(o.norm() != NormKind::layer, ".norm(NormKind::{})", name_of(o.norm()));
   add(o.norm_placement() == NormPlacement::after, ".norm_placement(NormPlacement::after)");
   add(o.norm_eps() != 1e-5, ".norm_eps({})", o.norm_eps());
-  add(o.gate() != BlockGate::none, ".gate(BlockGate::{})", kGates[static_cast<int>(o.gate())]);
+  add(o.gate() != BlockGate::none, ".gate(BlockGate::{})", name_of(o.gate()));
   add(o.feed_forward() != 4 * o.attention().dim_query(), ".feed_forward({})", *o.feed_forward());
-  add(o.activation() != Activation::gelu, ".activation(Activation::{})", kActivations[static_cast<int>(o.activation())]);
+  add(o.activation() != Activation::gelu, ".activation(Activation::{})", name_of(o.activation()));
+  add(o.feed_forward_glu(), ".feed_forward_glu(true)");
+  add(!o.feed_forward_bias(), ".feed_forward_bias(false)");
   add(o.dropout() != 0, ".dropout({})", o.dropout());
 
   // What stands between the brackets of "xattn::CrossAttention(...)": four sizes, or CrossAttentionOptions.
@@ -145,7 +150,9 @@ std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::attend(const Tensor& query, 
   const auto x = sum(query, mixed, attention_gate, attention_norm);
   if (!feed_forward_in) return {x, weights};
 
-  const auto hidden = activate(feed_forward_in(entrance(x, feed_forward_norm)), options.activation());  // [B, Lq, hidden]
+  const auto entered = entrance(x, feed_forward_norm);
+  auto hidden = activate(feed_forward_in(entered), options.activation());  // [B, Lq, hidden]
+  if (feed_forward_multiplier) hidden = hidden * feed_forward_multiplier(entered);
   return {sum(x, feed_forward_out(hidden), feed_forward_gate, feed_forward_norm), weights};
 }
 

@@ -1,22 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/load.h>
 
+#include <xattn/block_layouts.h>
 #include <xattn/safetensors.h>
-#include <xattn/torchscript.h>
 
 #include <algorithm>
-#include <array>
-#include <fstream>
-#include <optional>
+#include <functional>
 #include <set>
+#include <string_view>
 
 #include "check.h"
 #include "check_file.h"
+#include "choose.h"
+#include "option_names.h"
 
 namespace xattn {
 namespace {
 
 using Names = std::vector<std::string>;
+using Infos = std::map<std::string, TensorInfo>;
 
 NamedTensors state_of(const torch::nn::Module& module) {
   NamedTensors state;
@@ -33,13 +35,13 @@ bool converts(torch::ScalarType from, torch::ScalarType to) {
 }
 
 // Why a value from a file does not fit into a tensor of the module; empty if it does.
-std::string misfit(const torch::Tensor& value, const torch::Tensor& target) {
-  if (!value.defined() || value.sizes() != target.sizes()) {
-    return fmt::format("must have shape {}, but has {}", detail::shape_of(target), detail::shape_of(value));
+std::string misfit(torch::ScalarType type, const std::vector<int64_t>& shape, const torch::Tensor& target) {
+  const auto type_name = [](torch::ScalarType scalar) { return c10::getDtypeNames(scalar).first; };
+  if (target.sizes() != shape) {
+    return fmt::format("must have shape {}, but has [{}]", detail::shape_of(target), fmt::join(shape, ", "));
   }
-  if (!converts(value.scalar_type(), target.scalar_type())) {
-    const auto name = [](const torch::Tensor& tensor) { return c10::getDtypeNames(tensor.scalar_type()).first; };
-    return fmt::format("must convert to {}, but is {}", name(target), name(value));
+  if (!converts(type, target.scalar_type())) {
+    return fmt::format("must convert to {}, but is {}", type_name(target.scalar_type()), type_name(type));
   }
   return "";
 }
@@ -49,155 +51,209 @@ std::string list(std::string_view what, const Names& names) {
   return names.empty() ? "" : fmt::format("; {}: {}", what, fmt::join(names, ", "));
 }
 
-LoadReport load(torch::nn::Module& module, const NamedTensors& tensors, const LoadOptions& options, const std::string& source) {
+// Tensors of a file, or in memory.
+struct Source {
+  std::string name;  // for messages
+  const Infos& infos;
+  std::function<torch::Tensor(const std::string&)> read;
+};
+
+// What a load will do, found out before anything changes.
+class Loader {
+ public:
+  Loader(torch::nn::Module& module, const Source& source, const LoadOptions& options)
+      : module_(module), source_(source), options_(options), prefix_(options.prefix), state_(state_of(module)) {}
+
+  LoadReport run() {
+    find_layouts();
+    match();
+    refuse_faults();
+    copy();
+    return std::move(report_);
+  }
+
+ private:
+  // Blocks and attention layers of the module that the file spells in a layout: their parameters get recipes.
+  void find_layouts() {
+    const auto own_blocks = modules_of<CrossAttentionBlockImpl>();
+    const auto own_layers = modules_of<CrossAttentionImpl>();
+    if (own_layers.empty()) return;  // and so no block
+    const auto* only = detail::layout_or_none(options_.layout);
+    const auto blocks = find_blocks(source_.infos, only);
+    const auto layers = find_layers(source_.infos, only);
+    if (prefix_.empty() && module_.as<CrossAttentionBlockImpl>() && !blocks.empty()) {
+      prefix_ = detail::choose(source_.name, blocks, std::nullopt).prefix;
+    }
+    if (prefix_.empty() && module_.as<CrossAttentionImpl>() && !layers.empty()) {
+      prefix_ = detail::choose(source_.name, layers, std::nullopt).prefix;
+    }
+    std::set<const CrossAttentionImpl*> done;
+    for (const auto& [path, own] : own_blocks) {
+      const auto found = std::ranges::find(blocks, prefix_ + path, &FoundBlock::prefix);
+      if (found == blocks.end()) continue;
+      check_arithmetic(*found, path, *own);
+      add(recipes(*found, source_.infos), path);
+      foreign_.push_back(found->prefix);
+      done.insert(own->attention.get());
+    }
+    for (const auto& [path, own] : own_layers) {
+      const auto found = std::ranges::find(layers, prefix_ + path, &FoundLayer::prefix);
+      if (found == layers.end() || done.contains(own)) continue;
+      check_arithmetic(*found, path, *own);
+      add(recipes(*found, source_.infos), path);
+      if (found->layout->name != "reference" && !found->prefix.empty()) foreign_.push_back(found->prefix);
+    }
+  }
+
+  // All of a kind in the module, itself included, with their paths: empty, or with a point at the end.
+  template <class Impl>
+  std::vector<std::pair<std::string, Impl*>> modules_of() const {
+    std::vector<std::pair<std::string, Impl*>> result;
+    if (auto* self = module_.as<Impl>()) result.emplace_back("", self);
+    for (const auto& item : module_.named_modules("", /*include_self=*/false)) {
+      if (auto* one = item.value()->template as<Impl>()) result.emplace_back(item.key() + ".", one);
+    }
+    return result;
+  }
+
+  void add(const std::map<std::string, TensorRecipe>& of_layer, const std::string& path) {
+    for (const auto& [parameter, recipe] : of_layer) recipes_.emplace(path + parameter, recipe);
+  }
+
+  // What a layout computes, the module must compute, too; nothing in the tensors would show that it does not.
+  void check_arithmetic(const FoundLayer& layer, const std::string& path, const CrossAttentionImpl& attention) {
+    if (layer.layout->scale) require(path, "scale", *layer.layout->scale, *attention.options.scale(), layer.layout->name);
+  }
+
+  void check_arithmetic(const FoundBlock& found, const std::string& path, const CrossAttentionBlockImpl& block) {
+    using detail::name_of;
+    const auto& layout = *found.layout;
+    const auto &needed = found.options, &has = block.options;
+    check_arithmetic(found.attention, path + "attention.", *block.attention);
+    require(path, "norm", name_of(needed.norm()), name_of(has.norm()), layout.name);
+    if (layout.norm_placement) {
+      require(path, "norm_placement", name_of(*layout.norm_placement), name_of(has.norm_placement()), layout.name);
+    }
+    require(path, "gate", name_of(needed.gate()), name_of(has.gate()), layout.name);
+    require(path, "feed_forward_glu", needed.feed_forward_glu(), has.feed_forward_glu(), layout.name);
+  }
+
+  template <class T>
+  void require(const std::string& path, std::string_view option, const T& needed, const T& has, std::string_view layout) {
+    if (needed == has) return;
+    const auto which = path.empty() ? "the module" : path.substr(0, path.size() - 1);
+    report_.misshapen.push_back(
+        fmt::format("{} must have {} {}, as layout {} needs, but has {}", which, option, needed, layout, has));
+  }
+
+  TensorRecipe recipe_of(const std::string& name) const {
+    const auto found = recipes_.find(name);
+    return found == recipes_.end() ? TensorRecipe{prefix_ + name} : found->second;
+  }
+
+  void match() {
+    std::set<std::string> used;  // names of the file
+    std::set<const void*> filled;
+    Names absent;
+    for (const auto& [name, target] : state_) {
+      const auto recipe = recipe_of(name);
+      const auto info = source_.infos.find(recipe.source);
+      if (info == source_.infos.end()) {
+        absent.push_back(name);
+        continue;
+      }
+      used.insert(recipe.source);
+      if (const auto reason = misfit(info->second.type, recipe.shape(info->second), target); !reason.empty()) {
+        report_.misshapen.push_back(name + " " + reason);
+        continue;
+      }
+      report_.loaded.push_back(name);
+      copies_.push_back({target, recipe});
+      filled.insert(target.unsafeGetTensorImpl());
+    }
+    for (const auto& name : absent) {
+      const bool shared = filled.contains(state_.at(name).unsafeGetTensorImpl());
+      (shared ? report_.loaded : report_.missing).push_back(name);
+    }
+    std::ranges::sort(report_.loaded);
+    for (const auto& [full_name, info] : source_.infos) {
+      if (!full_name.starts_with(prefix_) || used.contains(full_name)) continue;
+      (is_surrounding(full_name) ? report_.surrounding : report_.unexpected).push_back(full_name.substr(prefix_.size()));
+    }
+  }
+
+  // Among the names of a layer or block, but not of it: a buffer of its class, the self-attention in front of a block.
+  bool is_surrounding(const std::string& name) const {
+    const auto is_source = [&](const auto& item) { return item.second.source == name; };
+    const auto has_name = [&](const std::string& prefix) { return name.starts_with(prefix); };
+    return std::ranges::any_of(foreign_, has_name) && std::ranges::none_of(recipes_, is_source);
+  }
+
+  void refuse_faults() {
+    const auto faults = (options_.allow_missing ? "" : list("missing", report_.missing)) +
+                        (options_.allow_unexpected ? "" : list("unexpected", report_.unexpected)) +
+                        list("misshapen", report_.misshapen);
+    if (faults.empty()) return;
+    const auto message = fmt::format("[load_weights] {}: does not fit the module{}", source_.name, faults);
+    throw LoadError(detail::one_line(message), std::move(report_));
+  }
+
+  void copy() {
+    struct Made {
+      torch::Tensor target;
+      torch::Tensor value;
+    };
+    const torch::NoGradGuard no_grad;
+    std::vector<Made> made;  // reading may fail, and memory run out: before anything changes
+    for (const auto& [target, recipe] : copies_) {
+      made.push_back({target, recipe.apply(source_.read(recipe.source)).to(target.scalar_type())});
+    }
+    for (auto& [target, value] : made) target.copy_(value);
+  }
+
   struct Copy {
     torch::Tensor target;
-    torch::Tensor value;
+    TensorRecipe recipe;
   };
-  LoadReport report;
-  std::vector<Copy> copies;
-  std::set<const void*> filled;
-  const auto state = state_of(module);
-  for (const auto& [full_name, value] : tensors) {
-    if (!full_name.starts_with(options.prefix)) continue;
-    const auto name = full_name.substr(options.prefix.size());
-    const auto target = state.find(name);
-    if (target == state.end()) {
-      report.unexpected.push_back(name);
-    } else if (const auto reason = misfit(value, target->second); !reason.empty()) {
-      report.misshapen.push_back(name + " " + reason);
-    } else {
-      report.loaded.push_back(name);
-      copies.push_back({target->second, value});
-      filled.insert(target->second.unsafeGetTensorImpl());
-    }
-  }
-  for (const auto& [name, target] : state) {
-    if (!tensors.contains(options.prefix + name)) {
-      (filled.contains(target.unsafeGetTensorImpl()) ? report.loaded : report.missing).push_back(name);
-    }
-  }
 
-  const auto faults = (options.allow_missing ? "" : list("missing", report.missing)) +
-                      (options.allow_unexpected ? "" : list("unexpected", report.unexpected)) +
-                      list("misshapen", report.misshapen);
-  if (!faults.empty()) {
-    const auto message = fmt::format("[load_weights] {}: does not fit the module{}", source, faults);
-    throw LoadError(detail::one_line(message), std::move(report));
-  }
-
-  torch::NoGradGuard no_grad;
-  for (auto& copy : copies) {
-    copy.value = copy.value.to(copy.target.scalar_type());  // may run out of memory: before anything changes
-  }
-  for (auto& copy : copies) copy.target.copy_(copy.value);
-  return report;
-}
-
-std::optional<CrossAttentionOptions> layer_at(const std::string& prefix, const NamedTensors& tensors) {
-  const auto weight = [&](const char* linear) -> std::optional<std::array<int64_t, 2>> {  // out, in
-    const auto found = tensors.find(prefix + linear + ".weight");
-    if (found == tensors.end() || found->second.dim() != 2 || found->second.numel() == 0) return {};
-    return std::array{found->second.size(0), found->second.size(1)};
-  };
-  const auto bias = [&](const char* linear) { return tensors.contains(prefix + linear + ".bias"); };
-
-  const auto query = weight("query_linear");    // [H * d, Eq]
-  const auto key = weight("key_linear");        // [G * d, Ek]
-  const auto value = weight("value_linear");    // [G * e, Ev]
-  const auto output = weight("output_linear");  // [Eo, H * e]
-  const bool normed = tensors.contains(prefix + "query_norm.weight") || tensors.contains(prefix + "key_norm.weight");
-  if (!query || !key || !value || !output || normed) return {};
-  const auto [inner_query, dim_query] = *query;
-  const auto [inner_key, dim_key] = *key;
-  const auto [inner_value, dim_value] = *value;
-  const auto [dim_output, inner_output] = *output;
-  const int64_t group = inner_query / inner_key;  // H / G
-  if (inner_query != group * inner_key || inner_output != group * inner_value) return {};
-  return CrossAttentionOptions(dim_query, dim_key, dim_value, dim_output)
-      .num_heads(group)
-      .kv_heads(1)
-      .head_dim(inner_key)
-      .value_head_dim(inner_value)
-      .query_bias(bias("query_linear"))
-      .key_bias(bias("key_linear"))
-      .value_bias(bias("value_linear"))
-      .output_bias(bias("output_linear"));
-}
+  torch::nn::Module& module_;
+  const Source& source_;
+  const LoadOptions& options_;
+  std::string prefix_;
+  NamedTensors state_;
+  std::map<std::string, TensorRecipe> recipes_;  // by name in the module
+  Names foreign_;                                // prefixes of blocks and layers that are not the library's own
+  std::vector<Copy> copies_;
+  LoadReport report_;
+};
 
 }  // namespace
 
-FileFormat detect_format(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  detail::check_file(in.is_open(), "load", path, "cannot be opened: {}", detail::system_reason());
-  std::string start(9, '\0');
-  in.read(start.data(), static_cast<std::streamsize>(start.size()));
-  if (start.starts_with("PK\3\4")) {  // a zip archive
-    return FileFormat::torchscript;
-  }
-  // A length of eight bytes, then JSON.
-  detail::check_file(start[8] == '{', "load", path,
-                     "must be a safetensors file or an archive of torch.jit.save, but is neither");
-  return FileFormat::safetensors;
-}
-
-NamedTensors load_tensors(const std::string& path) {
-  if (detect_format(path) == FileFormat::torchscript) return load_torchscript(path);
-  const SafetensorsFile file(path);
-  NamedTensors tensors;
-  for (const auto& [name, entry] : file.entries()) tensors.emplace(name, file.tensor(name));
-  return tensors;
-}
-
 std::string LoadReport::summary() const {
   return fmt::format("loaded {} tensors", loaded.size()) + list("missing", missing) + list("unexpected", unexpected) +
-         list("misshapen", misshapen);
+         list("misshapen", misshapen) + list("of the block around the layer", surrounding);
 }
 
-LoadReport load_weights(torch::nn::Module& module, const NamedTensors& tensors, const LoadOptions& options) {
-  return load(module, tensors, options, "set of tensors");
+LoadReport load_weights(torch::nn::Module& module, const Checkpoint& checkpoint, const LoadOptions& options) {
+  const Source source{checkpoint.path(), checkpoint.tensors(),
+                      [&](const std::string& name) { return checkpoint.tensor(name); }};
+  return Loader(module, source, options).run();
 }
 
 LoadReport load_weights(torch::nn::Module& module, const std::string& path, const LoadOptions& options) {
-  return load(module, load_tensors(path), options, path);
+  return load_weights(module, open_checkpoint(path), options);
+}
+
+LoadReport load_weights(torch::nn::Module& module, const NamedTensors& tensors, const LoadOptions& options) {
+  const auto all = lazy(tensors);
+  const Source source{"set of tensors", all.infos, all.make};
+  return Loader(module, source, options).run();
 }
 
 void save_safetensors(const std::string& path,
                       const torch::nn::Module& module,
                       const std::map<std::string, std::string>& metadata) {
   save_safetensors(path, state_of(module), metadata);
-}
-
-CrossAttentionOptions FoundLayer::with_heads(int64_t num_heads) const {
-  const int64_t group = options.num_heads() / options.kv_heads().value();
-  const int64_t inner_qk = options.num_heads() * options.head_dim().value();
-  const int64_t inner_v = options.num_heads() * options.value_head_dim().value();
-  std::vector<int64_t> possible;
-  for (int64_t heads = group; heads <= std::min(inner_qk, inner_v); heads += group) {
-    if (inner_qk % heads == 0 && inner_v % heads == 0) possible.push_back(heads);
-  }
-  detail::check_value(std::ranges::count(possible, num_heads) == 1, "with_heads", "num_heads must be one of {}, but is {}.",
-                      fmt::join(possible, ", "), num_heads);
-  auto result = options;
-  return result.num_heads(num_heads)
-      .kv_heads(num_heads / group)
-      .head_dim(inner_qk / num_heads)
-      .value_head_dim(inner_v / num_heads);
-}
-
-std::vector<FoundLayer> find_layers(const NamedTensors& tensors) {
-  constexpr std::string_view kEnding = "query_linear.weight";
-  std::vector<FoundLayer> layers;
-  for (const auto& [name, tensor] : tensors) {
-    if (!name.ends_with(kEnding)) continue;
-    const auto prefix = name.substr(0, name.size() - kEnding.size());
-    if (!prefix.empty() && !prefix.ends_with('.')) continue;
-    if (const auto options = layer_at(prefix, tensors)) {
-      layers.push_back({prefix, *options});
-    }
-  }
-  std::ranges::sort(layers, {}, &FoundLayer::prefix);
-  return layers;
 }
 
 }  // namespace xattn

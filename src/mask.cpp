@@ -5,6 +5,7 @@
 #include <ATen/ops/amax.h>
 #include <ATen/ops/any.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/eq.h>
 #include <ATen/ops/gt.h>
 #include <ATen/ops/logical_and.h>
@@ -191,6 +192,13 @@ void Mask::check(
                  tensor.device().str());
     }
   }
+}
+
+Mask Mask::with_free_key(int64_t Lq, int64_t Lk, at::Device device) const {
+  Mask mask;
+  if (const auto allowed = keep(Lq, Lk, device); allowed.defined()) mask = dense(at::constant_pad_nd(allowed, {0, 1}, true));
+  if (const auto added = additive(); added.defined()) mask = mask & bias(at::constant_pad_nd(added, {0, 1}, 0));
+  return mask;
 }
 
 Mask Mask::to(at::Device device) const {

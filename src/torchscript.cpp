@@ -1,34 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <xattn/torchscript.h>
-
-#include <torch/csrc/jit/api/module.h>
-#include <torch/csrc/jit/serialization/import.h>
+#include <string_view>
+#include <utility>
 
 #include "check_file.h"
+#include "pickle.h"
+#include "pickled_tensors.h"
+#include "readers.h"
 
-namespace xattn {
+// An archive of TorchScript is code beside data.pkl, a pickle of the module's attributes: tensors, other values, and modules
+// in it. Which tensors are parameters or buffers only the code says, and it is not read: each tensor that is an attribute is
+// taken, and so are the few that are neither. Tensors in attributes that are lists, tuples or dicts are left out, as they are
+// in Python's state_dict().
+namespace xattn::detail {
 namespace {
 
-[[noreturn]] void fail(const std::string& path, std::string_view reason) {
-  detail::fail_file("torchscript", path,
-                    "must be an archive of torch.jit.save (re-save a state dict with safetensors.torch.save_file), but: {}",
-                    reason.substr(0, reason.find('\n')));
-}
+constexpr std::string_view kReader = "torchscript";
 
 }  // namespace
 
-std::map<std::string, at::Tensor> load_torchscript(const std::string& path) {
-  try {
-    const auto module = torch::jit::load(path, at::kCPU);
-    std::map<std::string, at::Tensor> tensors;
-    for (const auto& [name, tensor] : module.named_parameters()) tensors.emplace(name, tensor.detach());
-    for (const auto& [name, tensor] : module.named_buffers()) tensors.emplace(name, tensor.detach());
-    return tensors;
-  } catch (const c10::Error& error) {
-    fail(path, error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    fail(path, error.what());
+Index read_torchscript(const std::string& path, const ZipFile& zip) {
+  const auto pickle = read_pickle(path, zip.bytes("data.pkl"), PickleNames::torchscript);
+  check_file(pickle.kind(pickle.root) == Pickle::Kind::object, kReader, path, "must hold a module, but holds something else");
+  PickledTensors found(kReader, path, zip, pickle, Pickle::Kind::object);
+  if (found.holds_tensors(pickle.root)) {
+    found.add_all("", pickle.root);
+  } else {
+    check_file(
+        !zip.has("constants/0"), kReader, path,
+        "has no parameters, but constants without names, as torch.jit.freeze makes them; save the module before it is frozen");
   }
+  return {std::move(found.tensors), {}};
 }
 
-}  // namespace xattn
+}  // namespace xattn::detail

@@ -145,8 +145,9 @@ class CrossAttentionBlockTest : public testing::TestWithParam<torch::Device> {
     for (const auto norm : {NormKind::none, NormKind::rms, NormKind::layer}) {
       for (const auto placement : {NormPlacement::before, NormPlacement::after}) {
         for (const auto gate : {BlockGate::none, BlockGate::scalar, BlockGate::per_feature}) {
-          for (const int64_t feed_forward : {0, 12}) {
-            auto block = make(options().norm(norm).norm_placement(placement).gate(gate).feed_forward(feed_forward));
+          for (const auto& [feed_forward, glu] : {std::pair(0, false), {12, false}, {12, true}}) {
+            auto kind = options().norm(norm).norm_placement(placement).gate(gate).feed_forward(feed_forward);
+            auto block = make(kind.feed_forward_glu(glu).feed_forward_bias(!glu));
             for (auto& gate : block->parameters(/*recurse=*/false)) gate.detach().normal_();
             std::ostringstream what;
             block->pretty_print(what);
@@ -199,6 +200,21 @@ TEST_P(CrossAttentionBlockTest, EachBranchHasItsOwnGate) {
   const auto hidden = torch::gelu(block->feed_forward_in(block->feed_forward_norm(query_)));
   expect_close(fed.select(2, 5), block->feed_forward_out(hidden).select(2, 5), 1e-12, "the feature let through");
   EXPECT_EQ(fed.ne(0).sum().item<int64_t>(), kB * kLq);
+}
+
+TEST_P(CrossAttentionBlockTest, AGatedLinearUnitMultipliesTheActivatedFeatures) {
+  for (const bool bias : {false, true}) {
+    auto block = make(options().feed_forward(12).feed_forward_glu(true).feed_forward_bias(bias).activation(Activation::silu));
+    const auto x = query_ + std::get<0>(block->attention->forward(block->attention_norm(query_), key_, value_));
+    const auto normed = block->feed_forward_norm(x);
+    const auto linear = [](const Tensor& input, const torch::nn::Linear& layer) {
+      const auto product = torch::matmul(input, layer->weight.t());
+      return layer->bias.defined() ? product + layer->bias : product;
+    };
+    const auto in = linear(normed, block->feed_forward_in), multiplier = linear(normed, block->feed_forward_multiplier);
+    const auto expected = x + linear(in * in.sigmoid() * multiplier, block->feed_forward_out);
+    expect_close(output_of(block), expected, 1e-12, bias ? "with biases" : "without biases");
+  }
 }
 
 TEST_P(CrossAttentionBlockTest, AttendOfAContextEqualsForward) {
@@ -278,7 +294,8 @@ TEST_P(CrossAttentionBlockTest, GradientsEqualDifferencesInFirstAndSecondOrder) 
                           .norm(NormKind::rms)
                           .norm_placement(placement)
                           .gate(BlockGate::scalar)
-                          .feed_forward(3));
+                          .feed_forward(3)
+                          .feed_forward_glu(placement == NormPlacement::before));
     block->attention_gate.detach().fill_(0.7);
     block->feed_forward_gate.detach().fill_(-0.4);
     std::vector<Tensor> inputs = {random({1, 2, 2}), random({1, 3, 3}), random({1, 3, 2})};
@@ -451,6 +468,10 @@ TEST(CrossAttentionBlockOptionsTest, ParametersHaveTheirNamesAndShapes) {
                                    {"feed_forward_out.weight", {8, 20}},
                                    {"feed_forward_out.bias", {8}},
                                    {"feed_forward_gate", {8}}}));
+  auto glu = CrossAttentionBlockOptions(options).norm(NormKind::none).feed_forward_glu(true).feed_forward_bias(false);
+  EXPECT_EQ(shapes(glu), (Shapes{{"feed_forward_in.weight", {32, 8}},
+                                 {"feed_forward_multiplier.weight", {32, 8}},
+                                 {"feed_forward_out.weight", {8, 32}}}));
   auto small = CrossAttentionBlockOptions(options).gate(BlockGate::scalar).feed_forward(0);
   EXPECT_EQ(shapes(small), (Shapes{{"attention_norm.weight", {8}}, {"attention_norm.bias", {8}}, {"attention_gate", {1}}}));
   EXPECT_EQ(shapes(CrossAttentionBlockOptions(options).norm(NormKind::none).feed_forward(0)), Shapes());
@@ -494,15 +515,19 @@ TEST(CrossAttentionBlockOptionsTest, PrintsWhatBuildsItAgain) {
                                      .gate(BlockGate::per_feature)
                                      .feed_forward(20)
                                      .activation(Activation::gelu_tanh)
+                                     .feed_forward_glu(true)
+                                     .feed_forward_bias(false)
                                      .dropout(0.25));
-  EXPECT_EQ(printed(full),
-            "xattn::CrossAttentionBlock(CrossAttentionBlockOptions(CrossAttentionOptions(8, 12, 10, 8).num_heads(2))"
-            ".norm(NormKind::rms).norm_placement(NormPlacement::after).norm_eps(0.5).gate(BlockGate::per_feature)"
-            ".feed_forward(20).activation(Activation::gelu_tanh).dropout(0.25))");
+  EXPECT_EQ(
+      printed(full),
+      "xattn::CrossAttentionBlock(CrossAttentionBlockOptions(CrossAttentionOptions(8, 12, 10, 8).num_heads(2))"
+      ".norm(NormKind::rms).norm_placement(NormPlacement::after).norm_eps(0.5).gate(BlockGate::per_feature)"
+      ".feed_forward(20).activation(Activation::gelu_tanh).feed_forward_glu(true).feed_forward_bias(false).dropout(0.25))");
 }
 
 TEST(CrossAttentionBlockOptionsTest, ResetParametersStartsAfresh) {
-  CrossAttentionBlock block(CrossAttentionBlockOptions(CrossAttentionOptions(8, 12, 10, 8)).gate(BlockGate::scalar));
+  CrossAttentionBlockOptions options(CrossAttentionOptions(8, 12, 10, 8));
+  CrossAttentionBlock block(options.gate(BlockGate::scalar).feed_forward_glu(true));
   NamedTensors before;
   for (auto& parameter : block->named_parameters()) {
     const torch::NoGradGuard no_grad;

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -130,23 +131,23 @@ TEST_F(CliTest, RunListsTheLayersWhereThereAreSeveral) {
   save_safetensors(dir.file("two"), tensors);
   save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key}});
   EXPECT_EQ(error(1, "run two --inputs in --output out"),
-            "[run] two: --prefix must be one of \"a.\", \"b.\", but was not given");
+            "[load] two: prefix must be one of \"a.\", \"b.\", but was not given");
   EXPECT_EQ(error(1, "run two --inputs in --output out --prefix c"),
-            "[run] two: --prefix must be one of \"a.\", \"b.\", but is \"c\"");
+            "[load] two: prefix must be one of \"a.\", \"b.\", but is \"c\"");
   EXPECT_EQ(xattn("run two --inputs in --output out --prefix b. --device cpu").status, 0);
 }
 
 TEST_F(CliTest, RunRefusesFilesWithoutALayer) {
   save_safetensors(dir.file("none"), NamedTensors{{"weight", query}});
   EXPECT_EQ(error(1, "run none --inputs in --output out"),
-            "[run] none: must hold query_linear, key_linear, value_linear and output_linear of a layer, but does not");
+            "[load] none: must hold an attention layer in a layout that is known, but holds none");
 }
 
 TEST_F(CliTest, RunRefusesHeadsThatDoNotDivide) {
   save_safetensors(dir.file("weights"), *CrossAttention(4, 6, 6, 8));
   save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key}});
   EXPECT_EQ(error(1, "run weights --inputs in --output out --heads 3"),
-            "[with_heads] num_heads must be one of 1, 2, 4, 8, but is 3.");
+            "[load] weights: the number of heads of \"\" must be one of 1, 2, 4, 8, but is 3");
 }
 
 TEST_F(CliTest, RunRefusesInputsThatAreNotItsOwn) {
@@ -157,16 +158,17 @@ TEST_F(CliTest, RunRefusesInputsThatAreNotItsOwn) {
     EXPECT_FALSE(std::filesystem::exists(dir.file("out")));
     return message;
   };
-  const std::string incomplete = "[run] in: must hold query, and either key and value, or context";
+  const std::string incomplete = "[inputs] in: must hold query, and either key and value, or context";
   EXPECT_EQ(refusal({{"query", query}}), incomplete);
   EXPECT_EQ(refusal({{"query", query}, {"key", key}}), incomplete);
   EXPECT_EQ(refusal({{"query", query}, {"key", key}, {"context", key}}), incomplete);
   EXPECT_EQ(refusal({{"context", key}}), incomplete);
   EXPECT_EQ(refusal({{"query", query}, {"context", key}, {"masks", key}}),
-            "[run] in: may hold bias, context, key, mask, query, value only, but holds \"masks\"");
-  EXPECT_EQ(refusal({{"query", query.to(torch::kLong)}, {"context", key}}), "[run] in: query must have a floating point type");
+            "[inputs] in: may hold bias, context, ip_context, key, mask, query, value only, but holds \"masks\"");
+  EXPECT_EQ(refusal({{"query", query.to(torch::kLong)}, {"context", key}}),
+            "[inputs] in: query must have a floating point type");
   EXPECT_EQ(refusal({{"query", query}, {"context", key}, {"mask", torch::ones({5}, torch::kBool)}}),
-            "[run] in: mask must have shape [B|1, Lk] or [B|1, H|1, Lq|1, Lk], but has [5]");
+            "[inputs] in: mask must have shape [B|1, Lk] or [B|1, H|1, Lq|1, Lk], but has [5]");
   EXPECT_TRUE(refusal({{"query", query}, {"context", query}}).starts_with("[cross_attention] key must have shape [B, Lk, 6]"));
 }
 
@@ -174,9 +176,9 @@ TEST_F(CliTest, RunRefusesToOverwriteItsInputs) {
   save_safetensors(dir.file("weights"), *CrossAttention(4, 6, 6, 8));
   save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key}});
   std::filesystem::create_hard_link(dir.file("in"), dir.file("link"));
-  EXPECT_EQ(error(2, "run weights --inputs in --output weights"), "--output: must not be an input, but is weights");
-  EXPECT_EQ(error(2, "run weights --inputs in --output ./in"), "--output: must not be an input, but is in");
-  EXPECT_EQ(error(2, "run weights --inputs in --output link"), "--output: must not be an input, but is in");
+  EXPECT_EQ(error(2, "run weights --inputs in --output weights"), "output: must not be an input, but is weights");
+  EXPECT_EQ(error(2, "run weights --inputs in --output ./in"), "output: must not be an input, but is in");
+  EXPECT_EQ(error(2, "run weights --inputs in --output link"), "output: must not be an input, but is in");
   EXPECT_EQ(load_tensors(dir.file("weights")).size(), 8U);
 }
 
@@ -213,9 +215,10 @@ TEST_F(CliTest, InspectPrintsDocumentedJson) {
       {"name": "query_linear.weight", "type": "float32", "shape": [8, 4]},
       {"name": "value_linear.weight", "type": "float32", "shape": [4, 6]}],
     "layers": [
-      {"prefix": "", "layout": "reference", "dim_query": 4, "dim_key": 5, "dim_value": 6, "dim_output": 8,
+      {"prefix": "", "layout": "reference", "kind": "cross", "num_heads": null, "dim_query": 4, "dim_key": 5, "dim_value": 6, "dim_output": 8,
        "inner_qk": 8, "inner_v": 8, "group": 2,
-       "query_bias": false, "key_bias": false, "value_bias": false, "output_bias": true}]})");
+       "query_bias": false, "key_bias": false, "value_bias": false, "output_bias": true,
+       "qk_norm": "none"}]})");
   EXPECT_EQ(json::parse(result.out), expected);
 }
 
@@ -235,22 +238,111 @@ TEST_F(CliTest, InspectPrintsALineForEachTensor) {
             "safetensors, 2 tensors\n"
             "  \"a\"              float32          [2, 3]\n"
             "  \"red\\u001b[31m\"  bfloat16         []\n"
-            "no cross-attention layer\n");
+            "no attention layer\n");
 }
 
 TEST_F(CliTest, InspectRefusesBrokenFiles) {
-  EXPECT_EQ(error(1, "inspect nothing"), "[load] nothing: cannot be opened: No such file or directory");
+  EXPECT_EQ(error(1, "inspect nothing"), "[file] nothing: cannot be opened: No such file or directory");
   test::write_bytes(dir.file("x"), "some text");
-  EXPECT_EQ(error(1, "inspect x"), "[load] x: must be a safetensors file or an archive of torch.jit.save, but is neither");
+  EXPECT_TRUE(error(1, "inspect x").starts_with("[checkpoint] x: must be a safetensors file, "));
   const auto bytes = test::read_bytes(data_path("reference.pt"));
   test::write_bytes(dir.file("half"), bytes.substr(0, bytes.size() / 2));
-  EXPECT_TRUE(error(1, "inspect half").starts_with("[torchscript] half: must be an archive of torch.jit.save"));
+  EXPECT_TRUE(error(1, "inspect half").starts_with("[zip] half: "));
+}
+
+TEST_F(CliTest, InspectTellsCrossFromSelfAndTheLayout) {
+  const auto result = xattn("inspect " + data_path("layouts/whisper.safetensors") + " --json");
+  ASSERT_EQ(result.status, 0) << result.err;
+  std::map<std::string, std::string> kinds;
+  const auto document = json::parse(result.out);
+  for (const auto& layer : document["layers"]) {
+    EXPECT_EQ(layer["layout"], "out_proj");
+    kinds[layer["prefix"]] = layer["kind"];
+  }
+  EXPECT_EQ(kinds.at("model.decoder.layers.0.encoder_attn."), "cross");
+  EXPECT_EQ(kinds.at("model.decoder.layers.0.self_attn."), "self");
+}
+
+// ---- verify ------------------------------------------------------------------------------------------------------------------
+
+TEST_F(CliTest, VerifyFindsTheLayerAndSaysHowFarItsOutputIs) {
+  const auto fixture = data_path("layouts/bert");
+  const auto result = xattn("verify " + fixture + ".safetensors --expect " + fixture + ".expect.safetensors --device cpu");
+  EXPECT_EQ(result.status, 0) << result.err;
+  EXPECT_NE(result.out.find("\nequal within 1.0e-05 of the largest element\n"), std::string::npos) << result.out;
+  EXPECT_TRUE(result.out.starts_with("output ")) << result.out;
+}
+
+TEST_F(CliTest, VerifyKnowsEveryFamilyWithoutItsLayoutBeingNamed) {
+  for (const auto& entry : std::filesystem::directory_iterator(data_path("layouts"))) {
+    const auto file = entry.path().string();
+    if (!file.ends_with(".expect.safetensors") || file.ends_with(".block.expect.safetensors")) continue;
+    const auto weights = file.substr(0, file.size() - std::string(".expect.safetensors").size()) + ".safetensors";
+    if (weights.ends_with("/ip_adapter_original.safetensors")) continue;  // holds the second context alone, without a query
+    const auto result = xattn("verify " + weights + " --expect " + file + " --device cpu");
+    EXPECT_EQ(result.status, 0) << result.out << result.err;
+  }
+}
+
+TEST_F(CliTest, VerifyFailsForOtherWeights) {
+  const auto attention = CrossAttention(4, 6, 6, 8);
+  const torch::NoGradGuard no_grad;
+  const auto output = std::get<0>(attention.ptr()->forward(query, key, value));
+  save_safetensors(dir.file("weights"), *attention);
+  save_safetensors(dir.file("good"), NamedTensors{{"query", query}, {"key", key}, {"value", value}, {"output", output}});
+  save_safetensors(dir.file("bad"), NamedTensors{{"query", query}, {"key", key}, {"value", value}, {"output", output + 0.01}});
+  EXPECT_EQ(xattn("verify weights --expect good --device cpu").status, 0);
+  const auto result = xattn("verify weights --expect bad --device cpu");
+  EXPECT_EQ(result.status, 1);
+  EXPECT_NE(result.out.find("DIFFERENT"), std::string::npos) << result.out;
+  EXPECT_EQ(result.err, "xattn: [verify] weights: does not give what bad holds, within 1.0e-05 of its largest element\n");
+  EXPECT_EQ(xattn("verify weights --expect bad --device cpu --tolerance 0.1").status, 0);
+}
+
+TEST_F(CliTest, VerifyWantsAnOutputToCompareWith) {
+  save_safetensors(dir.file("weights"), *CrossAttention(4, 6, 6, 8));
+  save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key}});
+  EXPECT_EQ(error(1, "verify weights --expect in"), "[verify] in: must hold output");
+}
+
+// ---- convert -----------------------------------------------------------------------------------------------------------------
+
+TEST_F(CliTest, ConvertGoesFromFormatToFormatAndBack) {
+  const NamedTensors tensors = {{"a", torch::rand({2, 3})}, {"b.c", torch::tensor({1, 2}, torch::kByte)}};
+  save_safetensors(dir.file("x.safetensors"), tensors, {{"step", "7"}});
+  ASSERT_EQ(xattn("convert x.safetensors y.pt").status, 0);
+  ASSERT_EQ(xattn("convert y.pt z.safetensors").status, 0);
+  EXPECT_EQ(open_checkpoint(dir.file("y.pt")).format(), FileFormat::state_dict);
+  const auto back = load_tensors(dir.file("z.safetensors"));
+  ASSERT_EQ(back.size(), tensors.size());
+  for (const auto& [name, tensor] : tensors) EXPECT_TRUE(torch::equal(back.at(name), tensor)) << name;
+}
+
+TEST_F(CliTest, ConvertSpellsLayersAnewAndKeepsTheRest) {
+  const auto file = data_path("layouts/gpt2.safetensors");
+  ASSERT_EQ(xattn("convert " + file + " reference.safetensors --to reference").status, 0);
+  ASSERT_EQ(xattn("convert reference.safetensors back.safetensors --layout reference --to gpt2").status, 0);
+  const auto before = load_tensors(file), reference = load_tensors(dir.file("reference.safetensors"));
+  const auto after = load_tensors(dir.file("back.safetensors"));
+  EXPECT_TRUE(reference.contains("transformer.h.0.crossattention.query_linear.weight"));
+  EXPECT_FALSE(reference.contains("transformer.h.0.crossattention.q_attn.weight"));
+  ASSERT_EQ(after.size(), before.size());
+  for (const auto& [name, tensor] : before) EXPECT_TRUE(torch::equal(after.at(name), tensor)) << name;
+}
+
+TEST_F(CliTest, ConvertRefusesToOverwriteItsInputAndLeavesNothingBehind) {
+  save_safetensors(dir.file("y.safetensors"), NamedTensors{{"a", query}});
+  EXPECT_EQ(error(2, "convert y.safetensors ./y.safetensors"), "output: must not be an input, but is y.safetensors");
+  EXPECT_EQ(error(2, "convert y.safetensors z.onnx"), "OUT: must end in .safetensors, .pt, .pth or .bin, but is z.onnx");
+  test::write_bytes(dir.file("broken"), test::read_bytes(dir.file("y.safetensors")).substr(0, 100));
+  EXPECT_TRUE(error(1, "convert broken z.pt").starts_with("[safetensors] broken: "));
+  EXPECT_FALSE(std::filesystem::exists(dir.file("z.pt")));
 }
 
 // ---- usage -------------------------------------------------------------------------------------------------------------------
 
 TEST_F(CliTest, WrongUsageIsOneLineAndStatusTwo) {
-  EXPECT_EQ(error(2, ""), "expected inspect or run, but neither came");
+  EXPECT_EQ(error(2, ""), "expected inspect, run, verify or convert, but none came");
   EXPECT_EQ(error(2, "inspekt x"), "The following arguments were not expected: x inspekt");
   EXPECT_EQ(error(2, "inspect"), "FILE is required");
   EXPECT_EQ(error(2, "inspect x --jason"), "The following argument was not expected: --jason");
@@ -260,7 +352,7 @@ TEST_F(CliTest, WrongUsageIsOneLineAndStatusTwo) {
 }
 
 TEST_F(CliTest, EveryHelpShowsAnExample) {
-  for (const std::string command : {"", "inspect ", "run "}) {
+  for (const std::string command : {"", "inspect ", "run ", "verify ", "convert "}) {
     const auto result = xattn(command + "--help");
     EXPECT_EQ(result.status, 0);
     EXPECT_NE(result.out.find("Example: xattn " + (command.empty() ? "inspect " : command)), std::string::npos) << result.out;

@@ -77,11 +77,11 @@ TEST_F(ExamplesTest, AFailedJobIsOneLineAndStatusOne) {
   };
   EXPECT_EQ(failed(XATTN_REFERENCE_PATH, "--device cuda:99").find("reference: there is no device cuda:99 here"), 0U);
   EXPECT_EQ(failed(XATTN_VQA_PATH, "evaluate --digits missing.safetensors"),
-            "vqa: [safetensors] missing.safetensors: cannot be opened: No such file or directory\n");
+            "vqa: [file] missing.safetensors: cannot be opened: No such file or directory\n");
   EXPECT_EQ(failed(XATTN_VQA_PATH, "train --report missing/report.html"),
             "vqa: cannot write missing/report.html: there is no folder missing\n");
   EXPECT_EQ(failed(XATTN_VQA_PATH, "train --resume --output none.safetensors"),
-            "vqa: [safetensors] none.safetensors.training: cannot be opened: No such file or directory\n");
+            "vqa: [file] none.safetensors.training: cannot be opened: No such file or directory\n");
   test::write_bytes(dir.file("text.png"), "no picture");
   EXPECT_EQ(failed(XATTN_VQA_PATH, "ask text.png 'is there a one'"), "vqa: cannot read text.png: Not a PNG file\n");
   ASSERT_EQ(run(XATTN_VQA_PATH, "draw 7.3...1.. board.png").status, 0);

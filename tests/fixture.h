@@ -117,9 +117,9 @@ struct Fixture {
 };
 
 inline Fixture load_fixture(const std::string& name) {
-  const SafetensorsFile file(data_path(name + ".safetensors"));
+  const auto file = open_checkpoint(data_path(name + ".safetensors"));
   Fixture fixture{name, {}, file.metadata()};
-  for (const auto& [tensor, entry] : file.entries()) fixture.tensors.emplace(tensor, file.tensor(tensor));
+  for (const auto& [tensor, info] : file.tensors()) fixture.tensors.emplace(tensor, file.tensor(tensor));
   return fixture;
 }
 

@@ -4,7 +4,6 @@
 #include <torch/torch.h>
 #include <xattn/cross_attention.h>
 #include <xattn/safetensors.h>
-#include <xattn/torchscript.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -72,13 +71,13 @@ TEST(LoadTest, LoadsTheReferenceFromTorchScript) {
   const auto report = load_weights(*attention, data_path("reference.pt"));
   EXPECT_EQ(report.loaded.size(), 8U);
   EXPECT_EQ(report.summary(), "loaded 8 tensors");
-  EXPECT_TRUE(equal(copy_of(*attention), load_torchscript(data_path("reference.pt"))));
+  EXPECT_TRUE(equal(copy_of(*attention), load_tensors(data_path("reference.pt"))));
 }
 
 TEST(LoadTest, LoadsALargerModelWithTheReferenceInside) {
   Model model;
   EXPECT_EQ(load_weights(*model, data_path("reference_in_model.pt")).loaded.size(), 11U);
-  EXPECT_TRUE(equal(copy_of(*model), load_torchscript(data_path("reference_in_model.pt"))));
+  EXPECT_TRUE(equal(copy_of(*model), load_tensors(data_path("reference_in_model.pt"))));
 }
 
 TEST(LoadTest, LoadsOneLayerOfALargerModelByPrefix) {
@@ -87,7 +86,7 @@ TEST(LoadTest, LoadsOneLayerOfALargerModelByPrefix) {
   EXPECT_EQ(report.loaded, Names({"key_linear.bias", "key_linear.weight", "output_linear.bias", "output_linear.weight",
                                   "query_linear.bias", "query_linear.weight", "value_linear.bias", "value_linear.weight"}));
   EXPECT_TRUE(report.unexpected.empty());
-  const auto tensors = load_torchscript(data_path("reference_in_model.pt"));
+  const auto tensors = load_tensors(data_path("reference_in_model.pt"));
   EXPECT_TRUE(torch::equal(attention->query_linear->weight, tensors.at("fusion.query_linear.weight")));
 }
 
@@ -95,7 +94,7 @@ TEST(LoadTest, LoadsWhatSaveSafetensorsWroteOfAModule) {
   const TempDir dir;
   Model saved, loaded;
   save_safetensors(dir.file("x"), *saved, {{"step", "7"}});
-  EXPECT_EQ(SafetensorsFile(dir.file("x")).metadata().at("step"), "7");
+  EXPECT_EQ(open_checkpoint(dir.file("x")).metadata().at("step"), "7");
   load_weights(*loaded, dir.file("x"));
   EXPECT_TRUE(equal(copy_of(*loaded), copy_of(*saved)));
 }
@@ -103,10 +102,10 @@ TEST(LoadTest, LoadsWhatSaveSafetensorsWroteOfAModule) {
 TEST(LoadTest, TellsFormatsByContentNotByName) {
   const TempDir dir;
   std::filesystem::copy_file(data_path("reference.pt"), dir.file("x.safetensors"));
-  EXPECT_EQ(detect_format(dir.file("x.safetensors")), FileFormat::torchscript);
+  EXPECT_EQ(open_checkpoint(dir.file("x.safetensors")).format(), FileFormat::torchscript);
   EXPECT_EQ(load_tensors(dir.file("x.safetensors")).size(), 8U);
   save_safetensors(dir.file("y.pt"), *small());
-  EXPECT_EQ(detect_format(dir.file("y.pt")), FileFormat::safetensors);
+  EXPECT_EQ(open_checkpoint(dir.file("y.pt")).format(), FileFormat::safetensors);
   EXPECT_EQ(load_tensors(dir.file("y.pt")).size(), 8U);
 }
 
@@ -234,10 +233,15 @@ TEST(LoadTest, RefusesOtherShapes) {
   auto attention = small();
   auto tensors = copy_of(*small());
   tensors["query_linear.weight"] = torch::ones({4, 8});
+  EXPECT_EQ(refusal(*attention, tensors), "misshapen: query_linear.weight must have shape [8, 4], but has [4, 8]");
+}
+
+TEST(LoadTest, RefusesTensorsThatAreNotDefined) {
+  auto attention = small();
+  auto tensors = copy_of(*small());
   tensors["key_linear.bias"] = torch::Tensor();
-  EXPECT_EQ(refusal(*attention, tensors, {.allow_missing = true, .allow_unexpected = true}),
-            "misshapen: key_linear.bias must have shape [8], but has undefined, "
-            "query_linear.weight must have shape [8, 4], but has [4, 8]");
+  EXPECT_EQ(error_of<c10::ValueError>([&] { load_weights(*attention, tensors); }),
+            "[lazy] tensor \"key_linear.bias\" must be defined, but is not.");
 }
 
 TEST(LoadTest, RefusesTypesThatDoNotConvert) {
@@ -285,25 +289,17 @@ TEST(LoadTest, NamesTheFile) {
             "[load_weights] " + dir.file("x") + ": does not fit the module; missing: bias");
 }
 
-TEST(LoadTest, RefusesFilesOfNoKnownFormat) {
-  const TempDir dir;
-  test::write_bytes(dir.file("text"), "some text, which is long enough");
-  test::write_bytes(dir.file("empty"), "");
-  for (const auto& path : {dir.file("text"), dir.file("empty"), dir.path()}) {
-    EXPECT_EQ(error_of<FileError>([&] { load_tensors(path); }),
-              "[load] " + path + ": must be a safetensors file or an archive of torch.jit.save, but is neither");
-  }
-  EXPECT_EQ(error_of<FileError>([] { load_tensors("/no/such/file"); }),
-            "[load] /no/such/file: cannot be opened: No such file or directory");
-}
-
 // ---- Finding layers ----------------------------------------------------------------------------------------------------------
+
+std::vector<FoundLayer> layers_of(const NamedTensors& tensors) {
+  return find_layers(lazy(tensors).infos);
+}
 
 TEST(FindLayersTest, TellsWidthsAndBiases) {
   const auto options = CrossAttentionOptions(4, 5, 6, 7).num_heads(1).head_dim(8).value_head_dim(9);
   auto with_some_biases = options;
   with_some_biases.key_bias(false).output_bias(false);
-  const auto layers = find_layers(copy_of(*CrossAttention(with_some_biases)));
+  const auto layers = layers_of(copy_of(*CrossAttention(with_some_biases)));
   ASSERT_EQ(layers.size(), 1U);
   const auto& found = layers[0].options;
   EXPECT_EQ(layers[0].prefix, "");
@@ -321,7 +317,7 @@ TEST(FindLayersTest, TellsWidthsAndBiases) {
 TEST(FindLayersTest, BuildsAModuleThatLoads) {
   const CrossAttention saved(CrossAttentionOptions(4, 5, 6, 24).num_heads(6).kv_heads(2).qkv_bias(false));
   const auto tensors = copy_of(*saved);
-  CrossAttention loaded(find_layers(tensors).at(0).with_heads(6));
+  CrossAttention loaded(layers_of(tensors).at(0).with_heads(6));
   load_weights(*loaded, tensors);
   EXPECT_EQ(loaded->options.kv_heads(), 2);
   EXPECT_EQ(loaded->options.head_dim(), 4);
@@ -331,7 +327,7 @@ TEST(FindLayersTest, BuildsAModuleThatLoads) {
 }
 
 TEST(FindLayersTest, ListsTheHeadsThatArePossible) {
-  const auto layer = find_layers(copy_of(*CrossAttention(CrossAttentionOptions(4, 5, 6, 24).num_heads(6).kv_heads(2)))).at(0);
+  const auto layer = layers_of(copy_of(*CrossAttention(CrossAttentionOptions(4, 5, 6, 24).num_heads(6).kv_heads(2)))).at(0);
   EXPECT_EQ(layer.options.num_heads(), 3);
   EXPECT_EQ(layer.options.kv_heads(), 1);
   for (const int64_t heads : {-3, 0, 1, 5, 48}) {
@@ -346,7 +342,7 @@ TEST(FindLayersTest, FindsEveryLayerInOrderOfPrefix) {
     for (const auto& [name, tensor] : copy_of(*small())) tensors[prefix + name] = tensor;
   }
   Names prefixes;
-  for (const auto& layer : find_layers(tensors)) prefixes.push_back(layer.prefix);
+  for (const auto& layer : layers_of(tensors)) prefixes.push_back(layer.prefix);
   EXPECT_EQ(prefixes, Names({"a.", "a.b.", "z."}));
 }
 
@@ -355,7 +351,7 @@ TEST(FindLayersTest, PassesOverWhatIsNoWholeLayer) {
   const auto found_with = [&](const std::string& name, const torch::Tensor& tensor) {
     auto tensors = whole;
     tensors[name] = tensor;
-    return find_layers(tensors).size();
+    return layers_of(tensors).size();
   };
   EXPECT_EQ(found_with("other", torch::ones({1})), 1U);
   EXPECT_EQ(found_with("key_linear.weight", torch::ones({8})), 0U);
@@ -363,21 +359,21 @@ TEST(FindLayersTest, PassesOverWhatIsNoWholeLayer) {
   EXPECT_EQ(found_with("key_linear.weight", torch::ones({3, 5})), 0U);  // 8 features of the query are not 3 of the key
   EXPECT_EQ(found_with("key_linear.weight", torch::ones({4, 5})), 0U);  // grouped, but not so on the value side
   EXPECT_EQ(found_with("query_norm.weight", torch::ones({8})), 0U);
-  EXPECT_EQ(find_layers({}).size(), 0U);
+  EXPECT_EQ(layers_of({}).size(), 0U);
   NamedTensors renamed;
   for (const auto& [name, tensor] : whole) renamed["my_" + name] = tensor;
-  EXPECT_EQ(find_layers(renamed).size(), 0U);
+  EXPECT_EQ(layers_of(renamed).size(), 0U);
   for (const auto* name : {"query_linear.weight", "key_linear.weight", "value_linear.weight", "output_linear.weight"}) {
     auto tensors = whole;
     tensors.erase(name);
-    EXPECT_EQ(find_layers(tensors).size(), 0U) << name;
+    EXPECT_EQ(layers_of(tensors).size(), 0U) << name;
   }
 }
 
 TEST(FindLayersTest, LooksAtShapesOnly) {
   NamedTensors tensors;
   for (const auto& [name, tensor] : copy_of(*small())) tensors[name] = torch::empty(tensor.sizes(), torch::kMeta);
-  EXPECT_EQ(find_layers(tensors).size(), 1U);
+  EXPECT_EQ(layers_of(tensors).size(), 1U);
 }
 
 }  // namespace

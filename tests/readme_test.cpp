@@ -126,6 +126,24 @@ TEST(ReadmeTest, Loading) {
   EXPECT_TRUE(attention->key_linear->weight.equal(trained->fusion->key_linear->weight));
 }
 
+TEST(ReadmeTest, RealWeights) {
+  const TempDir directory;
+  const auto path = data_path("layouts/bart.safetensors"), new_path = directory.file("model.pt");
+  {
+    auto checkpoint = xattn::open_checkpoint(path);                                        // names, types, shapes, metadata
+    auto weight = checkpoint.tensor("model.decoder.layers.0.encoder_attn.q_proj.weight");  // this tensor only
+    xattn::save_state_dict(new_path, {{"weight", weight}});  // for torch.load(..., weights_only=True)
+    EXPECT_TRUE(torch::equal(open_checkpoint(new_path).tensor("weight"), weight));
+  }
+  auto checkpoint = xattn::open_checkpoint(path);
+  auto attention = xattn::cross_attention_from(checkpoint, {.prefix = "model.decoder.layers.0.encoder_attn", .num_heads = 8});
+  auto block = xattn::cross_attention_block_from(checkpoint, {.prefix = "model.decoder.layers.0",
+                                                              .num_heads = 8,
+                                                              .norm_placement = xattn::NormPlacement::after,
+                                                              .activation = xattn::Activation::gelu});
+  EXPECT_TRUE(torch::equal(block->attention->query_linear->weight, attention->query_linear->weight));
+}
+
 TEST(ReadmeTest, Core) {
   auto q = torch::randn({2, 8, 4, 64}), k = torch::randn({2, 2, 6, 64}), v = torch::randn({2, 2, 6, 64});
   // q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e]

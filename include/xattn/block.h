@@ -62,6 +62,12 @@ struct XATTN_API CrossAttentionBlockOptions {
   TORCH_ARG(std::optional<int64_t>, feed_forward);
   /// Its activation. Default: gelu.
   TORCH_ARG(Activation, activation) = Activation::gelu;
+  /// Whether the activated features are multiplied by a second projection of the same input, as in newer T5, Mllama, Idefics: a
+  /// gated linear unit, with half as many parameters again. Shazeer, GLU Variants Improve Transformer, 2020,
+  /// https://arxiv.org/abs/2002.05202. Default: false.
+  TORCH_ARG(bool, feed_forward_glu) = false;
+  /// Whether its linear layers have biases. Default: true.
+  TORCH_ARG(bool, feed_forward_bias) = true;
   /// Probability of dropping an element of either branch before its gate, in training. Default: 0.
   TORCH_ARG(double, dropout) = 0;
 };
@@ -72,6 +78,7 @@ struct XATTN_API CrossAttentionBlockOptions {
 ///   after:   x = norm(query + gate * attention(query, key, value))      output = norm(x + gate * feed_forward(x))
 ///
 ///   feed_forward(x) = feed_forward_out(activation(feed_forward_in(x)))   gate = tanh(parameter), 1 without one
+///   with glu:         feed_forward_out(activation(feed_forward_in(x)) * feed_forward_multiplier(x))
 ///
 /// Each branch has a norm and a gate of its own. Keys and values are taken as they come: no norm is applied to them. With norms
 /// after and relu it equals the second and third part of torch.nn.TransformerDecoderLayer.
@@ -113,13 +120,14 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
   /// With every default resolved: feed_forward has a value.
   CrossAttentionBlockOptions options;
 
-  Norm attention_norm{nullptr};                 ///< over Eq; the identity for NormKind::none
-  CrossAttention attention{nullptr};            ///< Eq, Ek, Ev -> Eq
-  Norm feed_forward_norm{nullptr};              ///< as attention_norm; empty, like the next two, without feed-forward branch
-  torch::nn::Linear feed_forward_in{nullptr};   ///< Eq -> hidden
-  torch::nn::Linear feed_forward_out{nullptr};  ///< hidden -> Eq
-  torch::Tensor attention_gate;                 ///< before tanh; undefined for BlockGate::none
-  torch::Tensor feed_forward_gate;              ///< the same; also undefined without feed-forward branch
+  Norm attention_norm{nullptr};                        ///< over Eq; the identity for NormKind::none
+  CrossAttention attention{nullptr};                   ///< Eq, Ek, Ev -> Eq
+  Norm feed_forward_norm{nullptr};                     ///< likewise; empty, as the next three, without feed-forward branch
+  torch::nn::Linear feed_forward_in{nullptr};          ///< Eq -> hidden
+  torch::nn::Linear feed_forward_multiplier{nullptr};  ///< Eq -> hidden; empty without feed_forward_glu
+  torch::nn::Linear feed_forward_out{nullptr};         ///< hidden -> Eq
+  torch::Tensor attention_gate;                        ///< before tanh; undefined for BlockGate::none
+  torch::Tensor feed_forward_gate;                     ///< the same; also undefined without feed-forward branch
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(Mask())})

@@ -31,6 +31,7 @@ class XATTN_API Context {
 
  private:
   friend class CrossAttentionImpl;
+  friend class DecoupledCrossAttentionImpl;
 
   // One weight as it was when the context was made. Holding the tensor keeps its address from being used again.
   struct Stamp {

@@ -59,6 +59,10 @@ struct XATTN_API CrossAttentionOptions {
   TORCH_ARG(bool, value_bias) = true;
   TORCH_ARG(bool, output_bias) = true;
 
+  /// One more key and value that are learned, behind the projections and the last key of each context; no mask hides them, and
+  /// returned weights have a column for them, Lk + 1 in all (bias_k and bias_v of torch.nn.MultiheadAttention). Default: false.
+  TORCH_ARG(bool, bias_kv) = false;
+
   /// Multiplies the logits; 1 for none (T5). Default: 1 / sqrt(head_dim).
   TORCH_ARG(std::optional<double>, scale);
   /// Probability of dropping an attention weight in training. Returned weights are those before dropout. Default: 0.
@@ -103,7 +107,7 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
 
   void reset() override;
 
-  /// Initialises the projections as torch.nn.Linear does, and the norms to one.
+  /// Initialises the projections as torch.nn.Linear does, the norms to one, bias_k and bias_v as torch.nn.MultiheadAttention.
   void reset_parameters();
 
   /// Prints what a user would type to build the module again.
@@ -132,6 +136,8 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
   torch::nn::Linear output_linear{nullptr};  ///< H * e -> Eo
   Norm query_norm{nullptr};                  ///< empty without qk_norm
   Norm key_norm{nullptr};                    ///< empty without qk_norm
+  torch::Tensor bias_k;                      ///< [1, 1, G * d]; undefined without bias_kv
+  torch::Tensor bias_v;                      ///< [1, 1, G * e]; likewise
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(Mask())})

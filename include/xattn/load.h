@@ -3,43 +3,37 @@
 
 #include <torch/nn/module.h>
 #include <torch/types.h>
+#include <xattn/block.h>
+#include <xattn/block_layouts.h>
+#include <xattn/checkpoint.h>
 #include <xattn/cross_attention.h>
+#include <xattn/decoupled.h>
 #include <xattn/export.h>
 #include <xattn/file_error.h>
+#include <xattn/layouts.h>
 
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace xattn {
 
-/// Tensors by their names in a file.
-using NamedTensors = std::map<std::string, torch::Tensor>;
-
-enum class FileFormat {
-  safetensors,  ///< see safetensors.h
-  torchscript,  ///< an archive of torch.jit.save; see torchscript.h: for trusted files only
-};
-
-/// What a file is by its content, whatever its name ends in. Throws FileError if it is neither, or cannot be read.
-XATTN_API FileFormat detect_format(const std::string& path);
-
-/// All tensors of a file in any of these formats, on the CPU, from wherever they were saved. Throws FileError.
-XATTN_API NamedTensors load_tensors(const std::string& path);
-
 struct LoadOptions {
   std::string prefix = {};        ///< load only names that start so, without it, as in "decoder.layers.0.cross."
   bool allow_missing = false;     ///< leave parameters and buffers alone that the file does not have
   bool allow_unexpected = false;  ///< ignore names in the file that the module does not have
+  std::string layout = {};        ///< of the attention layers (see layouts.h); told from their names if empty
 };
 
-/// Every name, without the prefix, in one of four lists.
+/// Every name, without the prefix, in one of five lists.
 struct XATTN_API LoadReport {
   std::vector<std::string> loaded;
-  std::vector<std::string> missing;     ///< in the module, not in the file
-  std::vector<std::string> unexpected;  ///< in the file, not in the module
-  std::vector<std::string> misshapen;   ///< in both, with other shapes, or types that do not convert; each says which
+  std::vector<std::string> missing;      ///< in the module, not in the file
+  std::vector<std::string> unexpected;   ///< in the file, not in the module
+  std::vector<std::string> misshapen;    ///< in both, with other shapes, types that do not convert, or for other options
+  std::vector<std::string> surrounding;  ///< under the prefix of a layer or block, but not of it, as a block's self-attention
   /// "loaded 8 tensors; missing: a, b; unexpected: c".
   std::string summary() const;
 };
@@ -59,28 +53,77 @@ class XATTN_API LoadError : public FileError {
 /// Values are copied into the module's own tensors, and so into its types and devices. Floating point types convert to each
 /// other, complex ones too; every other type must be the module's own. A tensor that the module has under two names (shared
 /// parameters) may be in the file under one. Throws LoadError if file and module do not fit.
+///
+/// A CrossAttention anywhere in the module may be spelled in any layout, a CrossAttentionBlock in any block layout. What a
+/// layout computes is checked, too: T5's scale of 1; the norms of a block, where they stand if all that is spelled so agrees,
+/// gates and glu. Activation and eps are not: nothing in a file tells them. If the module itself is a CrossAttention or a
+/// CrossAttentionBlock and no prefix is given, the file's only one is taken; a FileError lists them if there are several.
+XATTN_API LoadReport load_weights(torch::nn::Module& module, const Checkpoint& checkpoint, const LoadOptions& options = {});
+
+/// The same from a file, opened by `open_checkpoint`.
+XATTN_API LoadReport load_weights(torch::nn::Module& module, const std::string& path, const LoadOptions& options = {});
+
+/// The same from tensors in memory.
 XATTN_API LoadReport load_weights(torch::nn::Module& module, const NamedTensors& tensors, const LoadOptions& options = {});
 
-/// The same from a file (see load_tensors, also for its errors).
-XATTN_API LoadReport load_weights(torch::nn::Module& module, const std::string& path, const LoadOptions& options = {});
+/// The one layer of a file that these choose: the layer at `prefix` (with or without its point at the end) if it is given, else
+/// the only cross-attention layer, or the only layer that is not told to be self-attention. Throws FileError, listing prefixes,
+/// if none or several remain.
+XATTN_API FoundLayer choose_layer(const Checkpoint& checkpoint,
+                                  const std::optional<std::string>& prefix = {},
+                                  const std::string& layout = {});
+
+/// The same for blocks: the one at `prefix` (of the block, not of its attention), else the only one.
+XATTN_API FoundBlock choose_block(const Checkpoint& checkpoint,
+                                  const std::optional<std::string>& prefix = {},
+                                  const std::string& layout = {});
+
+struct LayerOptions {
+  std::optional<std::string> prefix = {};  ///< see choose_layer
+  std::string layout = {};                 ///< told from names if empty
+  std::optional<int64_t> num_heads = {};   ///< from config.json beside the file if it is not given
+  std::optional<double> qk_norm_eps = {};  ///< that of the layout's family if it is not given
+  AttentionWeights attention_weights = AttentionWeights::mean;
+};
+
+/// A CrossAttention of a file's widths, biases, norms and scale, with its weights. The number of heads is never among the
+/// weights: it comes from the options, from a norm of each head, or from a config.json beside the file; else a FileError lists
+/// those that are possible. Parameters have the file's type.
+XATTN_API CrossAttention cross_attention_from(const Checkpoint& checkpoint, const LayerOptions& options = {});
+
+/// The same with the second context that the file's layer has (IP-Adapter, Wan's image-to-video models), added with this scale.
+/// Throws FileError if it has none.
+XATTN_API DecoupledCrossAttention decoupled_cross_attention_from(const Checkpoint& checkpoint,
+                                                                 const LayerOptions& options = {},
+                                                                 double scale = 1);
+
+struct BlockOptionsFromFile {
+  std::optional<std::string> prefix = {};  ///< see choose_block
+  std::string layout = {};                 ///< of the attention; told from names if empty
+  std::optional<int64_t> num_heads = {};   ///< from config.json beside the file, as the next three, if it is not given
+  std::optional<NormPlacement> norm_placement = {};
+  std::optional<Activation> activation = {};
+  std::optional<double> norm_eps = {};     ///< that of the block layout's family if neither tells
+  std::optional<double> qk_norm_eps = {};  ///< see LayerOptions
+  AttentionWeights attention_weights = AttentionWeights::mean;
+};
+
+/// A CrossAttentionBlock of a file's widths, norms, gates and feed-forward branch, with its weights. What these do not tell
+/// comes from the options, from a config.json beside the file, or from the family if all that is spelled so agrees; else a
+/// FileError says what to give: BART has its norms after, Whisper before, with the same names. Parameters have the file's type.
+///
+///   auto block = xattn::cross_attention_block_from(xattn::open_checkpoint("whisper/model.safetensors"),
+///                                                  {.prefix = "model.decoder.layers.0."});
+XATTN_API CrossAttentionBlock cross_attention_block_from(const Checkpoint& checkpoint,
+                                                         const BlockOptionsFromFile& options = {});
+
+/// The norms that a layer has of its own in front of its projections (Flamingo, Perceiver), which a CrossAttention has not: of
+/// the query and of the context, the identity where there is none.
+XATTN_API std::pair<Norm, Norm> input_norms(const Checkpoint& checkpoint, const FoundLayer& layer);
 
 /// Writes the parameters and buffers of a module by name; see save_safetensors(path, tensors, metadata).
 XATTN_API void save_safetensors(const std::string& path,
                                 const torch::nn::Module& module,
                                 const std::map<std::string, std::string>& metadata = {});
-
-/// A cross-attention layer found among the tensors of a file.
-struct XATTN_API FoundLayer {
-  std::string prefix;             ///< in front of "query_linear.weight"; may be empty
-  CrossAttentionOptions options;  ///< widths and biases, with the fewest heads that the widths allow: 1 unless grouped-query
-
-  /// The options with this many heads; weights do not tell how many there were. Throws c10::ValueError, listing the numbers that
-  /// are possible, if this one is not.
-  CrossAttentionOptions with_heads(int64_t num_heads) const;
-};
-
-/// The layers spelled as the reference spells them (query_linear, key_linear, value_linear, output_linear), in order of prefix.
-/// Looks at names and shapes only. A layer with query/key norms is left out: no file tells their eps.
-XATTN_API std::vector<FoundLayer> find_layers(const NamedTensors& tensors);
 
 }  // namespace xattn

@@ -88,6 +88,9 @@ class XATTN_API Mask {
   /// known yet), c10::TypeError unless it is on this device.
   void check(std::string_view caller, int64_t B, int64_t H, std::optional<int64_t> Lq, int64_t Lk, at::Device device) const;
 
+  /// The mask for contexts with one more key behind the last, to which every query may attend.
+  Mask with_free_key(int64_t Lq, int64_t Lk, at::Device device) const;
+
   /// The same mask with its tensors on another device.
   Mask to(at::Device device) const;
 

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <string>
+#include <vector>
+
 namespace CLI {
 class App;
 }
@@ -9,7 +12,12 @@ class App;
 // throws CLI::ParseError for wrong usage, anything else for a failure.
 namespace xattn::cli {
 
+void add_convert(CLI::App& program);
 void add_inspect(CLI::App& program);
 void add_run(CLI::App& program);
+void add_verify(CLI::App& program);
+
+/// Throws CLI::ParseError if the output is one of the inputs, whether or not their names differ: a hard link is the same file.
+void check_output(const std::string& output, const std::vector<std::string>& inputs);
 
 }  // namespace xattn::cli

@@ -3,20 +3,32 @@
 #include <xattn/version.h>
 
 #include <CLI/CLI.hpp>
+#include <filesystem>
 
 #include "cli.h"
 #include "program.h"
 
+void xattn::cli::check_output(const std::string& output, const std::vector<std::string>& inputs) {
+  for (const auto& input : inputs) {
+    std::error_code ignored;
+    if (std::filesystem::equivalent(input, output, ignored)) {
+      throw CLI::ValidationError("output", "must not be an input, but is " + input);
+    }
+  }
+}
+
 int main(int argc, char** argv) {
-  CLI::App app("Looks into files of cross-attention weights, and runs the layers in them.", "xattn");
+  CLI::App app("Looks into files of weights, runs the attention layers in them, and writes them anew.", "xattn");
   app.set_version_flag("--version",
                        fmt::format("xattn {}.{}.{}", XATTN_VERSION_MAJOR, XATTN_VERSION_MINOR, XATTN_VERSION_PATCH));
   app.footer("Example: xattn inspect weights.safetensors");
   xattn::cli::add_inspect(app);
   xattn::cli::add_run(app);
+  xattn::cli::add_verify(app);
+  xattn::cli::add_convert(app);
 
   return program::run(app, argc, argv, [&app] {
     // CLI11's own check would come first, and hide a misspelt name.
-    if (app.get_subcommands().empty()) throw CLI::ValidationError("expected inspect or run, but neither came");
+    if (app.get_subcommands().empty()) throw CLI::ValidationError("expected inspect, run, verify or convert, but none came");
   });
 }

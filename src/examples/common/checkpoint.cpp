@@ -30,7 +30,7 @@ nlohmann::json Checkpoint::json(const std::string& name) const {
 }
 
 Checkpoint read_checkpoint(const std::string& path, const std::string& program) {
-  const xattn::SafetensorsFile file(path);
+  const auto file = xattn::open_checkpoint(path);
   const auto writer = file.metadata().find("program");
   const auto found = writer == file.metadata().end() ? "of no program" : "of " + writer->second;
   if (writer == file.metadata().end() || writer->second != program) {

@@ -5,7 +5,7 @@
 #include <ATen/ops/grid_sampler.h>
 #include <fmt/format.h>
 #include <xattn/file_error.h>
-#include <xattn/safetensors.h>
+#include <xattn/checkpoint.h>
 
 namespace examples {
 namespace {
@@ -37,7 +37,7 @@ torch::Tensor jitter(const torch::Tensor& images, at::Generator& generator) {
 }
 
 DigitSets load_digits(const std::string& path) {
-  const xattn::SafetensorsFile file(path);
+  const auto file = xattn::open_checkpoint(path);
   const auto images = file.tensor("images");  // [N, 8, 8], ink from 0 to 16
   const auto labels = file.tensor("labels");  // [N]
   check(images.scalar_type() == torch::kUInt8 && images.dim() == 3 && images.size(1) == kDigitSize &&

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/arg.h>
+#include <torch/nn/cloneable.h>
+#include <torch/nn/modules/common.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/nn/pimpl.h>
+#include <torch/types.h>
+#include <xattn/context.h>
+#include <xattn/cross_attention.h>
+#include <xattn/export.h>
+#include <xattn/mask.h>
+#include <xattn/norm.h>
+
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace xattn {
+
+/// Options of one added context: `AddedContextOptions(768, 768).scale(0.6)`.
+struct XATTN_API AddedContextOptions {
+  AddedContextOptions(int64_t dim_key, int64_t dim_value) : dim_key_(dim_key), dim_value_(dim_value) {}
+
+  /// Features of its key.
+  TORCH_ARG(int64_t, dim_key);
+  /// Features of its value.
+  TORCH_ARG(int64_t, dim_value);
+  /// Whether its projections have a bias. Default: those of the attention.
+  TORCH_ARG(std::optional<bool>, key_bias);
+  TORCH_ARG(std::optional<bool>, value_bias);
+  /// Multiplies what the context gives before it is added; 0 leaves the context out and costs nothing. Every call reads it
+  /// anew: `module->options.added()[0].scale(0.6)` changes it. Default: 1.
+  TORCH_ARG(double, scale) = 1;
+};
+
+/// Options of `DecoupledCrossAttention`: those of its attention, and of the contexts added to it.
+///
+///   DecoupledCrossAttentionOptions(CrossAttentionOptions(320, 768, 768, 320).num_heads(8)).added({{768, 768}})
+struct XATTN_API DecoupledCrossAttentionOptions {
+  explicit DecoupledCrossAttentionOptions(CrossAttentionOptions attention) : attention_(std::move(attention)) {}
+
+  /// The attention to the first context. Its heads and norms are those of the added ones, too; its bias_kv is not.
+  TORCH_ARG(CrossAttentionOptions, attention);
+  /// The added contexts, in the order in which calls give them. Default: none.
+  TORCH_ARG(std::vector<AddedContextOptions>, added);
+};
+
+/// A context that has not been projected: key [B, Lk, Ek], value [B, Lk, Ev], with any Lk, and the mask of its own.
+struct KeyValue {
+  torch::Tensor key;
+  torch::Tensor value;
+  Mask mask = {};
+};
+
+/// The projections of one added context.
+class XATTN_API AddedProjectionImpl : public torch::nn::Cloneable<AddedProjectionImpl> {
+ public:
+  /// The attention's options, with the widths and biases of this context.
+  explicit AddedProjectionImpl(const CrossAttentionOptions& options_);
+
+  void reset() override;
+  void reset_parameters();
+  void pretty_print(std::ostream& stream) const override;
+
+  CrossAttentionOptions options;
+
+  torch::nn::Linear key_linear{nullptr};    ///< Ek -> G * d
+  torch::nn::Linear value_linear{nullptr};  ///< Ev -> G * e
+  Norm key_norm{nullptr};                   ///< empty without qk_norm
+};
+TORCH_MODULE(AddedProjection);
+
+/// Decoupled cross attention: one query asks several contexts, as a text and an image, and adds up their answers.
+///
+///   Q, K, V  = query_linear(query), key_linear(key), value_linear(value), as in CrossAttention
+///   K_i, V_i = key_linear_i(key_i), value_linear_i(value_i), for each added context
+///   output   = output_linear(attention(Q, K, V) + scale_0 * attention(Q, K_0, V_0) + ...)               [B, Lq, Eo]
+///
+/// Ye et al., IP-Adapter, 2023, https://arxiv.org/abs/2308.06721; image-to-video models of Wan, 2025,
+/// https://arxiv.org/abs/2503.20314. Each context has a softmax of its own, so that none takes weight from another, and a mask
+/// hides keys of its own context only.
+///
+///   using namespace xattn;
+///   DecoupledCrossAttention attention(
+///       DecoupledCrossAttentionOptions(CrossAttentionOptions(320, 768, 768, 320).num_heads(8)).added({{768, 768}}));
+///   auto [output, weights] = attention->forward(latent, text, text, {{image, image}});
+///
+/// To adapt a trained CrossAttention, load its weights into the submodule `attention`, freeze it, and train the rest. Shapes,
+/// types, errors and thread safety are those of `CrossAttention`; inputs are batched all or none.
+class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<DecoupledCrossAttentionImpl> {
+ public:
+  /// Throws c10::ValueError, with the reason, for a combination of options that cannot be.
+  explicit DecoupledCrossAttentionImpl(const DecoupledCrossAttentionOptions& options_);
+
+  void reset() override;
+
+  /// Initialises all parts as CrossAttention does.
+  void reset_parameters();
+
+  /// Prints what a user would type to build the module again.
+  void pretty_print(std::ostream& stream) const override;
+
+  /// `attend` applied to `context` and `added_context`.
+  /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev], every added context as in the options -> output [B, Lq, Eo] and the
+  /// weights of the first context that the options of the attention ask for: [B, Lq, Lk], [B, H, Lq, Lk] or undefined.
+  std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& query,
+                                                   const torch::Tensor& key,
+                                                   const torch::Tensor& value,
+                                                   const std::vector<KeyValue>& added,
+                                                   const Mask& mask = {});
+
+  /// The first context, made once: key [B, Lk, Ek], value [B, Lk, Ev].
+  Context context(const torch::Tensor& key, const torch::Tensor& value, const Mask& mask = {});
+
+  /// The added context of this index, made once.
+  Context added_context(size_t index, const torch::Tensor& key, const torch::Tensor& value, const Mask& mask = {});
+
+  /// Attends with query [B, Lq, Eq] to contexts that this module made, with the weights that it has now.
+  std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query,
+                                                  const Context& context,
+                                                  const std::vector<Context>& added);
+
+  /// With every default resolved: the biases of added contexts have values.
+  DecoupledCrossAttentionOptions options;
+
+  CrossAttention attention{nullptr};               ///< Eq, Ek, Ev -> Eo; its query and output projections serve all contexts
+  std::vector<AddedProjection> added_projections;  ///< submodules "added0", "added1" ...
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({4, torch::nn::AnyValue(Mask())})
+};
+
+/// Holder of a DecoupledCrossAttentionImpl with the semantics of a shared pointer.
+TORCH_MODULE(DecoupledCrossAttention);
+
+}  // namespace xattn

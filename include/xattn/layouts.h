@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <xattn/checkpoint.h>
+#include <xattn/cross_attention.h>
+#include <xattn/export.h>
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace xattn {
+
+/// Where a projection lies in a file: a weight and a bias, or one of several equal parts of them along the output features.
+/// Names are those behind the layer's prefix.
+struct ProjectionNames {
+  std::string_view weight;
+  std::string_view bias;  ///< may be absent from a file; empty if it always is
+  int part = 0;           ///< of weight and bias, where they have several, counted from 0
+  int parts = 1;
+  int bias_parts = 1;  ///< torch.nn.MultiheadAttention packs the biases of weights that are apart
+};
+
+/// Where the projections of a second context lie that the same query asks: names in front of ".weight" and ".bias".
+struct AddedNames {
+  std::string_view key;
+  std::string_view value;
+  std::string_view key_norm;  ///< empty if there is none
+};
+
+/// How a family of models spells an attention layer. Which biases and norms a layer has is told by the names in its file. A
+/// layout is a row of the table in layouts.cpp; add a row there to read one more spelling.
+struct Layout {
+  std::string_view name;  ///< for --layout
+  std::string_view used_by;
+  std::string_view prefix_start = {};  ///< what a layer's prefix must begin with, to tell layouts of equal names apart
+  ProjectionNames query;
+  ProjectionNames key;
+  ProjectionNames value;
+  ProjectionNames output;
+  bool transposed = false;              ///< weights are stored [in, out]
+  std::optional<double> scale = {};     ///< of the logits; without it 1 / sqrt(head_dim)
+  std::string_view query_norm = {};     ///< of the projected queries, in front of ".weight"
+  std::string_view key_norm = {};       ///< of the projected keys
+  double qk_norm_eps = 1e-6;            ///< what the family uses unless its config says otherwise
+  std::string_view query_input = {};    ///< a layer norm of the layer's own in front of its query projection
+  std::string_view context_input = {};  ///< the same in front of its key and value projections
+  std::string_view bias_k = {};         ///< one more key and value, which no mask hides
+  std::string_view bias_v = {};
+  std::array<AddedNames, 2> added = {};  ///< spellings of a second context's projections; see decoupled.h
+  /// Names in config.json that tell it, separated by spaces; the first that is there counts. A name without a point may be at
+  /// the top, in "text_config" or in "decoder"; ".name" is at the top alone, "inner.name" in another part.
+  std::string_view num_heads = {};
+};
+
+/// All that is known, in the order in which they are tried.
+XATTN_API std::span<const Layout> layouts();
+
+/// The layout of this name. Throws c10::ValueError, listing the names, if there is none.
+XATTN_API const Layout& layout_named(std::string_view name);
+
+enum class AttentionKind {
+  cross,    ///< its name says so, or its query and key widths differ
+  self,     ///< its name says so
+  unknown,  ///< nothing tells
+};
+
+/// An attention layer found among the tensors of a file.
+struct XATTN_API FoundLayer {
+  std::string prefix;  ///< in front of its names; empty, or with a point at the end
+  const Layout* layout;
+  AttentionKind kind;
+  CrossAttentionOptions options;  ///< widths, biases and norms, with the fewest heads that the widths allow
+  bool heads_known;               ///< whether options.num_heads() is right: a norm of each head tells its size
+
+  /// The numbers of heads that the widths allow; weights do not tell which it was.
+  std::vector<int64_t> possible_heads() const;
+
+  /// The options with this many heads. Throws c10::ValueError, listing the numbers that are possible, if this one is not.
+  CrossAttentionOptions with_heads(int64_t num_heads) const;
+};
+
+/// All attention layers of a file, in order of prefix, by names and shapes alone. `only`: as this layout alone spells them.
+XATTN_API std::vector<FoundLayer> find_layers(const std::map<std::string, TensorInfo>& tensors, const Layout* only = nullptr);
+
+/// A tensor of a module, made from a part of a tensor in a file.
+struct XATTN_API TensorRecipe {
+  std::string source = {};  ///< full name in the file
+  int part = 0;
+  int parts = 1;
+  bool transposed = false;
+  bool flat = false;  ///< of one axis, whatever the source's are: gates are [], [1], [D] or [1, 1, D]
+
+  std::vector<int64_t> shape(const TensorInfo& source_info) const;
+  at::Tensor apply(const at::Tensor& source_tensor) const;
+};
+
+/// How to make each parameter of a CrossAttention from a file with this layer, by the parameter's name ("query_linear.weight").
+XATTN_API std::map<std::string, TensorRecipe> recipes(const FoundLayer& layer,
+                                                      const std::map<std::string, TensorInfo>& tensors);
+
+/// The other way: parameters of a CrossAttention, by name, as this layout spells them behind `prefix`. Throws c10::ValueError
+/// for a layer that the layout has no words for, as a bias where it has none.
+XATTN_API NamedTensors spell(const NamedTensors& parameters, const Layout& layout, const std::string& prefix = {});
+
+}  // namespace xattn

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <xattn/block_layouts.h>
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+namespace xattn {
+namespace {
+
+// ---- The table -------------------------------------------------------------------------------------------------------------
+
+constexpr std::array kLayouts = {
+    BlockLayout{.name = "fc1_fc2",
+                .used_by = "BART, Marian (norms after); mBART, M2M-100, Pegasus, Whisper, MusicGen (before)",
+                .attention = "encoder_attn.",
+                .attention_norm = "encoder_attn_layer_norm",
+                .feed_forward_norm = "final_layer_norm",
+                .feed_forward_in = "fc1",
+                .feed_forward_out = "fc2",
+                .models_before = "mbart m2m_100 pegasus whisper musicgen musicgen_decoder",
+                .models_after = "bart marian",
+                .activation_in_config = "activation_function"},
+    BlockLayout{.name = "torch",
+                .used_by = "torch.nn.TransformerDecoderLayer",
+                .attention = "multihead_attn.",
+                .attention_norm = "norm2",
+                .feed_forward_norm = "norm3",
+                .feed_forward_in = "linear1",
+                .feed_forward_out = "linear2"},
+    BlockLayout{.name = "qformer",
+                .used_by = "Q-Former of BLIP-2 and InstructBLIP, its part for queries",
+                .attention = "crossattention.",
+                .attention_norm = "crossattention.output.LayerNorm",
+                .feed_forward_norm = "output_query.LayerNorm",
+                .feed_forward_in = "intermediate_query.dense",
+                .feed_forward_out = "output_query.dense",
+                .norm_eps = 1e-12,
+                .norm_placement = NormPlacement::after,
+                .activation = Activation::gelu,
+                .activation_in_config = "qformer_config.hidden_act .hidden_act",
+                .norm_eps_in_config = "qformer_config.layer_norm_eps .layer_norm_eps"},
+    BlockLayout{.name = "bert",
+                .used_by = "BERT, BLIP's text model, ALBEF",
+                .attention = "crossattention.",
+                .attention_norm = "crossattention.output.LayerNorm",
+                .feed_forward_norm = "output.LayerNorm",
+                .feed_forward_in = "intermediate.dense",
+                .feed_forward_out = "output.dense",
+                .norm_eps = 1e-12,
+                .norm_placement = NormPlacement::after,
+                .activation = Activation::gelu,
+                .activation_in_config = "hidden_act",
+                .norm_eps_in_config = "layer_norm_eps"},
+    BlockLayout{.name = "t5",
+                .used_by = "T5",
+                .attention = "layer.1.EncDecAttention.",
+                .attention_norm = "layer.1.layer_norm",
+                .feed_forward_norm = "layer.2.layer_norm",
+                .feed_forward_in = "layer.2.DenseReluDense.wi",
+                .feed_forward_out = "layer.2.DenseReluDense.wo",
+                .norm = NormKind::rms,
+                .norm_eps = 1e-6,
+                .norm_placement = NormPlacement::before,
+                .activation = Activation::relu,
+                .activation_in_config = "dense_act_fn",
+                .norm_eps_in_config = "layer_norm_epsilon"},
+    BlockLayout{.name = "t5_gated",
+                .used_by = "T5 v1.1, Flan-T5, mT5, UMT5",
+                .attention = "layer.1.EncDecAttention.",
+                .attention_norm = "layer.1.layer_norm",
+                .feed_forward_norm = "layer.2.layer_norm",
+                .feed_forward_in = "layer.2.DenseReluDense.wi_0",
+                .feed_forward_multiplier = "layer.2.DenseReluDense.wi_1",
+                .feed_forward_out = "layer.2.DenseReluDense.wo",
+                .norm = NormKind::rms,
+                .norm_eps = 1e-6,
+                .norm_placement = NormPlacement::before,
+                .activation = Activation::gelu_tanh,
+                .activation_in_config = "dense_act_fn",
+                .norm_eps_in_config = "layer_norm_epsilon"},
+    BlockLayout{.name = "whisper",
+                .used_by = "Whisper (OpenAI)",
+                .attention = "cross_attn.",
+                .attention_norm = "cross_attn_ln",
+                .feed_forward_norm = "mlp_ln",
+                .feed_forward_in = "mlp.0",
+                .feed_forward_out = "mlp.2",
+                .norm_placement = NormPlacement::before,
+                .activation = Activation::gelu},
+    BlockLayout{.name = "gpt2",
+                .used_by = "GPT-2 with cross-attention",
+                .attention = "crossattention.",
+                .attention_norm = "ln_cross_attn",
+                .feed_forward_norm = "ln_2",
+                .feed_forward_in = "mlp.c_fc",
+                .feed_forward_out = "mlp.c_proj",
+                .transposed = true,
+                .norm_placement = NormPlacement::before,
+                .activation = Activation::gelu_tanh,
+                .activation_in_config = "activation_function",
+                .norm_eps_in_config = "layer_norm_epsilon"},
+    BlockLayout{.name = "mllama",
+                .used_by = "Mllama",
+                .attention = "cross_attn.",
+                .attention_norm = "input_layernorm",
+                .feed_forward_norm = "post_attention_layernorm",
+                .feed_forward_in = "mlp.gate_proj",
+                .feed_forward_multiplier = "mlp.up_proj",
+                .feed_forward_out = "mlp.down_proj",
+                .attention_gate = "cross_attn_attn_gate",
+                .feed_forward_gate = "cross_attn_mlp_gate",
+                .norm = NormKind::rms,
+                .norm_placement = NormPlacement::before,
+                .activation = Activation::silu,
+                .activation_in_config = "hidden_act hidden_activation",
+                .norm_eps_in_config = "rms_norm_eps"},
+    BlockLayout{.name = "idefics",
+                .used_by = "Idefics",
+                .attention = "cross_attn.",
+                .attention_norm = "input_layernorm",
+                .feed_forward_norm = "post_attention_layernorm",
+                .feed_forward_in = "mlp.gate_proj",
+                .feed_forward_multiplier = "mlp.up_proj",
+                .feed_forward_out = "mlp.down_proj",
+                .attention_gate = "alpha_cross_attn",
+                .feed_forward_gate = "alpha_dense",
+                .norm = NormKind::rms,
+                .norm_eps = 1e-6,
+                .norm_placement = NormPlacement::before,
+                .activation = Activation::silu,
+                .activation_in_config = "hidden_act",
+                .norm_eps_in_config = "rms_norm_eps"},
+    BlockLayout{.name = "flamingo",
+                .used_by = "Flamingo (flamingo-pytorch, OpenFlamingo)",
+                .attention = "attn.",
+                .attention_norm = "attn.norm",
+                .feed_forward_norm = "ff.0",
+                .feed_forward_in = "ff.1",
+                .feed_forward_out = "ff.3",
+                .attention_gate = "attn_gate",
+                .feed_forward_gate = "ff_gate",
+                .norm_placement = NormPlacement::before,
+                .activation = Activation::gelu},
+};
+
+// ---- Matching --------------------------------------------------------------------------------------------------------------
+
+using Infos = std::map<std::string, TensorInfo>;
+using Shape = std::vector<int64_t>;
+
+// A block of this layout around an attention layer, if it is there and its shapes fit together.
+class BlockMatch {
+ public:
+  BlockMatch(const Infos& tensors, const BlockLayout& layout, std::string prefix)
+      : tensors_(tensors), layout_(layout), prefix_(std::move(prefix)) {}
+
+  std::optional<FoundBlock> block(const FoundLayer& attention) const {
+    const auto Eq = attention.options.dim_query();
+    const auto* in = find(layout_.feed_forward_in, ".weight");
+    if (!in || in->shape.size() != 2) return {};
+    const auto hidden = in->shape[layout_.transposed ? 1 : 0];
+    const bool glu = !layout_.feed_forward_multiplier.empty();
+    const bool bias = find(layout_.feed_forward_in, ".bias") != nullptr;
+    const auto gate = gate_of(Eq);
+    const bool fits = attention.options.dim_output() == Eq && hidden > 0 && gate &&               //
+                      norm(layout_.attention_norm, Eq) && norm(layout_.feed_forward_norm, Eq) &&  //
+                      linear(layout_.feed_forward_in, Eq, hidden, bias) &&                        //
+                      (!glu || linear(layout_.feed_forward_multiplier, Eq, hidden, bias)) &&      //
+                      linear(layout_.feed_forward_out, hidden, Eq, bias);
+    if (!fits) return {};
+    auto options = CrossAttentionBlockOptions(attention.options)
+                       .norm(layout_.norm)
+                       .norm_eps(layout_.norm_eps)
+                       .gate(*gate)
+                       .feed_forward(hidden)
+                       .feed_forward_glu(glu)
+                       .feed_forward_bias(bias);
+    if (layout_.norm_placement) options.norm_placement(*layout_.norm_placement);
+    if (layout_.activation) options.activation(*layout_.activation);
+    return FoundBlock{prefix_, &layout_, attention, options};
+  }
+
+ private:
+  const TensorInfo* find(std::string_view name, std::string_view ending = "") const {
+    const auto found = tensors_.find(prefix_ + std::string(name) + std::string(ending));
+    return found == tensors_.end() ? nullptr : &found->second;
+  }
+
+  bool has(std::string_view name, std::string_view ending, const Shape& shape) const {
+    const auto* info = find(name, ending);
+    return info && info->shape == shape;
+  }
+
+  bool norm(std::string_view name, int64_t size) const {
+    return has(name, ".weight", {size}) && has(name, ".bias", {size}) == (layout_.norm == NormKind::layer);
+  }
+
+  bool linear(std::string_view name, int64_t in, int64_t out, bool bias) const {
+    return has(name, ".weight", layout_.transposed ? Shape{in, out} : Shape{out, in}) && has(name, ".bias", {out}) == bias;
+  }
+
+  // Of both gates; nothing if they are not as the layout has them.
+  std::optional<BlockGate> gate_of(int64_t Eq) const {
+    if (layout_.attention_gate.empty()) return BlockGate::none;
+    const auto* first = find(layout_.attention_gate);
+    const auto* second = find(layout_.feed_forward_gate);
+    if (!first || !second || first->shape != second->shape) return {};
+    const auto shape = TensorRecipe{.flat = true}.shape(*first);
+    if (shape == Shape{1}) return BlockGate::scalar;
+    return shape == Shape{Eq} ? std::optional(BlockGate::per_feature) : std::nullopt;
+  }
+
+  const Infos& tensors_;
+  const BlockLayout& layout_;
+  std::string prefix_;
+};
+
+std::optional<FoundBlock> block_around(const FoundLayer& attention, const Infos& tensors) {
+  for (const auto& layout : kLayouts) {
+    if (!attention.prefix.ends_with(layout.attention)) continue;
+    const auto prefix = attention.prefix.substr(0, attention.prefix.size() - layout.attention.size());
+    if (!prefix.empty() && !prefix.ends_with('.')) continue;
+    if (auto block = BlockMatch(tensors, layout, prefix).block(attention)) return block;
+  }
+  return {};
+}
+
+}  // namespace
+
+std::span<const BlockLayout> block_layouts() {
+  return kLayouts;
+}
+
+std::vector<FoundBlock> find_blocks(const Infos& tensors, const Layout* only) {
+  std::vector<FoundBlock> blocks;
+  for (const auto& attention : find_layers(tensors, only)) {
+    if (auto block = block_around(attention, tensors)) blocks.push_back(*std::move(block));
+  }
+  return blocks;
+}
+
+std::map<std::string, TensorRecipe> recipes(const FoundBlock& block, const Infos& tensors) {
+  const auto& layout = *block.layout;
+  std::map<std::string, TensorRecipe> result;
+  for (auto& [parameter, recipe] : recipes(block.attention, tensors)) result.emplace("attention." + parameter, recipe);
+  const auto add = [&](const std::string& parameter, std::string_view name, bool transposed, bool flat = false) {
+    const auto source = block.prefix + std::string(name);
+    if (tensors.contains(source)) result.emplace(parameter, TensorRecipe{source, 0, 1, transposed, flat});
+  };
+  const auto add_pair = [&](const std::string& parameter, std::string_view name, bool transposed) {
+    if (name.empty()) return;
+    add(parameter + ".weight", std::string(name) + ".weight", transposed);
+    add(parameter + ".bias", std::string(name) + ".bias", false);
+  };
+  add_pair("attention_norm", layout.attention_norm, false);
+  add_pair("feed_forward_norm", layout.feed_forward_norm, false);
+  add_pair("feed_forward_in", layout.feed_forward_in, layout.transposed);
+  add_pair("feed_forward_multiplier", layout.feed_forward_multiplier, layout.transposed);
+  add_pair("feed_forward_out", layout.feed_forward_out, layout.transposed);
+  if (!layout.attention_gate.empty()) {
+    add("attention_gate", layout.attention_gate, false, /*flat=*/true);
+    add("feed_forward_gate", layout.feed_forward_gate, false, /*flat=*/true);
+  }
+  return result;
+}
+
+}  // namespace xattn

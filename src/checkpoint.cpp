@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <xattn/checkpoint.h>
+
+#include <filesystem>
+#include <functional>
+#include <numeric>
+#include <string_view>
+#include <utility>
+
+#include "check.h"
+#include "check_file.h"
+#include "mapped_file.h"
+#include "readers.h"
+#include "stored_tensor.h"
+
+namespace xattn {
+
+struct Checkpoint::Contents {
+  std::string path;
+  FileFormat format = FileFormat::safetensors;
+  std::vector<std::unique_ptr<detail::MappedFile>> files;
+  detail::Index index;
+  std::map<std::string, TensorInfo> infos;
+};
+
+namespace {
+
+constexpr std::string_view kReader = "checkpoint";
+
+std::string_view as_text(detail::Bytes bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+// A length of eight bytes, then a JSON object.
+bool is_safetensors(std::string_view bytes) {
+  return bytes.size() > 8 && bytes[8] == '{';
+}
+
+// torch.save wrote a pickle, of protocol 2 or later, or a tar archive before it wrote zip archives.
+bool is_old(std::string_view bytes) {
+  const bool pickle = bytes.size() > 2 && bytes[0] == '\x80' && bytes[1] >= 2 && bytes[1] <= 5;
+  const bool tar = bytes.size() > 262 && bytes.substr(257, 5) == "ustar";
+  return pickle || tar;
+}
+
+// JSON may begin with white space.
+bool is_json(std::string_view bytes) {
+  const auto first = bytes.find_first_not_of(" \t\r\n");
+  return first != std::string_view::npos && bytes[first] == '{' && !(is_safetensors(bytes) && bytes[7] == '\0');
+}
+
+std::pair<FileFormat, detail::Index> read_file(const std::string& path, detail::Bytes file) {
+  const auto bytes = as_text(file);
+  if (bytes.starts_with("PK\3\4") || bytes.starts_with("PK\5\6")) {
+    const detail::ZipFile zip(path, file);
+    if (zip.has("constants.pkl")) return {FileFormat::torchscript, read_torchscript(path, zip)};
+    if (zip.has("data.pkl")) return {FileFormat::state_dict, read_state_dict(path, zip)};
+    return {FileFormat::pt2, read_pt2(path, zip)};
+  }
+  if (is_safetensors(bytes)) return {FileFormat::safetensors, detail::read_safetensors(path, file)};
+  if (is_old(bytes)) {
+    detail::fail_file(
+        kReader, path,
+        "was written by torch.save in the form from before PyTorch 1.6, which is not read; save it anew in Python: "
+        "torch.save(torch.load(PATH, map_location='cpu'), NEW_PATH)");
+  }
+  detail::fail_file(
+      kReader, path,
+      "must be a safetensors file, the index.json of a sharded set, or an archive of torch.save, torch.jit.save or "
+      "torch.export.save, but is none of these");
+}
+
+// Opens the shards that the index names, and takes the tensors that it says they hold.
+void read_shards(Checkpoint::Contents& contents, const detail::ShardIndex& shards) {
+  const auto folder = std::filesystem::path(contents.path).parent_path();
+  std::map<std::string, std::map<std::string, detail::StoredTensor>> opened;
+  for (const auto& [name, file_name] : shards.file_of) {
+    auto shard = opened.find(file_name);
+    if (shard == opened.end()) {
+      const auto path = (folder / file_name).string();
+      contents.files.push_back(std::make_unique<detail::MappedFile>(path));
+      auto [format, index] = read_file(path, contents.files.back()->bytes());
+      const bool same = opened.empty() || format == contents.format;
+      detail::check_file(same && (format == FileFormat::safetensors || format == FileFormat::state_dict), kReader,
+                         contents.path, "must name shards that are all safetensors or all state dicts, but {} is {}", file_name,
+                         to_string(format));
+      contents.format = format;
+      shard = opened.emplace(file_name, std::move(index.tensors)).first;
+    }
+    const auto tensor = shard->second.find(name);
+    detail::check_file(tensor != shard->second.end(), kReader, contents.path, "says that {} is in {}, but it is not there",
+                       detail::in_quotes(name), file_name);
+    contents.index.tensors.emplace(name, tensor->second);
+  }
+  contents.index.metadata = shards.metadata;
+}
+
+}  // namespace
+
+std::string to_string(FileFormat format) {
+  switch (format) {
+    case FileFormat::safetensors: return "safetensors";
+    case FileFormat::state_dict: return "state dict";
+    case FileFormat::torchscript: return "torchscript";
+    case FileFormat::pt2: return "pt2";
+  }
+  return "";
+}
+
+Checkpoint open_checkpoint(const std::string& path) {
+  auto contents = std::make_shared<Checkpoint::Contents>();
+  contents->path = path;
+  contents->files.push_back(std::make_unique<detail::MappedFile>(path));
+  const auto file = contents->files.front()->bytes();
+  if (is_json(as_text(file))) {
+    read_shards(*contents, detail::read_shard_index(path, file));
+  } else {
+    std::tie(contents->format, contents->index) = read_file(path, file);
+  }
+  for (const auto& [name, stored] : contents->index.tensors)
+    contents->infos.emplace(name, TensorInfo{stored.type, stored.shape});
+  return Checkpoint(std::move(contents));
+}
+
+Checkpoint::Checkpoint(std::shared_ptr<const Contents> contents) : contents_(std::move(contents)) {}
+
+const std::string& Checkpoint::path() const {
+  return contents_->path;
+}
+
+FileFormat Checkpoint::format() const {
+  return contents_->format;
+}
+
+const std::map<std::string, TensorInfo>& Checkpoint::tensors() const {
+  return contents_->infos;
+}
+
+const std::map<std::string, std::string>& Checkpoint::metadata() const {
+  return contents_->index.metadata;
+}
+
+at::Tensor Checkpoint::tensor(const std::string& name) const {
+  const auto found = contents_->index.tensors.find(name);
+  detail::check_file(found != contents_->index.tensors.end(), kReader, path(), "has no tensor {}", detail::in_quotes(name));
+  for (const auto& file : contents_->files) file->check_unchanged();
+  auto tensor = detail::materialize(found->second);
+  detail::check_file(tensor.has_value(), kReader, path(), "tensor {} of type bool holds a byte other than 0 and 1",
+                     detail::in_quotes(name));
+  return *std::move(tensor);
+}
+
+int64_t byte_count(const TensorInfo& info) {
+  return std::accumulate(info.shape.begin(), info.shape.end(), static_cast<int64_t>(c10::elementSize(info.type)),
+                         std::multiplies<>());
+}
+
+LazyTensors lazy(NamedTensors tensors) {
+  LazyTensors result;
+  for (const auto& [name, tensor] : tensors) {
+    detail::check_value(tensor.defined(), "lazy", "tensor {} must be defined, but is not.", detail::in_quotes(name));
+    result.infos.emplace(name, TensorInfo{tensor.scalar_type(), tensor.sizes().vec()});
+  }
+  result.make = [tensors = std::move(tensors)](const std::string& name) { return tensors.at(name); };
+  return result;
+}
+
+NamedTensors load_tensors(const std::string& path) {
+  const auto checkpoint = open_checkpoint(path);
+  NamedTensors tensors;
+  for (const auto& [name, info] : checkpoint.tensors()) tensors.emplace(name, checkpoint.tensor(name));
+  return tensors;
+}
+
+}  // namespace xattn

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+#include <unistd.h>
+#include <xattn/layouts.h>
+#include <xattn/safetensors.h>
+#include <xattn/state_dict.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <iostream>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cli.h"
+
+namespace xattn::cli {
+namespace {
+
+struct Arguments {
+  std::string input;
+  std::string output;
+  std::string layout;
+  std::string to;
+};
+
+LazyTensors tensors_of(const Checkpoint& checkpoint) {
+  return {checkpoint.tensors(), [checkpoint](const std::string& name) { return checkpoint.tensor(name); }};
+}
+
+// The parameters of a layer, by their names in a CrossAttention; without data if `data` is false.
+NamedTensors parameters_of(const FoundLayer& layer, const LazyTensors& tensors, bool data) {
+  NamedTensors parameters;
+  for (const auto& [name, recipe] : recipes(layer, tensors.infos)) {
+    const auto& info = tensors.infos.at(recipe.source);
+    parameters[name] = recipe.apply(data ? tensors.make(recipe.source)
+                                         : torch::empty(info.shape, torch::dtype(info.type).device(torch::kMeta)));
+  }
+  return parameters;
+}
+
+// Spells the attention layers anew, cross and self, one after the other as they are asked for.
+LazyTensors spelled(LazyTensors tensors, const Layout* from, const Layout& to) {
+  LazyTensors result{tensors.infos, {}};
+  std::map<std::string, FoundLayer> layer_of;  // by new name
+  for (const auto& layer : find_layers(tensors.infos, from)) {
+    for (const auto& [name, recipe] : recipes(layer, tensors.infos)) result.infos.erase(recipe.source);
+    for (const auto& [name, tensor] : spell(parameters_of(layer, tensors, /*data=*/false), to, layer.prefix)) {
+      result.infos[name] = {tensor.scalar_type(), tensor.sizes().vec()};
+      layer_of.emplace(name, layer);
+    }
+  }
+  result.make = [tensors = std::move(tensors), layer_of = std::move(layer_of), &to](const std::string& name) {
+    const auto layer = layer_of.find(name);
+    if (layer == layer_of.end()) return tensors.make(name);
+    return spell(parameters_of(layer->second, tensors, /*data=*/true), to, layer->second.prefix).at(name);
+  };
+  return result;
+}
+
+// On a terminal, how far it is; files that are written at once need none.
+LazyTensors with_progress(LazyTensors tensors) {
+  constexpr int64_t kLarge = 1 << 28;
+  int64_t all = 0;
+  for (const auto& [name, info] : tensors.infos) all += byte_count(info);
+  if (all < kLarge || isatty(STDERR_FILENO) == 0) return tensors;
+  auto done = std::make_shared<int64_t>(0);
+  return {tensors.infos, [tensors, done, all](const std::string& name) {
+            *done += byte_count(tensors.infos.at(name));
+            std::cerr << fmt::format("\r{:3} %  {:.1f} of {:.1f} GB{}", 100 * *done / all, 1e-9 * static_cast<double>(*done),
+                                     1e-9 * static_cast<double>(all), *done == all ? "\n" : "")
+                      << std::flush;
+            return tensors.make(name);
+          }};
+}
+
+bool is_state_dict(const std::string& path) {
+  constexpr std::array kEndings = {".pt", ".pth", ".bin"};
+  return std::ranges::any_of(kEndings, [&](const auto* ending) { return path.ends_with(ending); });
+}
+
+void convert(const Arguments& arguments) {
+  if (!is_state_dict(arguments.output) && !arguments.output.ends_with(".safetensors")) {
+    throw CLI::ValidationError("OUT", "must end in .safetensors, .pt, .pth or .bin, but is " + arguments.output);
+  }
+  check_output(arguments.output, {arguments.input});
+  const auto checkpoint = open_checkpoint(arguments.input);
+  auto tensors = tensors_of(checkpoint);
+  if (!arguments.to.empty()) {
+    const auto* from = arguments.layout.empty() ? nullptr : &layout_named(arguments.layout);
+    tensors = spelled(std::move(tensors), from, layout_named(arguments.to));
+  }
+  tensors = with_progress(std::move(tensors));
+  if (is_state_dict(arguments.output)) {
+    save_state_dict(arguments.output, tensors);
+  } else {
+    save_safetensors(arguments.output, tensors, checkpoint.metadata());
+  }
+}
+
+}  // namespace
+
+void add_convert(CLI::App& program) {
+  auto* command = program.add_subcommand("convert", "Write a file anew, in another format or with other names.");
+  const auto arguments = std::make_shared<Arguments>();
+  std::vector<std::string> names;
+  for (const auto& layout : layouts()) names.emplace_back(layout.name);
+  command->add_option("IN", arguments->input, "Weights, in any format that inspect reads; of a sharded set its index.json")
+      ->required();
+  command->add_option("OUT", arguments->output, "File to write: safetensors, or for .pt, .pth and .bin a state dict of PyTorch")
+      ->required();
+  auto* to =
+      command->add_option("--to", arguments->to, "Spell the attention layers in this layout")->check(CLI::IsMember(names));
+  command->add_option("--layout", arguments->layout, "Only those that are spelled in this one")
+      ->check(CLI::IsMember(names))
+      ->needs(to);
+  command->footer("Example: xattn convert pytorch_model.bin model.safetensors --to reference");
+  command->callback([arguments] { convert(*arguments); });
+}
+
+}  // namespace xattn::cli

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "layer.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <xattn/load.h>
+
+#include <nlohmann/json.hpp>
+#include <set>
+
+namespace xattn::cli {
+namespace {
+
+[[noreturn]] void fail(const std::string& path, const std::string& message) {
+  throw FileError(fmt::format("[inputs] {}: {}", path, message));
+}
+
+struct Inputs {
+  torch::Tensor query;
+  torch::Tensor key;
+  torch::Tensor value;
+  torch::Tensor ip_context;  // undefined if there is none
+  Mask mask;
+};
+
+void check_names(const Checkpoint& file, bool fixture) {
+  std::set<std::string> known = {"query", "key", "value", "context", "ip_context", "mask", "bias"};
+  if (fixture) known.insert({"output", "weights"});
+  for (const auto& [name, info] : file.tensors()) {
+    if (known.contains(name)) continue;
+    fail(file.path(), fmt::format("may hold {} only, but holds {}", fmt::join(known, ", "), nlohmann::json(name).dump()));
+  }
+}
+
+Inputs read_inputs(const Checkpoint& file, torch::Device device, bool fixture) {
+  check_names(file, fixture);
+  const auto has = [&](const char* name) { return file.contains(name); };
+  const auto get = [&](const char* name) { return file.tensor(name).to(device); };
+  const bool pair = has("key") && has("value") && !has("context");
+  const bool context = has("context") && !has("key") && !has("value");
+  if (!has("query") || !(pair || context)) fail(file.path(), "must hold query, and either key and value, or context");
+
+  Inputs inputs{get("query"), get(pair ? "key" : "context"), get(pair ? "value" : "context"), {}, {}};
+  if (has("ip_context")) inputs.ip_context = get("ip_context");
+  if (!inputs.query.is_floating_point()) fail(file.path(), "query must have a floating point type");
+  if (has("mask")) {
+    const auto mask = get("mask");
+    if (mask.dim() != 2 && mask.dim() != 4) {
+      fail(file.path(),
+           fmt::format("mask must have shape [B|1, Lk] or [B|1, H|1, Lq|1, Lk], but has [{}]", fmt::join(mask.sizes(), ", ")));
+    }
+    inputs.mask = mask.dim() == 2 ? Mask::key_padding(mask) : Mask::dense(mask);
+  }
+  if (has("bias")) inputs.mask = inputs.mask & Mask::bias(get("bias"));
+  return inputs;
+}
+
+}  // namespace
+
+const char* const kInputsHelp =
+    "query [B, Lq, Eq], key [B, Lk, Ek] and value [B, Lk, Ev], or context for both of these; optionally mask (boolean,\n"
+    "true = may attend, [B|1, Lk] or [B|1, H|1, Lq|1, Lk]), bias (added to the logits), and ip_context [B, Lk2, Ek2] for a\n"
+    "layer with a second context (IP-Adapter, Wan image-to-video). The layer runs in the type of query.";
+
+void add_layer_options(CLI::App& command, LayerArguments& arguments) {
+  command.add_option("--prefix", arguments.prefix, "What the layer's names begin with; needed if FILE holds several");
+  command.add_option("--layout", arguments.layout,
+                     "How its names are spelled, as inspect calls it; told from the names if not given");
+  command.add_option("--heads", arguments.heads, "Number of heads; from a config.json beside FILE if not given")
+      ->check(CLI::Range(1, 65536));
+  command
+      .add_option("--qk-norm-eps", arguments.qk_norm_eps,
+                  "Of norms of queries and keys; what the layout's family uses if not given")
+      ->check(CLI::NonNegativeNumber);
+  command.add_option("--ip-scale", arguments.ip_scale, "What the attention to ip_context is multiplied by")
+      ->capture_default_str();
+  program::add_device_option(command, arguments.device);
+  program::add_threads_option(command, arguments.threads);
+}
+
+Results run_layer(const std::string& path,
+                  const std::string& inputs,
+                  const LayerArguments& arguments,
+                  AttentionWeights weights,
+                  bool fixture) {
+  const auto device = program::find_device(arguments.device);
+  program::set_threads(arguments.threads);
+  const auto file = open_checkpoint(path);
+  const auto layer = choose_layer(file, arguments.prefix, arguments.layout);
+  const auto given = read_inputs(open_checkpoint(inputs), device, fixture);
+
+  const LayerOptions options{.prefix = layer.prefix,
+                             .layout = arguments.layout,
+                             .num_heads = arguments.heads,
+                             .qk_norm_eps = arguments.qk_norm_eps,
+                             .attention_weights = weights};
+  const auto prepare = [&](auto module) {
+    module->to(device, given.query.scalar_type());
+    module->eval();
+    return module;
+  };
+  const torch::NoGradGuard no_grad;
+  if (given.ip_context.defined()) {
+    const auto attention = prepare(decoupled_cross_attention_from(file, options, arguments.ip_scale));
+    const auto [output, mixed] =
+        attention.ptr()->forward(given.query, given.key, given.value, {{given.ip_context, given.ip_context}}, given.mask);
+    return {output, mixed};
+  }
+  const auto [of_query, of_context] = input_norms(file, layer);
+  auto query_norm = prepare(of_query), context_norm = prepare(of_context);
+  const auto attention = prepare(cross_attention_from(file, options));
+  const auto [output, mixed] =
+      attention.ptr()->forward(query_norm(given.query), context_norm(given.key), context_norm(given.value), given.mask);
+  return {output, mixed};
+}
+
+}  // namespace xattn::cli

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <xattn/block.h>
+
+#include <array>
+#include <string_view>
+
+// What the values of options are called, as in code behind "NormKind::".
+namespace xattn::detail {
+
+inline std::string_view name_of(NormKind norm) {
+  return std::array{"none", "rms", "layer"}.at(static_cast<size_t>(norm));
+}
+
+inline std::string_view name_of(NormPlacement placement) {
+  return std::array{"before", "after"}.at(static_cast<size_t>(placement));
+}
+
+inline std::string_view name_of(BlockGate gate) {
+  return std::array{"none", "scalar", "per_feature"}.at(static_cast<size_t>(gate));
+}
+
+inline std::string_view name_of(Activation activation) {
+  return std::array{"relu", "gelu", "gelu_tanh", "silu"}.at(static_cast<size_t>(activation));
+}
+
+}  // namespace xattn::detail

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "projection.h"
+
+#include <ATen/autocast_mode.h>
+
+#include <cmath>
+#include <optional>
+
+#include "check.h"
+
+namespace xattn::detail {
+
+using torch::Tensor;
+
+namespace {
+
+void check_input(
+    std::string_view caller, const char* name, const Tensor& x, const char* length, const torch::nn::Linear& projection) {
+  const auto features = projection->options.in_features();
+  const auto& weight = projection->weight;
+  check_value(x.defined() && (x.dim() == 2 || x.dim() == 3) && x.size(-1) == features, caller,
+              "{} must have shape [B, {}, {}], but has {}.", name, length, features, shape_of(x));
+  if (at::autocast::is_autocast_enabled(x.device().type())) {
+    check_type(x.is_floating_point(), caller, "{} must be of a floating point type, but is {}.", name, type_of(x));
+  } else {
+    check_type(x.scalar_type() == weight.scalar_type(), caller, "{} must be {}, the type of the parameters, but is {}.", name,
+               type_of(weight), type_of(x));
+  }
+  check_type(x.device() == weight.device(), caller, "{} must be on {}, as the parameters, but is on {}.", name,
+             weight.device().str(), x.device().str());
+}
+
+}  // namespace
+
+void check_key_value(std::string_view caller,
+                     const Tensor& key,
+                     const Tensor& value,
+                     const Mask& mask,
+                     const torch::nn::Linear& key_linear,
+                     const torch::nn::Linear& value_linear,
+                     int64_t num_heads) {
+  check_input(caller, "key", key, "Lk", key_linear);
+  check_input(caller, "value", value, "Lk", value_linear);
+  check_value(key.sizes().slice(0, key.dim() - 1) == value.sizes().slice(0, value.dim() - 1), caller,
+              "value must have the batch and length of key, {}, but has {}.", shape_of(key), shape_of(value));
+  const auto B = key.dim() == 3 ? key.size(0) : 1;
+  mask.check(caller, B, num_heads, std::nullopt, key.size(-2), key.device());
+}
+
+void check_query(std::string_view caller, const Tensor& query, const Context& context, const torch::nn::Linear& query_linear) {
+  check_input(caller, "query", query, "Lq", query_linear);
+  check_value((query.dim() == 3) == context.is_batched() && (query.dim() == 2 || query.size(0) == context.batch_size()), caller,
+              "query must have shape {}Lq, {}] to match its context, but has {}.",
+              context.is_batched() ? fmt::format("[{}, ", context.batch_size()) : "[", query.size(-1), shape_of(query));
+}
+
+// A unit batch axis also gets its natural stride back: `transpose().contiguous()` may leave a huge one there, with which
+// products are ten times slower.
+Tensor batched(const Tensor& x) {
+  if (x.dim() == 2) return x.unsqueeze(0);
+  return x.size(0) == 1 ? x.select(0, 0).unsqueeze(0) : x;
+}
+
+Tensor split_heads(const Tensor& x, int64_t n, int64_t size) {
+  return x.view({x.size(0), x.size(1), n, size}).transpose(1, 2);
+}
+
+Tensor split_heads(const Tensor& x, int64_t n, int64_t size, NormScope scope, Norm& norm) {
+  if (!norm) return split_heads(x, n, size);
+  if (scope == NormScope::across_heads) return split_heads(norm(x), n, size);
+  return norm(x.view({x.size(0), x.size(1), n, size})).transpose(1, 2);
+}
+
+Tensor merge_heads(const Tensor& x) {
+  return x.transpose(1, 2).flatten(2);
+}
+
+AttentionResult attend_heads(
+    std::string_view caller, const Tensor& q, const Context& context, const CrossAttentionOptions& options, bool training) {
+  const auto Lq = q.size(2), Lk = context.length() - (options.bias_kv() ? 1 : 0);
+  context.mask().check(caller, q.size(0), q.size(1), Lq, Lk, q.device());
+  AttentionOptions how;
+  how.mask = options.bias_kv() ? context.mask().with_free_key(Lq, Lk, q.device()) : context.mask();
+  how.scale = options.scale();
+  how.dropout = training ? options.dropout() : 0;
+  how.weights = options.attention_weights();
+  return attention(q, context.key(), context.value(), how);
+}
+
+std::vector<Tensor> context_weights(const torch::nn::Linear& key_linear,
+                                    const torch::nn::Linear& value_linear,
+                                    const Norm& key_norm,
+                                    const Tensor& bias_k,
+                                    const Tensor& bias_v) {
+  std::vector<Tensor> weights = {key_linear->weight, key_linear->bias, value_linear->weight,
+                                 value_linear->bias, bias_k,           bias_v};
+  if (key_norm) weights.insert(weights.end(), {key_norm->weight, key_norm->bias});
+  return weights;
+}
+
+Norm make_qk_norm(const CrossAttentionOptions& options, int64_t heads) {
+  if (options.qk_norm() == NormKind::none) return nullptr;
+  const auto size = *options.head_dim() * (options.qk_norm_scope() == NormScope::across_heads ? heads : 1);
+  return Norm(NormOptions(options.qk_norm(), size).eps(options.qk_norm_eps()));
+}
+
+std::string printed(const CrossAttentionOptions& resolved) {
+  constexpr const char* kNorms[] = {"none", "rms", "layer"};
+  constexpr const char* kWeights[] = {"none", "mean", "per_head"};
+  const auto& o = resolved;
+  const auto heads = o.num_heads(), d = *o.head_dim();
+  auto text = fmt::format("CrossAttentionOptions({}, {}, {}, {})", o.dim_query(), o.dim_key(), o.dim_value(), o.dim_output());
+  const auto add = [&text](bool differs, std::string_view call, const auto&... argument) {
+    if (differs) text += fmt::format(fmt::runtime(call), argument...);
+  };
+  add(heads != 1, ".num_heads({})", heads);
+  add(o.kv_heads() != heads, ".kv_heads({})", *o.kv_heads());
+  add(d * heads != o.dim_output(), ".head_dim({})", d);
+  add(o.value_head_dim() != d, ".value_head_dim({})", *o.value_head_dim());
+  add(!o.query_bias(), ".query_bias(false)");
+  add(!o.key_bias(), ".key_bias(false)");
+  add(!o.value_bias(), ".value_bias(false)");
+  add(!o.output_bias(), ".output_bias(false)");
+  add(o.bias_kv(), ".bias_kv(true)");
+  add(o.scale() != 1 / std::sqrt(static_cast<double>(d)), ".scale({})", *o.scale());
+  add(o.dropout() != 0, ".dropout({})", o.dropout());
+  if (o.qk_norm() != NormKind::none) {
+    add(true, ".qk_norm(NormKind::{})", kNorms[static_cast<int>(o.qk_norm())]);
+    add(o.qk_norm_scope() == NormScope::across_heads, ".qk_norm_scope(NormScope::across_heads)");
+    add(o.qk_norm_eps() != 1e-6, ".qk_norm_eps({})", o.qk_norm_eps());
+  }
+  add(o.attention_weights() != AttentionWeights::mean, ".attention_weights(AttentionWeights::{})",
+      kWeights[static_cast<int>(o.attention_weights())]);
+  return text;
+}
+
+}  // namespace xattn::detail

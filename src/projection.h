@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/nn/modules/linear.h>
+#include <torch/types.h>
+#include <xattn/attention.h>
+#include <xattn/context.h>
+#include <xattn/cross_attention.h>
+#include <xattn/mask.h>
+#include <xattn/norm.h>
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+// The steps that CrossAttention and DecoupledCrossAttention share. `caller` begins a message: "[caller] key must have ...".
+namespace xattn::detail {
+
+/// Throws unless key and value fit their projections and each other, and the mask fits them.
+void check_key_value(std::string_view caller,
+                     const torch::Tensor& key,
+                     const torch::Tensor& value,
+                     const Mask& mask,
+                     const torch::nn::Linear& key_linear,
+                     const torch::nn::Linear& value_linear,
+                     int64_t num_heads);
+
+/// Throws unless the query fits its projection and its context.
+void check_query(std::string_view caller,
+                 const torch::Tensor& query,
+                 const Context& context,
+                 const torch::nn::Linear& query_linear);
+
+/// [L, E] -> [1, L, E]; anything else stays as it is.
+torch::Tensor batched(const torch::Tensor& x);
+
+/// [B, L, n * size] -> [B, n, L, size], normalised on the way if there is a norm.
+torch::Tensor split_heads(const torch::Tensor& x, int64_t n, int64_t size, NormScope scope, Norm& norm);
+torch::Tensor split_heads(const torch::Tensor& x, int64_t n, int64_t size);
+
+/// [B, n, L, size] -> [B, L, n * size].
+torch::Tensor merge_heads(const torch::Tensor& x);
+
+/// `attention` with these options; throws unless the mask fits. q [B, H, Lq, d] -> output [B, H, Lq, e].
+/// With bias_kv the last key of the context is the learned one.
+AttentionResult attend_heads(std::string_view caller,
+                             const torch::Tensor& q,
+                             const Context& context,
+                             const CrossAttentionOptions& options,
+                             bool training);
+
+/// The parameters that make a context; undefined where there is none.
+std::vector<torch::Tensor> context_weights(const torch::nn::Linear& key_linear,
+                                           const torch::nn::Linear& value_linear,
+                                           const Norm& key_norm,
+                                           const torch::Tensor& bias_k = {},
+                                           const torch::Tensor& bias_v = {});
+
+/// The norm of projected queries or keys of so many heads; empty without qk_norm.
+Norm make_qk_norm(const CrossAttentionOptions& options, int64_t heads);
+
+/// What a user would type to have these options, as in "CrossAttentionOptions(8, 12, 10, 16).num_heads(2)".
+std::string printed(const CrossAttentionOptions& resolved);
+
+}  // namespace xattn::detail

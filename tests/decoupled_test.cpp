@@ -1,0 +1,499 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <xattn/decoupled.h>
+
+#include <ATen/autocast_mode.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+#include <xattn/checkpoint.h>
+
+#include <cmath>
+#include <map>
+#include <set>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "compare.h"
+#include "test_util.h"
+
+namespace xattn::test {
+namespace {
+
+using torch::Tensor;
+
+constexpr int64_t kB = 2, kLq = 4, kLk = 6, kLi = 3;  // Li: length of the images, the added contexts
+
+// ---- The definition in plain operations -----------------------------------------------------------------------------------
+
+// [B, L, n * size] -> [B, H, L, size]: heads that share a key/value head are repeated.
+Tensor heads(const Tensor& x, int64_t n, int64_t H, Norm norm, const CrossAttentionOptions& options) {
+  const bool across = options.qk_norm_scope() == NormScope::across_heads;
+  const auto split = (norm && across ? norm(x) : x).unflatten(-1, {n, -1});
+  return (norm && !across ? norm(split) : split).transpose(1, 2).repeat_interleave(H / n, 1);
+}
+
+// Masks are boolean [B, Lk], true = may attend, or undefined; none hides all keys.
+struct PlainContext {
+  Tensor key, value, keep;
+};
+
+Tensor plain(DecoupledCrossAttention module, const Tensor& query, const std::vector<PlainContext>& contexts) {
+  auto& attention = module->attention;
+  const auto& o = attention->options;
+  const auto H = o.num_heads(), G = *o.kv_heads();
+  const auto q = heads(attention->query_linear(query), H, H, attention->query_norm, o);
+  Tensor sum;
+  for (size_t i = 0; i < contexts.size(); ++i) {
+    const bool first = i == 0;
+    auto key_linear = first ? attention->key_linear : module->added_projections[i - 1]->key_linear;
+    auto value_linear = first ? attention->value_linear : module->added_projections[i - 1]->value_linear;
+    auto key_norm = first ? attention->key_norm : module->added_projections[i - 1]->key_norm;
+    const auto k = heads(key_linear(contexts[i].key), G, H, key_norm, o);
+    const auto v = heads(value_linear(contexts[i].value), G, H, nullptr, o);
+    auto logits = torch::matmul(q, k.transpose(2, 3)) / std::sqrt(static_cast<double>(q.size(3)));
+    if (contexts[i].keep.defined()) {
+      logits = logits.masked_fill(contexts[i].keep.logical_not().unsqueeze(1).unsqueeze(1), -INFINITY);
+    }
+    const auto answer = torch::matmul(torch::softmax(logits, -1), v);
+    sum = first ? answer : sum + module->options.added()[i - 1].scale() * answer;
+  }
+  return attention->output_linear(sum.transpose(1, 2).flatten(2));
+}
+
+// ---- Properties -----------------------------------------------------------------------------------------------------------
+
+class DecoupledTest : public testing::TestWithParam<torch::Device> {
+ protected:
+  DecoupledTest() { torch::manual_seed(0); }
+
+  // float64, so that results can be compared closely.
+  DecoupledCrossAttention make(const DecoupledCrossAttentionOptions& options) const {
+    DecoupledCrossAttention module(options);
+    module->to(GetParam(), torch::kDouble);
+    return module;
+  }
+  DecoupledCrossAttention make() const { return make(DecoupledCrossAttentionOptions(options_).added({{9, 7}})); }
+  Tensor random(at::IntArrayRef shape) const { return torch::randn(shape, torch::dtype(torch::kDouble).device(GetParam())); }
+
+  torch::Device device_ = GetParam();
+  Tensor query_ = random({kB, kLq, 8}), key_ = random({kB, kLk, 12}), value_ = random({kB, kLk, 10});
+  Tensor image_key_ = random({kB, kLi, 9}), image_value_ = random({kB, kLi, 7});
+  KeyValue image_{image_key_, image_value_};
+  CrossAttentionOptions options_ = CrossAttentionOptions(8, 12, 10, 16).num_heads(4);
+};
+
+TEST_P(DecoupledTest, EqualsTheDefinitionWithItsGradients) {
+  using O = CrossAttentionOptions;
+  const auto text_keep = torch::arange(kLk, device_) < torch::tensor({{4}, {6}}, device_);
+  const auto image_keep = torch::arange(kLi, device_) < torch::tensor({{3}, {1}}, device_);
+  for (const auto& attention :
+       {options_, O(options_).kv_heads(2).head_dim(6).value_head_dim(5), O(options_).qkv_bias(false).qk_norm(NormKind::rms),
+        O(options_).kv_heads(1).qk_norm(NormKind::layer).qk_norm_scope(NormScope::across_heads)}) {
+    for (const auto weights : {AttentionWeights::none, AttentionWeights::mean}) {
+      auto module = make(DecoupledCrossAttentionOptions(O(attention).attention_weights(weights))
+                             .added({AddedContextOptions(9, 7).scale(0.6), AddedContextOptions(5, 5).scale(-2)}));
+      std::vector<Tensor> inputs = {query_, key_, value_, image_key_, image_value_, random({kB, 1, 5})};
+      for (auto& input : inputs) input.requires_grad_();
+      const auto& x = inputs;
+      const auto output = std::get<0>(module->forward(
+          x[0], x[1], x[2], {{x[3], x[4], Mask::key_padding(image_keep)}, {x[5], x[5]}}, Mask::key_padding(text_keep)));
+      const auto expected = plain(module, x[0], {{x[1], x[2], text_keep}, {x[3], x[4], image_keep}, {x[5], x[5], {}}});
+      expect_close(output, expected, tolerance(torch::kDouble, 64), "output");
+
+      for (const auto& parameter : module->parameters()) inputs.push_back(parameter);
+      const auto actual_gradients = torch::autograd::grad({output.sin().sum()}, inputs);
+      const auto expected_gradients = torch::autograd::grad({expected.sin().sum()}, inputs);
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        // A bias of keys has no influence without a norm: its gradient is nothing but rounding.
+        if (expected_gradients[i].abs().max().item<double>() < 1e-14) continue;
+        expect_close(actual_gradients[i], expected_gradients[i], 1e-12, "gradient " + std::to_string(i));
+      }
+    }
+  }
+}
+
+TEST_P(DecoupledTest, GradientsEqualDifferencesInFirstAndSecondOrder) {
+  for (const auto weights : {AttentionWeights::mean, AttentionWeights::none}) {
+    auto module = make(DecoupledCrossAttentionOptions(
+                           CrossAttentionOptions(2, 3, 2, 4).num_heads(2).qk_norm(NormKind::rms).attention_weights(weights))
+                           .added({AddedContextOptions(2, 3).scale(0.7)}));
+    std::vector<Tensor> inputs = {random({1, 2, 2}), random({1, 3, 3}), random({1, 3, 2}), random({1, 2, 2}),
+                                  random({1, 2, 3})};
+    for (auto& input : inputs) input.requires_grad_();
+    for (const auto& parameter : module->parameters()) inputs.push_back(parameter);
+    const auto f = [&](const std::vector<Tensor>& x) {
+      return std::get<0>(module->forward(x[0], x[1], x[2], {{x[3], x[4]}})).sin().sum();
+    };
+    expect_gradient(f, inputs, "decoupled");
+    expect_second_gradient(f, inputs, "decoupled");
+  }
+}
+
+TEST_P(DecoupledTest, EqualsItsAttentionAtScaleZeroAndWithoutAddedContexts) {
+  auto module = make();
+  module->options.added()[0].scale(0);
+  const auto mask = Mask::lengths(torch::tensor({4, 6}), kLk).to(device_);
+  const auto [expected, expected_weights] = module->attention->forward(query_, key_, value_, mask);
+  const auto [output, weights] = module->forward(query_, key_, value_, {image_}, mask);
+  EXPECT_TRUE(output.equal(expected));
+  EXPECT_TRUE(weights.equal(expected_weights));
+
+  auto alone = make(DecoupledCrossAttentionOptions(options_));
+  EXPECT_TRUE(std::get<0>(alone->forward(query_, key_, value_, {}, mask))
+                  .equal(std::get<0>(alone->attention->forward(query_, key_, value_, mask))));
+}
+
+TEST_P(DecoupledTest, ScaleIsReadByEveryCallAndActsLinearly) {
+  auto module = make();
+  const auto context = module->context(key_, value_);
+  const auto image = module->added_context(0, image_key_, image_value_);
+  const auto at = [&](double scale) {
+    module->options.added()[0].scale(scale);
+    return std::get<0>(module->attend(query_, context, {image}));
+  };
+  const auto nothing = at(0), half = at(0.5), full = at(1);
+  expect_close(half, (nothing + full) / 2, 1e-12, "half");
+  EXPECT_FALSE(full.allclose(nothing));
+}
+
+TEST_P(DecoupledTest, WeightsAreThoseOfTheFirstContext) {
+  for (const auto weights : {AttentionWeights::mean, AttentionWeights::per_head}) {
+    auto module = make(DecoupledCrossAttentionOptions(options_.attention_weights(weights)).added({{9, 7}}));
+    const auto map = std::get<1>(module->forward(query_, key_, value_, {image_}));
+    EXPECT_TRUE(map.equal(std::get<1>(module->attention->forward(query_, key_, value_))));
+  }
+}
+
+TEST_P(DecoupledTest, LearnedKeyBelongsToTheFirstContext) {
+  auto module = make(DecoupledCrossAttentionOptions(options_.bias_kv(true)).added({{9, 7}}));
+  const auto [output, weights] = module->forward(query_, key_, value_, {image_});
+  EXPECT_EQ(weights.sizes(), (std::vector<int64_t>{kB, kLq, kLk + 1}));
+  // Without keys of its own, what the added context gives is zero, and the rest is the attention with its learned key.
+  const auto alone =
+      std::get<0>(module->forward(query_, key_, value_, {{image_key_.slice(1, 0, 0), image_value_.slice(1, 0, 0)}}));
+  EXPECT_TRUE(alone.equal(std::get<0>(module->attention->forward(query_, key_, value_))));
+  EXPECT_FALSE(alone.allclose(output));
+}
+
+TEST_P(DecoupledTest, AMaskHidesKeysOfItsOwnContextOnly) {
+  auto module = make();
+  const auto no_text = Mask::lengths(torch::tensor({0, 0}), kLk).to(device_);
+  const auto no_image = Mask::lengths(torch::tensor({0, 0}), kLi).to(device_);
+  const auto text_alone = std::get<0>(module->attention->forward(query_, key_, value_));
+  const auto both = std::get<0>(module->forward(query_, key_, value_, {image_}));
+  const auto bias = module->attention->output_linear->bias;
+  const auto image_left = std::get<0>(module->forward(query_, key_, value_, {image_}, no_text));
+  const auto text_left = std::get<0>(module->forward(query_, key_, value_, {{image_key_, image_value_, no_image}}));
+  const auto nothing_left = std::get<0>(module->forward(query_, key_, value_, {{image_key_, image_value_, no_image}}, no_text));
+  expect_close(image_left - bias, both - text_alone, 1e-11, "image left");
+  EXPECT_TRUE(text_left.equal(text_alone));
+  EXPECT_TRUE(nothing_left.equal(bias.expand_as(nothing_left)));
+}
+
+TEST_P(DecoupledTest, MaskedImagesHaveNoInfluenceAndNoGradient) {
+  auto module = make();
+  const auto mask = Mask::lengths(torch::tensor({2, 3}), kLi).to(device_);
+  const auto key = image_key_.clone().requires_grad_(), value = image_value_.clone().requires_grad_();
+  const auto output = std::get<0>(module->forward(query_, key_, value_, {{key, value, mask}}));
+  for (const auto& gradient : torch::autograd::grad({output.square().sum()}, {key, value})) {
+    EXPECT_TRUE(gradient[0][2].eq(0).all().item<bool>());
+    EXPECT_TRUE(gradient[1][2].ne(0).any().item<bool>());
+  }
+  image_key_[0][2].fill_(1e3);
+  image_value_[0][2].fill_(-1e3);
+  EXPECT_TRUE(std::get<0>(module->forward(query_, key_, value_, {{image_key_, image_value_, mask}})).equal(output));
+}
+
+TEST_P(DecoupledTest, UnbatchedEqualsABatchOfOne) {
+  auto module = make();
+  const auto first = [](const Tensor& x) { return x.slice(0, 0, 1); };
+  const auto [output, weights] = module->forward(query_[0], key_[0], value_[0], {{image_key_[0], image_value_[0]}});
+  const auto [outputs, maps] =
+      module->forward(first(query_), first(key_), first(value_), {{first(image_key_), first(image_value_)}});
+  EXPECT_TRUE(output.equal(outputs[0]));
+  EXPECT_TRUE(weights.equal(maps[0]));
+}
+
+TEST_P(DecoupledTest, ContextsServeSeveralQueriesAndGatherTheirGradients) {
+  auto module = make();
+  const auto key = image_key_.clone().requires_grad_();
+  const auto context = module->context(key_, value_);
+  const auto image = module->added_context(0, key, image_value_);
+  EXPECT_EQ(image.key().sizes(), (std::vector<int64_t>{kB, 4, kLi, 4}));
+  const auto first = std::get<0>(module->attend(query_.slice(1, 0, 2), context, {image}));
+  const auto second = std::get<0>(module->attend(query_.slice(1, 2), context, {image}));
+  const auto whole = std::get<0>(module->forward(query_, key_, value_, {{key, image_value_}}));
+  expect_close(torch::cat({first, second}, 1), whole, 1e-12, "output");
+  const auto gathered = torch::autograd::grad({first.sin().sum() + second.sin().sum()}, {key})[0];
+  expect_close(gathered, torch::autograd::grad({whole.sin().sum()}, {key})[0], 1e-12, "gradient of key");
+}
+
+TEST_P(DecoupledTest, ContextsOfOtherOrChangedWeightsAreRefused) {
+  auto module = make(DecoupledCrossAttentionOptions(options_).added({{9, 7}, {9, 7}}));
+  const std::string reason =
+      "context must be made with the weights that attend to it, but they are another module's, or have changed since. Make the "
+      "context again.";
+  const auto refusal = [&](const Context& context, const std::vector<Context>& added) {
+    return error_of<c10::ValueError>([&] { module->attend(query_, context, added); });
+  };
+  const auto context = module->context(key_, value_);
+  const auto zero = module->added_context(0, image_key_, image_value_);
+  const auto one = module->added_context(1, image_key_, image_value_);
+  module->attend(query_, context, {zero, one});
+  EXPECT_EQ(refusal(zero, {zero, one}), "[decoupled_cross_attention] " + reason);
+  EXPECT_EQ(refusal(context, {one, zero}), "[decoupled_cross_attention.added0] " + reason);
+  {
+    const torch::NoGradGuard no_grad;
+    module->added_projections[1]->key_linear->weight.mul_(2);
+  }
+  EXPECT_EQ(refusal(context, {zero, one}), "[decoupled_cross_attention.added1] " + reason);
+}
+
+TEST_P(DecoupledTest, DropoutActsInTrainingOnly) {
+  auto module = make(DecoupledCrossAttentionOptions(options_.dropout(0.5)).added({{9, 7}}));
+  const auto no_text = Mask::lengths(torch::tensor({0, 0}), kLk).to(device_);
+  const auto output = [&] { return std::get<0>(module->forward(query_, key_, value_, {image_}, no_text)); };
+  EXPECT_FALSE(output().equal(output()));
+  module->eval();
+  EXPECT_TRUE(output().equal(output()));
+}
+
+TEST_P(DecoupledTest, RunsInEveryTypeAndUnderAutocast) {
+  auto module = make();
+  for (const auto type : {torch::kFloat, torch::kBFloat16, torch::kHalf}) {
+    module->to(type);
+    const auto to = [&](const Tensor& x) { return x.to(type); };
+    const auto output = std::get<0>(module->forward(to(query_), to(key_), to(value_), {{to(image_key_), to(image_value_)}}));
+    EXPECT_EQ(output.scalar_type(), type);
+    module->to(torch::kDouble);  // holds the rounded weights
+    const auto back = [&](const Tensor& x) { return x.to(type).to(torch::kDouble); };
+    const auto expected =
+        std::get<0>(module->forward(back(query_), back(key_), back(value_), {{back(image_key_), back(image_value_)}}));
+    expect_close(output, expected, tolerance(type, 64), "output");
+  }
+  module->to(torch::kFloat);
+  const auto to = [&](const Tensor& x) { return x.to(torch::kFloat); };
+  at::autocast::set_autocast_enabled(device_.type(), true);
+  at::autocast::set_autocast_dtype(device_.type(), torch::kBFloat16);
+  const auto output = std::get<0>(module->forward(to(query_), to(key_), to(value_), {{to(image_key_), to(image_value_)}}));
+  at::autocast::clear_cache();
+  at::autocast::set_autocast_enabled(device_.type(), false);
+  EXPECT_EQ(output.scalar_type(), torch::kBFloat16);
+}
+
+TEST_P(DecoupledTest, AdaptsAFrozenAttention) {
+  auto module = make();
+  for (auto& parameter : module->attention->parameters()) parameter.requires_grad_(false);
+  std::vector<Tensor> trained;
+  for (const auto& parameter : module->parameters()) {
+    if (parameter.requires_grad()) trained.push_back(parameter);
+  }
+  EXPECT_EQ(trained.size(), 4);
+  torch::optim::Adam optimizer(trained, 1e-2);
+  const auto before = module->attention->key_linear->weight.clone();
+  const auto target = std::get<0>(module->attention->forward(query_, key_, value_)) + image_value_.mean() + 1;
+  double first = 0, last = 0;
+  for (int step = 0; step < 200; ++step) {
+    optimizer.zero_grad();
+    const auto loss = torch::mse_loss(std::get<0>(module->forward(query_, key_, value_, {image_})), target);
+    loss.backward();
+    optimizer.step();
+    last = loss.item<double>();
+    if (step == 0) first = last;
+  }
+  EXPECT_LT(last, 0.05 * first);
+  EXPECT_TRUE(module->attention->key_linear->weight.equal(before));
+}
+
+TEST_P(DecoupledTest, ClonesDeeply) {
+  auto module = make(DecoupledCrossAttentionOptions(options_.qk_norm(NormKind::rms)).added({{9, 7}}));
+  auto copy = DecoupledCrossAttention(std::dynamic_pointer_cast<DecoupledCrossAttentionImpl>(module->clone(device_)));
+  const auto output = [&](DecoupledCrossAttention& m) {
+    return std::get<0>(m->forward(query_, key_, value_, {image_})).detach();
+  };
+  const auto expected = output(module);
+  EXPECT_TRUE(output(copy).equal(expected));
+  const torch::NoGradGuard no_grad;
+  for (auto& parameter : copy->parameters()) parameter.zero_();
+  EXPECT_TRUE(output(copy).eq(0).all().item<bool>());
+  EXPECT_TRUE(output(module).equal(expected));
+}
+
+TEST_P(DecoupledTest, SavesAndLoadsWithTorch) {
+  const TempDir directory;
+  auto module = make();
+  torch::save(module, directory.file("module.pt"));
+  auto loaded = make(module->options);
+  torch::load(loaded, directory.file("module.pt"), device_);
+  EXPECT_TRUE(std::get<0>(loaded->forward(query_, key_, value_, {image_}))
+                  .equal(std::get<0>(module->forward(query_, key_, value_, {image_}))));
+}
+
+TEST_P(DecoupledTest, AnyModuleMayLeaveTheMaskOut) {
+  auto module = make();
+  torch::nn::AnyModule any(module);
+  const auto output = std::get<0>(any.forward<std::tuple<Tensor, Tensor>>(query_, key_, value_, std::vector<KeyValue>{image_}));
+  EXPECT_TRUE(output.equal(std::get<0>(module->forward(query_, key_, value_, {image_}))));
+}
+
+TEST_P(DecoupledTest, RefusesBadInputByName) {
+  auto module = make();
+  const auto value_error = [&](const Tensor& query, const KeyValue& image) {
+    return error_of<c10::ValueError>([&] { module->forward(query, key_, value_, {image}); });
+  };
+  const auto type_error = [&](const Tensor& query, const KeyValue& image) {
+    return error_of<c10::TypeError>([&] { module->forward(query, key_, value_, {image}); });
+  };
+  EXPECT_EQ(value_error(key_, image_), "[decoupled_cross_attention] query must have shape [B, Lq, 8], but has [2, 6, 12].");
+  EXPECT_EQ(value_error(query_.slice(0, 0, 1), image_),
+            "[decoupled_cross_attention] query must have shape [2, Lq, 8] to match its context, but has [1, 4, 8].");
+  EXPECT_EQ(value_error(query_, {image_value_, image_value_}),
+            "[decoupled_cross_attention.added0] key must have shape [B, Lk, 9], but has [2, 3, 7].");
+  EXPECT_EQ(value_error(query_, {image_key_, Tensor()}),
+            "[decoupled_cross_attention.added0] value must have shape [B, Lk, 7], but has undefined.");
+  EXPECT_EQ(value_error(query_, {image_key_, image_value_.slice(1, 0, 2)}),
+            "[decoupled_cross_attention.added0] value must have the batch and length of key, [2, 3, 9], but has [2, 2, 7].");
+  EXPECT_EQ(value_error(query_, {image_key_[0], image_value_[0]}),
+            "[decoupled_cross_attention] added[0] must be a batch of 2, as the first context, but is unbatched.");
+  EXPECT_EQ(value_error(query_, {image_key_.slice(0, 0, 1), image_value_.slice(0, 0, 1)}),
+            "[decoupled_cross_attention] added[0] must be a batch of 2, as the first context, but is a batch of 1.");
+  EXPECT_EQ(type_error(query_, {image_key_.to(torch::kFloat), image_value_}),
+            "[decoupled_cross_attention.added0] key must be float64, the type of the parameters, but is float32.");
+  EXPECT_EQ(value_error(query_, {image_key_, image_value_, Mask::lengths(torch::tensor({3, 4}), 5).to(device_)}),
+            "[decoupled_cross_attention.added0] mask (lengths) must fit [B, H, Lq, Lk] = [2, 4, Lq, 3], but has [2, 1, 1, 5].");
+  EXPECT_EQ(value_error(query_, {image_key_, image_value_, Mask::bias(random({2, 3}))}),
+            "[decoupled_cross_attention.added0] mask (bias) must fit [B, H, Lq, Lk] = [2, 4, 4, 3], but has [1, 1, 2, 3].");
+  EXPECT_EQ(error_of<c10::ValueError>([&] { module->forward(query_, key_, value_, {}); }),
+            "[decoupled_cross_attention] added must have as many contexts as the options, 1, but has 0.");
+  EXPECT_EQ(error_of<c10::ValueError>([&] { module->forward(query_, key_, value_, {image_, image_}); }),
+            "[decoupled_cross_attention] added must have as many contexts as the options, 1, but has 2.");
+  EXPECT_EQ(error_of<c10::ValueError>([&] { module->added_context(1, image_key_, image_value_); }),
+            "[decoupled_cross_attention] index must be below the number of added contexts, 1, but is 1.");
+}
+
+INSTANTIATE_TEST_SUITE_P(Devices, DecoupledTest, testing::ValuesIn(devices()), device_name);
+
+// ---- Options --------------------------------------------------------------------------------------------------------------
+
+TEST(DecoupledOptionsTest, ParametersHaveTheNamesOfTheirParts) {
+  const DecoupledCrossAttention module(
+      DecoupledCrossAttentionOptions(CrossAttentionOptions(8, 12, 10, 16).key_bias(false).qk_norm(NormKind::rms))
+          .added({{9, 7}, AddedContextOptions(5, 5).key_bias(true).value_bias(false)}));
+  std::set<std::string> added;
+  for (const auto& parameter : module->named_parameters()) {
+    if (!parameter.key().starts_with("attention.")) added.insert(parameter.key());
+  }
+  EXPECT_EQ(added, (std::set<std::string>{"added0.key_linear.weight", "added0.key_norm.weight", "added0.value_linear.bias",
+                                          "added0.value_linear.weight", "added1.key_linear.bias", "added1.key_linear.weight",
+                                          "added1.key_norm.weight", "added1.value_linear.weight"}));
+  EXPECT_TRUE(module->named_parameters().contains("attention.query_linear.weight"));
+}
+
+TEST(DecoupledOptionsTest, RefusesWhatCannotBe) {
+  const auto refusal = [](const AddedContextOptions& added, const CrossAttentionOptions& attention = {8, 12, 10, 16}) {
+    return error_of<c10::ValueError>(
+        [&] { DecoupledCrossAttention module(DecoupledCrossAttentionOptions(attention).added({{9, 7}, added})); });
+  };
+  EXPECT_EQ(refusal({0, 7}), "[decoupled_cross_attention] added[1].dim_key must be at least 1, but is 0.");
+  EXPECT_EQ(refusal({9, -1}), "[decoupled_cross_attention] added[1].dim_value must be at least 1, but is -1.");
+  EXPECT_EQ(refusal(AddedContextOptions(9, 7).scale(INFINITY)),
+            "[decoupled_cross_attention] added[1].scale must be finite, but is inf.");
+  EXPECT_EQ(refusal({9, 7}, {8, 12, 10, 0}), "[cross_attention] dim_output must be at least 1, but is 0.");
+}
+
+TEST(DecoupledOptionsTest, PrintsWhatBuildsItAgain) {
+  const auto printed = [](const torch::nn::Module& module) {
+    std::ostringstream stream;
+    module.pretty_print(stream);
+    return stream.str();
+  };
+  const auto options = CrossAttentionOptions(8, 12, 10, 16).num_heads(4);
+  EXPECT_EQ(
+      printed(*DecoupledCrossAttention(DecoupledCrossAttentionOptions(options))),
+      "xattn::DecoupledCrossAttention(DecoupledCrossAttentionOptions(CrossAttentionOptions(8, 12, 10, 16).num_heads(4)))");
+  const DecoupledCrossAttention module(DecoupledCrossAttentionOptions(options).added(
+      {{9, 7}, AddedContextOptions(5, 5).key_bias(false).value_bias(true).scale(0.5)}));
+  EXPECT_EQ(printed(*module),
+            "xattn::DecoupledCrossAttention(DecoupledCrossAttentionOptions(CrossAttentionOptions(8, 12, 10, 16).num_heads(4))"
+            ".added({AddedContextOptions(9, 7), AddedContextOptions(5, 5).key_bias(false).scale(0.5)}))");
+  EXPECT_EQ(printed(*module->added_projections[0]), "xattn::AddedProjection(CrossAttentionOptions(8, 9, 7, 16).num_heads(4))");
+}
+
+TEST(DecoupledOptionsTest, ResetParametersStartsAfresh) {
+  DecoupledCrossAttention module(DecoupledCrossAttentionOptions(CrossAttentionOptions(8, 12, 10, 16)).added({{9, 7}}));
+  const auto before = module->added_projections[0]->key_linear->weight.clone();
+  module->reset_parameters();
+  EXPECT_FALSE(module->added_projections[0]->key_linear->weight.equal(before));
+}
+
+// ---- What diffusers computed, from tests/data/layouts ---------------------------------------------------------------------
+
+struct Family {
+  std::string name;
+  std::map<std::string, std::string> modules;  // ours -> theirs, under the prefix of the layer
+};
+
+class DecoupledFixtureTest : public testing::TestWithParam<Family> {};
+
+TEST_P(DecoupledFixtureTest, MatchesDiffusers) {
+  const auto open = [](const std::string& name) { return open_checkpoint(data_path("layouts/" + name + ".safetensors")); };
+  const auto& [family, modules] = GetParam();
+  const auto expected = open(family + ".expect");
+  const auto& about = expected.metadata();
+  // An adapter's own file has the added projections alone: the rest is in its base.
+  const auto base = about.contains("base") ? about.at("base") : family;
+  const auto added_weights = open(family), weights = open(base);
+  const auto added_prefix = about.at("prefix"), prefix = open(base + ".expect").metadata().at("prefix");
+  const bool normed = about.contains("qk_norm");  // only "rms across_heads" is there
+  const auto context = expected.tensor("context"), image = expected.tensor("ip_context"), query = expected.tensor("query");
+
+  auto options = CrossAttentionOptions(query.size(2), context.size(2), context.size(2), query.size(2))
+                     .num_heads(std::stoll(about.at("num_heads")))
+                     .qkv_bias(normed);  // Wan has norms and biases, Stable Diffusion neither
+  if (normed) {
+    options.qk_norm(NormKind::rms).qk_norm_scope(NormScope::across_heads).qk_norm_eps(std::stod(about.at("qk_norm_eps")));
+  }
+  DecoupledCrossAttention module(DecoupledCrossAttentionOptions(options).added(
+      {AddedContextOptions(image.size(2), image.size(2)).scale(std::stod(about.at("ip_scale")))}));
+  const torch::NoGradGuard no_grad;
+  for (auto& parameter : module->named_parameters()) {
+    const auto dot = parameter.key().rfind('.');
+    const auto name = modules.at(parameter.key().substr(0, dot)) + parameter.key().substr(dot);
+    const bool added = parameter.key().starts_with("added");
+    parameter.value().copy_(added ? added_weights.tensor(added_prefix + name) : weights.tensor(prefix + name));
+  }
+  const auto mask = expected.contains("mask") ? Mask::key_padding(expected.tensor("mask")) : Mask();
+  for (const auto device : devices()) {
+    module->to(device);
+    const auto text = context.to(device), pixels = image.to(device);
+    const auto output = std::get<0>(module->forward(query.to(device), text, text, {{pixels, pixels}}, mask.to(device)));
+    expect_close(output, expected.tensor("output"), 1e-5,
+                 family + " on " + device.str() + " (stale? python3 " + about.at("script") + ")");
+  }
+}
+
+std::vector<Family> families() {
+  const auto modules = [](std::vector<const char*> theirs) {
+    const char* ours[] = {"attention.query_linear",  "attention.key_linear", "attention.value_linear",
+                          "attention.output_linear", "added0.key_linear",    "added0.value_linear",
+                          "attention.query_norm",    "attention.key_norm",   "added0.key_norm"};
+    std::map<std::string, std::string> names;
+    for (size_t i = 0; i < theirs.size(); ++i) names.emplace(ours[i], theirs[i]);
+    return names;
+  };
+  return {
+      {"ip_adapter", modules({"to_q", "to_k", "to_v", "to_out.0", "processor.to_k_ip.0", "processor.to_v_ip.0"})},
+      {"ip_adapter_original", modules({"to_q", "to_k", "to_v", "to_out.0", "to_k_ip", "to_v_ip"})},
+      {"wan_i2v",
+       modules({"to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "norm_q", "norm_k", "norm_added_k"})},
+      {"wan_i2v_original", modules({"q", "k", "v", "o", "k_img", "v_img", "norm_q", "norm_k", "norm_k_img"})},
+  };
+}
+
+INSTANTIATE_TEST_SUITE_P(, DecoupledFixtureTest, testing::ValuesIn(families()), [](const auto& info) {
+  return info.param.name;
+});
+
+}  // namespace
+}  // namespace xattn::test

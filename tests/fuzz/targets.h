@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <array>
+#include <string_view>
+
+#include "mapped_file.h"
+
+// What readers make of arbitrary bytes: tensors, or a refusal by FileError. Whatever else comes out of them is a bug.
+// libFuzzer runs them on inputs that it makes up (scripts/fuzz.sh), fuzz_test.cpp on those that are kept in tests/data/fuzz.
+namespace xattn::test {
+
+void fuzz_safetensors(detail::Bytes file);
+void fuzz_zip(detail::Bytes file);     ///< an archive, by the reader that its entries call for
+void fuzz_pickle(detail::Bytes file);  ///< data.pkl, in an archive with storages; as a state dict and as TorchScript
+void fuzz_json(detail::Bytes file);    ///< the config of an archive of torch.export, with weights; the index of a sharded set
+
+struct FuzzTarget {
+  std::string_view name;
+  void (*run)(detail::Bytes file);
+};
+
+inline constexpr std::array kFuzzTargets{
+    FuzzTarget{"safetensors", fuzz_safetensors},
+    FuzzTarget{"zip", fuzz_zip},
+    FuzzTarget{"pickle", fuzz_pickle},
+    FuzzTarget{"json", fuzz_json},
+};
+
+}  // namespace xattn::test
