@@ -4,8 +4,8 @@
 #include <ATen/ops/affine_grid_generator.h>
 #include <ATen/ops/grid_sampler.h>
 #include <fmt/format.h>
-#include <xattn/file_error.h>
 #include <xattn/checkpoint.h>
+#include <xattn/file_error.h>
 
 namespace examples {
 namespace {

@@ -24,6 +24,10 @@ std::string duration(double seconds) {
 
 ProgressBar::ProgressBar(const char* unit) : unit_(unit), terminal_(isatty(STDOUT_FILENO) != 0) {}
 
+ProgressBar::~ProgressBar() {
+  if (line_is_open_) std::cout << std::endl;
+}
+
 void ProgressBar::show(const Progress& progress) {
   const auto text =
       fmt::format("step {}/{}  loss {:.3f}  accuracy {:5.1f} %  {:.0f} {}/s  {} left", progress.step, progress.steps,
@@ -31,7 +35,8 @@ void ProgressBar::show(const Progress& progress) {
   const bool last = progress.step == progress.steps;
   if (terminal_) {
     constexpr auto kClearToEnd = "\x1b[K";
-    std::cout << "\r" << bar(progress) << " " << text << kClearToEnd << (last ? "\n" : "") << std::flush;
+    std::cout << "\r" << bar(progress) << " " << text << kClearToEnd << std::flush;
+    line_is_open_ = true;
   } else if (const auto tenth = 10 * progress.step / progress.steps; tenth > next_line_ || last) {
     next_line_ = tenth;
     std::cout << text << std::endl;
