@@ -10,7 +10,7 @@ usage: scripts/fuzz.sh [SECONDS [TARGET ...]]
 Sets everything up (see scripts/build.sh --help; Clang by apt too), builds the fuzzers of the file readers in build-fuzz, and
 lets each run for SECONDS (60) on inputs of its own making, grown from those in tests/data/fuzz. What makes a reader crash,
 hang, or take memory out of proportion is kept in tests/data/fuzz/TARGET/crashes, where the tests find it, and fails the script.
-Prints how many lines of each reader's source have been reached; what writes files, in safetensors and state_dict, is not run.
+Prints how many lines of each reader's source have been reached.
 
   TARGET      safetensors, zip, pickle or json; all of them by default
   -h, --help  show this
