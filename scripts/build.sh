@@ -62,24 +62,8 @@ missing_packages() {
   fi
 }
 
-install_packages() {
-  command -v apt-get > /dev/null || return 1
-  local sudo=()
-  if ((EUID != 0)); then
-    sudo -n true 2> /dev/null || return 1
-    sudo=(sudo)
-  fi
-  echo "Installing system packages: $*"
-  "${sudo[@]}" apt-get update -qq
-  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"
-}
-
 mapfile -t packages < <(missing_packages)
-if ((${#packages[@]})) && ! install_packages "${packages[@]}"; then
-  echo "System packages are missing. Install them by this line, then start again:" >&2
-  echo "  sudo apt-get install ${packages[*]}" >&2
-  exit 1
-fi
+if ((${#packages[@]})); then scripts/install_packages.sh "${packages[@]}"; fi
 
 # A compiler takes up to 1.5 GB for one file that includes LibTorch.
 memory=$(awk '/MemAvailable/ {print int($2 / 1.5e6)}' /proc/meminfo)

@@ -30,17 +30,7 @@ packages=()
 command -v chromium > /dev/null || command -v google-chrome > /dev/null || packages+=(chromium)
 command -v chromedriver > /dev/null || packages+=(chromium-driver)
 [[ -e $python ]] || python3 -c 'import ensurepip, venv' 2> /dev/null || packages+=(python3-venv)
-if ((${#packages[@]})); then
-  sudo=()
-  ((EUID == 0)) || sudo=(sudo -n)
-  echo "Installing system packages: ${packages[*]}"
-  if ! { "${sudo[@]}" apt-get update -qq &&
-    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}"; }; then
-    echo "System packages are missing. Install them by this line, then start again:" >&2
-    echo "  sudo apt-get install ${packages[*]}" >&2
-    exit 1
-  fi
-fi
+if ((${#packages[@]})); then "$scripts/install_packages.sh" "${packages[@]}"; fi
 
 if [[ $("$python" -c 'import selenium; print(selenium.__version__)' 2> /dev/null) != "$selenium" ]]; then
   python3 -m venv "$scripts/../.venv-browser"

@@ -31,17 +31,7 @@ esac
 packages=()
 command -v clang++ > /dev/null || packages+=(clang libclang-rt-dev)
 command -v llvm-cov > /dev/null || packages+=(llvm)
-if ((${#packages[@]})); then
-  sudo=()
-  ((EUID == 0)) || sudo=(sudo -n)
-  echo "Installing system packages: ${packages[*]}"
-  if ! { "${sudo[@]}" apt-get update -qq &&
-    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}"; }; then
-    echo "System packages are missing. Install them by this line, then start again:" >&2
-    echo "  sudo apt-get install ${packages[*]}" >&2
-    exit 1
-  fi
-fi
+if ((${#packages[@]})); then scripts/install_packages.sh "${packages[@]}"; fi
 
 folder=build-fuzz
 scripts/build.sh -B "$folder" -DXATTN_FUZZ=ON -DXATTN_TOOLS=OFF -DXATTN_EXAMPLES=OFF -DXATTN_INSTALL=OFF \
