@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "file_checks.h"
 #include "pickle_writer.h"
 #include "test_util.h"
 
@@ -38,11 +39,7 @@ Pickle read(std::string&& bytes, PickleNames names = kStateDict) = delete;
 // What is said about a pickle of these instructions, which must be one line that names its file.
 std::string refusal(const std::string& instructions, PickleNames names = kStateDict) {
   const auto bytes = whole(instructions);
-  const auto message = test::error_of<FileError>([&] { read(bytes, names); });
-  EXPECT_EQ(message.find('\n'), std::string::npos) << message;
-  const std::string start = "[pickle] x.pt: ";
-  EXPECT_TRUE(message.starts_with(start)) << message;
-  return message.substr(std::min(message.size(), start.size()));
+  return test::refusal_by("pickle", "x.pt", [&] { read(bytes, names); });
 }
 
 // Values in Python's notation, as far as the tests need it.

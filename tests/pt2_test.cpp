@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "file_checks.h"
 #include "mapped_file.h"
 #include "readers.h"
 #include "test_util.h"
@@ -80,11 +81,7 @@ Index read(const Records& records) {
 // What is said about an archive, without the part that names the file.
 template <typename Archive>
 std::string refusal(const Archive& archive) {
-  const auto message = error_of<FileError>([&] { read(archive); });
-  const std::string start = "[pt2] x.pt2: ";
-  EXPECT_TRUE(message.starts_with(start)) << message;
-  EXPECT_EQ(message.find('\n'), std::string::npos) << message;
-  return message.substr(std::min(message.size(), start.size()));
+  return test::refusal_by("pt2", "x.pt2", [&] { read(archive); });
 }
 
 std::map<std::string, at::Tensor> tensors_of(const Index& index) {

@@ -1,19 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/safetensors.h>
 
-#include <sys/resource.h>
-#include <sys/wait.h>
 #include <torch/torch.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <csignal>
 #include <cstring>
 #include <filesystem>
 #include <map>
 #include <span>
 #include <string>
 
+#include "file_checks.h"
 #include "readers.h"
 #include "test_util.h"
 
@@ -36,11 +33,8 @@ std::string header_of(const std::string& type, const std::string& shape, const s
 
 // What is said about a file of these bytes, which must be one line that names it.
 std::string refusal(const std::string& bytes) {
-  const auto message = error_of<FileError>([&] { detail::read_safetensors("broken", std::as_bytes(std::span(bytes))); });
-  EXPECT_EQ(message.find('\n'), std::string::npos) << message;
-  const std::string start = "[safetensors] broken: ";
-  EXPECT_TRUE(message.starts_with(start)) << message;
-  return message.substr(std::min(message.size(), start.size()));
+  return test::refusal_by("safetensors", "broken",
+                          [&] { detail::read_safetensors("broken", std::as_bytes(std::span(bytes))); });
 }
 
 at::Tensor round_trip(const at::Tensor& tensor) {
@@ -155,28 +149,8 @@ TEST(SafetensorsTest, ReplacesTheOldFileOnSuccess) {
 }
 
 TEST(SafetensorsTest, KeepsTheOldFileAndLeavesNoOtherOnFailure) {
-  // A file that cannot grow over 512 bytes: the disk is full.
-  const TempDir dir;
-  save_safetensors(dir.file("x"), {{"old", torch::ones({1})}});
-  const auto old = test::read_bytes(dir.file("x"));
-  const NamedTensors large = {{"new", torch::ones({10000})}};
-  const pid_t child = fork();
-  if (child == 0) {
-    signal(SIGXFSZ, SIG_IGN);
-    const rlimit limit{512, 512};
-    setrlimit(RLIMIT_FSIZE, &limit);
-    try {
-      save_safetensors(dir.file("x"), large);
-    } catch (const FileError& error) {
-      _exit(std::string(error.what()).ends_with("/x: cannot be written: File too large") ? 7 : 8);
-    }
-    _exit(9);
-  }
-  int status = 0;
-  waitpid(child, &status, 0);
-  EXPECT_EQ(WEXITSTATUS(status), 7);
-  EXPECT_EQ(test::read_bytes(dir.file("x")), old);
-  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(dir.path()), {}), 1);
+  test::expect_old_file_kept_on_full_disk(
+      [](const std::string& path, const NamedTensors& tensors) { save_safetensors(path, tensors); });
 }
 
 TEST(SafetensorsTest, RefusesToWriteWhatTheFormatCannotHold) {

@@ -7,6 +7,7 @@
 #include <span>
 #include <string>
 
+#include "file_checks.h"
 #include "readers.h"
 #include "test_util.h"
 
@@ -19,11 +20,7 @@ ShardIndex read(const std::string& json) {
 
 // What is said about an index of these bytes, without the part that names the file.
 std::string refusal(const std::string& json) {
-  const auto message = test::error_of<FileError>([&] { read(json); });
-  const std::string start = "[shards] index.json: ";
-  EXPECT_TRUE(message.starts_with(start)) << message;
-  EXPECT_EQ(message.find('\n'), std::string::npos) << message;
-  return message.substr(std::min(message.size(), start.size()));
+  return test::refusal_by("shards", "index.json", [&] { read(json); });
 }
 
 // An index of one tensor in this file, given as JSON.

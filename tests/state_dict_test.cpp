@@ -1,14 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/state_dict.h>
 
-#include <sys/resource.h>
-#include <sys/wait.h>
 #include <torch/torch.h>
-#include <unistd.h>
 #include <xattn/checkpoint.h>
 
 #include <algorithm>
-#include <csignal>
 #include <filesystem>
 #include <map>
 #include <span>
@@ -16,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "file_checks.h"
 #include "pickle_writer.h"
 #include "readers.h"
 #include "test_util.h"
@@ -25,6 +22,7 @@ namespace {
 
 using test::data_path;
 using test::error_of;
+using test::expect_equal;
 using test::TempDir;
 using test::pickle::archive;
 using test::pickle::dict;
@@ -50,15 +48,6 @@ at::Tensor zero_to_five(at::ScalarType type) {
   return torch::arange(6).view({2, 3}).to(type);
 }
 
-void expect_equal(const NamedTensors& tensors, const NamedTensors& expected) {
-  EXPECT_EQ(tensors.size(), expected.size());
-  for (const auto& [name, value] : expected) {
-    ASSERT_TRUE(tensors.contains(name)) << name;
-    EXPECT_EQ(tensors.at(name).scalar_type(), value.scalar_type()) << name;
-    EXPECT_TRUE(torch::equal(tensors.at(name), value)) << name;
-  }
-}
-
 // A file of these bytes, opened.
 Checkpoint opened(const std::string& bytes) {
   const TempDir dir;
@@ -77,11 +66,7 @@ std::vector<std::string> names_in(const std::string& value) {
 std::string refusal(const std::string& bytes, const std::string& reader = "state dict") {
   const TempDir dir;
   test::write_bytes(dir.file("x.pt"), bytes);
-  const auto message = error_of<FileError>([&] { open_checkpoint(dir.file("x.pt")); });
-  EXPECT_EQ(message.find('\n'), std::string::npos) << message;
-  const auto start = "[" + reader + "] " + dir.file("x.pt") + ": ";
-  EXPECT_TRUE(message.starts_with(start)) << message;
-  return message.substr(std::min(message.size(), start.size()));
+  return test::refusal_by(reader, dir.file("x.pt"), [&] { open_checkpoint(dir.file("x.pt")); });
 }
 
 std::string refusal_of(const std::string& value, const std::string& reader = "state dict") {
@@ -243,28 +228,8 @@ TEST(StateDictTest, WritesParametersWithoutTheirGradients) {
 }
 
 TEST(StateDictTest, KeepsTheOldFileAndLeavesNoOtherOnFailure) {
-  // A file that cannot grow over 512 bytes: the disk is full.
-  const TempDir dir;
-  save_state_dict(dir.file("x"), {{"old", torch::ones({1})}});
-  const auto old = test::read_bytes(dir.file("x"));
-  const NamedTensors large = {{"new", torch::ones({10000})}};
-  const pid_t child = fork();
-  if (child == 0) {
-    signal(SIGXFSZ, SIG_IGN);
-    const rlimit limit{512, 512};
-    setrlimit(RLIMIT_FSIZE, &limit);
-    try {
-      save_state_dict(dir.file("x"), large);
-    } catch (const FileError& error) {
-      _exit(std::string(error.what()).ends_with("/x: cannot be written: File too large") ? 7 : 8);
-    }
-    _exit(9);
-  }
-  int status = 0;
-  waitpid(child, &status, 0);
-  EXPECT_EQ(WEXITSTATUS(status), 7);
-  EXPECT_EQ(test::read_bytes(dir.file("x")), old);
-  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(dir.path()), {}), 1);
+  test::expect_old_file_kept_on_full_disk(
+      [](const std::string& path, const NamedTensors& tensors) { save_state_dict(path, tensors); });
 }
 
 TEST(StateDictTest, RefusesToWriteWhatTheFormatCannotHold) {

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "file_checks.h"
 #include "pickle_writer.h"
 #include "readers.h"
 #include "test_util.h"
@@ -19,6 +20,7 @@ namespace {
 
 using test::data_path;
 using test::error_of;
+using test::expect_equal;
 using test::TempDir;
 using test::pickle::archive;
 using test::pickle::dict;
@@ -26,15 +28,6 @@ using test::pickle::global;
 using test::pickle::object;
 using test::pickle::text;
 using test::pickle::two_zeros;
-
-void expect_equal(const NamedTensors& tensors, const NamedTensors& expected) {
-  EXPECT_EQ(tensors.size(), expected.size());
-  for (const auto& [name, value] : expected) {
-    ASSERT_TRUE(tensors.contains(name)) << name;
-    EXPECT_EQ(tensors.at(name).scalar_type(), value.scalar_type()) << name;
-    EXPECT_TRUE(torch::equal(tensors.at(name), value)) << name;
-  }
-}
 
 // An archive of TorchScript whose module is this value.
 std::string module_archive(const std::string& value, std::vector<std::pair<std::string, std::string>> more = {}) {
@@ -52,11 +45,7 @@ NamedTensors load_bytes(const std::string& bytes) {
 std::string refusal(const std::string& bytes, const std::string& reader = "torchscript") {
   const TempDir dir;
   test::write_bytes(dir.file("x.pt"), bytes);
-  const auto message = error_of<FileError>([&] { open_checkpoint(dir.file("x.pt")); });
-  EXPECT_EQ(message.find('\n'), std::string::npos) << message;
-  const auto start = "[" + reader + "] " + dir.file("x.pt") + ": ";
-  EXPECT_TRUE(message.starts_with(start)) << message;
-  return message.substr(std::min(message.size(), start.size()));
+  return test::refusal_by(reader, dir.file("x.pt"), [&] { open_checkpoint(dir.file("x.pt")); });
 }
 
 // ---- What is read -----------------------------------------------------------------------------------------------------------

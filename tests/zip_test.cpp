@@ -10,6 +10,7 @@
 #include <string>
 #include <string_view>
 
+#include "file_checks.h"
 #include "test_util.h"
 #include "zip_writer.h"
 
@@ -30,11 +31,7 @@ std::string text_of(detail::Bytes bytes) {
 
 // What is said about an archive, which must be one line that names it.
 std::string refusal(const std::string& file) {
-  const auto message = test::error_of<FileError>([&] { ZipFile("x.zip", bytes_of(file)); });
-  EXPECT_EQ(message.find('\n'), std::string::npos) << message;
-  const std::string start = "[zip] x.zip: ";
-  EXPECT_TRUE(message.starts_with(start)) << message;
-  return message.substr(std::min(message.size(), start.size()));
+  return test::refusal_by("zip", "x.zip", [&] { ZipFile("x.zip", bytes_of(file)); });
 }
 
 std::string with(std::string file, size_t offset, const std::string& bytes) {

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/ops/equal.h>
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <xattn/checkpoint.h>
+
+#include <algorithm>
+#include <csignal>
+#include <filesystem>
+#include <string>
+#include <utility>
+
+#include "test_util.h"
+
+// What the tests of all file formats expect alike.
+namespace xattn::test {
+
+/// The FileError that `call` throws, without its start, "[reader] path: "; it must be one line.
+template <class F>
+std::string refusal_by(const std::string& reader, const std::string& path, F&& call) {
+  const auto message = error_of<FileError>(std::forward<F>(call));
+  EXPECT_EQ(message.find('\n'), std::string::npos) << message;
+  const auto start = "[" + reader + "] " + path + ": ";
+  EXPECT_TRUE(message.starts_with(start)) << message;
+  return message.substr(std::min(message.size(), start.size()));
+}
+
+/// The same names, types and values.
+inline void expect_equal(const NamedTensors& tensors, const NamedTensors& expected) {
+  EXPECT_EQ(tensors.size(), expected.size());
+  for (const auto& [name, value] : expected) {
+    ASSERT_TRUE(tensors.contains(name)) << name;
+    EXPECT_EQ(tensors.at(name).scalar_type(), value.scalar_type()) << name;
+    EXPECT_TRUE(at::equal(tensors.at(name), value)) << name;
+  }
+}
+
+/// Expects `save(path, tensors)` to keep the file that is there, and to leave no other, when a large one does not fit.
+template <class Save>
+void expect_old_file_kept_on_full_disk(const Save& save) {
+  // A file that cannot grow over 512 bytes: the disk is full.
+  const TempDir dir;
+  save(dir.file("x"), {{"old", at::ones({1})}});
+  const auto old = read_bytes(dir.file("x"));
+  const NamedTensors large = {{"new", at::ones({10000})}};
+  const pid_t child = fork();
+  if (child == 0) {
+    signal(SIGXFSZ, SIG_IGN);
+    const rlimit limit{512, 512};
+    setrlimit(RLIMIT_FSIZE, &limit);
+    try {
+      save(dir.file("x"), large);
+    } catch (const FileError& error) {
+      _exit(std::string(error.what()).ends_with("/x: cannot be written: File too large") ? 7 : 8);
+    }
+    _exit(9);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  EXPECT_EQ(WEXITSTATUS(status), 7);
+  EXPECT_EQ(read_bytes(dir.file("x")), old);
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(dir.path()), {}), 1);
+}
+
+}  // namespace xattn::test
