@@ -55,6 +55,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from make_fixtures import CrossAttention
+
 DATA = Path(__file__).resolve().parent.parent / "tests" / "data" / "layouts"
 B, LQ, LK = 2, 3, 5
 TOLERANCE = 1e-5
@@ -402,20 +404,6 @@ def detr_original(draw: Draw) -> Made:
 @torch.no_grad()
 def reference(draw: Draw) -> Made:
     """The class of this project's README."""
-
-    class CrossAttention(nn.Module):
-        def __init__(self, dim_query: int, dim_key: int, dim_value: int, dim_output: int):
-            super().__init__()
-            self.query_linear = nn.Linear(dim_query, dim_output)
-            self.key_linear = nn.Linear(dim_key, dim_output)
-            self.value_linear = nn.Linear(dim_value, dim_output)
-            self.output_linear = nn.Linear(dim_output, dim_output)
-
-        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            Q, K, V = self.query_linear(query), self.key_linear(key), self.value_linear(value)
-            attention_weights = torch.softmax(torch.matmul(Q, K.transpose(-2, -1)) / K.size(-1) ** 0.5, dim=-1)
-            return self.output_linear(torch.matmul(attention_weights, V)), attention_weights
-
     parts = {"embedding": nn.Embedding(8, 16), "fusion": CrossAttention(16, 24, 20, 12), "classifier": nn.Linear(12, 3)}
     model = draw.fill(nn.ModuleDict(parts))
     inputs = {"query": draw.normal(B, LQ, 16), "key": draw.normal(B, LK, 24), "value": draw.normal(B, LK, 20)}

@@ -27,10 +27,6 @@ namespace {
 
 constexpr std::string_view kReader = "checkpoint";
 
-std::string_view as_text(detail::Bytes bytes) {
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
-}
-
 // A length of eight bytes, then a JSON object.
 bool is_safetensors(std::string_view bytes) {
   return bytes.size() > 8 && bytes[8] == '{';
@@ -50,7 +46,7 @@ bool is_json(std::string_view bytes) {
 }
 
 std::pair<FileFormat, detail::Index> read_file(const std::string& path, detail::Bytes file) {
-  const auto bytes = as_text(file);
+  const auto bytes = detail::as_text(file);
   if (bytes.starts_with("PK\3\4") || bytes.starts_with("PK\5\6")) {
     const detail::ZipFile zip(path, file);
     if (zip.has("constants.pkl")) return {FileFormat::torchscript, read_torchscript(path, zip)};
@@ -112,7 +108,7 @@ Checkpoint open_checkpoint(const std::string& path) {
   contents->path = path;
   contents->files.push_back(std::make_unique<detail::MappedFile>(path));
   const auto file = contents->files.front()->bytes();
-  if (is_json(as_text(file))) {
+  if (is_json(detail::as_text(file))) {
     read_shards(*contents, detail::read_shard_index(path, file));
   } else {
     std::tie(contents->format, contents->index) = read_file(path, file);
@@ -163,6 +159,10 @@ LazyTensors lazy(NamedTensors tensors) {
   }
   result.make = [tensors = std::move(tensors)](const std::string& name) { return tensors.at(name); };
   return result;
+}
+
+LazyTensors lazy(const Checkpoint& checkpoint) {
+  return {checkpoint.tensors(), [checkpoint](const std::string& name) { return checkpoint.tensor(name); }};
 }
 
 NamedTensors load_tensors(const std::string& path) {

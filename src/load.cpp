@@ -5,9 +5,9 @@
 #include <xattn/safetensors.h>
 
 #include <algorithm>
-#include <functional>
 #include <set>
 #include <string_view>
+#include <utility>
 
 #include "check.h"
 #include "check_file.h"
@@ -18,7 +18,6 @@ namespace xattn {
 namespace {
 
 using Names = std::vector<std::string>;
-using Infos = std::map<std::string, TensorInfo>;
 
 NamedTensors state_of(const torch::nn::Module& module) {
   NamedTensors state;
@@ -51,18 +50,17 @@ std::string list(std::string_view what, const Names& names) {
   return names.empty() ? "" : fmt::format("; {}: {}", what, fmt::join(names, ", "));
 }
 
-// Tensors of a file, or in memory.
-struct Source {
-  std::string name;  // for messages
-  const Infos& infos;
-  std::function<torch::Tensor(const std::string&)> read;
-};
-
 // What a load will do, found out before anything changes.
 class Loader {
  public:
-  Loader(torch::nn::Module& module, const Source& source, const LoadOptions& options)
-      : module_(module), source_(source), options_(options), prefix_(options.prefix), state_(state_of(module)) {}
+  // `name` of the file, for messages.
+  Loader(torch::nn::Module& module, std::string name, LazyTensors source, const LoadOptions& options)
+      : module_(module),
+        name_(std::move(name)),
+        source_(std::move(source)),
+        options_(options),
+        prefix_(options.prefix),
+        state_(state_of(module)) {}
 
   LoadReport run() {
     find_layouts();
@@ -79,13 +77,13 @@ class Loader {
     const auto own_layers = modules_of<CrossAttentionImpl>();
     if (own_layers.empty()) return;  // and so no block
     const auto* only = detail::layout_or_none(options_.layout);
-    const auto blocks = find_blocks(source_.infos, only);
+    const auto blocks = own_blocks.empty() ? std::vector<FoundBlock>() : find_blocks(source_.infos, only);
     const auto layers = find_layers(source_.infos, only);
     if (prefix_.empty() && module_.as<CrossAttentionBlockImpl>() && !blocks.empty()) {
-      prefix_ = detail::choose(source_.name, blocks, std::nullopt).prefix;
+      prefix_ = detail::choose(name_, blocks, std::nullopt).prefix;
     }
     if (prefix_.empty() && module_.as<CrossAttentionImpl>() && !layers.empty()) {
-      prefix_ = detail::choose(source_.name, layers, std::nullopt).prefix;
+      prefix_ = detail::choose(name_, layers, std::nullopt).prefix;
     }
     std::set<const CrossAttentionImpl*> done;
     for (const auto& [path, own] : own_blocks) {
@@ -194,7 +192,7 @@ class Loader {
                         (options_.allow_unexpected ? "" : list("unexpected", report_.unexpected)) +
                         list("misshapen", report_.misshapen);
     if (faults.empty()) return;
-    const auto message = fmt::format("[load_weights] {}: does not fit the module{}", source_.name, faults);
+    const auto message = fmt::format("[load_weights] {}: does not fit the module{}", name_, faults);
     throw LoadError(detail::one_line(message), std::move(report_));
   }
 
@@ -206,7 +204,7 @@ class Loader {
     const torch::NoGradGuard no_grad;
     std::vector<Made> made;  // reading may fail, and memory run out: before anything changes
     for (const auto& [target, recipe] : copies_) {
-      made.push_back({target, recipe.apply(source_.read(recipe.source)).to(target.scalar_type())});
+      made.push_back({target, recipe.apply(source_.make(recipe.source)).to(target.scalar_type())});
     }
     for (auto& [target, value] : made) target.copy_(value);
   }
@@ -217,7 +215,8 @@ class Loader {
   };
 
   torch::nn::Module& module_;
-  const Source& source_;
+  std::string name_;
+  LazyTensors source_;
   const LoadOptions& options_;
   std::string prefix_;
   NamedTensors state_;
@@ -235,9 +234,7 @@ std::string LoadReport::summary() const {
 }
 
 LoadReport load_weights(torch::nn::Module& module, const Checkpoint& checkpoint, const LoadOptions& options) {
-  const Source source{checkpoint.path(), checkpoint.tensors(),
-                      [&](const std::string& name) { return checkpoint.tensor(name); }};
-  return Loader(module, source, options).run();
+  return Loader(module, checkpoint.path(), lazy(checkpoint), options).run();
 }
 
 LoadReport load_weights(torch::nn::Module& module, const std::string& path, const LoadOptions& options) {
@@ -245,9 +242,7 @@ LoadReport load_weights(torch::nn::Module& module, const std::string& path, cons
 }
 
 LoadReport load_weights(torch::nn::Module& module, const NamedTensors& tensors, const LoadOptions& options) {
-  const auto all = lazy(tensors);
-  const Source source{"set of tensors", all.infos, all.make};
-  return Loader(module, source, options).run();
+  return Loader(module, "set of tensors", lazy(tensors), options).run();
 }
 
 void save_safetensors(const std::string& path,

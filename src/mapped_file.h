@@ -4,10 +4,15 @@
 #include <cstddef>
 #include <span>
 #include <string>
+#include <string_view>
 
 namespace xattn::detail {
 
 using Bytes = std::span<const std::byte>;
+
+inline std::string_view as_text(Bytes bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
 
 /// A file mapped into memory to read: what is not looked at is not read, whatever the size of the file.
 class MappedFile {

@@ -67,10 +67,6 @@ constexpr std::string_view kKind<std::string> = "a string";
 template <>
 constexpr std::string_view kKind<Json::array_t> = "a list";
 
-std::string_view as_text(Bytes bytes) {
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
-}
-
 // What a config says of one tensor.
 class Entry {
  public:

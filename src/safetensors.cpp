@@ -17,7 +17,6 @@ namespace xattn {
 namespace {
 
 constexpr std::string_view kReader = "safetensors";
-constexpr size_t kMaxAxes = 64;  // as in count_elements
 constexpr char kNotJson[] = "header is not JSON in UTF-8, at its byte {}";
 
 using detail::in_quotes;
@@ -81,7 +80,7 @@ class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
   }
 
   bool number_unsigned(uint64_t value) override {
-    if (!in_list_ || list_.size() == kMaxAxes) refuse();
+    if (!in_list_ || list_.size() == detail::kMaxAxes) refuse();
     list_.push_back(value);
     return true;
   }
@@ -206,7 +205,7 @@ detail::Index detail::read_safetensors(const std::string& path, Bytes file) {
   check(header_size <= kMaxSafetensorsHeader, "header length {} exceeds the format's limit of {}", header_size,
         kMaxSafetensorsHeader);
 
-  const std::string_view header(reinterpret_cast<const char*>(after_length.data()), header_size);
+  const auto header = as_text(after_length.first(header_size));
   check(header.starts_with('{'), "header must begin with '{{'");
   // The parser would take a zero byte for the end and ignore what follows.
   const size_t zero = header.find('\0');

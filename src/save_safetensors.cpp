@@ -26,11 +26,7 @@ using detail::in_quotes;
 void save_safetensors(const std::string& path,
                       const NamedTensors& tensors,
                       const std::map<std::string, std::string>& metadata) {
-  for (const auto& [name, tensor] : tensors) {
-    const bool dense = tensor.defined() && tensor.layout() == at::kStrided && !tensor.is_meta();
-    detail::check_file(dense, kReader, path, "tensor {} must be dense and have data", in_quotes(name));
-  }
-  save_safetensors(path, lazy(tensors), metadata);
+  save_safetensors(path, detail::writable(kReader, path, tensors), metadata);
 }
 
 void save_safetensors(const std::string& path, const LazyTensors& tensors, const std::map<std::string, std::string>& metadata) {
@@ -78,7 +74,7 @@ void save_safetensors(const std::string& path, const LazyTensors& tensors, const
     out.write(reinterpret_cast<const char*>(&header_size), sizeof(header_size));
     out.write(header.data(), static_cast<std::streamsize>(header_size));
     for (const auto& item : items) {
-      const auto plain = tensors.make(item.name).detach().cpu().resolve_conj().resolve_neg().contiguous();
+      const auto plain = detail::plain(tensors.make(item.name));
       out.write(static_cast<const char*>(plain.const_data_ptr()), static_cast<std::streamsize>(plain.nbytes()));
     }
   });

@@ -87,11 +87,7 @@ std::string pickle_of(const std::map<std::string, TensorInfo>& infos) {
 }  // namespace
 
 void save_state_dict(const std::string& path, const NamedTensors& tensors) {
-  for (const auto& [name, tensor] : tensors) {
-    const bool dense = tensor.defined() && tensor.layout() == at::kStrided && !tensor.is_meta();
-    detail::check_file(dense, kReader, path, "tensor {} must be dense and have data", in_quotes(name));
-  }
-  save_state_dict(path, lazy(tensors));
+  save_state_dict(path, detail::writable(kReader, path, tensors));
 }
 
 void save_state_dict(const std::string& path, const LazyTensors& tensors) {
@@ -112,7 +108,7 @@ void save_state_dict(const std::string& path, const LazyTensors& tensors) {
     archive.writeRecord("byteorder", "little", 6);
     int64_t key = 0;
     for (const auto& [name, info] : tensors.infos) {
-      const auto plain = tensors.make(name).detach().cpu().resolve_conj().resolve_neg().contiguous();
+      const auto plain = detail::plain(tensors.make(name));
       archive.writeRecord(fmt::format("data/{}", key++), plain.const_data_ptr(), plain.nbytes());
     }
     archive.writeEndOfFile();

@@ -12,12 +12,6 @@
 #include <utility>
 
 namespace xattn::detail {
-namespace {
-
-constexpr size_t kMaxAxes = 64;  // the limit of most of torch's operators
-
-}  // namespace
-
 std::optional<int64_t> count_elements(const std::vector<int64_t>& shape) {
   if (shape.size() > kMaxAxes) return {};
   int64_t with_ones = 1;  // strides count zeros as ones

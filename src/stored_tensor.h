@@ -30,6 +30,8 @@ struct Index {
   std::map<std::string, std::string> metadata;
 };
 
+inline constexpr size_t kMaxAxes = 64;  ///< the limit of most of torch's operators
+
 /// The number of elements of a shape; nothing if they, or the strides of a contiguous tensor of them, cannot be counted, a size
 /// is negative, or there are more axes than torch has.
 std::optional<int64_t> count_elements(const std::vector<int64_t>& shape);

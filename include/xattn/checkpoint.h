@@ -77,6 +77,9 @@ class XATTN_API Checkpoint {
 /// wrote before PyTorch 1.6, and objects that are no tensors, are refused with the line of Python that saves them anew.
 XATTN_API Checkpoint open_checkpoint(const std::string& path);
 
+/// Those of a file, each read when it is asked for.
+XATTN_API LazyTensors lazy(const Checkpoint& checkpoint);
+
 /// All tensors of a file.
 XATTN_API NamedTensors load_tensors(const std::string& path);
 

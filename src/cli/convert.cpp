@@ -24,10 +24,6 @@ struct Arguments {
   std::string to;
 };
 
-LazyTensors tensors_of(const Checkpoint& checkpoint) {
-  return {checkpoint.tensors(), [checkpoint](const std::string& name) { return checkpoint.tensor(name); }};
-}
-
 // The parameters of a layer, by their names in a CrossAttention; without data if `data` is false.
 NamedTensors parameters_of(const FoundLayer& layer, const LazyTensors& tensors, bool data) {
   NamedTensors parameters;
@@ -85,7 +81,7 @@ void convert(const Arguments& arguments) {
   }
   check_output(arguments.output, {arguments.input});
   const auto checkpoint = open_checkpoint(arguments.input);
-  auto tensors = tensors_of(checkpoint);
+  auto tensors = lazy(checkpoint);
   if (!arguments.to.empty()) {
     const auto* from = arguments.layout.empty() ? nullptr : &layout_named(arguments.layout);
     tensors = spelled(std::move(tensors), from, layout_named(arguments.to));
