@@ -1,15 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/attention.h>
 
-#include <ATen/autocast_mode.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/ivalue.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
 #include <ATen/ops/dropout.h>
-#include <ATen/ops/logical_not.h>
-#include <ATen/ops/logsumexp.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
-#include <ATen/ops/softmax.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -21,6 +18,7 @@
 #include <utility>
 
 #include "check.h"
+#include "softmax.h"
 
 namespace xattn {
 
@@ -28,7 +26,10 @@ using at::Tensor;
 using detail::check_type;
 using detail::check_value;
 using detail::shape_of;
+using detail::softmax_over_keys;
 using detail::type_of;
+using detail::wanted_weights;
+using detail::with_rows_filled;
 
 namespace {
 
@@ -59,51 +60,18 @@ double scale_of(const Tensor& q, const AttentionOptions& options) {
   return options.scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
 }
 
-// The type softmax works in: half types keep too few digits of a logit.
-at::ScalarType wide_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// The type of returned weights: that of the logits, unless autocast makes every softmax float32, as it does on CUDA.
-at::ScalarType weights_type(const Tensor& logits) {
-  const bool widened = logits.is_cuda() && at::autocast::is_autocast_enabled(at::kCUDA);
-  return widened ? at::kFloat : logits.scalar_type();
-}
-
-Tensor with_rows_filled(const Tensor& x, const Tensor& rows, double value) {
-  return rows.defined() ? x.masked_fill(rows, value) : x;
-}
-
 // The definition in plain tensor operations.
 AttentionResult define(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   const auto B = q.size(0), H = q.size(1), Lq = q.size(2), d = q.size(3);
   const auto G = k.size(1), Lk = k.size(2), e = v.size(3);
-  const auto keep = options.mask.keep(Lq, Lk, q.device());
-  const auto bias = options.mask.additive();
-  const auto empty_rows = Lk > 0 ? options.mask.empty_rows(Lq, Lk, q.device()) : Tensor();  // [B|1, H|1, Lq|1, 1]
-
   // The H/G heads that share a key/value head are rows of one product.
   const auto rows = (q * scale_of(q, options)).reshape({B, G, H / G * Lq, d});
   const auto products = at::matmul(rows, k.transpose(-2, -1)).view({B, H, Lq, Lk});
-  auto logits = products.to(wide_type(products));
-  if (bias.defined()) logits = logits + bias.to(logits.scalar_type());
-  if (keep.defined()) logits = logits.masked_fill(at::logical_not(keep), kMinusInfinity);
-
-  // A row of -inf alone would become NaN, in backward too: it is opened before softmax and closed after.
-  const auto opened = with_rows_filled(logits, empty_rows, 0);
-  const auto weights = with_rows_filled(at::softmax(opened, -1), empty_rows, 0);  // [B, H, Lq, Lk]
+  const auto [weights, log_sum_exp, empty_rows] = softmax_over_keys(products, options.mask, options.log_sum_exp);
   const auto dropped = options.dropout > 0 ? at::dropout(weights, options.dropout, /*train=*/true) : weights;
   const auto mixed = at::matmul(dropped.to(v.scalar_type()).reshape({B, G, H / G * Lq, Lk}), v);
 
-  AttentionResult result;
-  result.output = mixed.view({B, H, Lq, e});
-  if (options.weights != AttentionWeights::none) {
-    const bool mean = options.weights == AttentionWeights::mean;
-    const auto wanted = !mean ? weights : H == 1 ? weights.squeeze(1) : weights.mean(1);
-    result.weights = wanted.to(weights_type(products));
-  }
-  if (options.log_sum_exp) result.log_sum_exp = at::logsumexp(logits.detach(), -1);
-  return result;
+  return {mixed.view({B, H, Lq, e}), wanted_weights(weights, options.weights, products), log_sum_exp};
 }
 
 // Why the fused kernels cannot do what is asked; empty if they can. Depends on sizes and kinds alone, never on values.

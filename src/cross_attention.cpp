@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/cross_attention.h>
 
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
 #include <torch/nn/init.h>
 
 #include <cmath>
 #include <string_view>
 
 #include "check.h"
+#include "orders.h"
 #include "projection.h"
 
 namespace xattn {
@@ -51,6 +54,12 @@ CrossAttentionOptions resolved(CrossAttentionOptions options) {
   check_value(options.qk_norm_eps() >= 0, kCaller, "qk_norm_eps must not be negative, but is {}.", options.qk_norm_eps());
   check_value(options.qk_norm() != NormKind::none || options.qk_norm_scope() == NormScope::per_head, kCaller,
               "qk_norm must be rms or layer for a qk_norm_scope of across_heads, but is none.");
+  const auto request = detail::request_of(options, 1, 1, 1);
+  const auto& [logits, values] = options.plan().orders;
+  for (const auto reason : {illegal_for_logits(logits, request), illegal_for_values(values, request)}) {
+    check_value(reason.empty(), kCaller, "plan must be of legal orders, but {}, {} is not: {}.", name_of(logits),
+                name_of(values), reason);
+  }
   return options;
 }
 
@@ -98,7 +107,47 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::forward(const Tensor& query,
                                                        const Tensor& key,
                                                        const Tensor& value,
                                                        const Mask& mask) {
-  return attend(query, context(key, value, mask));
+  detail::check_key_value(kCaller, key, value, mask, key_linear, value_linear, options.num_heads());
+  const bool is_batched = key.dim() == 3;
+  detail::check_query(kCaller, query, is_batched, is_batched ? key.size(0) : 1, query_linear);
+  const auto Xq = batched(query), Xk = batched(key), Xv = batched(value);
+  const auto B = Xk.size(0), Lq = Xq.size(1), Lk = Xk.size(1);
+  const auto request = this->request(B, Lq, Lk, mask, Xq.requires_grad() || Xk.requires_grad() || Xv.requires_grad());
+  const auto orders = options.plan().pinned ? options.plan().orders : make_plan(request).orders;
+  if (orders == Orders{} || at::autocast::is_autocast_enabled(query.device().type())) {
+    return attend(query, context(key, value, mask));
+  }
+
+  mask.check(kCaller, B, options.num_heads(), Lq, Lk, query.device());
+  const detail::LayerWeights parameters(*this);
+  const auto products = detail::make_products(orders, parameters);
+  const auto side = detail::make_side(orders, parameters, products, Xk, Xv);
+  AttentionOptions how;
+  how.mask = mask;
+  how.dropout = is_training() ? options.dropout() : 0;
+  how.weights = options.attention_weights();
+  const auto [output, weights, log_sum_exp] = detail::attend(orders, parameters, products, Xq, side, how);
+  if (is_batched) return {output, weights};
+  return {output.squeeze(0), weights.defined() ? weights.squeeze(0) : weights};
+}
+
+PlanRequest CrossAttentionImpl::request(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask, bool inputs_train) const {
+  auto request = detail::request_of(options, B, Lq, Lk);
+  const auto& weight = query_linear->weight;
+  const auto bias = mask.additive();
+  request.element = static_cast<int64_t>(weight.element_size());
+  request.training = at::GradMode::is_enabled() && (inputs_train || weight.requires_grad());
+  request.rates = weight.is_cuda() ? Rates::cuda() : Rates::cpu(at::get_num_threads());
+  request.unfused = options.attention_weights() != AttentionWeights::none ? "attention weights are wanted"
+                    : is_training() && options.dropout() > 0              ? "dropout is above 0"
+                    : bias.defined() && bias.requires_grad()              ? "the mask's bias asks for its gradient"
+                    : weight.is_cpu() && request.d != request.e ? "heads of values are not of the size of heads of keys"
+                                                                : "";
+  return request;
+}
+
+std::string CrossAttentionImpl::explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask) {
+  return xattn::explain(request(B, Lq, Lk, mask, false));
 }
 
 Context CrossAttentionImpl::context(const Tensor& key, const Tensor& value, const Mask& mask) {

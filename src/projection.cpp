@@ -48,10 +48,15 @@ void check_key_value(std::string_view caller,
 }
 
 void check_query(std::string_view caller, const Tensor& query, const Context& context, const torch::nn::Linear& query_linear) {
+  check_query(caller, query, context.is_batched(), context.batch_size(), query_linear);
+}
+
+void check_query(
+    std::string_view caller, const Tensor& query, bool is_batched, int64_t batch_size, const torch::nn::Linear& query_linear) {
   check_input(caller, "query", query, "Lq", query_linear);
-  check_value((query.dim() == 3) == context.is_batched() && (query.dim() == 2 || query.size(0) == context.batch_size()), caller,
+  check_value((query.dim() == 3) == is_batched && (query.dim() == 2 || query.size(0) == batch_size), caller,
               "query must have shape {}Lq, {}] to match its context, but has {}.",
-              context.is_batched() ? fmt::format("[{}, ", context.batch_size()) : "[", query.size(-1), shape_of(query));
+              is_batched ? fmt::format("[{}, ", batch_size) : "[", query.size(-1), shape_of(query));
 }
 
 // A unit batch axis also gets its natural stride back: `transpose().contiguous()` may leave a huge one there, with which
@@ -104,6 +109,24 @@ Norm make_qk_norm(const CrossAttentionOptions& options, int64_t heads) {
   return Norm(NormOptions(options.qk_norm(), size).eps(options.qk_norm_eps()));
 }
 
+PlanRequest request_of(const CrossAttentionOptions& o, int64_t B, int64_t Lq, int64_t Lk) {
+  PlanRequest request;
+  request.B = B;
+  request.H = o.num_heads();
+  request.G = *o.kv_heads();
+  request.Lq = Lq;
+  request.Lk = Lk;
+  request.Eq = o.dim_query();
+  request.Ek = o.dim_key();
+  request.Ev = o.dim_value();
+  request.d = *o.head_dim();
+  request.e = *o.value_head_dim();
+  request.Eo = o.dim_output();
+  request.query_norm = request.key_norm = o.qk_norm() != NormKind::none;
+  request.free_key = o.bias_kv();
+  return request;
+}
+
 std::string printed(const CrossAttentionOptions& resolved) {
   constexpr const char* kNorms[] = {"none", "rms", "layer"};
   constexpr const char* kWeights[] = {"none", "mean", "per_head"};
@@ -131,6 +154,12 @@ std::string printed(const CrossAttentionOptions& resolved) {
   }
   add(o.attention_weights() != AttentionWeights::mean, ".attention_weights(AttentionWeights::{})",
       kWeights[static_cast<int>(o.attention_weights())]);
+  if (o.plan() == PlanMode::standard) {
+    text += ".plan(PlanMode::standard)";
+  } else if (o.plan().pinned) {
+    const auto& [logits, values] = o.plan().orders;
+    text += fmt::format(".plan(PlanMode::pin({{Order::{}, Order::{}}}))", name_of(logits), name_of(values));
+  }
   return text;
 }
 

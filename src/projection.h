@@ -8,6 +8,7 @@
 #include <xattn/cross_attention.h>
 #include <xattn/mask.h>
 #include <xattn/norm.h>
+#include <xattn/plan.h>
 
 #include <string>
 #include <string_view>
@@ -29,6 +30,13 @@ void check_key_value(std::string_view caller,
 void check_query(std::string_view caller,
                  const torch::Tensor& query,
                  const Context& context,
+                 const torch::nn::Linear& query_linear);
+
+/// The same with a context of this batch size.
+void check_query(std::string_view caller,
+                 const torch::Tensor& query,
+                 bool is_batched,
+                 int64_t batch_size,
                  const torch::nn::Linear& query_linear);
 
 /// [L, E] -> [1, L, E]; anything else stays as it is.
@@ -58,6 +66,9 @@ std::vector<torch::Tensor> context_weights(const torch::nn::Linear& key_linear,
 
 /// The norm of projected queries or keys of so many heads; empty without qk_norm.
 Norm make_qk_norm(const CrossAttentionOptions& options, int64_t heads);
+
+/// What the planner must know of a layer; its rates, types and purpose are the caller's to add.
+PlanRequest request_of(const CrossAttentionOptions& resolved, int64_t B, int64_t Lq, int64_t Lk);
 
 /// What a user would type to have these options, as in "CrossAttentionOptions(8, 12, 10, 16).num_heads(2)".
 std::string printed(const CrossAttentionOptions& resolved);

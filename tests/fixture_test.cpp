@@ -20,6 +20,9 @@ namespace {
 
 using torch::Tensor;
 
+constexpr Order kAllOrders[] = {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context,
+                                Order::prefold_into_context};
+
 // Every file with inputs and outputs, by name.
 std::vector<std::string> fixture_names() {
   std::vector<std::string> names;
@@ -165,9 +168,9 @@ void expect_gradients(const NamedTensors& actual, const NamedTensors& expected, 
   EXPECT_EQ(actual.size(), expected.size()) << what;
 }
 
-void expect_matches(const Fixture& fixture, at::ScalarType type, at::Device device) {
+void expect_matches(const Fixture& fixture, const CrossAttentionOptions& options, at::ScalarType type, at::Device device) {
   const auto what = std::string(c10::toString(type)) + " on " + device.str() + ", from " + origin(fixture);
-  const auto computed = run(fixture, fixture.options(), type, device);
+  const auto computed = run(fixture, options, type, device);
   const auto allowed = tolerance_of(fixture, computed.output.scalar_type());
   expect_close(computed.output, fixture.tensors.at("output"), allowed, "output of " + what);
   ASSERT_EQ(computed.weights.defined(), fixture.has("attention_weights")) << what;
@@ -195,8 +198,28 @@ TEST_P(FixtureTest, MatchesPyTorch) {
   ASSERT_FALSE(fixture.types().empty());
   for (const auto device : devices()) {
     for (const auto type : fixture.types()) {
-      expect_matches(fixture, type, device);
+      expect_matches(fixture, fixture.options(), type, device);
       expect_types(fixture, type, device);
+    }
+  }
+}
+
+TEST_P(FixtureTest, MatchesPyTorchInEveryOrder) {
+  const auto fixture = load_fixture(GetParam());
+  const auto sizes = fixture.module(fixture.options())->options;
+  PlanRequest request;
+  request.query_norm = request.key_norm = sizes.qk_norm() != NormKind::none;
+  for (const auto logits : kAllOrders) {
+    for (const auto values : kAllOrders) {
+      const auto options = fixture.options().plan(PlanMode::pin({logits, values}));
+      if (!illegal_for_logits(logits, request).empty()) {
+        EXPECT_THROW(CrossAttention{options}, c10::ValueError);
+        continue;
+      }
+      SCOPED_TRACE(std::string(name_of(logits)) + ", " + std::string(name_of(values)));
+      for (const auto device : devices()) {
+        for (const auto type : fixture.types()) expect_matches(fixture, options, type, device);
+      }
     }
   }
 }
@@ -305,7 +328,7 @@ TEST(FixturesTest, TheToleranceNoticesAWrongWeight) {
     {
       const testing::ScopedFakeTestPartResultReporter reporter(
           testing::ScopedFakeTestPartResultReporter::INTERCEPT_ONLY_CURRENT_THREAD, &failures);
-      expect_matches(wrong, type, at::kCPU);
+      expect_matches(wrong, wrong.options(), type, at::kCPU);
     }
     EXPECT_GT(failures.size(), 0) << c10::toString(type);
   }

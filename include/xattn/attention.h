@@ -17,7 +17,7 @@ namespace xattn {
 
 /// Which attention weights to return. They are those before dropout, so their rows sum to one (or to zero without keys).
 enum class AttentionWeights {
-  none,      ///< an undefined tensor: the fastest, and the only one that never holds B x H x Lq x Lk numbers in memory
+  none,      ///< an undefined tensor: the fastest, and the only one that need not hold B x H x Lq x Lk numbers in memory
   mean,      ///< the mean over heads, [B, Lq, Lk]
   per_head,  ///< [B, H, Lq, Lk]
 };

@@ -12,6 +12,7 @@
 #include <xattn/export.h>
 #include <xattn/mask.h>
 #include <xattn/norm.h>
+#include <xattn/plan.h>
 
 #include <optional>
 #include <string>
@@ -77,6 +78,10 @@ struct XATTN_API CrossAttentionOptions {
 
   /// Which weights `forward` and `attend` return. `none` is the fastest. Default: mean, the reference's own with one head.
   TORCH_ARG(AttentionWeights, attention_weights) = AttentionWeights::mean;
+
+  /// In which order `forward` multiplies. `PlanMode::standard` is the reference's; `PlanMode::pin` any other. Results differ by
+  /// rounding alone, and gradients do. Default: automatic, the cheapest for the sizes of each call.
+  TORCH_ARG(PlanMode, plan) = PlanMode::automatic;
 };
 
 /// Cross attention: a query asks, a context of keys and values answers.
@@ -94,6 +99,9 @@ struct XATTN_API CrossAttentionOptions {
 /// Self-attention is `forward(x, x, x)`. Inputs are batched, [B, L, E], or all unbatched, [L, E], with masks as for B = 1 and
 /// results without the batch axis. Lq and Lk may be 0. Types: float64, float32, bfloat16, float16; inputs have the parameters'
 /// type, unless autocast is on. Bad input throws c10::ValueError or c10::TypeError, naming the argument.
+///
+/// `forward` multiplies in the cheapest order that its sizes, options and number of threads allow (plan.h), which never depends on
+/// values: the same call gives the same bits. Under autocast the order is the standard one, whose types autocast is made for.
 ///
 /// Thread safety: as for any torch::nn::Module. `context` and `attend` change nothing and may run in several threads at once as
 /// long as nobody trains, loads or moves the module. On CUDA no call waits for the device.
@@ -113,7 +121,7 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
   /// Prints what a user would type to build the module again.
   void pretty_print(std::ostream& stream) const override;
 
-  /// `attend` applied to `context`.
+  /// `attend` applied to `context`, in the order that is cheapest for both together.
   /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev] -> output [B, Lq, Eo] and the weights that the options ask for:
   /// [B, Lq, Lk], [B, H, Lq, Lk] or undefined.
   std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& query,
@@ -126,6 +134,9 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
 
   /// Attends with query [B, Lq, Eq] to a context that this module made, with the weights that it has now.
   std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query, const Context& context);
+
+  /// What `forward` would do with B x Lq queries and B x Lk keys, now: every order with its cost, and the choice. As text.
+  std::string explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask = {});
 
   /// With every default resolved: kv_heads, head_dim, value_head_dim and scale have values.
   CrossAttentionOptions options;
@@ -144,6 +155,7 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
 
  private:
   std::vector<torch::Tensor> context_weights() const;
+  PlanRequest request(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask, bool inputs_train) const;
 };
 
 /// Holder of a CrossAttentionImpl with the semantics of a shared pointer; `CrossAttention attention = nullptr` is the empty one.

@@ -16,6 +16,7 @@
 #include <xattn/mask.h>
 #include <xattn/multihead_attention.h>
 #include <xattn/norm.h>
+#include <xattn/plan.h>
 #include <xattn/safetensors.h>
 #include <xattn/state_dict.h>
 #include <xattn/version.h>

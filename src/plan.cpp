@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <xattn/plan.h>
+
+#include <algorithm>
+#include <iterator>
+#include <span>
+#include <utility>
+
+#include "check.h"
+
+namespace xattn {
+namespace {
+
+using detail::check_value;
+
+constexpr std::string_view kNames[] = {"standard", "fold_into_query", "prefold", "fold_into_context", "prefold_into_context"};
+
+// `count` products of [m, k] by [k, n], of which a call pays this share.
+struct Product {
+  double count, m, k, n;
+  double share = 1;
+};
+
+struct Cost {
+  double operations = 0, bytes = 0, seconds = 0;
+
+  Cost& operator+=(const Cost& other) {
+    operations += other.operations;
+    bytes += other.bytes;
+    seconds += other.seconds;
+    return *this;
+  }
+};
+
+// A product runs at full speed when it is large in every direction, and no faster than its operands arrive.
+Cost cost_of_product(const Product& product, const PlanRequest& request) {
+  if (product.share == 0) return {};
+  const auto& [count, m, k, n, share] = product;
+  const auto& rates = request.rates;
+  const auto operations = 2 * count * m * k * n;
+  const auto bytes = static_cast<double>(request.element) * count * (m * k + k * n + m * n);
+  const auto speed = rates.flops * m / (m + rates.half_rows) * n / (n + rates.half_columns) * k / (k + rates.half_depth);
+  const auto start = rates.start_product + (count > 1 ? count * rates.start_small : 0);
+  return {share * operations, share * bytes, share * (start + std::max(operations / speed, bytes / rates.memory))};
+}
+
+Cost cost_of_products(std::span<const Product> products, const PlanRequest& request) {
+  Cost sum;
+  for (const auto& product : products) sum += cost_of_product(product, request);
+  return sum;
+}
+
+// The sizes as numbers to multiply, and what part of the work that can be made ahead a call pays.
+struct Sizes {
+  explicit Sizes(const PlanRequest& r)
+      : B(r.B), H(r.H), G(r.G), Lq(r.Lq), Lk(r.Lk), Eq(r.Eq), Ek(r.Ek), Ev(r.Ev), d(r.d), e(r.e), Eo(r.Eo) {
+    of_weights = r.weights_are_frozen ? 0 : 1;
+    of_query = r.weights_are_frozen && r.query_is_constant ? 0 : 1;
+    if (r.context_rows != PlanRequest::kKept) of_context = r.context_rows > r.Lq ? Lq / double(r.context_rows) : 1;
+  }
+
+  double B, H, G, Lq, Lk, Eq, Ek, Ev, d, e, Eo;
+  double of_weights = 1, of_query = 1, of_context = 0;
+};
+
+Cost cost_of_logits(Order order, const PlanRequest& request) {
+  const Sizes s(request);
+  const Product project_query{1, s.B * s.Lq, s.Eq, s.H * s.d, s.of_query};  // Xq Wq
+  const Product project_key{1, s.B * s.Lk, s.Ek, s.G * s.d, s.of_context};  // Wk' Xk'
+  const Product of_weights{s.H, s.Eq, s.d, s.Ek, s.of_weights};             // Wq Wk'
+  const Product meet_raw{s.B, s.H * s.Lq, s.Ek, s.Lk};                      // (...) Xk'
+  const Product meet_folded{s.B, s.Lq, s.Eq, s.H * s.Lk};                   // Xq (...)
+  std::array<Product, 3> products = {};
+  switch (order) {
+    case Order::standard: products = {project_query, project_key, {s.B * s.G, s.H / s.G * s.Lq, s.d, s.Lk}}; break;
+    case Order::fold_into_query: products = {project_query, {s.H, s.B * s.Lq, s.d, s.Ek, s.of_query}, meet_raw}; break;
+    case Order::prefold: products = {of_weights, {1, s.B * s.Lq, s.Eq, s.H * s.Ek, s.of_query}, meet_raw}; break;
+    case Order::fold_into_context: products = {project_key, {s.H, s.B * s.Lk, s.d, s.Eq, s.of_context}, meet_folded}; break;
+    case Order::prefold_into_context:
+      products = {of_weights, {1, s.B * s.Lk, s.Ek, s.H * s.Eq, s.of_context}, meet_folded};
+      break;
+  }
+  return cost_of_products(products, request);
+}
+
+Cost cost_of_values(Order order, const PlanRequest& request) {
+  const Sizes s(request);
+  const Product project_value{1, s.B * s.Lk, s.Ev, s.G * s.e, s.of_context};  // Xv Wv
+  const Product project_output{1, s.B * s.Lq, s.H * s.e, s.Eo};               // (...) Wo
+  const Product of_weights{s.H, s.Ev, s.e, s.Eo, s.of_weights};               // Wv Wo
+  const Product mix_raw{s.B, s.H * s.Lq, s.Lk, s.Ev};                         // P Xv
+  const Product mix_folded{s.B, s.Lq, s.H * s.Lk, s.Eo};                      // P (...)
+  std::array<Product, 3> products = {};
+  switch (order) {
+    case Order::standard: products = {project_value, {s.B * s.G, s.H / s.G * s.Lq, s.Lk, s.e}, project_output}; break;
+    case Order::fold_into_query: products = {mix_raw, {s.H, s.B * s.Lq, s.Ev, s.e}, project_output}; break;
+    case Order::prefold: products = {of_weights, mix_raw, {1, s.B * s.Lq, s.H * s.Ev, s.Eo}}; break;
+    case Order::fold_into_context: products = {project_value, {s.H, s.B * s.Lk, s.e, s.Eo, s.of_context}, mix_folded}; break;
+    case Order::prefold_into_context:
+      products = {of_weights, {1, s.B * s.Lk, s.Ev, s.H * s.Eo, s.of_context}, mix_folded};
+      break;
+  }
+  return cost_of_products(products, request);
+}
+
+// What lies between the chains: the softmax, on logits that go to memory and come back.
+Cost cost_of_softmax(const PlanRequest& request) {
+  const Sizes s(request);
+  const auto elements = s.B * s.H * s.Lq * s.Lk;
+  return {0, 2 * static_cast<double>(request.element) * elements,
+          request.rates.start_product + elements / request.rates.softmax};
+}
+
+// What standard orders save where the fused kernel does both of their inner products and the softmax.
+double saved_by_fusion(const PlanRequest& request) {
+  const Sizes s(request);
+  const Product logits{s.B * s.G, s.H / s.G * s.Lq, s.d, s.Lk}, values{s.B * s.G, s.H / s.G * s.Lq, s.Lk, s.e};
+  const std::array both = {logits, values};
+  const auto parts = cost_of_products(both, request);
+  const auto fused = request.rates.start_product + parts.operations / request.rates.fused;
+  return parts.seconds + cost_of_softmax(request).seconds - fused;
+}
+
+bool can_fuse(const Orders& orders, const PlanRequest& request) {
+  return orders == Orders{} && request.unfused.empty() && request.rates.fused > 0;
+}
+
+bool is_empty(const PlanRequest& r) {
+  return r.B == 0 || r.Lq == 0 || r.Lk == 0;
+}
+
+void check(const PlanRequest& r) {
+  constexpr auto kCaller = "plan";
+  for (const auto& [name, size] : {std::pair("B", r.B), {"Lq", r.Lq}, {"Lk", r.Lk}}) {
+    check_value(size >= 0, kCaller, "{} must not be negative, but is {}.", name, size);
+  }
+  for (const auto& [name, size] : {std::pair("H", r.H),
+                                   {"G", r.G},
+                                   {"Eq", r.Eq},
+                                   {"Ek", r.Ek},
+                                   {"Ev", r.Ev},
+                                   {"d", r.d},
+                                   {"e", r.e},
+                                   {"Eo", r.Eo},
+                                   {"element", r.element}}) {
+    check_value(size >= 1, kCaller, "{} must be at least 1, but is {}.", name, size);
+  }
+  check_value(r.H % r.G == 0, kCaller, "H must be a multiple of G, but they are {} and {}.", r.H, r.G);
+  check_value(r.rates.flops > 0 && r.rates.memory > 0 && r.rates.softmax > 0, kCaller,
+              "rates must be above 0, but flops, memory and softmax are {}, {} and {}.", r.rates.flops, r.rates.memory,
+              r.rates.softmax);
+}
+
+// The costs of each chain, and from them the plan of any orders.
+class Planner {
+ public:
+  explicit Planner(const PlanRequest& request) : request_(request) {
+    check(request);
+    for (int i = 0; i < kOrders; ++i) {
+      const auto order = static_cast<Order>(i);
+      const auto logits = cost_of_logits(order, request), values = cost_of_values(order, request);
+      plan_.logits[static_cast<size_t>(i)] = {order, logits.operations, logits.bytes, logits.seconds,
+                                              illegal_for_logits(order, request)};
+      plan_.values[static_cast<size_t>(i)] = {order, values.operations, values.bytes, values.seconds,
+                                              illegal_for_values(order, request)};
+    }
+  }
+
+  Plan plan(const Orders& orders) const {
+    auto plan = plan_;
+    const auto& logits = plan.logits[static_cast<size_t>(orders.logits)];
+    const auto& values = plan.values[static_cast<size_t>(orders.values)];
+    const auto softmax = cost_of_softmax(request_);
+    plan.orders = orders;
+    plan.operations = logits.operations + values.operations;
+    plan.bytes = logits.bytes + values.bytes + softmax.bytes;
+    plan.seconds = logits.seconds + values.seconds + softmax.seconds;
+    plan.fused = can_fuse(orders, request_);
+    if (plan.fused) plan.seconds -= saved_by_fusion(request_);
+    const double passes = request_.training ? 3 : 1;  // backward is two products for each of forward
+    plan.operations *= passes;
+    plan.bytes *= passes;
+    plan.seconds *= passes;
+    return plan;
+  }
+
+  // The chains meet in the fused kernel alone: the cheapest pair is that of the cheapest of each, or the standard one.
+  Orders cheapest() const {
+    const auto of_chain = [](const std::array<OrderCost, kOrders>& costs) {
+      const auto rank = [](const OrderCost& cost) { return std::pair(!cost.illegal.empty(), cost.seconds); };
+      return std::ranges::min_element(costs, {}, rank)->order;
+    };
+    const Orders apart{of_chain(plan_.logits), of_chain(plan_.values)};
+    return plan({}).seconds <= plan(apart).seconds ? Orders{} : apart;
+  }
+
+ private:
+  const PlanRequest& request_;
+  Plan plan_;
+};
+
+std::string engineering(double value, std::string_view unit) {
+  constexpr std::pair<double, std::string_view> kScales[] = {{1e9, "G"}, {1e6, "M"},  {1e3, "k"},
+                                                             {1, ""},    {1e-3, "m"}, {1e-6, "u"}};
+  const auto* scale = std::ranges::find_if(kScales, [value](const auto& s) { return value >= s.first; });
+  if (scale == std::end(kScales)) scale = value == 0 ? scale - 3 : scale - 1;
+  return fmt::format("{:.3g} {}{}", value / scale->first, scale->second, unit);
+}
+
+}  // namespace
+
+std::string_view name_of(Order order) {
+  return kNames[static_cast<size_t>(order)];
+}
+
+std::string_view illegal_for_logits(Order order, const PlanRequest& request) {
+  if (order == Order::standard) return {};
+  if (request.free_key) return "bias_kv adds a key that no projection made";
+  const bool projects_query = order == Order::fold_into_query;
+  const bool projects_key = order == Order::fold_into_context;
+  if (request.query_norm && !projects_query) return "a norm of the query stands behind Wq";
+  if (request.key_norm && !projects_key) return "a norm of the key stands behind Wk";
+  return {};
+}
+
+std::string_view illegal_for_values(Order order, const PlanRequest& request) {
+  if (order != Order::standard && request.free_key) return "bias_kv adds a value that no projection made";
+  return {};
+}
+
+Plan make_plan(const PlanRequest& request) {
+  const Planner planner(request);
+  return planner.plan(is_empty(request) ? Orders{} : planner.cheapest());
+}
+
+Plan cost_of(const Orders& orders, const PlanRequest& request) {
+  return Planner(request).plan(orders);
+}
+
+std::string explain(const PlanRequest& request) {
+  const auto plan = make_plan(request);
+  const auto& r = request;
+  auto text =
+      fmt::format("B {}, heads {}{}, Lq {}, Lk {}; features: query {}, key {}, value {}, heads {} and {}, output {}\n", r.B,
+                  r.H, r.G == r.H ? "" : fmt::format(" (of keys {})", r.G), r.Lq, r.Lk, r.Eq, r.Ek, r.Ev, r.d, r.e, r.Eo);
+  const auto add_chain = [&text](std::string_view name, const std::array<OrderCost, kOrders>& costs, Order chosen) {
+    text += fmt::format("{:24}{:>14}{:>12}{:>12}\n", name, "operations", "memory", "time");
+    const auto least = costs[static_cast<size_t>(chosen)].seconds;
+    for (const auto& cost : costs) {
+      const auto remark = cost.order == chosen    ? std::string("<- chosen")
+                          : !cost.illegal.empty() ? fmt::format("illegal: {}", cost.illegal)
+                          : cost.seconds <= least ? std::string("as fast, but not with the other chain")
+                                                  : fmt::format("{:.2f} times its time", cost.seconds / least);
+      text += fmt::format("  {:22}{:>14}{:>12}{:>12}  {}\n", name_of(cost.order), engineering(cost.operations, ""),
+                          engineering(cost.bytes, "B"), engineering(cost.seconds, "s"), remark);
+    }
+  };
+  add_chain("logits", plan.logits, plan.orders.logits);
+  add_chain("values", plan.values, plan.orders.values);
+  const auto standard = cost_of(Orders{}, request);
+  text += fmt::format("in all{}: {} operations, {}; in the standard order {}, {}\n", request.training ? ", with backward" : "",
+                      engineering(plan.operations, ""), engineering(plan.seconds, "s"), engineering(standard.operations, ""),
+                      engineering(standard.seconds, "s"));
+  text += plan.fused ? "attention: LibTorch's fused kernel\n"
+                     : fmt::format("attention: logits in memory, because {}\n",
+                                   plan.orders != Orders{}   ? "the order is not the standard one"
+                                   : request.unfused.empty() ? "there is no fused kernel here"
+                                                             : request.unfused);
+  return text;
+}
+
+}  // namespace xattn

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/softmax.h>
+#include <xattn/attention.h>
+#include <xattn/plan.h>
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <string_view>
+
+namespace xattn {
+namespace {
+
+// The least time of a few calls, in seconds: a disturbance can only add.
+template <class F>
+double least_seconds(const F& call) {
+  using Clock = std::chrono::steady_clock;
+  constexpr int kCalls = 15;
+  call();
+  auto least = std::numeric_limits<double>::max();
+  for (int i = 0; i < kCalls; ++i) {
+    const auto start = Clock::now();
+    call();
+    least = std::min(least, std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  return least;
+}
+
+// The speed of a product [m, k] [k, n].
+double product_speed(int64_t m, int64_t k, int64_t n) {
+  const auto a = at::ones({m, k}), b = at::ones({k, n});
+  auto c = at::empty({m, n});
+  return 2.0 * static_cast<double>(m * k * n) / least_seconds([&] { at::mm_out(c, a, b); });
+}
+
+// speed = flops * size / (size + half), solved for half.
+double half_size(double flops, double speed, double size) {
+  return std::max(0.0, size * (flops / speed - 1));
+}
+
+// Two threads do not double what memory gives, nor quite what arithmetic does.
+Rates with_threads(Rates one, int threads) {
+  const auto n = static_cast<double>(std::max(1, threads));
+  one.flops *= n * 0.95 + 0.05;
+  one.fused *= n * 0.95 + 0.05;
+  one.softmax *= n * 0.95 + 0.05;
+  one.memory *= n < 4 ? n : 4;
+  one.half_rows *= n;
+  one.start_product += n > 1 ? 1e-6 : 0;
+  return one;
+}
+
+}  // namespace
+
+Rates Rates::cpu(int threads) {
+  const std::string_view set = at::get_cpu_capability();
+  const double flops = set == "AVX512" ? 150e9 : set == "AVX2" ? 80e9 : 20e9;
+  return with_threads({.flops = flops,
+                       .memory = 14e9,
+                       .half_rows = 3,
+                       .half_columns = 16,
+                       .half_depth = 12,
+                       .start_product = 1.5e-6,
+                       .start_small = 0.3e-6,
+                       .softmax = 0.6e9,
+                       .fused = 0.6 * flops},
+                      threads);
+}
+
+Rates Rates::cuda() {
+  return {.flops = 40e12,
+          .memory = 1.5e12,
+          .half_rows = 64,
+          .half_columns = 64,
+          .half_depth = 64,
+          .start_product = 4e-6,
+          .start_small = 10e-9,
+          .softmax = 100e9,
+          .fused = 60e12};
+}
+
+Rates Rates::measure() {
+  const at::NoGradGuard no_grad;
+  Rates rates;
+  rates.flops = product_speed(768, 768, 768);
+  rates.half_rows = half_size(rates.flops, product_speed(4, 768, 768), 4);
+  rates.half_columns = half_size(rates.flops, product_speed(768, 768, 16), 16);
+  rates.half_depth = half_size(rates.flops, product_speed(768, 16, 768), 16);
+
+  constexpr int64_t kMany = 1 << 24;  // 64 MB, more than caches hold
+  auto target = at::empty({kMany});
+  const auto source = at::ones({kMany});
+  rates.memory = 2.0 * 4 * kMany / least_seconds([&] { target.copy_(source); });
+
+  const auto tiny = at::ones({1, 1, 1});
+  rates.start_product = least_seconds([&] { tiny.bmm(tiny); });
+  const auto small = at::ones({256, 1, 1});
+  rates.start_small = std::max(0.0, (least_seconds([&] { small.bmm(small); }) - rates.start_product) / 256);
+
+  const auto logits = at::ones({8, 256, 512});
+  rates.softmax = static_cast<double>(logits.numel()) / least_seconds([&] { at::softmax(logits, -1); });
+  const auto heads = at::ones({1, 8, 512, 64});
+  const double operations = 4.0 * 8 * 512 * 512 * 64;
+  rates.fused = operations / least_seconds([&] { attention(heads, heads, heads, {.path = AttentionPath::fused}); });
+  return rates;
+}
+
+}  // namespace xattn

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <xattn/attention.h>
+#include <xattn/mask.h>
+
+// The softmax of attention in plain tensor operations, for whatever order the logits came from.
+namespace xattn::detail {
+
+struct SoftmaxResult {
+  at::Tensor weights;      ///< [B, H, Lq, Lk], at least float32; zeros in a row without keys; differentiable
+  at::Tensor log_sum_exp;  ///< [B, H, Lq], if asked for; -inf for a row without keys; carries no gradient
+  at::Tensor
+      empty_rows;  ///< the rows without keys, [B|1, H|1, Lq|1, 1]; undefined if the mask's kind shows that there are none
+};
+
+/// products [B, H, Lq, Lk], scaled already, in any strides: the weights lie in memory as they do.
+SoftmaxResult softmax_over_keys(const at::Tensor& products, const Mask& mask, bool log_sum_exp);
+
+/// What a caller asked for of weights [B, H, Lq, Lk]: nothing, the mean over heads, or all, in the type of the products.
+at::Tensor wanted_weights(const at::Tensor& weights, AttentionWeights wanted, const at::Tensor& products);
+
+/// x with `value` in these rows, if there are any.
+at::Tensor with_rows_filled(const at::Tensor& x, const at::Tensor& rows, double value);
+
+}  // namespace xattn::detail

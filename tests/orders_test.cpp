@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "orders.h"
+
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include "compare.h"
+#include "test_util.h"
+
+// fixture_test.cpp runs every order on every fixture; here are the promises that no fixture knows.
+namespace xattn::test {
+namespace {
+
+using detail::attend;
+using detail::LayerWeights;
+using torch::Tensor;
+
+constexpr Order kAllOrders[] = {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context,
+                                Order::prefold_into_context};
+constexpr int64_t kB = 2, kLq = 3, kLk = 5;
+
+class OrdersTest : public testing::TestWithParam<torch::Device> {
+ protected:
+  OrdersTest() { torch::manual_seed(0); }
+
+  CrossAttention make(const CrossAttentionOptions& options) const {
+    CrossAttention module(options);
+    module->to(GetParam(), torch::kDouble);
+    return module;
+  }
+  Tensor random(at::IntArrayRef shape) const { return torch::randn(shape, torch::dtype(torch::kDouble).device(GetParam())); }
+
+  // Every pair of orders by its parts, with what they made ahead.
+  template <class F>
+  void for_each_pair(const CrossAttention& module, const AttentionOptions& how, const F& check) const {
+    const LayerWeights weights(*module);
+    for (const auto logits : kAllOrders) {
+      for (const auto values : kAllOrders) {
+        SCOPED_TRACE(std::string(name_of(logits)) + ", " + std::string(name_of(values)));
+        const Orders orders{logits, values};
+        const auto products = make_products(orders, weights);
+        const auto side = make_side(orders, weights, products, key_, value_);
+        check(orders, attend(orders, weights, products, query_, side, how));
+      }
+    }
+  }
+
+  Tensor query_ = random({kB, kLq, 8}), key_ = random({kB, kLk, 12}), value_ = random({kB, kLk, 10});
+  CrossAttentionOptions options_ = CrossAttentionOptions(8, 12, 10, 16).num_heads(4).kv_heads(2).head_dim(6).value_head_dim(5);
+  Mask mask_ = Mask::lengths(torch::tensor({5, 0}), kLk).to(GetParam());
+};
+
+TEST_P(OrdersTest, LogSumExpIsThatOfTheDefinitionWithoutTheBiasOfTheKeys) {
+  auto module = make(options_.key_bias(false));
+  AttentionOptions how;
+  how.mask = mask_;
+  how.log_sum_exp = true;
+  how.path = AttentionPath::definition;
+  Tensor expected;
+  for_each_pair(module, how, [&](const Orders& orders, const AttentionResult& result) {
+    if (orders == Orders{}) expected = result.log_sum_exp;
+    EXPECT_EQ(result.log_sum_exp.sizes(), (std::vector<int64_t>{kB, 4, kLq}));
+    EXPECT_TRUE(result.log_sum_exp[1].eq(-std::numeric_limits<double>::infinity()).all().item<bool>());
+    expect_close(result.log_sum_exp[0], expected[0], tolerance(torch::kDouble, 100), "log-sum-exp");
+  });
+}
+
+TEST_P(OrdersTest, DroppedWeightsCarryTheBiasOfTheValuesByWhatIsLeftOfThem) {
+  // Without anything but the bias of the values, the output tells the sum of the weights that were kept.
+  auto module = make(CrossAttentionOptions(8, 12, 10, 4).output_bias(false));
+  const torch::NoGradGuard no_grad;
+  module->value_linear->weight.zero_();
+  module->value_linear->bias.fill_(1);
+  module->output_linear->weight.copy_(torch::eye(4));
+  AttentionOptions how;
+  how.dropout = 0.5;
+  for_each_pair(module, how, [&](const Orders&, const AttentionResult& result) {
+    bool differs_from_one = false;
+    for (int repeat = 0; repeat < 10 && !differs_from_one; ++repeat) {
+      differs_from_one = (result.output - 1).abs().max().item<double>() > 1e-3;
+    }
+    EXPECT_TRUE(differs_from_one) << "moving the bias behind the softmax is wrong under dropout";
+  });
+}
+
+TEST_P(OrdersTest, DroppedAttentionIsRightInTheMean) {
+  auto module = make(options_);
+  AttentionOptions how;
+  how.path = AttentionPath::definition;
+  const auto exact = [&] {
+    const LayerWeights weights(*module);
+    return attend({}, weights, {}, query_, make_side({}, weights, {}, key_, value_), how).output;
+  }();
+  // 2,000 copies of the query draw 2,000 masks each.
+  constexpr int64_t kCopies = 2000;
+  query_ = query_.narrow(1, 0, 1).expand({kB, kCopies, 8});
+  how.dropout = 0.2;
+  for_each_pair(module, how, [&](const Orders&, const AttentionResult& result) {
+    const auto mean = result.output.mean(1);
+    const auto error = result.output.std(1) / std::sqrt(static_cast<double>(kCopies));
+    const auto off = ((mean - exact.select(1, 0)).abs() / error).max().item<double>();
+    EXPECT_LT(off, 6) << "standard errors";
+  });
+}
+
+TEST_P(OrdersTest, ABiasThatTheResultDoesNotDependOnHasADefinedGradientOfZero) {
+  for (const auto logits : {Order::fold_into_query, Order::prefold, Order::prefold_into_context}) {
+    auto options = options_;
+    auto module = make(options.plan(PlanMode::pin({logits, Order::standard})));
+    std::get<0>(module->forward(query_, key_, value_)).sum().backward();
+    const auto gradient = module->key_linear->bias.grad();
+    ASSERT_TRUE(gradient.defined()) << name_of(logits);
+    EXPECT_TRUE(gradient.eq(0).all().item<bool>()) << name_of(logits);
+  }
+}
+
+TEST_P(OrdersTest, GradientsEqualDifferencesInFirstAndSecondOrder) {
+  for (const auto order : kAllOrders) {
+    auto options = options_;
+    options.plan(PlanMode::pin({order, order})).attention_weights(AttentionWeights::per_head);
+    auto module = make(options);
+    const auto to_output = random({kB, kLq, 16}), to_weights = random({kB, 4, kLq, kLk});
+    const auto f = [&](const std::vector<Tensor>& x) {
+      const auto [output, weights] = module->forward(x[0], x[1], x[2], mask_);
+      return (output * to_output).sum() + (weights * to_weights).sum();
+    };
+    std::vector<Tensor> inputs = {query_, key_, value_};
+    for (auto& input : inputs) input = input.clone().requires_grad_();
+    expect_gradient(f, inputs, std::string(name_of(order)));
+    expect_second_gradient(f, inputs, std::string(name_of(order)));
+  }
+}
+
+TEST_P(OrdersTest, AModulePlansItselfAndAPinHolds) {
+  // One query row and a long context: folding wins by far.
+  auto options = CrossAttentionOptions(64, 64, 64, 64).num_heads(4);
+  EXPECT_NE(make(options)->explain(1, 1, 2000).find("fold_into_query"), std::string::npos);
+  const auto chosen = [](const std::string& text) { return text.substr(text.find("<- chosen") - 70, 70); };
+  EXPECT_NE(chosen(make(options)->explain(1, 1, 2000)).find("fold_into_query"), std::string::npos);
+  EXPECT_NE(chosen(make(options)->explain(1, 2000, 2000)).find("standard"), std::string::npos);
+}
+
+TEST_P(OrdersTest, ThePlanOfAModuleIsThatOfItsSizesAndRunsInEveryCase) {
+  // Automatic plans over many sizes, against the reference's order.
+  const int64_t sizes[] = {0, 1, 2, 5, 33, 200};
+  auto options = CrossAttentionOptions(40, 24, 56, 32).num_heads(4).attention_weights(AttentionWeights::per_head);
+  auto module = make(options);
+  auto standard = make(options.plan(PlanMode::standard));
+  const torch::NoGradGuard no_grad;
+  for (size_t i = 0; i < module->parameters().size(); ++i) standard->parameters()[i].copy_(module->parameters()[i]);
+  for (const auto Lq : sizes) {
+    for (const auto Lk : sizes) {
+      SCOPED_TRACE(std::to_string(Lq) + " queries, " + std::to_string(Lk) + " keys");
+      const auto query = random({2, Lq, 40}), key = random({2, Lk, 24}), value = random({2, Lk, 56});
+      const auto [output, weights] = module->forward(query, key, value);
+      const auto [expected, expected_weights] = standard->forward(query, key, value);
+      expect_close(output, expected, tolerance(torch::kDouble, 400), "output");
+      expect_close(weights, expected_weights, tolerance(torch::kDouble, 400), "weights");
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Devices, OrdersTest, testing::ValuesIn(devices()), device_name);
+
+}  // namespace
+}  // namespace xattn::test
