@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+// One core's work on float32 memory, for the frozen inference path: it knows neither tensors nor threads.
+namespace xattn::detail {
+
+/// The right side of a product, [k, n], in panels of `Kernels::panel` columns: element (i, j) lies at
+/// data[(j / panel) * panel_stride + i * row_stride + j % panel]. Two layouts are of use:
+///   plain rows   row_stride = distance of rows, panel_stride = panel
+///   packed       row_stride = panel, panel_stride = k * panel, filled up with zeros to whole panels: see `Kernels::pack`
+struct RightSide {
+  const float* data = nullptr;
+  int64_t row_stride = 0;
+  int64_t panel_stride = 0;
+};
+
+/// c [m, n] = a [m, k] b [k, n], plus `bias` in every row, plus what c held where `accumulate`.
+///
+/// A row of c depends on its own row of a alone: neither m, nor the rows beside it, nor a division of the columns at panels
+/// change a bit of it. No memory outside of the matrices is touched. c overlaps nothing else.
+struct Product {
+  int64_t m = 0, n = 0, k = 0;
+  const float* a = nullptr;
+  int64_t a_stride = 0;  ///< from row to row, in elements, as c_stride
+  RightSide b;
+  float* c = nullptr;
+  int64_t c_stride = 0;
+  const float* bias = nullptr;  ///< [n]; none if null
+  bool accumulate = false;
+};
+
+/// Softmax in place, on the rows of x [rows, n]: x = exp(y - max y) / sum exp(y - max y) with y = scale * x + bias, over the keys
+/// that are kept; 0 for the others. A row without a kept key above -inf becomes zeros, one with a NaN among them becomes NaN.
+struct Softmax {
+  int64_t rows = 0, n = 0;
+  float* x = nullptr;
+  int64_t x_stride = 0;
+  float scale = 1;
+  const float* bias = nullptr;   ///< [rows, n]; none if null
+  int64_t bias_stride = 0;       ///< 0: one row for all
+  const bool* keep = nullptr;    ///< [rows, n]; all kept if null
+  int64_t keep_stride = 0;       ///< 0: one row for all
+  float* log_sum_exp = nullptr;  ///< [rows], of y; -inf for a row that becomes zeros. Not wanted if null
+};
+
+/// The kernels for one instruction set.
+struct Kernels {
+  const char* name;  ///< "avx512", "avx2", "plain"
+  int64_t panel;     ///< columns of a panel of a RightSide
+
+  void (*product)(const Product&);
+
+  /// The numbers that `pack` and `pack_transposed` write: k * panel for each panel begun.
+  int64_t packed_size(int64_t k, int64_t n) const { return (n + panel - 1) / panel * panel * k; }
+  RightSide packed(const float* data, int64_t k) const { return {data, panel, k * panel}; }
+  RightSide rows(const float* data, int64_t row_stride) const { return {data, row_stride, panel}; }
+
+  /// Packs b [k, n], rows of consecutive numbers `stride` apart.
+  void (*pack)(const float* b, int64_t stride, int64_t k, int64_t n, float* packed);
+  /// Packs the transpose of b [n, k]: a weight as torch stores it, or keys.
+  void (*pack_transposed)(const float* b, int64_t stride, int64_t k, int64_t n, float* packed);
+
+  void (*softmax)(const Softmax&);
+};
+
+/// The fastest that this processor runs. Chosen at the first call; thread-safe.
+const Kernels& kernels();
+
+/// All that this processor runs, the fastest first: for tests.
+std::span<const Kernels* const> all_kernels();
+
+}  // namespace xattn::detail

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "product.h"
+#include "vector.h"
+
+namespace xattn::detail::XATTN_KERNELS {
+namespace {
+
+// See Kernels::pack.
+void pack(const float* b, int64_t stride, int64_t k, int64_t n, float* packed) {
+  for (; n > 0; n -= kPanel, b += kPanel) {
+    for (int64_t i = 0; i < k; ++i, packed += kPanel) {
+      for (int v = 0; v < 2; ++v) {
+        const float* from = b + i * stride + v * kLanes;
+        const int64_t left = n - v * kLanes;
+        store(packed + v * kLanes, left >= kLanes ? load(from) : left > 0 ? load_first(from, left) : Vector{});
+      }
+    }
+  }
+}
+
+// See Kernels::pack_transposed. A block of kLanes by kLanes at a time.
+void pack_transposed(const float* b, int64_t stride, int64_t k, int64_t n, float* packed) {
+  for (int64_t j = 0; j < (n + kPanel - 1) / kPanel * kPanel; j += kLanes) {
+    float* to = packed + j / kPanel * kPanel * k + j % kPanel;
+    const int64_t rows = n - j < kLanes ? n - j : kLanes;
+    const float* from = b + j * stride;
+    for (int64_t i = 0; i < k; i += kLanes) {
+      const int64_t columns = k - i < kLanes ? k - i : kLanes;
+      Vector block[kLanes];
+      if (rows == kLanes && columns == kLanes) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) block[r] = load(from + r * stride + i);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) store(to + (i + r) * kPanel, block[r]);
+      } else {
+        for (int r = 0; r < kLanes; ++r) block[r] = r < rows ? load_first(from + r * stride + i, columns) : Vector{};
+        transpose(block);
+        for (int r = 0; r < columns; ++r) store(to + (i + r) * kPanel, block[r]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace xattn::detail::XATTN_KERNELS

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+// A register of floats in the instruction set that this file is compiled for. XATTN_KERNELS names the namespace: the same code
+// compiled for two sets must not meet at link time. For that reason nothing here or in the files beside it calls an inline
+// function of the standard library, of which the linker would keep one copy, perhaps one that older processors cannot run.
+namespace xattn::detail::XATTN_KERNELS {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kTileRows = 14;  // with two vectors a row: 28 of 32 registers hold sums
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kTileRows = 6;  // 12 of 16
+#else
+constexpr int kLanes = 4;
+constexpr int kTileRows = 6;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Unsigned __attribute__((vector_size(4 * kLanes)));
+typedef float VectorInMemory __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
+template <int...>
+struct Sequence {};
+#if defined(__AVX512F__)
+using Lanes = Sequence<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+#elif defined(__AVX2__)
+using Lanes = Sequence<0, 1, 2, 3, 4, 5, 6, 7>;
+#else
+using Lanes = Sequence<0, 1, 2, 3>;
+#endif
+
+inline Vector load(const float* from) {
+  return *reinterpret_cast<const VectorInMemory*>(from);
+}
+
+inline void store(float* to, Vector x) {
+  *reinterpret_cast<VectorInMemory*>(to) = x;
+}
+
+inline Vector broadcast(float x) {
+  return x - Vector{};
+}
+
+inline Integers lane_numbers() {
+  Integers lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+inline Vector larger(Vector x, Vector y) {
+  return x > y ? x : y;
+}
+
+// The first `count` lanes, 0 to kLanes of them; the rest of the vector is 0, and the rest of memory is not touched.
+inline Vector load_first(const float* from, int64_t count) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+#elif defined(__AVX2__)
+  return _mm256_maskload_ps(from, reinterpret_cast<__m256i>(lane_numbers() < static_cast<int32_t>(count)));
+#else
+  Vector x{};
+  for (int i = 0; i < kLanes; ++i) {
+    if (i < count) x[i] = from[i];
+  }
+  return x;
+#endif
+}
+
+inline void store_first(float* to, Vector x, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), x);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(to, reinterpret_cast<__m256i>(lane_numbers() < static_cast<int32_t>(count)), x);
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    if (i < count) to[i] = x[i];
+  }
+#endif
+}
+
+// Which of the first `count` of these are true; of the others, none.
+inline Integers load_first(const bool* from, int64_t count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const auto bytes = reinterpret_cast<Bytes>(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), from));
+#else
+  Bytes bytes{};
+  __builtin_memcpy(&bytes, from, static_cast<size_t>(count));
+#endif
+  return __builtin_convertvector(bytes, Integers) != 0;
+}
+
+// For a != b in turn: lanes of x and y with bit kBit of their number swapped, those of x that have it and those of y that have not.
+template <int kBit, int... kLane>
+inline void swap_halves(Vector& x, Vector& y, Sequence<kLane...>) {
+  const Vector low = __builtin_shufflevector(x, y, (kLane & kBit ? kLanes + kLane - kBit : kLane)...);
+  y = __builtin_shufflevector(x, y, (kLane & kBit ? kLanes + kLane : kLane + kBit)...);
+  x = low;
+}
+
+// The square matrix of which x holds the rows, transposed: its blocks off the diagonal are swapped, then theirs.
+template <int kBit = kLanes / 2>
+inline void transpose(Vector (&x)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & kBit) == 0) swap_halves<kBit>(x[i], x[i + kBit], Lanes{});
+  }
+  if constexpr (kBit > 1) transpose<kBit / 2>(x);
+}
+
+// Lane i: the lanes of x[i], put together by `combine`. Each in the same order, whatever the others hold.
+template <int kBit = kLanes / 2, class Combine>
+inline Vector reduce(Vector (&x)[kLanes], Combine combine) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kBit; ++i) {
+    swap_halves<kBit>(x[i], x[i + kBit], Lanes{});
+    x[i] = combine(x[i], x[i + kBit]);
+  }
+  if constexpr (kBit > 1) {
+    return reduce<kBit / 2>(x, combine);
+  } else {
+    return x[0];
+  }
+}
+
+}  // namespace
+}  // namespace xattn::detail::XATTN_KERNELS
