@@ -8,8 +8,8 @@ namespace xattn::detail::XATTN_KERNELS {
 namespace {
 
 constexpr int kPanel = 2 * kLanes;
-constexpr int64_t kDepth = 256;  // of a block of k: a panel of it, 32 KB for AVX-512, stays in the L1 cache
-constexpr int64_t kHeight = 512;
+constexpr int64_t kDepth = 1536;  // of a block of k: a panel of it, 192 KB for AVX-512, and kHeight rows stay in the L2 cache
+constexpr int64_t kHeight = 112;
 
 // A tile of c, a few rows by a few vectors, whose sums live in registers while k runs.
 struct Tile {

@@ -9,115 +9,183 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
-// exp(x) for x <= 0, to 1 unit in the last place; 0 where that is below the smallest normal number.
+// exp(x) for x <= 0, off by at most 2 units in the last place; 0 for -inf and below the smallest normal number.
 //
-// exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, exp(r) by a polynomial.
+// exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2. There the polynomial is the best of its degree for the
+// relative error, 3e-9, that begins with 1 + r.
 inline Vector exp_of_negative(Vector x) {
-  constexpr float kLowest = -87.0f;
-  constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: whoever adds it has rounded to an integer
+  constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: a number it is added to loses its digits behind the point
   constexpr float kLog2High = 0.693359375f;  // of few bits, so that its product with n is exact
   constexpr float kLog2Low = -2.12194440e-4f;
-  const Vector rounded = x * 1.44269504f + kRound;  // the low bits are n
+#if defined(__AVX512F__)
+  x = _mm512_maskz_max_ps(0xffff, broadcast(-104.0f), x);  // of which exp is 0; a NaN stays one
+#endif
+  const Vector rounded = x * 1.44269504f + kRound;  // its last bits are n
   const Vector n = rounded - kRound;
   const Vector r = x - n * kLog2High - n * kLog2Low;
-  Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // the coefficients of Cephes (S. Moshier, expf)
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  Vector p = r * 0.001381456f + 0.008368736f;
+  p = p * r + 0.04166839f;
+  p = p * r + 0.16666521f;
+  p = p * r + 0.49999994f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(0xffff, p, n);  // GCC 12 warns of the one without a mask
+#else
   const auto power = reinterpret_cast<Vector>((reinterpret_cast<Unsigned>(rounded) << 23) + (127u << 23));
-  return x < kLowest ? Vector{} : p * power;  // a NaN is not below
+  return x < -87.0f ? Vector{} : p * power;  // a NaN is not below
+#endif
 }
 
-// Vector j of a row, of which `count` lanes belong to it; y = -inf where a key is left out.
-struct SoftmaxRow {
+inline Vector sum_of(Vector x, Vector y) {
+  return x + y;
+}
+
+struct Row {
   float* x;
   const float* bias;
   const bool* keep;
 };
 
-inline Vector masked_logits(const SoftmaxRow& row, float scale, int64_t j, int64_t count) {
-  Vector y = load_first(row.x + j, count) * scale;
-  if (row.bias) y += load_first(row.bias + j, count);
-  const Integers kept = row.keep ? load_first(row.keep + j, count) : lane_numbers() < static_cast<int32_t>(count);
-  return kept ? y : broadcast(-kInfinity);
+inline Row row_of(const Softmax& s, int64_t i) {
+  return {s.x + i * s.x_stride, s.bias ? s.bias + i * s.bias_stride : nullptr, s.keep ? s.keep + i * s.keep_stride : nullptr};
 }
 
-// Softmax of up to kLanes rows: what is one number a row lies in the lanes of one vector. The first pass finds the largest y,
-// and where there is a bias or a mask leaves y in place of x; the second leaves exp(y - largest) and sums; the third divides.
-// Of each row, the vector at its end that is not whole stays in `ends`.
+// y of the keys j to j + count - 1, and -inf for those left out. In the lanes behind `count` there is anything.
 template <bool kMasked>
-void softmax_rows(const Softmax& s, int64_t first, int64_t rows) {
-  const int64_t whole = s.n / kLanes * kLanes, rest = s.n - whole;
-  const Integers in_rest = lane_numbers() < static_cast<int32_t>(rest);
-  const Vector minus_infinity = broadcast(-kInfinity);
-  float* const x = s.x + first * s.x_stride;
-
-  Vector parts[kLanes] = {}, ends[kLanes];
-  for (int64_t r = 0; r < rows; ++r) {
-    const SoftmaxRow row{x + r * s.x_stride, s.bias ? s.bias + (first + r) * s.bias_stride : nullptr,
-                         s.keep ? s.keep + (first + r) * s.keep_stride : nullptr};
-    Vector largest = minus_infinity;
-    for (int64_t j = 0; j < whole; j += kLanes) {
-      Vector y;
-      if constexpr (kMasked) {
-        y = masked_logits(row, s.scale, j, kLanes);
-        store(row.x + j, y);
-      } else {
-        y = load(row.x + j) * s.scale;
-      }
-      largest = larger(largest, y);
-    }
-    if (rest > 0) {
-      if constexpr (kMasked) {
-        ends[r] = masked_logits(row, s.scale, whole, rest);
-      } else {
-        ends[r] = in_rest ? load_first(row.x + whole, rest) * s.scale : minus_infinity;
-      }
-      largest = larger(largest, ends[r]);
-    }
-    parts[r] = largest;
+inline Vector logits(const Row& row, float scale, int64_t j, int64_t count = kLanes) {
+  Vector y = load_first(row.x + j, count) * scale;
+  if constexpr (kMasked) {
+    if (row.bias) y += load_first(row.bias + j, count);
+    if (row.keep) y = load_first(row.keep + j, count) ? y : broadcast(-kInfinity);
   }
-  const Vector found = reduce(parts, larger);
-  const Vector largest = found == minus_infinity ? Vector{} : found;  // an empty row: exp(-inf - 0) = 0
+  return y;
+}
 
-  const float scale = kMasked ? 1 : s.scale;
+// y of the last kLanes keys, and -inf for those of them that whole vectors from the start cover already.
+//
+// So the end of a row needs no store under a mask, which would hold up the loads of the next row.
+template <bool kMasked>
+inline Vector logits_at_end(const Row& row, float scale, int64_t n) {
+  const auto covered = static_cast<int32_t>((n + kLanes - 1) / kLanes * kLanes - n);
+  return lane_numbers() >= covered ? logits<kMasked>(row, scale, n - kLanes) : broadcast(-kInfinity);
+}
+
+// What is subtracted from y: the largest y or, in an empty row, 0, so that its exp(-inf - 0) is 0 and not NaN.
+inline Vector shift_of(Vector largest) {
+  return largest == -kInfinity ? Vector{} : largest;
+}
+
+inline Vector inverse(Vector sum) {
+  return sum == 0.0f ? Vector{} : 1.0f / sum;
+}
+
+inline float log_sum_exp(Vector shift, Vector sum) {
+  return shift[0] + __builtin_logf(sum[0]);
+}
+
+// Up to kRows rows of kVectors vectors, the last of them filled by `last` keys.
+//
+// Step by step for all rows, as each step of one row waits for the one before. And the stores under a mask come together, as
+// they hold up later loads.
+constexpr int64_t kRows = 16;
+
+template <int kVectors, bool kMasked>
+void softmax_short(const Softmax& s, int64_t first, int64_t rows) {
+  constexpr int kLast = kVectors - 1;
+  const int64_t last = s.n - kLast * kLanes;
+  const Integers is_key = lane_numbers() < static_cast<int32_t>(last);
+  Vector y[kRows][kVectors], shifts[kRows], sums[kRows];
   for (int64_t r = 0; r < rows; ++r) {
-    float* const row = x + r * s.x_stride;
-    const Vector shift = broadcast(largest[r]);
-    Vector sum{};
-    for (int64_t j = 0; j < whole; j += kLanes) {
-      const Vector e = exp_of_negative(load(row + j) * scale - shift);
-      store(row + j, e);
-      sum += e;
+    const Row row = row_of(s, first + r);
+    y[r][kLast] = is_key ? logits<kMasked>(row, s.scale, kLast * kLanes, last) : broadcast(-kInfinity);
+    Vector largest = y[r][kLast];
+#pragma GCC unroll 8
+    for (int v = 0; v < kLast; ++v) {
+      y[r][v] = logits<kMasked>(row, s.scale, v * kLanes);
+      largest = larger(largest, y[r][v]);
     }
-    if (rest > 0) {
-      ends[r] = exp_of_negative(ends[r] - shift);
-      sum += ends[r];
-    }
-    parts[r] = sum;
+    shifts[r] = shift_of(reduce(largest, larger));
   }
-  for (int64_t r = rows; r < kLanes; ++r) parts[r] = Vector{};
-  const Vector sums = reduce(parts, [](Vector a, Vector b) { return a + b; });
-  const Vector factors = sums == 0.0f ? Vector{} : 1.0f / sums;
-
   for (int64_t r = 0; r < rows; ++r) {
-    float* const row = x + r * s.x_stride;
-    const Vector factor = broadcast(factors[r]);
-    for (int64_t j = 0; j < whole; j += kLanes) store(row + j, load(row + j) * factor);
-    if (rest > 0) store_first(row + whole, ends[r] * factor, rest);
-    if (s.log_sum_exp) s.log_sum_exp[first + r] = largest[r] + __builtin_logf(sums[r]);
+    sums[r] = Vector{};
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      y[r][v] = exp_of_negative(y[r][v] - shifts[r]);
+      sums[r] += y[r][v];
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) sums[r] = reduce(sums[r], sum_of);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* const x = s.x + (first + r) * s.x_stride;
+    const Vector factor = inverse(sums[r]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kLast; ++v) store(x + v * kLanes, y[r][v] * factor);
+    store_first(x + kLast * kLanes, y[r][kLast] * factor, last);
+    if (s.log_sum_exp) s.log_sum_exp[first + r] = log_sum_exp(shifts[r], sums[r]);
+  }
+}
+
+// A row of at least kLanes keys. The first pass finds the largest y and, where there is a bias or a mask, leaves y in place of x;
+// the second leaves exp(y - largest) and sums it; the third divides. The vector at the end stays in a register.
+template <bool kMasked>
+void softmax_long(const Row& row, float scale, int64_t n, float* sum_exp) {
+  const int64_t end = (n - 1) / kLanes * kLanes;
+  const Vector y = logits_at_end<kMasked>(row, scale, n);
+  Vector largest = y;
+  for (int64_t j = 0; j < end; j += kLanes) {
+    const Vector each = logits<kMasked>(row, scale, j);
+    if constexpr (kMasked) store(row.x + j, each);
+    largest = larger(largest, each);
+  }
+  const Vector shift = shift_of(reduce(largest, larger));
+  if constexpr (kMasked) scale = 1;
+  const Vector e_at_end = exp_of_negative(y - shift);
+  Vector sums = e_at_end;
+  for (int64_t j = 0; j < end; j += kLanes) {
+    const Vector e = exp_of_negative(load(row.x + j) * scale - shift);
+    store(row.x + j, e);
+    sums += e;
+  }
+  const Vector sum = reduce(sums, sum_of);
+  const Vector factor = inverse(sum);
+  for (int64_t j = 0; j < end; j += kLanes) store(row.x + j, load(row.x + j) * factor);
+  const auto covered = static_cast<int32_t>(kLanes - (n - end));
+  store(row.x + n - kLanes, lane_numbers() >= covered ? e_at_end * factor : load(row.x + n - kLanes));
+  if (sum_exp) *sum_exp = log_sum_exp(shift, sum);
+}
+
+// Rows of kWidth keys one behind the other: a few of them fill a vector.
+template <int kWidth>
+void softmax_narrow(const Softmax& s) {
+  const int64_t size = s.rows * kWidth;
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const int64_t count = size - i < kLanes ? size - i : kLanes;
+    const Vector y = load_first(s.x + i, count) * s.scale;
+    const Vector e = exp_of_negative(y - shift_of(reduce<kWidth>(y, larger)));
+    store_first(s.x + i, e * inverse(reduce<kWidth>(e, sum_of)), count);
+  }
+}
+
+template <bool kMasked, int kVectors = 1>
+void softmax_rows(const Softmax& s) {
+  if constexpr (kVectors > 8) {
+    for (int64_t i = 0; i < s.rows; ++i) {
+      softmax_long<kMasked>(row_of(s, i), s.scale, s.n, s.log_sum_exp ? s.log_sum_exp + i : nullptr);
+    }
+  } else if (s.n > kVectors * kLanes) {
+    softmax_rows<kMasked, kVectors + 1>(s);
+  } else {
+    for (int64_t i = 0; i < s.rows; i += kRows) softmax_short<kVectors, kMasked>(s, i, s.rows - i < kRows ? s.rows - i : kRows);
   }
 }
 
 void softmax(const Softmax& s) {
-  constexpr int64_t kShort = 256;  // of longer rows, kLanes together leave the L1 cache
-  const int64_t step = s.n <= kShort ? kLanes : 1;
-  for (int64_t first = 0; first < s.rows; first += step) {
-    const int64_t rows = s.rows - first < step ? s.rows - first : step;
-    s.bias || s.keep ? softmax_rows<true>(s, first, rows) : softmax_rows<false>(s, first, rows);
-  }
+  const bool is_masked = s.bias || s.keep;
+  const bool is_dense = !is_masked && s.x_stride == s.n && !s.log_sum_exp;
+  if (is_dense && s.n == 4 && kLanes > 4) return softmax_narrow<4>(s);
+  if (is_dense && s.n == 8 && kLanes > 8) return softmax_narrow<8>(s);
+  is_masked ? softmax_rows<true>(s) : softmax_rows<false>(s);
 }
 
 }  // namespace

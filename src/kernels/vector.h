@@ -65,6 +65,7 @@ inline Vector larger(Vector x, Vector y) {
 
 // The first `count` lanes, 0 to kLanes of them; the rest of the vector is 0, and the rest of memory is not touched.
 inline Vector load_first(const float* from, int64_t count) {
+  if (count == kLanes) return load(from);
 #if defined(__AVX512F__)
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
 #elif defined(__AVX2__)
@@ -79,6 +80,7 @@ inline Vector load_first(const float* from, int64_t count) {
 }
 
 inline void store_first(float* to, Vector x, int64_t count) {
+  if (count == kLanes) return store(to, x);
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), x);
 #elif defined(__AVX2__)
@@ -92,16 +94,21 @@ inline void store_first(float* to, Vector x, int64_t count) {
 
 // Which of the first `count` of these are true; of the others, none.
 inline Integers load_first(const bool* from, int64_t count) {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-  const auto bytes = reinterpret_cast<Bytes>(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), from));
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), from);
+  return reinterpret_cast<Integers>(_mm512_maskz_cvtepu8_epi32(0xffff, bytes)) != 0;
 #else
   Bytes bytes{};
   __builtin_memcpy(&bytes, from, static_cast<size_t>(count));
-#endif
+#if defined(__AVX2__)
+  return reinterpret_cast<Integers>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(reinterpret_cast<int64_t>(bytes)))) != 0;
+#else
   return __builtin_convertvector(bytes, Integers) != 0;
+#endif
+#endif
 }
 
-// For a != b in turn: lanes of x and y with bit kBit of their number swapped, those of x that have it and those of y that have not.
+// Swaps the lanes of x whose number has the bit kBit with those of y whose number has not.
 template <int kBit, int... kLane>
 inline void swap_halves(Vector& x, Vector& y, Sequence<kLane...>) {
   const Vector low = __builtin_shufflevector(x, y, (kLane & kBit ? kLanes + kLane - kBit : kLane)...);
@@ -119,19 +126,16 @@ inline void transpose(Vector (&x)[kLanes]) {
   if constexpr (kBit > 1) transpose<kBit / 2>(x);
 }
 
-// Lane i: the lanes of x[i], put together by `combine`. Each in the same order, whatever the others hold.
-template <int kBit = kLanes / 2, class Combine>
-inline Vector reduce(Vector (&x)[kLanes], Combine combine) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kBit; ++i) {
-    swap_halves<kBit>(x[i], x[i + kBit], Lanes{});
-    x[i] = combine(x[i], x[i + kBit]);
-  }
-  if constexpr (kBit > 1) {
-    return reduce<kBit / 2>(x, combine);
-  } else {
-    return x[0];
-  }
+template <int kBit, int... kLane>
+inline Vector exchange(Vector x, Sequence<kLane...>) {
+  return __builtin_shufflevector(x, x, (kLane ^ kBit)...);
+}
+
+// Every lane: those of its kWidth neighbours, counted from lane 0 on, put together; all of them, unless it is said how many.
+template <int kWidth = kLanes, class Combine>
+inline Vector reduce(Vector x, Combine combine) {
+  if constexpr (kWidth > 1) x = reduce<kWidth / 2>(combine(x, exchange<kWidth / 2>(x, Lanes{})), combine);
+  return x;
 }
 
 }  // namespace
