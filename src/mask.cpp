@@ -5,6 +5,7 @@
 #include <ATen/ops/amax.h>
 #include <ATen/ops/any.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/eq.h>
 #include <ATen/ops/gt.h>
@@ -74,6 +75,10 @@ Mask Mask::lengths(const at::Tensor& lengths, int64_t Lk) {
   const auto places = at::arange(Lk, lengths.options().dtype(at::kLong));
   Mask mask = key_padding(at::lt(places.unsqueeze(0), lengths.unsqueeze(1)));  // [B, Lk]
   mask.keep_.front().name = "lengths";
+  if (lengths.is_cpu()) {
+    const auto numbers = lengths.to(at::kLong).contiguous();
+    mask.keep_.front().lengths.assign(numbers.const_data_ptr<int64_t>(), numbers.const_data_ptr<int64_t>() + numbers.numel());
+  }
   return mask;
 }
 
@@ -183,7 +188,7 @@ void Mask::check(
     std::string_view caller, int64_t B, int64_t H, std::optional<int64_t> Lq, int64_t Lk, at::Device device) const {
   const auto fits = [](int64_t size, int64_t expected) { return size == 1 || size == expected; };
   for (const auto* parts : {&keep_, &bias_}) {
-    for (const auto& [name, tensor] : *parts) {
+    for (const auto& [name, tensor, lengths] : *parts) {
       check_value(
           fits(tensor.size(0), B) && fits(tensor.size(1), H) && (!Lq || fits(tensor.size(2), *Lq)) && tensor.size(3) == Lk,
           caller, "mask ({}) must fit [B, H, Lq, Lk] = [{}, {}, {}, {}], but has {}.", name, B, H,
@@ -199,6 +204,69 @@ Mask Mask::with_free_key(int64_t Lq, int64_t Lk, at::Device device) const {
   if (const auto allowed = keep(Lq, Lk, device); allowed.defined()) mask = dense(at::constant_pad_nd(allowed, {0, 1}, true));
   if (const auto added = additive(); added.defined()) mask = mask & bias(at::constant_pad_nd(added, {0, 1}, 0));
   return mask;
+}
+
+std::vector<int64_t> Mask::host_lengths() const {
+  std::vector<int64_t> least;
+  for (const auto& part : keep_) {
+    if (part.lengths.empty()) continue;
+    if (least.empty()) least = part.lengths;
+    if (least.size() == 1) least.resize(part.lengths.size(), least.front());
+    for (size_t b = 0; b < least.size(); ++b) least[b] = std::min(least[b], part.lengths[part.lengths.size() == 1 ? 0 : b]);
+  }
+  return least;
+}
+
+Mask Mask::without_lengths() const {
+  Mask rest = *this;
+  std::erase_if(rest.keep_, [](const Part& part) { return !part.lengths.empty(); });
+  return rest;
+}
+
+Mask Mask::slice(int64_t begin, int64_t end) const {
+  Mask sliced = *this;
+  for (auto* parts : {&sliced.keep_, &sliced.bias_}) {
+    for (auto& part : *parts) {
+      if (part.tensor.size(0) > 1) part.tensor = part.tensor.narrow(0, begin, end - begin);
+      if (part.lengths.size() > 1) part.lengths = {part.lengths.begin() + begin, part.lengths.begin() + end};
+    }
+  }
+  return sliced;
+}
+
+Mask Mask::cat(const std::vector<std::pair<Mask, int64_t>>& masks) {
+  Mask joined = masks.front().first;
+  const auto join = [&](std::vector<Part> Mask::* parts) {
+    for (size_t i = 0; i < (joined.*parts).size(); ++i) {
+      std::vector<at::Tensor> tensors;
+      std::vector<int64_t> lengths;
+      for (const auto& [mask, B] : masks) {
+        const auto& part = (mask.*parts)[i];
+        tensors.push_back(part.tensor.expand({B, -1, -1, -1}));
+        for (int64_t b = 0; b < B && !part.lengths.empty(); ++b) {
+          lengths.push_back(part.lengths[part.lengths.size() == 1 ? 0 : static_cast<size_t>(b)]);
+        }
+      }
+      auto& part = (joined.*parts)[i];
+      part.tensor = at::cat(tensors);
+      part.lengths = std::move(lengths);
+    }
+  };
+  const auto names = [](const Mask& mask) {
+    std::vector<std::string_view> all;
+    for (const auto& part : mask.keep_) all.emplace_back(part.name);
+    for (const auto& part : mask.bias_) all.emplace_back(part.name);
+    return all;
+  };
+  for (const auto& [mask, B] : masks) {
+    const bool alike =
+        names(mask) == names(joined) && mask.upper_left_ == joined.upper_left_ && mask.lower_right_ == joined.lower_right_;
+    check_value(alike, "mask", "masks must be built alike to be put behind each other, but are of {} and {}.",
+                fmt::join(names(joined), " and "), fmt::join(names(mask), " and "));
+  }
+  join(&Mask::keep_);
+  join(&Mask::bias_);
+  return joined;
 }
 
 Mask Mask::to(at::Device device) const {

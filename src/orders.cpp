@@ -3,6 +3,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/logical_not.h>
@@ -79,6 +80,13 @@ Tensor project_query(const LayerWeights& w, const Tensor& query) {
 Tensor project_key(const LayerWeights& w, const Tensor& key) {
   auto norm = w.key_norm;
   return split_heads(linear(key, w.key, w.key_bias), w.G, w.d, w.norm_scope, norm);  // [B, G, Lk, d]
+}
+
+// [B, G, Lk, size], [1, 1, G * size] -> [B, G, Lk + 1, size].
+Tensor with_one_more(const Tensor& x, const Tensor& bias) {
+  if (!bias.defined()) return x;
+  const auto row = bias.view({1, x.size(1), 1, x.size(3)}).expand({x.size(0), -1, -1, -1});
+  return at::cat({x, row.to(x.scalar_type())}, 2);
 }
 
 // (Xq Wq) Wk'
@@ -201,6 +209,8 @@ LayerWeights::LayerWeights(const CrossAttentionImpl& m)
       value_bias(m.value_linear->bias),
       output(m.output_linear->weight),
       output_bias(m.output_linear->bias),
+      bias_k(m.bias_k),
+      bias_v(m.bias_v),
       query_norm(m.query_norm),
       key_norm(m.key_norm),
       norm_scope(m.options.qk_norm_scope()),
@@ -233,12 +243,12 @@ Products make_products(const Orders& orders, const LayerWeights& weights) {
 
 Side make_side(const Orders& orders, const LayerWeights& w, const Products& products, const Tensor& key, const Tensor& value) {
   Side side{key, {}, value};
-  if (orders.logits == Order::standard) side.keys = project_key(w, key);
+  if (orders.logits == Order::standard) side.keys = with_one_more(project_key(w, key), w.bias_k);
   if (orders.logits == Order::fold_into_context) std::tie(side.keys, side.key_bias) = fold_into_context(w, key);
   if (orders.logits == Order::prefold_into_context) {
     std::tie(side.keys, side.key_bias) = product_times(w, products.logits, key);
   }
-  if (orders.values == Order::standard) side.values = project_value(w, value);
+  if (orders.values == Order::standard) side.values = with_one_more(project_value(w, value), w.bias_v);
   if (orders.values == Order::fold_into_context) side.values = fold_values_into_context(w, value);
   if (orders.values == Order::prefold_into_context) side.values = value_times_product(w, products.values, value);
   return side;
@@ -251,7 +261,9 @@ AttentionResult attend(const Orders& orders,
                        const Side& side,
                        const AttentionOptions& options) {
   if (orders == Orders{}) {
-    auto result = attention(project_query(w, query), side.keys, side.values, options);
+    auto how = options;
+    if (w.bias_k.defined()) how.mask = options.mask.with_free_key(query.size(1), side.keys.size(2) - 1, query.device());
+    auto result = attention(project_query(w, query), side.keys, side.values, how);
     result.output = linear(merge_heads(result.output), w.output, w.output_bias);
     return result;
   }

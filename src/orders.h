@@ -21,7 +21,8 @@ struct LayerWeights {
   at::Tensor key, key_bias;        ///< [G * d, Ek], [G * d]
   at::Tensor value, value_bias;    ///< [G * e, Ev], [G * e]
   at::Tensor output, output_bias;  ///< [Eo, H * e], [Eo]
-  Norm query_norm, key_norm;       ///< empty if there is none
+  at::Tensor bias_k, bias_v;  ///< [1, 1, G * d], [1, 1, G * e]: a key and a value behind the last; undefined if there is none
+  Norm query_norm, key_norm;  ///< empty if there is none
   NormScope norm_scope;
   int64_t H, G, d, e;
   double scale;

@@ -213,6 +213,16 @@ std::string_view name_of(Order order) {
   return kNames[static_cast<size_t>(order)];
 }
 
+namespace {
+
+constexpr std::string_view kNoProduct = "the product of weights is larger than both and was not made";
+
+bool uses_product(Order order) {
+  return order == Order::prefold || order == Order::prefold_into_context;
+}
+
+}  // namespace
+
 std::string_view illegal_for_logits(Order order, const PlanRequest& request) {
   if (order == Order::standard) return {};
   if (request.free_key) return "bias_kv adds a key that no projection made";
@@ -220,11 +230,13 @@ std::string_view illegal_for_logits(Order order, const PlanRequest& request) {
   const bool projects_key = order == Order::fold_into_context;
   if (request.query_norm && !projects_query) return "a norm of the query stands behind Wq";
   if (request.key_norm && !projects_key) return "a norm of the key stands behind Wk";
+  if (request.weights_are_frozen && !request.logits_product && uses_product(order)) return kNoProduct;
   return {};
 }
 
 std::string_view illegal_for_values(Order order, const PlanRequest& request) {
   if (order != Order::standard && request.free_key) return "bias_kv adds a value that no projection made";
+  if (request.weights_are_frozen && !request.values_product && uses_product(order)) return kNoProduct;
   return {};
 }
 

@@ -14,6 +14,8 @@
 #include <limits>
 #include <string_view>
 
+#include "kernels/kernels.h"
+
 namespace xattn {
 namespace {
 
@@ -70,6 +72,21 @@ Rates Rates::cpu(int threads) {
                        .start_small = 0.3e-6,
                        .softmax = 0.6e9,
                        .fused = 0.6 * flops},
+                      threads);
+}
+
+Rates Rates::kernels(int threads) {
+  const std::string_view set = detail::kernels().name;
+  const double flops = set == "avx512" ? 190e9 : set == "avx2" ? 90e9 : 15e9;
+  return with_threads({.flops = flops,
+                       .memory = 25e9,
+                       .half_rows = 1,
+                       .half_columns = 6,
+                       .half_depth = 6,
+                       .start_product = 0.2e-6,
+                       .start_small = 0.05e-6,
+                       .softmax = 2.5e9,
+                       .fused = 0},
                       threads);
 }
 

@@ -84,6 +84,9 @@ struct XATTN_API CrossAttentionOptions {
   TORCH_ARG(PlanMode, plan) = PlanMode::automatic;
 };
 
+class Frozen;
+struct FreezeOptions;
+
 /// Cross attention: a query asks, a context of keys and values answers.
 ///
 ///   Q, K, V = query_linear(query), key_linear(key), value_linear(value), split into heads
@@ -134,6 +137,10 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
 
   /// Attends with query [B, Lq, Eq] to a context that this module made, with the weights that it has now.
   std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query, const Context& context);
+
+  /// For inference: a copy that is immutable, laid out and planned, and free to be shared by threads. See frozen.h.
+  Frozen freeze() const;
+  Frozen freeze(const FreezeOptions& options) const;
 
   /// What `forward` would do with B x Lq queries and B x Lk keys, now: every order with its cost, and the choice. As text.
   std::string explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask = {});

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace xattn {
@@ -91,13 +92,28 @@ class XATTN_API Mask {
   /// The mask for contexts with one more key behind the last, to which every query may attend.
   Mask with_free_key(int64_t Lq, int64_t Lk, at::Device device) const;
 
+  /// The lengths of all batch entries, or of one for all, if the mask has been built from lengths in host memory; else nothing.
+  /// Where there were several, the least.
+  std::vector<int64_t> host_lengths() const;
+
+  /// What the mask says besides these lengths.
+  Mask without_lengths() const;
+
+  /// For batch entries [begin, end) alone.
+  Mask slice(int64_t begin, int64_t end) const;
+
+  /// For the batches of several masks, one behind the other; each with the size of its batch. Throws c10::ValueError unless all
+  /// have been built alike.
+  static Mask cat(const std::vector<std::pair<Mask, int64_t>>& masks);
+
   /// The same mask with its tensors on another device.
   Mask to(at::Device device) const;
 
  private:
   struct Part {
-    const char* name;   // the builder's, for messages
-    at::Tensor tensor;  // [B|1, H|1, Lq|1, Lk]
+    const char* name;                   // the builder's, for messages
+    at::Tensor tensor;                  // [B|1, H|1, Lq|1, Lk]
+    std::vector<int64_t> lengths = {};  // it says, and nothing else; empty if it does not, or if they are not in host memory
   };
   // The last key that query i sees is i + diagonal; nothing without a causal part.
   std::optional<int64_t> diagonal(int64_t Lq, int64_t Lk) const;

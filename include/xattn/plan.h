@@ -84,6 +84,8 @@ struct PlanRequest {
   bool free_key = false;            ///< a key and a value that bypass the projections (bias_kv)
   bool query_is_constant = false;   ///< a learned query: what is made of it and of weights alone costs nothing
   bool weights_are_frozen = false;  ///< products of weights cost nothing
+  bool logits_product = true;       ///< Wq Wk' is there if weights are frozen
+  bool values_product = true;       ///< Wv Wo likewise
   bool training = false;            ///< a backward pass follows
   std::string_view unfused = {};    ///< why LibTorch's fused attention kernel cannot run after standard orders; empty if it can
 

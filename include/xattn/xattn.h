@@ -11,6 +11,7 @@
 #include <xattn/cross_attention.h>
 #include <xattn/decoupled.h>
 #include <xattn/file_error.h>
+#include <xattn/frozen.h>
 #include <xattn/layouts.h>
 #include <xattn/load.h>
 #include <xattn/mask.h>

@@ -1,0 +1,804 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "check.h"
+#include "kernels/kernels.h"
+
+namespace xattn::detail {
+
+using at::Tensor;
+
+namespace {
+
+constexpr int64_t kScratch = 3 << 16;  // floats of a task's scratch: what fits into a core's cache beside a panel of weights
+constexpr int64_t kLeastRows = 14;     // rows from which a product runs at its full speed, about
+constexpr int64_t kRowsOfATeam = 4;    // per thread: with fewer rows all threads work on the same rows
+
+const float* data(const Tensor& x) {
+  return x.const_data_ptr<float>();
+}
+float* mutable_data(const Tensor& x) {
+  return x.mutable_data_ptr<float>();
+}
+
+int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
+
+// ---- Right sides -----------------------------------------------------------------------------------------------------------
+
+RightSide right_side(const float* packed, int64_t k) {
+  return kernels().packed(packed, k);
+}
+
+RightSide right_side(const Packed& p, int64_t which = 0) {
+  return right_side(data(p.data) + which * kernels().packed_size(p.k, p.n), p.k);
+}
+
+RightSide from_row(RightSide right, int64_t row) {
+  right.data += row * right.row_stride;
+  return right;
+}
+
+// Matrices [count, n, k], as torch stores weights, each as a right side [k, n].
+Packed pack_weights(const Tensor& weights) {
+  const auto w = weights.contiguous();
+  const auto count = w.size(0), n = w.size(1), k = w.size(2), size = kernels().packed_size(k, n);
+  Packed packed{at::empty({count * size}, w.options()), k, n};
+  for (int64_t i = 0; i < count; ++i) {
+    kernels().pack_transposed(data(w) + i * n * k, k, k, n, mutable_data(packed.data) + i * size);
+  }
+  return packed;
+}
+
+Packed pack_weight(const Tensor& weight) {
+  return pack_weights(weight.unsqueeze(0));
+}
+
+Tensor or_zeros(const Tensor& bias, const Tensor& like, int64_t n) {
+  return bias.defined() ? bias.contiguous() : at::zeros({n}, like.options());
+}
+
+// ---- Work and threads ------------------------------------------------------------------------------------------------------
+
+int64_t threads() {
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
+template <class F>
+void each(int64_t n, const F& f) {
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// Who does the steps of a task: one thread, or all of them together.
+struct Team {
+  bool all;
+
+  template <class F>
+  void each(int64_t n, const F& f) const {
+    if (all) return detail::each(n, f);
+    for (int64_t i = 0; i < n; ++i) f(i);
+  }
+
+  // f(begin, end) for parts of [0, n).
+  template <class F>
+  void parts(int64_t n, const F& f) const {
+    if (!all) return f(0, n);
+    at::parallel_for(0, n, 1, f);
+  }
+
+  // A product by ranges of whole panels.
+  void product(const Product& p) const {
+    const auto panel = kernels().panel;
+    parts((p.n + panel - 1) / panel, [&](int64_t begin, int64_t end) {
+      auto part = p;
+      part.n = std::min(p.n, end * panel) - begin * panel;
+      part.b.data += begin * p.b.panel_stride;
+      part.c += begin * panel;
+      if (p.bias) part.bias += begin * panel;
+      kernels().product(part);
+    });
+  }
+};
+
+// A piece of memory, given out from its front.
+class Scratch {
+ public:
+  explicit Scratch(float* memory) : next_(memory) {}
+  float* take(int64_t floats) { return std::exchange(next_, next_ + round_up(floats, 16)); }
+
+ private:
+  float* next_;
+};
+
+bool is_raw(Order order) {
+  return order == Order::fold_into_query || order == Order::prefold;
+}
+bool is_folded(Order order) {
+  return order == Order::fold_into_context || order == Order::prefold_into_context;
+}
+
+// ---- The key/value side ----------------------------------------------------------------------------------------------------
+
+// f(b, first key, keys) for blocks of the keys that count, of whole panels except at the end.
+template <class F>
+void each_block(const EngineSide& side, const F& f) {
+  const auto panel = kernels().panel;
+  int64_t total = 0;
+  for (const auto length : side.lengths) total += length;
+  const auto block = std::clamp(round_up(total / (2 * threads()) + 1, panel), panel, 4 * panel);
+  struct Block {
+    int64_t b, first, keys;
+  };
+  std::vector<Block> blocks;
+  for (int64_t b = 0; b < side.B; ++b) {
+    const auto length = side.lengths[static_cast<size_t>(b)];
+    for (int64_t first = 0; first < length; first += block) blocks.push_back({b, first, std::min(block, length - first)});
+  }
+  each(static_cast<int64_t>(blocks.size()), [&](int64_t i) {
+    const auto& [b, first, keys] = blocks[static_cast<size_t>(i)];
+    f(b, first, keys);
+  });
+}
+
+// K' of each head, packed: [B, G, d x Lk].
+Tensor project_keys(const EngineWeights& w, const EngineSide& side, const Tensor& key) {
+  const auto& run = kernels();
+  const auto inner = w.G * w.d, size = run.packed_size(w.d, side.Lk);
+  const auto keys = at::empty({side.B, w.G, size}, key.options());
+  each_block(side, [&](int64_t b, int64_t first, int64_t n) {
+    const auto k = at::empty({n, inner}, key.options());
+    run.product({.m = n,
+                 .n = inner,
+                 .k = w.Ek,
+                 .a = data(key) + (b * side.Lk + first) * w.Ek,
+                 .a_stride = w.Ek,
+                 .b = right_side(w.key),
+                 .c = mutable_data(k),
+                 .c_stride = inner,
+                 .bias = data(w.key_bias)});
+    for (int64_t g = 0; g < w.G; ++g) {
+      run.pack_transposed(data(k) + g * w.d, inner, w.d, n, mutable_data(keys) + (b * w.G + g) * size + first * w.d);
+    }
+  });
+  return keys;
+}
+
+// V: [B, Lk, G * e].
+Tensor project_values(const EngineWeights& w, const EngineSide& side, const Tensor& value) {
+  const auto inner = w.G * w.e;
+  const auto values = at::empty({side.B, side.Lk, inner}, value.options());
+  each_block(side, [&](int64_t b, int64_t first, int64_t n) {
+    const auto row = b * side.Lk + first;
+    kernels().product({.m = n,
+                       .n = inner,
+                       .k = w.Ev,
+                       .a = data(value) + row * w.Ev,
+                       .a_stride = w.Ev,
+                       .b = right_side(w.value),
+                       .c = mutable_data(values) + row * inner,
+                       .c_stride = inner,
+                       .bias = data(w.value_bias)});
+  });
+  return values;
+}
+
+// Xk', packed: [B, Ek x Lk].
+Tensor transpose_keys(const EngineWeights& w, const EngineSide& side, const Tensor& key) {
+  const auto size = kernels().packed_size(w.Ek, side.Lk);
+  const auto keys = at::empty({side.B, size}, key.options());
+  each_block(side, [&](int64_t b, int64_t first, int64_t n) {
+    kernels().pack_transposed(data(key) + (b * side.Lk + first) * w.Ek, w.Ek, w.Ek, n,
+                              mutable_data(keys) + b * size + first * w.Ek);
+  });
+  return keys;
+}
+
+// Wq (Wk' Xk') of every head beside each other, packed: [B, Eq x H * length]; and what becomes of bq, [B, H * Lk].
+void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
+  const auto& run = kernels();
+  const auto projected = project_keys(w, side, key);
+  const auto size = run.packed_size(w.Eq, w.H * side.Lk), head = run.packed_size(w.d, side.Lk);
+  side.keys = at::empty({side.B, size}, key.options());
+  side.key_bias = at::empty({side.B, w.H * side.Lk}, key.options());
+  const auto rows = at::empty({side.B, w.Eq * w.H * side.Lk}, key.options());
+  each(side.B * w.H, [&](int64_t i) {
+    const auto b = i / w.H, h = i % w.H, n = side.lengths[static_cast<size_t>(b)];
+    const auto k = right_side(data(projected) + (b * w.G + h * w.G / w.H) * head, w.d);  // [d, n]
+    run.product({.m = w.Eq,
+                 .n = n,
+                 .k = w.d,
+                 .a = data(w.query_fold) + h * w.d,
+                 .a_stride = w.H * w.d,
+                 .b = k,
+                 .c = mutable_data(rows) + b * w.Eq * w.H * side.Lk + h * n,
+                 .c_stride = w.H * n});
+    run.product({.m = 1,
+                 .n = n,
+                 .k = w.d,
+                 .a = data(w.query_bias) + h * w.d,
+                 .a_stride = w.d,
+                 .b = k,
+                 .c = mutable_data(side.key_bias) + b * w.H * side.Lk + h * n,
+                 .c_stride = n});
+  });
+  each(side.B, [&](int64_t b) {
+    const auto columns = w.H * side.lengths[static_cast<size_t>(b)];
+    run.pack(data(rows) + b * w.Eq * w.H * side.Lk, columns, w.Eq, columns, mutable_data(side.keys) + b * size);
+  });
+}
+
+// (Wq Wk') Xk' likewise.
+void times_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
+  const auto& run = kernels();
+  const auto size = run.packed_size(w.Eq, w.H * side.Lk);
+  side.keys = at::empty({side.B, size}, key.options());
+  side.key_bias = at::empty({side.B, w.H * side.Lk}, key.options());
+  const auto rows = at::empty({side.B, w.H * side.Lk, w.Eq}, key.options());
+  each(side.B * w.H, [&](int64_t i) {
+    const auto b = i / w.H, h = i % w.H, n = side.lengths[static_cast<size_t>(b)];
+    const auto* x = data(key) + b * side.Lk * w.Ek;
+    run.product({.m = n,
+                 .n = w.Eq,
+                 .k = w.Ek,
+                 .a = x,
+                 .a_stride = w.Ek,
+                 .b = right_side(w.logits_product_of_heads, h),
+                 .c = mutable_data(rows) + (b * w.H * side.Lk + h * n) * w.Eq,
+                 .c_stride = w.Eq});
+    for (int64_t j = 0; j < n; ++j) {  // bq Wk' x
+      const auto* bias = data(w.logits_product_bias) + h * w.Ek;
+      float sum = 0;
+      for (int64_t c = 0; c < w.Ek; ++c) sum += bias[c] * x[j * w.Ek + c];
+      mutable_data(side.key_bias)[b * w.H * side.Lk + h * n + j] = sum;
+    }
+  });
+  each(side.B, [&](int64_t b) {
+    run.pack_transposed(data(rows) + b * w.H * side.Lk * w.Eq, w.Eq, w.Eq, w.H * side.lengths[static_cast<size_t>(b)],
+                        mutable_data(side.keys) + b * size);
+  });
+}
+
+// (Xv Wv) Wo, or Xv (Wv Wo), of every head below each other, packed: [B, H * length x Eo].
+Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor& value) {
+  const auto& run = kernels();
+  const bool by_product = side.orders.values == Order::prefold_into_context;
+  const auto projected = by_product ? value : project_values(w, side, value);
+  const auto features = projected.size(2), size = run.packed_size(w.H * side.Lk, w.Eo);
+  const auto values = at::empty({side.B, size}, value.options());
+  const auto panels = (w.Eo + run.panel - 1) / run.panel;
+  each(side.B * w.H, [&](int64_t i) {
+    const auto b = i / w.H, h = i % w.H, n = side.lengths[static_cast<size_t>(b)], rows = w.H * n;
+    const auto* a = data(projected) + b * side.Lk * features;
+    const auto right = by_product ? right_side(w.values_product_of_heads, h) : from_row(right_side(w.output), h * w.e);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      auto* c = mutable_data(values) + b * size + (panel * rows + h * n) * run.panel;
+      const auto columns = std::min(run.panel, w.Eo - panel * run.panel);
+      run.product({.m = n,
+                   .n = columns,
+                   .k = by_product ? w.Ev : w.e,
+                   .a = by_product ? a : a + h * w.G / w.H * w.e,
+                   .a_stride = features,
+                   .b = {right.data + panel * right.panel_stride, right.row_stride, right.panel_stride},
+                   .c = c,
+                   .c_stride = run.panel,
+                   .bias = by_product ? data(w.values_product_bias) + h * w.Eo + panel * run.panel : nullptr});
+      for (int64_t row = 0; columns < run.panel && row < n; ++row) {
+        std::fill(c + row * run.panel + columns, c + (row + 1) * run.panel, 0.0f);
+      }
+    }
+  });
+  return values;
+}
+
+// ---- A call ----------------------------------------------------------------------------------------------------------------
+
+// One restriction of the mask, [B|1, H|1, Lq|1, Lk], with strides of 0 for axes of one.
+template <class T>
+struct MaskRows {
+  const T* data = nullptr;
+  int64_t b = 0, h = 0, i = 0;
+
+  explicit MaskRows(const Tensor& x) {
+    if (!x.defined()) return;
+    data = x.const_data_ptr<T>();
+    const auto stride = [&x](int64_t axis) { return x.size(axis) == 1 ? 0 : x.stride(axis); };
+    b = stride(0), h = stride(1), i = stride(2);
+  }
+  const T* at(int64_t batch, int64_t head, int64_t row) const { return data ? data + batch * b + head * h + row * i : nullptr; }
+};
+
+class Attend {
+ public:
+  Attend(const EngineWeights& w, const EngineSide& side, const EngineCall& call)
+      : w_(w),
+        side_(side),
+        query_(call.query.defined() ? call.query.contiguous() : Tensor()),
+        folded_(call.folded_query),
+        queries_(query_.defined() && side.B > 0 ? query_.size(0) / side.B : 1),
+        Lq_(query_.defined() ? query_.size(1) : folded_.size(0)),
+        rows_(queries_ * Lq_),
+        keep_tensor_(call.mask.keep(Lq_, side.Lk, at::kCPU)),
+        bias_tensor_(call.mask.additive()),
+        wanted_(call.weights) {
+    if (keep_tensor_.defined()) keep_tensor_ = keep_tensor_.contiguous();
+    if (bias_tensor_.defined()) bias_tensor_ = bias_tensor_.to(at::kFloat).contiguous();
+    keep_ = MaskRows<bool>(keep_tensor_);
+    bias_ = MaskRows<float>(bias_tensor_);
+    const bool kind_has_empty_rows = call.mask.empty_rows(Lq_, side.Lk, at::kCPU).defined();
+    all_have_keys_ = !kind_has_empty_rows && std::ranges::all_of(side.lengths, [](int64_t length) { return length > 0; });
+  }
+
+  AttentionResult run() {
+    const auto B = side_.B * queries_;
+    const auto& like = side_.values;
+    result_.output = at::empty({B, Lq_, w_.Eo}, like.options());
+    if (wanted_ == AttentionWeights::mean) result_.weights = at::zeros({B, Lq_, side_.Lk}, like.options());
+    if (wanted_ == AttentionWeights::per_head) result_.weights = at::zeros({B, w_.H, Lq_, side_.Lk}, like.options());
+    output_ = mutable_data(result_.output);
+    weights_ = result_.weights.defined() ? mutable_data(result_.weights) : nullptr;
+
+    const auto rows = side_.B * rows_, workers = threads();
+    if (rows == 0) return result_;
+    const Team team{workers > 1 && rows < kRowsOfATeam * workers};
+    const auto most = std::max(kLeastRows, kScratch / floats_of_a_row());
+    const auto rounds = (rows + most * workers - 1) / (most * workers);
+    const auto share = team.all ? rows : (rows + rounds * workers - 1) / (rounds * workers);
+    const auto tasks = (rows + share - 1) / share;
+    const auto size = share * floats_of_a_row() + (team.all ? rows * w_.H * side_.Lk : share * side_.Lk) + 16 * 16;
+    const auto slots = team.all ? 1 : std::min(tasks, workers);
+    const auto scratch = at::empty({slots, size}, like.options());
+    const auto work = [&](int64_t task, int64_t slot) {
+      run_rows(task * share, std::min(rows, (task + 1) * share), Scratch(mutable_data(scratch) + slot * size), team);
+    };
+    if (tasks == 1) {
+      work(0, 0);
+    } else {
+      at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) work(task, slots == 1 ? 0 : at::get_thread_num());
+      });
+    }
+    return result_;
+  }
+
+ private:
+  // What run_rows takes for each row.
+  int64_t floats_of_a_row() const {
+    const auto& w = w_;
+    const bool per_head = side_.orders.logits == Order::standard && side_.orders.values == Order::standard;
+    int64_t floats = per_head ? 0 : w.H * side_.Lk;
+    if (!is_folded(side_.orders.logits) && query_.defined())
+      floats += w.H * w.d + (is_raw(side_.orders.logits) ? w.H * w.Ek : 0);
+    if (!is_folded(side_.orders.values)) floats += w.H * w.e + (is_raw(side_.orders.values) ? w.H * w.Ev : 0);
+    return floats + w.H + 16;
+  }
+
+  // The whole chain for rows [begin, end) of all B * n * Lq.
+  void run_rows(int64_t begin, int64_t end, Scratch scratch, const Team& team) const {
+    const auto& w = w_;
+    const auto n = end - begin;
+    auto* output = output_ + begin * w.Eo;
+    int64_t stride = 0;
+    const auto* rows = query_.defined() ? logits_rows(begin, n, scratch, team, stride) : nullptr;
+    if (!rows) stride = folded_.size(1);
+
+    const bool raw = is_raw(side_.orders.values), folded = is_folded(side_.orders.values);
+    const auto width = w.H * (raw ? w.Ev : w.e);
+    auto* mixed = folded ? nullptr : scratch.take(n * width);
+    auto* log_sum_exp = all_have_keys_ || !raw ? nullptr : scratch.take(n * w.H);
+    for (int64_t first = begin; first < end;) {  // the part of each context
+      const auto b = first / rows_, last = std::min(end, (b + 1) * rows_);
+      const Segment segment{.b = b,
+                            .first = first,
+                            .n = last - first,
+                            .keys = side_.lengths[static_cast<size_t>(b)],
+                            .rows = rows ? rows + (first - begin) * stride : data(folded_) + first % rows_ * stride,
+                            .stride = stride,
+                            .mixed = folded ? output + (first - begin) * w.Eo : mixed + (first - begin) * width,
+                            .log_sum_exp = log_sum_exp ? log_sum_exp + (first - begin) * w.H : nullptr};
+      run_segment(segment, scratch, team);
+      first = last;
+    }
+    if (!folded) finish(mixed, log_sum_exp, n, output, scratch, team);
+  }
+
+  // What meets the keys: projected, folded, or the query itself.
+  const float* logits_rows(int64_t begin, int64_t n, Scratch& scratch, const Team& team, int64_t& stride) const {
+    const auto& w = w_;
+    const auto* query = data(query_) + begin * w.Eq;
+    const auto order = side_.orders.logits;
+    stride = w.Eq;
+    if (is_folded(order)) return query;
+    stride = w.H * (order == Order::standard ? w.d : w.Ek);
+    auto* rows = scratch.take(n * stride);
+    if (order == Order::prefold) {
+      team.product({.m = n,
+                    .n = stride,
+                    .k = w.Eq,
+                    .a = query,
+                    .a_stride = w.Eq,
+                    .b = right_side(w.logits_product),
+                    .c = rows,
+                    .c_stride = stride,
+                    .bias = data(w.logits_product_bias)});
+      return rows;
+    }
+    const auto inner = w.H * w.d;
+    auto* projected = order == Order::standard ? rows : scratch.take(n * inner);
+    team.product({.m = n,
+                  .n = inner,
+                  .k = w.Eq,
+                  .a = query,
+                  .a_stride = w.Eq,
+                  .b = right_side(w.query),
+                  .c = projected,
+                  .c_stride = inner,
+                  .bias = data(w.query_bias)});
+    if (order == Order::standard) return rows;
+    team.each(w.H, [&](int64_t h) {
+      kernels().product({.m = n,
+                         .n = w.Ek,
+                         .k = w.d,
+                         .a = projected + h * w.d,
+                         .a_stride = inner,
+                         .b = from_row(right_side(w.key_fold), h * w.G / w.H * w.d),
+                         .c = rows + h * w.Ek,
+                         .c_stride = stride});
+    });
+    return rows;
+  }
+
+  // Rows of one context, and where their results go.
+  struct Segment {
+    int64_t b, first, n, keys;
+    const float* rows;
+    int64_t stride;
+    float* mixed;
+    float* log_sum_exp;
+  };
+
+  void run_segment(const Segment& s, Scratch scratch, const Team& team) const {
+    if (s.keys == 0) return clear(s);
+    if (side_.orders == Orders{}) return run_heads(s, scratch, team);
+    auto* logits = scratch.take(s.n * w_.H * s.keys);  // [n, H, keys]
+    meet(s, logits, team);
+    team.parts(s.n * w_.H, [&](int64_t begin, int64_t end) { softmax(s, logits, begin, end); });
+    if (weights_) {
+      for (int64_t h = 0; h < w_.H; ++h) give_weights(s, h, logits + h * s.keys, w_.H * s.keys);
+    }
+    mix(s, logits, team);
+  }
+
+  // Standard orders: one head after the other, so that its logits stay in the cache.
+  void run_heads(const Segment& s, Scratch scratch, const Team& team) const {
+    const auto& w = w_;
+    const auto size = s.n * s.keys;
+    auto* all = scratch.take(team.all ? w.H * size : size);
+    const bool share_weights = team.all && wanted_ == AttentionWeights::mean;  // several heads add to one place
+    team.each(w.H, [&](int64_t h) {
+      auto* logits = team.all ? all + h * size : all;
+      meet_head(s, h, logits, s.keys);
+      for (int64_t row = 0, n = 0; row < s.n; row += n) {  // of one query after the other
+        const auto i = (s.first + row) % Lq_;
+        n = std::min(s.n - row, Lq_ - i);
+        kernels().softmax({.rows = n,
+                           .n = s.keys,
+                           .x = logits + row * s.keys,
+                           .x_stride = s.keys,
+                           .scale = w.scale,
+                           .bias = bias_.at(s.b, h, i),
+                           .bias_stride = bias_.i,
+                           .keep = keep_.at(s.b, h, i),
+                           .keep_stride = keep_.i});
+      }
+      if (weights_ && !share_weights) give_weights(s, h, logits, s.keys);
+      mix_head(s, h, logits, s.keys);
+    });
+    for (int64_t h = 0; share_weights && h < w.H; ++h) give_weights(s, h, all + h * size, s.keys);
+  }
+
+  void meet_head(const Segment& s, int64_t h, float* logits, int64_t stride) const {
+    const auto g = h * w_.G / w_.H, size = kernels().packed_size(w_.d, side_.Lk);
+    kernels().product({.m = s.n,
+                       .n = s.keys,
+                       .k = w_.d,
+                       .a = s.rows + h * w_.d,
+                       .a_stride = s.stride,
+                       .b = right_side(data(side_.keys) + (s.b * w_.G + g) * size, w_.d),
+                       .c = logits,
+                       .c_stride = stride});
+  }
+
+  void mix_head(const Segment& s, int64_t h, const float* weights, int64_t stride) const {
+    const auto inner = w_.G * w_.e;
+    const auto* values = data(side_.values) + s.b * side_.Lk * inner + h * w_.G / w_.H * w_.e;
+    kernels().product({.m = s.n,
+                       .n = w_.e,
+                       .k = s.keys,
+                       .a = weights,
+                       .a_stride = stride,
+                       .b = kernels().rows(values, inner),
+                       .c = s.mixed + h * w_.e,
+                       .c_stride = w_.H * w_.e});
+  }
+
+  // logits [n, H, keys]
+  void meet(const Segment& s, float* logits, const Team& team) const {
+    const auto& w = w_;
+    const auto order = side_.orders.logits;
+    if (order == Order::standard) {
+      return team.each(w.H, [&](int64_t h) { meet_head(s, h, logits + h * s.keys, w.H * s.keys); });
+    }
+    const auto* keys = data(side_.keys) + s.b * side_.keys.size(1);
+    if (is_raw(order)) {
+      return team.product({.m = s.n * w.H,
+                           .n = s.keys,
+                           .k = w.Ek,
+                           .a = s.rows,
+                           .a_stride = w.Ek,
+                           .b = right_side(keys, w.Ek),
+                           .c = logits,
+                           .c_stride = s.keys});
+    }
+    team.product({.m = s.n,
+                  .n = w.H * s.keys,
+                  .k = w.Eq,
+                  .a = s.rows,
+                  .a_stride = s.stride,
+                  .b = right_side(keys, w.Eq),
+                  .c = logits,
+                  .c_stride = w.H * s.keys,
+                  .bias = data(side_.key_bias) + s.b * w.H * side_.Lk});
+  }
+
+  // Rows [begin, end) of logits [n * H, keys].
+  void softmax(const Segment& s, float* logits, int64_t begin, int64_t end) const {
+    const auto& w = w_;
+    const bool alike = bias_.h == 0 && bias_.i == 0 && keep_.h == 0 && keep_.i == 0;
+    const auto step = alike ? end - begin : 1;
+    for (auto row = begin; row < end; row += step) {
+      const auto h = row % w.H, i = (s.first + row / w.H) % Lq_;
+      kernels().softmax({.rows = step,
+                         .n = s.keys,
+                         .x = logits + row * s.keys,
+                         .x_stride = s.keys,
+                         .scale = w.scale,
+                         .bias = bias_.at(s.b, h, i),
+                         .keep = keep_.at(s.b, h, i),
+                         .log_sum_exp = s.log_sum_exp ? s.log_sum_exp + row : nullptr});
+    }
+  }
+
+  void mix(const Segment& s, const float* weights, const Team& team) const {
+    const auto& w = w_;
+    const auto order = side_.orders.values;
+    if (order == Order::standard) {
+      return team.each(w.H, [&](int64_t h) { mix_head(s, h, weights + h * s.keys, w.H * s.keys); });
+    }
+    if (is_raw(order)) {
+      return team.product({.m = s.n * w.H,
+                           .n = w.Ev,
+                           .k = s.keys,
+                           .a = weights,
+                           .a_stride = s.keys,
+                           .b = kernels().rows(data(side_.values) + s.b * side_.Lk * w.Ev, w.Ev),
+                           .c = s.mixed,
+                           .c_stride = w.Ev});
+    }
+    const auto rows = w.H * s.keys;
+    team.product({.m = s.n,
+                  .n = w.Eo,
+                  .k = rows,
+                  .a = weights,
+                  .a_stride = rows,
+                  .b = right_side(data(side_.values) + s.b * side_.values.size(1), rows),
+                  .c = s.mixed,
+                  .c_stride = w.Eo,
+                  .bias = data(w.output_bias)});
+  }
+
+  // From what the weights mixed to the output.
+  void finish(float* mixed, const float* log_sum_exp, int64_t n, float* output, Scratch& scratch, const Team& team) const {
+    const auto& w = w_;
+    const auto order = side_.orders.values;
+    const bool bias_is_in = order == Order::standard;
+    const auto* bias = data(bias_is_in || log_sum_exp ? w.output_bias : w.output_bias_after_value);
+    if (order == Order::prefold) {
+      const auto inner = w.H * w.Ev;
+      team.product({.m = n,
+                    .n = w.Eo,
+                    .k = inner,
+                    .a = mixed,
+                    .a_stride = inner,
+                    .b = right_side(w.values_product),
+                    .c = output,
+                    .c_stride = w.Eo,
+                    .bias = bias});
+      if (log_sum_exp) add_bias(log_sum_exp, n, data(w.values_product_bias), w.Eo, output, 0);
+      return;
+    }
+    const auto inner = w.H * w.e;
+    if (order == Order::fold_into_query) {
+      const auto* raw = mixed;
+      mixed = scratch.take(n * inner);
+      team.each(w.H, [&](int64_t h) {
+        kernels().product({.m = n,
+                           .n = w.e,
+                           .k = w.Ev,
+                           .a = raw + h * w.Ev,
+                           .a_stride = w.H * w.Ev,
+                           .b = right_side(w.value_fold, h * w.G / w.H),
+                           .c = mixed + h * w.e,
+                           .c_stride = inner});
+      });
+      if (log_sum_exp) add_bias(log_sum_exp, n, data(w.value_bias), w.e, mixed, w.e);
+    }
+    team.product({.m = n,
+                  .n = w.Eo,
+                  .k = inner,
+                  .a = mixed,
+                  .a_stride = inner,
+                  .b = right_side(w.output),
+                  .c = output,
+                  .c_stride = w.Eo,
+                  .bias = bias});
+  }
+
+  // To each row, the bias of every head that has a key there: at `step` from the head before, or all in one place.
+  void add_bias(const float* log_sum_exp, int64_t n, const float* bias, int64_t size, float* x, int64_t step) const {
+    for (int64_t row = 0; row < n; ++row) {
+      for (int64_t h = 0; h < w_.H; ++h) {
+        if (std::isinf(log_sum_exp[row * w_.H + h])) continue;
+        const auto* from = bias + (step == 0 ? h : h * w_.G / w_.H) * size;
+        auto* to = x + row * (step == 0 ? size : w_.H * size) + h * step;
+        for (int64_t j = 0; j < size; ++j) to[j] += from[j];
+      }
+    }
+  }
+
+  // A context without keys.
+  void clear(const Segment& s) const {
+    if (is_folded(side_.orders.values)) {
+      for (int64_t i = 0; i < s.n; ++i) std::copy_n(data(w_.output_bias), w_.Eo, s.mixed + i * w_.Eo);
+      return;
+    }
+    std::fill_n(s.mixed, s.n * w_.H * (is_raw(side_.orders.values) ? w_.Ev : w_.e), 0.0f);
+    if (s.log_sum_exp) std::fill_n(s.log_sum_exp, s.n * w_.H, -std::numeric_limits<float>::infinity());
+  }
+
+  // What was asked for of one head's weights, rows `stride` apart.
+  void give_weights(const Segment& s, int64_t h, const float* weights, int64_t stride) const {
+    const auto Lk = side_.Lk;
+    const auto share = 1.0f / static_cast<float>(w_.H);
+    for (int64_t i = 0; i < s.n; ++i) {
+      const auto row = s.first + i;
+      const auto* from = weights + i * stride;
+      if (wanted_ == AttentionWeights::per_head) {
+        std::copy_n(from, s.keys, weights_ + ((row / Lq_ * w_.H + h) * Lq_ + row % Lq_) * Lk);
+      } else {
+        auto* to = weights_ + row * Lk;
+        for (int64_t j = 0; j < s.keys; ++j) to[j] += share * from[j];
+      }
+    }
+  }
+
+  const EngineWeights& w_;
+  const EngineSide& side_;
+  Tensor query_, folded_;
+  int64_t queries_, Lq_, rows_;  // queries for a context, rows of one, rows for a context
+  Tensor keep_tensor_, bias_tensor_;
+  MaskRows<bool> keep_{Tensor()};
+  MaskRows<float> bias_{Tensor()};
+  AttentionWeights wanted_;
+  bool all_have_keys_ = false;
+  AttentionResult result_;
+  float* output_ = nullptr;
+  float* weights_ = nullptr;
+};
+
+}  // namespace
+
+EngineWeights::EngineWeights(const LayerWeights& l, const Products& products)
+    : H(l.H), G(l.G), d(l.d), e(l.e), Eq(l.query.size(1)), Ek(l.key.size(1)), Ev(l.value.size(1)), Eo(l.output.size(0)) {
+  for (const auto* weight : {&l.query, &l.key, &l.value, &l.output}) {
+    check_type(weight->is_cpu() && weight->scalar_type() == at::kFloat, "engine",
+               "weights must be float32 on the CPU, but are {} on {}.", type_of(*weight), weight->device().str());
+  }
+  scale = static_cast<float>(l.scale);
+  query_bias = or_zeros(l.query_bias, l.query, H * d);
+  key_bias = or_zeros(l.key_bias, l.key, G * d);
+  value_bias = or_zeros(l.value_bias, l.value, G * e);
+  output_bias = or_zeros(l.output_bias, l.output, Eo);
+  const auto value_bias_of_heads = value_bias.view({G, 1, e}).expand({G, H / G, e}).reshape({H * e});
+  output_bias_after_value =
+      output_bias.to(at::kDouble).addmv(l.output.to(at::kDouble), value_bias_of_heads.to(at::kDouble)).to(at::kFloat);
+
+  query = pack_weight(l.query);
+  key = pack_weight(l.key);
+  value = pack_weight(l.value);
+  output = pack_weight(l.output);
+  key_fold = pack_weight(l.key.t());
+  query_fold = l.query.t().contiguous();
+  value_fold = pack_weights(l.value.view({G, e, Ev}));
+  if (const auto& product = products.logits; product.weight.defined()) {  // [H, Ek, Eq]
+    logits_product = pack_weight(product.weight.flatten(0, 1));
+    logits_product_of_heads = pack_weights(product.weight.transpose(1, 2));
+    logits_product_bias = or_zeros(product.bias.defined() ? product.bias.flatten() : Tensor(), l.query, H * Ek);
+  }
+  if (const auto& product = products.values; product.weight.defined()) {  // [H, Eo, Ev]
+    values_product = pack_weight(product.weight.transpose(0, 1).flatten(1));
+    values_product_of_heads = pack_weights(product.weight);
+    values_product_bias = or_zeros(product.bias.defined() ? product.bias.flatten() : Tensor(), l.value, H * Eo);
+  }
+}
+
+EngineSide make_side(
+    const Orders& orders, const EngineWeights& w, const Tensor& key, const Tensor& value, std::vector<int64_t> lengths) {
+  EngineSide side;
+  side.orders = orders;
+  side.B = key.size(0);
+  side.Lk = key.size(1);
+  side.lengths = std::move(lengths);
+  const auto Xk = key.contiguous(), Xv = value.contiguous();
+  switch (orders.logits) {
+    case Order::standard: side.keys = project_keys(w, side, Xk); break;
+    case Order::fold_into_query:
+    case Order::prefold: side.keys = transpose_keys(w, side, Xk); break;
+    case Order::fold_into_context: fold_keys(w, side, Xk); break;
+    case Order::prefold_into_context: times_keys(w, side, Xk); break;
+  }
+  switch (orders.values) {
+    case Order::standard: side.values = project_values(w, side, Xv); break;
+    case Order::fold_into_query:
+    case Order::prefold: side.values = Xv; break;
+    case Order::fold_into_context:
+    case Order::prefold_into_context: side.values = fold_values(w, side, Xv); break;
+  }
+  return side;
+}
+
+Tensor fold_query(const Orders& orders, const EngineWeights& w, const Tensor& query) {
+  const auto n = query.size(0), inner = w.H * w.d, width = w.H * w.Ek;
+  const auto Xq = query.contiguous();
+  if (is_folded(orders.logits)) return Xq;
+  const auto projected = at::empty({n, inner}, query.options());
+  kernels().product({.m = n,
+                     .n = inner,
+                     .k = w.Eq,
+                     .a = data(Xq),
+                     .a_stride = w.Eq,
+                     .b = right_side(w.query),
+                     .c = mutable_data(projected),
+                     .c_stride = inner,
+                     .bias = data(w.query_bias)});
+  if (orders.logits == Order::standard) return projected;
+  const auto folded = at::empty({n, width}, query.options());
+  for (int64_t h = 0; h < w.H; ++h) {
+    kernels().product({.m = n,
+                       .n = w.Ek,
+                       .k = w.d,
+                       .a = data(projected) + h * w.d,
+                       .a_stride = inner,
+                       .b = from_row(right_side(w.key_fold), h * w.G / w.H * w.d),
+                       .c = mutable_data(folded) + h * w.Ek,
+                       .c_stride = width});
+  }
+  return folded;
+}
+
+AttentionResult attend(const EngineWeights& weights, const EngineSide& side, const EngineCall& call) {
+  return Attend(weights, side, call).run();
+}
+
+}  // namespace xattn::detail

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <xattn/attention.h>
+#include <xattn/mask.h>
+#include <xattn/plan.h>
+
+#include <vector>
+
+#include "orders.h"
+
+// Attention in any order of its products, in float32 on the CPU, by this library's own kernels: what `Frozen` runs there. A call
+// goes through the whole chain for a few rows at a time, so that what lies between two products stays in the cache, and allocates
+// its results and one scratch tensor. A row's bits depend neither on the number of threads nor on the rows beside it.
+namespace xattn::detail {
+
+/// A right side of products, laid out for the kernels.
+struct Packed {
+  at::Tensor data;
+  int64_t k = 0, n = 0;  ///< of each of the matrices that lie one behind the other
+};
+
+/// The weights of a layer as the engine multiplies by them. Immutable; safe to share between threads.
+struct EngineWeights {
+  /// Products as far as they are defined, computed without the scale. Throws unless all are float32 on the CPU.
+  EngineWeights(const LayerWeights& weights, const Products& products);
+
+  int64_t H, G, d, e, Eq, Ek, Ev, Eo;
+  float scale;
+  at::Tensor query_bias, key_bias, value_bias, output_bias;  ///< zeros where the layer has none
+  at::Tensor output_bias_after_value;                        ///< bo + bv Wo: exact where a row's weights sum to one
+  bool has_query_bias, has_value_bias;
+
+  Packed query, key, value, output;  ///< [Eq, H * d], [Ek, G * d], [Ev, G * e], [H * e, Eo]
+  Packed key_fold;                   ///< Wk of each head, [d, Ek]: of all of them, [G * d, Ek]
+  at::Tensor query_fold;             ///< Wq, [Eq, H * d] in rows
+  Packed value_fold;                 ///< Wv of each head, G times [Ev, e]
+
+  Packed logits_product;           ///< Wq Wk' of all heads, [Eq, H * Ek]
+  at::Tensor logits_product_bias;  ///< bq Wk', [H * Ek]
+  Packed logits_product_of_heads;  ///< Wk Wq' of each head, H times [Ek, Eq]
+  Packed values_product;           ///< Wv Wo of all heads, [H * Ev, Eo]
+  Packed values_product_of_heads;  ///< of each head, H times [Ev, Eo]
+  at::Tensor values_product_bias;  ///< bv Wo of each head, [H, Eo]
+};
+
+/// The key/value side as the engine reads it. Immutable; safe to share between threads.
+struct EngineSide {
+  Orders orders;
+  int64_t B = 0, Lk = 0;
+  std::vector<int64_t> lengths;  ///< keys of each batch entry; those behind them were never looked at
+  at::Tensor keys;               ///< packed: K' of each head, [B, G, d x Lk]; Xk', [B, Ek x Lk]; folded, [B, Eq x H * Lk]
+  at::Tensor key_bias;           ///< folded: added to the logits, [B, H * Lk]
+  at::Tensor values;             ///< V, [B, Lk, G * e]; Xv, [B, Lk, Ev]; folded and packed, [B, H * Lk x Eo]
+};
+
+/// key [B, Lk, Ek], value [B, Lk, Ev]; lengths as in EngineSide.
+EngineSide make_side(const Orders& orders,
+                     const EngineWeights& weights,
+                     const at::Tensor& key,
+                     const at::Tensor& value,
+                     std::vector<int64_t> lengths);
+
+/// What is made of a constant query [Lq, Eq] for these orders: what its rows are multiplied with keys as, [Lq, ...].
+at::Tensor fold_query(const Orders& orders, const EngineWeights& weights, const at::Tensor& query);
+
+struct EngineCall {
+  at::Tensor query;         ///< [B * n, Lq, Eq]: n queries for each of B contexts; or undefined
+  at::Tensor folded_query;  ///< else, from fold_query
+  Mask mask = {};           ///< without the lengths of the side
+  AttentionWeights weights = AttentionWeights::none;
+};
+
+/// -> output [B * n, Lq, Eo] and weights as asked, [B * n, (H,) Lq, Lk].
+AttentionResult attend(const EngineWeights& weights, const EngineSide& side, const EngineCall& call);
+
+}  // namespace xattn::detail

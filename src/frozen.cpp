@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <xattn/frozen.h>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
+
+#include <algorithm>
+#include <array>
+#include <type_traits>
+#include <utility>
+#include <variant>
+
+#include "check.h"
+#include "engine.h"
+#include "orders.h"
+#include "projection.h"
+
+namespace xattn {
+
+using at::Tensor;
+using detail::batched;
+using detail::check_value;
+
+namespace {
+
+constexpr auto kCaller = "frozen";
+constexpr int64_t kRowsOfACall = 64;  // what a call is taken to have where a context is made
+
+// A product of weights pays where it is no larger than the two that it stands for, and is kept only then.
+bool pays(int64_t H, int64_t kv_heads, int64_t size, int64_t in, int64_t out) {
+  return H * in * out <= size * (H * in + kv_heads * out);
+}
+
+detail::Folded in_type_of(const Tensor& weight, const detail::Folded& folded) {
+  return {folded.weight.to(weight.scalar_type()), folded.bias.defined() ? folded.bias.to(weight.scalar_type()) : Tensor()};
+}
+
+detail::LayerWeights in_double(detail::LayerWeights w) {
+  for (auto* x : {&w.query, &w.query_bias, &w.key, &w.key_bias, &w.value, &w.value_bias, &w.output, &w.output_bias}) {
+    if (x->defined()) *x = x->to(at::kDouble);
+  }
+  return w;
+}
+
+bool uses_product(Order order) {
+  return order == Order::prefold || order == Order::prefold_into_context;
+}
+
+// The mask of a context for n queries of Lq rows, one behind the other.
+Mask for_queries(const Mask& mask, int64_t n, int64_t Lq, int64_t Lk, at::Device device) {
+  if (n == 1) return mask;
+  const auto repeated = [n](const Tensor& x) { return x.size(2) == 1 ? x : x.repeat({1, 1, n, 1}); };
+  Mask result;
+  if (const auto keep = mask.keep(Lq, Lk, device); keep.defined()) result = Mask::dense(repeated(keep));
+  if (const auto bias = mask.additive(); bias.defined()) result = result & Mask::bias(repeated(bias));
+  return result;
+}
+
+std::tuple<Tensor, Tensor> as_given(const AttentionResult& result, bool is_batched) {
+  if (is_batched) return {result.output, result.weights};
+  return {result.output.squeeze(0), result.weights.defined() ? result.weights.squeeze(0) : result.weights};
+}
+
+}  // namespace
+
+struct Frozen::State {
+  CrossAttention module;  // a copy that nobody else has
+  detail::LayerWeights weights;
+  detail::Products products;
+  std::optional<detail::EngineWeights> engine;
+  Tensor query;                              // [Lq, Eq], or undefined
+  std::array<Tensor, kOrders> folded_query;  // for each order of the logits
+  PlanMode plan;
+
+  PlanRequest request(int64_t B, int64_t Lq, int64_t Lk) const {
+    auto request = detail::request_of(module->options, B, Lq, Lk);
+    request.weights_are_frozen = true;
+    request.query_is_constant = query.defined();
+    request.logits_product = products.logits.weight.defined();
+    request.values_product = products.values.weight.defined();
+    request.element = static_cast<int64_t>(weights.query.element_size());
+    const int threads = at::get_num_threads();
+    request.rates = engine ? Rates::kernels(threads) : weights.query.is_cuda() ? Rates::cuda() : Rates::cpu(threads);
+    if (module->options.attention_weights() != AttentionWeights::none) request.unfused = "attention weights are wanted";
+    return request;
+  }
+
+  PlanRequest request_for_context(int64_t B, int64_t Lk, int64_t expected) const {
+    const bool many = expected == ContextOptions::kMany;
+    auto request = this->request(B, many ? kRowsOfACall : std::clamp<int64_t>(expected, 1, kRowsOfACall), Lk);
+    request.context_rows = many ? PlanRequest::kKept : std::max<int64_t>(expected, 1);
+    return request;
+  }
+
+  Orders choose(const PlanRequest& request) const { return plan.pinned ? plan.orders : make_plan(request).orders; }
+};
+
+struct FrozenContext::State {
+  std::shared_ptr<const Frozen::State> owner;
+  std::variant<detail::Side, detail::EngineSide> side;
+  Orders orders;
+  Mask mask;  // without the lengths that the side knows
+  int64_t B, Lk;
+  bool batched;
+};
+
+// ---- FrozenContext ---------------------------------------------------------------------------------------------------------
+
+const Orders& FrozenContext::orders() const {
+  return state_->orders;
+}
+const Mask& FrozenContext::mask() const {
+  return state_->mask;
+}
+int64_t FrozenContext::batch_size() const {
+  return state_->B;
+}
+int64_t FrozenContext::length() const {
+  return state_->Lk;
+}
+bool FrozenContext::is_batched() const {
+  return state_->batched;
+}
+
+int64_t FrozenContext::bytes() const {
+  return std::visit(
+      [](const auto& side) {
+        int64_t bytes = 0;
+        for (const auto* x : {&side.keys, &side.key_bias, &side.values})
+          bytes += x->defined() ? static_cast<int64_t>(x->nbytes()) : 0;
+        return bytes;
+      },
+      state_->side);
+}
+
+FrozenContext FrozenContext::slice(int64_t begin, int64_t end) const {
+  check_value(0 <= begin && begin < end && end <= state_->B, kCaller, "slice must lie in [0, {}], but is [{}, {}).", state_->B,
+              begin, end);
+  auto sliced = std::make_shared<State>(*state_);
+  sliced->B = end - begin;
+  sliced->mask = state_->mask.slice(begin, end);
+  const auto cut = [&](auto& side) {
+    for (auto* x : {&side.keys, &side.key_bias, &side.values}) {
+      if (x->defined()) *x = x->narrow(0, begin, end - begin);
+    }
+  };
+  if (auto* side = std::get_if<detail::EngineSide>(&sliced->side)) {
+    cut(*side);
+    side->B = end - begin;
+    side->lengths = {side->lengths.begin() + begin, side->lengths.begin() + end};
+  } else {
+    cut(std::get<detail::Side>(sliced->side));
+  }
+  return FrozenContext(std::move(sliced));
+}
+
+FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
+  check_value(!contexts.empty(), kCaller, "contexts must be at least one, but are none.");
+  const auto& first = *contexts.front().state_;
+  auto joined = std::make_shared<State>(first);
+  std::vector<std::pair<Mask, int64_t>> masks;
+  joined->B = 0;
+  for (const auto& context : contexts) {
+    const auto& state = *context.state_;
+    check_value(state.owner == first.owner && state.orders == first.orders && state.Lk == first.Lk && state.batched, kCaller,
+                "contexts must be batches of one Frozen, of one length and orders, but they differ.");
+    masks.emplace_back(state.mask, state.B);
+    joined->B += state.B;
+  }
+  joined->mask = Mask::cat(masks);
+  std::visit(
+      [&](auto& side) {
+        using Side = std::decay_t<decltype(side)>;
+        for (const auto part : {&Side::keys, &Side::key_bias, &Side::values}) {
+          std::vector<Tensor> parts;
+          for (const auto& context : contexts) parts.push_back(std::get<Side>(context.state_->side).*part);
+          if (parts.front().defined()) side.*part = at::cat(parts);
+        }
+        if constexpr (std::is_same_v<Side, detail::EngineSide>) {
+          side.B = joined->B;
+          side.lengths.clear();
+          for (const auto& context : contexts) {
+            const auto& lengths = std::get<Side>(context.state_->side).lengths;
+            side.lengths.insert(side.lengths.end(), lengths.begin(), lengths.end());
+          }
+        }
+      },
+      joined->side);
+  return FrozenContext(std::move(joined));
+}
+
+// ---- Frozen ----------------------------------------------------------------------------------------------------------------
+
+Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& options) {
+  const at::NoGradGuard no_grad;
+  CrossAttention copy(std::dynamic_pointer_cast<CrossAttentionImpl>(module.clone()));
+  copy->eval();
+  for (auto& parameter : copy->parameters()) parameter.requires_grad_(false);
+  const detail::LayerWeights weights(*copy);
+  auto state =
+      std::make_shared<State>(State{copy, weights, {}, {}, options.query, {}, options.plan.value_or(copy->options.plan())});
+  const auto& o = copy->options;
+
+  const auto request = detail::request_of(o, 1, 1, 1);
+  const auto& [logits, values] = state->plan.orders;
+  for (const auto reason : {illegal_for_logits(logits, request), illegal_for_values(values, request)}) {
+    check_value(reason.empty(), kCaller, "plan must be of legal orders, but {}, {} is not: {}.", name_of(logits),
+                name_of(values), reason);
+  }
+  if (options.query.defined()) {
+    check_value(options.query.dim() == 2 && options.query.size(1) == o.dim_query(), kCaller,
+                "query must have shape [Lq, {}], but has {}.", o.dim_query(), detail::shape_of(options.query));
+    detail::check_query(kCaller, options.query, /*is_batched=*/false, 1, copy->query_linear);
+    state->query = options.query.detach().clone();
+  }
+
+  const auto H = weights.H, G = weights.G;
+  const bool no_norm = o.qk_norm() == NormKind::none && !o.bias_kv();
+  const bool kernels = no_norm && weights.query.is_cpu() && weights.query.scalar_type() == at::kFloat;
+  auto exact = in_double(weights);
+  if (kernels) exact.scale = 1;  // the kernels scale in the softmax
+  const auto is_wanted = [&state](Order order, bool pays) { return state->plan.pinned ? uses_product(order) : pays; };
+  if (is_wanted(logits, no_norm && pays(H, G, weights.d, o.dim_query(), o.dim_key()))) {
+    state->products.logits = in_type_of(weights.query, fold_logits(exact));
+  }
+  if (is_wanted(values, !o.bias_kv() && pays(H, G, weights.e, o.dim_output(), o.dim_value()))) {
+    state->products.values = in_type_of(weights.query, fold_values(exact));
+  }
+  if (kernels) state->engine.emplace(weights, state->products);
+  for (int i = 0; kernels && state->query.defined() && i < kOrders; ++i) {
+    state->folded_query[static_cast<size_t>(i)] = fold_query({static_cast<Order>(i), {}}, *state->engine, state->query);
+  }
+  state_ = std::move(state);
+}
+
+std::tuple<Tensor, Tensor> Frozen::forward(const Tensor& query,
+                                           const Tensor& key,
+                                           const Tensor& value,
+                                           const Mask& mask) const {
+  const auto& module = *state_->module;
+  const at::NoGradGuard no_grad;
+  detail::check_key_value(kCaller, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
+  const bool is_batched = key.dim() == 3;
+  detail::check_query(kCaller, query, is_batched, is_batched ? key.size(0) : 1, module.query_linear);
+  const auto orders = this->orders(is_batched ? key.size(0) : 1, query.size(-2), key.size(-2));
+  return attend_with(query, make_context(orders, batched(key), batched(value), mask, is_batched));
+}
+
+std::tuple<Tensor, Tensor> Frozen::forward(const Tensor& key, const Tensor& value, const Mask& mask) const {
+  const auto& module = *state_->module;
+  const at::NoGradGuard no_grad;
+  check_value(state_->query.defined(), kCaller, "query must be given to freeze or to forward, but is given to neither.");
+  detail::check_key_value(kCaller, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
+  const bool is_batched = key.dim() == 3;
+  const auto orders = this->orders(is_batched ? key.size(0) : 1, state_->query.size(0), key.size(-2));
+  return attend_with({}, make_context(orders, batched(key), batched(value), mask, is_batched));
+}
+
+FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& options) const {
+  const auto& module = *state_->module;
+  const at::NoGradGuard no_grad;
+  const auto expected = options.expected_queries;
+  check_value(expected >= 0 || expected == ContextOptions::kMany, kCaller, "expected_queries must not be negative, but is {}.",
+              expected);
+  detail::check_key_value(kCaller, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
+  const auto Xk = batched(key);
+  const auto orders = state_->choose(state_->request_for_context(Xk.size(0), Xk.size(1), expected));
+  return make_context(orders, Xk, batched(value), mask, key.dim() == 3);
+}
+
+FrozenContext Frozen::make_context(
+    const Orders& orders, const Tensor& key, const Tensor& value, const Mask& mask, bool is_batched) const {
+  auto context = std::make_shared<FrozenContext::State>();
+  context->owner = state_;
+  context->orders = orders;
+  context->B = key.size(0);
+  context->Lk = key.size(1);
+  context->batched = is_batched;
+  context->mask = mask;
+  if (state_->engine) {
+    std::vector<int64_t> lengths(static_cast<size_t>(context->B), context->Lk);
+    if (auto known = mask.host_lengths(); !known.empty()) {
+      for (size_t b = 0; b < lengths.size(); ++b) lengths[b] = known[known.size() == 1 ? 0 : b];
+      context->mask = mask.without_lengths();
+    }
+    context->side = detail::make_side(orders, *state_->engine, key, value, std::move(lengths));
+  } else {
+    context->side = detail::make_side(orders, state_->weights, state_->products, key, value);
+  }
+  return FrozenContext(std::move(context));
+}
+
+std::tuple<Tensor, Tensor> Frozen::attend(const Tensor& query, const FrozenContext& context) const {
+  const at::NoGradGuard no_grad;
+  const auto& c = *context.state_;
+  const auto& module = *state_->module;
+  check_value(c.owner == state_, kCaller, "context must be made by the Frozen that attends to it, but is another's.");
+  const auto given = query.defined() && query.dim() == 3 ? query.size(0) : 1;
+  detail::check_query(kCaller, query, c.batched, c.B > 0 && given % c.B == 0 ? given : c.B, module.query_linear);
+  return attend_with(query, context);
+}
+
+std::tuple<Tensor, Tensor> Frozen::attend(const FrozenContext& context) const {
+  const at::NoGradGuard no_grad;
+  check_value(context.state_->owner == state_, kCaller,
+              "context must be made by the Frozen that attends to it, but is another's.");
+  check_value(state_->query.defined(), kCaller, "query must be given to freeze or to attend, but is given to neither.");
+  return attend_with({}, context);
+}
+
+// The query has been checked; undefined stands for the constant one.
+std::tuple<Tensor, Tensor> Frozen::attend_with(const Tensor& query, const FrozenContext& context) const {
+  const auto& c = *context.state_;
+  const auto wanted = options().attention_weights();
+  const auto Xq = query.defined() ? batched(query) : Tensor();
+  const auto Lq = query.defined() ? Xq.size(1) : state_->query.size(0);
+  c.mask.check(kCaller, c.B, options().num_heads(), Lq, c.Lk, state_->weights.query.device());
+  if (const auto* side = std::get_if<detail::EngineSide>(&c.side)) {
+    const auto& folded = state_->folded_query[static_cast<size_t>(c.orders.logits)];
+    return as_given(
+        detail::attend(*state_->engine, *side, {.query = Xq, .folded_query = folded, .mask = c.mask, .weights = wanted}),
+        c.batched);
+  }
+  const auto rows = query.defined() ? Xq : state_->query.expand({c.B, -1, -1});
+  const auto n = c.B > 0 ? rows.size(0) / c.B : 1;
+  AttentionOptions how;
+  how.mask = for_queries(c.mask, n, Lq, c.Lk, rows.device());
+  how.weights = wanted;
+  auto result = detail::attend(c.orders, state_->weights, state_->products, rows.reshape({c.B, n * Lq, rows.size(2)}),
+                               std::get<detail::Side>(c.side), how);
+  result.output = result.output.view({c.B * n, Lq, result.output.size(2)});
+  if (wanted == AttentionWeights::mean) result.weights = result.weights.reshape({c.B * n, Lq, -1});
+  if (wanted == AttentionWeights::per_head) {
+    result.weights = result.weights.unflatten(2, {n, Lq}).transpose(1, 2).flatten(0, 1);
+  }
+  return as_given(result, c.batched);
+}
+
+std::string Frozen::explain(int64_t B, int64_t Lq, int64_t Lk, std::optional<int64_t> expected_queries) const {
+  return xattn::explain(expected_queries ? state_->request_for_context(B, Lk, *expected_queries) : state_->request(B, Lq, Lk));
+}
+
+Orders Frozen::orders(int64_t B, int64_t Lq, int64_t Lk) const {
+  return state_->choose(state_->request(B, Lq, Lk));
+}
+
+const CrossAttentionOptions& Frozen::options() const {
+  return state_->module->options;
+}
+
+bool Frozen::uses_kernels() const {
+  return state_->engine.has_value();
+}
+
+Frozen CrossAttentionImpl::freeze() const {
+  return freeze({});
+}
+
+Frozen CrossAttentionImpl::freeze(const FreezeOptions& options) const {
+  return Frozen(*this, options);
+}
+
+}  // namespace xattn
