@@ -8,10 +8,12 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 // What the sanitizers see here: every matrix lies in memory of exactly its size, so that no kernel reads or writes beside it.
@@ -59,6 +61,37 @@ void expect_equal_bits(const Matrix& actual, const Matrix& expected, const std::
   }
 }
 
+Matrix transposed(const Matrix& x, int64_t gap = 0) {
+  Matrix y(x.columns, x.rows, gap);
+  for (int64_t i = 0; i < x.rows; ++i) {
+    for (int64_t j = 0; j < x.columns; ++j) y.at(j, i) = x.at(i, j);
+  }
+  return y;
+}
+
+// To the nearest bfloat16 and back, by the definition: eight digits remain. For finite, normal numbers.
+float rounded(float x) {
+  int exponent = 0;
+  const double fraction = std::frexp(x, &exponent);
+  return static_cast<float>(std::ldexp(std::nearbyint(fraction * 256) / 256, exponent));
+}
+
+Matrix rounded(Matrix x) {
+  for (int64_t i = 0; i < x.rows; ++i) {
+    for (int64_t j = 0; j < x.columns; ++j) x.at(i, j) = rounded(x.at(i, j));
+  }
+  return x;
+}
+
+// The memory of a matrix of such numbers, in half the space.
+std::vector<Bfloat16> upper_halves(const Matrix& x) {
+  std::vector<Bfloat16> halves;
+  for (int64_t i = 0; i < (x.rows - 1) * x.stride + x.columns; ++i) {
+    halves.push_back({static_cast<uint16_t>(std::bit_cast<uint32_t>(x.data[static_cast<size_t>(i)]) >> 16)});
+  }
+  return halves;
+}
+
 class KernelsTest : public testing::TestWithParam<const Kernels*> {
  protected:
   std::vector<float> packed(const Matrix& b) const {
@@ -67,28 +100,45 @@ class KernelsTest : public testing::TestWithParam<const Kernels*> {
     return to;
   }
 
-  // a b + bias + c, and expects it near the sums in float64: each of the k + 2 roundings is off by at most kRoundoff of the sum
-  // of absolute values.
-  void expect_product(
-      const Matrix& a, const Matrix& b, const RightSide& right, const Matrix& c, const float* bias, bool accumulate) {
-    Matrix actual(c.rows, c.columns, c.stride - c.columns);
+  std::vector<Bfloat16> packed_bfloat16(const Matrix& b) const {
+    std::vector<Bfloat16> to(static_cast<size_t>(kernels_.packed_size(b.rows, b.columns)), {0x7fc0});
+    kernels_.pack_bfloat16(b.data.get(), b.stride, b.rows, b.columns, to.data());
+    return to;
+  }
+
+  const Kernels& kernels_ = *GetParam();
+};
+
+// What a product is made of, and its result by a kernel.
+struct Problem {
+  Matrix a, b, c, bias;
+  bool has_bias, accumulate;
+
+  template <class Element>
+  Matrix compute(void (*kernel)(const ProductOf<Element>&), const RightSideOf<Element>& right) const {
+    Matrix result(c.rows, c.columns, c.stride - c.columns);
     for (int64_t i = 0; i < c.rows; ++i) {
-      for (int64_t j = 0; j < c.columns; ++j) actual.at(i, j) = accumulate ? c.at(i, j) : kNaN;
+      for (int64_t j = 0; j < c.columns; ++j) result.at(i, j) = accumulate ? c.at(i, j) : kNaN;
     }
-    kernels_.product({.m = a.rows,
-                      .n = b.columns,
-                      .k = a.columns,
-                      .a = a.data.get(),
-                      .a_stride = a.stride,
-                      .b = right,
-                      .c = actual.data.get(),
-                      .c_stride = actual.stride,
-                      .bias = bias,
-                      .accumulate = accumulate});
+    kernel({.m = a.rows,
+            .n = b.columns,
+            .k = a.columns,
+            .a = a.data.get(),
+            .a_stride = a.stride,
+            .b = right,
+            .c = result.data.get(),
+            .c_stride = result.stride,
+            .bias = has_bias ? bias.data.get() : nullptr,
+            .accumulate = accumulate});
+    return result;
+  }
+
+  // Expects the sums in float64: each of the k + 2 roundings is off by at most kRoundoff of the sum of absolute values.
+  void expect_sums(const Matrix& actual) const {
     for (int64_t i = 0; i < a.rows; ++i) {
       for (int64_t j = 0; j < b.columns; ++j) {
-        double sum = (bias ? bias[j] : 0) + (accumulate ? c.at(i, j) : 0);
-        double absolute = (bias ? std::abs(bias[j]) : 0) + (accumulate ? std::abs(c.at(i, j)) : 0);
+        double sum = (has_bias ? double{bias.at(0, j)} : 0) + (accumulate ? double{c.at(i, j)} : 0);
+        double absolute = (has_bias ? std::abs(bias.at(0, j)) : 0) + (accumulate ? std::abs(c.at(i, j)) : 0);
         for (int64_t l = 0; l < a.columns; ++l) {
           const double term = double{a.at(i, l)} * b.at(l, j);
           sum += term;
@@ -100,87 +150,124 @@ class KernelsTest : public testing::TestWithParam<const Kernels*> {
       for (int64_t j = b.columns; i + 1 < a.rows && j < actual.stride; ++j) ASSERT_TRUE(std::isnan(actual.at(i, j)));
     }
   }
-
-  const Kernels& kernels_ = *GetParam();
 };
+
+// Every remainder of rows and columns, with strides, bias and sums of all kinds; then long ones.
+void for_each_problem(const std::function<void(const Problem&)>& check) {
+  const auto problem = [](int64_t m, int64_t n, int64_t k, int kind) {
+    return Problem{.a = random_matrix(m, k, kind % 3),
+                   .b = rounded(random_matrix(k, n, kind % 4)),
+                   .c = random_matrix(m, n, kind % 2),
+                   .bias = random_matrix(1, n),
+                   .has_bias = kind % 5 < 2,
+                   .accumulate = kind % 7 < 3};
+  };
+  int kind = 0;
+  for (int64_t m = 1; m <= 30; ++m) {
+    for (int64_t n = 1; n <= 70; ++n, ++kind) {
+      check(problem(m, n, 1 + kind % 19, kind));
+      if (testing::Test::HasFatalFailure()) return;
+    }
+  }
+  for (const auto& [m, n, k] :
+       {std::array<int64_t, 3>{3, 300, 1000}, {1, 533, 769}, {2, 290, 512}, {30, 65, 3100}, {230, 33, 257}}) {
+    check(problem(m, n, k, ++kind));
+  }
+}
 
 using KernelsProductTest = KernelsTest;
 using KernelsPackTest = KernelsTest;
 using KernelsSoftmaxTest = KernelsTest;
 
-TEST_P(KernelsProductTest, EqualsSumsForEveryRemainderOfRowsAndColumns) {
-  for (int64_t m = 1; m <= 30; ++m) {
-    for (int64_t n = 1; n <= 70; ++n) {
-      const int64_t k = 1 + (m * 7 + n) % 19;
-      const auto a = random_matrix(m, k, m % 3), b = random_matrix(k, n, n % 4), c = random_matrix(m, n, m % 2);
-      const auto bias = random_matrix(1, n);
-      const auto panels = packed(b);
-      const bool accumulate = (m + n) % 2 == 0;
-      expect_product(a, b, kernels_.packed(panels.data(), k), c, n % 3 ? bias.data.get() : nullptr, accumulate);
-      expect_product(a, b, kernels_.rows(b.data.get(), b.stride), c, n % 3 ? nullptr : bias.data.get(), accumulate);
-      if (HasFatalFailure()) return;
-    }
-  }
+TEST_P(KernelsProductTest, EqualsSums) {
+  for_each_problem([&](const Problem& p) {
+    const auto panels = packed(p.b);
+    p.expect_sums(p.compute(kernels_.product, kernels_.packed(panels.data(), p.b.rows)));
+    p.expect_sums(p.compute(kernels_.product, kernels_.rows(p.b.data.get(), p.b.stride)));
+  });
 }
 
-TEST_P(KernelsProductTest, EqualsSumsForLongOnes) {
-  for (const auto& [m, n, k] :
-       {std::array<int64_t, 3>{3, 300, 1000}, {1, 333, 769}, {2, 290, 512}, {30, 65, 2049}, {700, 33, 257}}) {
-    const auto a = random_matrix(m, k, 1), b = random_matrix(k, n, 3), c = random_matrix(m, n), bias = random_matrix(1, n);
-    const auto panels = packed(b);
-    expect_product(a, b, kernels_.packed(panels.data(), k), c, bias.data.get(), /*accumulate=*/true);
-    expect_product(a, b, kernels_.rows(b.data.get(), b.stride), c, bias.data.get(), /*accumulate=*/false);
-  }
+TEST_P(KernelsProductTest, EqualsSumsOverTransposedRows) {
+  for_each_problem([&](const Problem& p) {
+    const auto b = transposed(p.b, p.a.rows % 2);
+    p.expect_sums(p.compute(kernels_.product_transposed, kernels_.rows(b.data.get(), b.stride)));
+  });
+}
+
+TEST_P(KernelsProductTest, GivesForBfloat16TheBitsOfTheSameNumbersInFloat32) {
+  for_each_problem([&](const Problem& p) {
+    const auto panels = packed(p.b);
+    const auto expected = p.compute(kernels_.product, kernels_.packed(panels.data(), p.b.rows));
+    const auto half_panels = packed_bfloat16(p.b);
+    expect_equal_bits(p.compute(kernels_.product_bfloat16, kernels_.packed(half_panels.data(), p.b.rows)), expected, "packed");
+    const auto rows = upper_halves(p.b);
+    expect_equal_bits(p.compute(kernels_.product_bfloat16, kernels_.rows(rows.data(), p.b.stride)), expected, "rows");
+    const auto b = transposed(p.b, p.a.rows % 2);
+    const auto columns = upper_halves(b);
+    expect_equal_bits(p.compute(kernels_.product_transposed_bfloat16, kernels_.rows(columns.data(), b.stride)),
+                      p.compute(kernels_.product_transposed, kernels_.rows(b.data.get(), b.stride)), "transposed");
+  });
 }
 
 TEST_P(KernelsProductTest, IsBiasOrZeroOverNoTerms) {
-  const auto a = random_matrix(3, 0), b = random_matrix(0, 40), c = random_matrix(3, 40), bias = random_matrix(1, 40);
-  expect_product(a, b, kernels_.rows(b.data.get(), 40), c, nullptr, /*accumulate=*/false);
-  expect_product(a, b, kernels_.rows(b.data.get(), 40), c, bias.data.get(), /*accumulate=*/true);
+  for (bool has_bias : {false, true}) {
+    const Problem p{.a = random_matrix(3, 0),
+                    .b = random_matrix(0, 40),
+                    .c = random_matrix(3, 40),
+                    .bias = random_matrix(1, 40),
+                    .has_bias = has_bias,
+                    .accumulate = false};
+    p.expect_sums(p.compute(kernels_.product, kernels_.rows(p.b.data.get(), 40)));
+    p.expect_sums(p.compute(kernels_.product_transposed, kernels_.rows(p.b.data.get(), 0)));
+  }
 }
 
 TEST_P(KernelsProductTest, GivesEqualBitsHoweverItIsDivided) {
-  const int64_t m = 37, n = 5 * kernels_.panel + 3, k = 600;
+  const int64_t m = 127, n = 9 * kernels_.panel + 3, k = 1700;
   const auto a = random_matrix(m, k), b = random_matrix(k, n), bias = random_matrix(1, n);
   const auto panels = packed(b);
-  for (const auto& right : {kernels_.packed(panels.data(), k), kernels_.rows(b.data.get(), n)}) {
-    const auto part = [&](Matrix& c, int64_t top, int64_t rows, int64_t panel, int64_t columns) {
-      kernels_.product({.m = rows,
-                        .n = columns,
-                        .k = k,
-                        .a = a.data.get() + top * k,
-                        .a_stride = k,
-                        .b = {right.data + panel * right.panel_stride, right.row_stride, right.panel_stride},
-                        .c = c.data.get() + top * n + panel * kernels_.panel,
-                        .c_stride = n,
-                        .bias = bias.data.get() + panel * kernels_.panel});
-    };
-    Matrix whole(m, n);
-    part(whole, 0, m, 0, n);
-    for (int64_t rows = 1; rows <= 16; ++rows) {
-      Matrix divided(m, n);
-      for (int64_t top = 0; top < m; top += rows) part(divided, top, std::min(rows, m - top), 0, n);
-      expect_equal_bits(divided, whole, std::to_string(rows) + " rows a call");
+  const auto columns = transposed(b);
+  const auto compute = [&](auto kernel, const RightSide& right, int64_t rows_at_once, int64_t panels_at_once) {
+    Matrix c(m, n);
+    const int64_t columns_at_once = panels_at_once * kernels_.panel;
+    for (int64_t top = 0; top < m; top += rows_at_once) {
+      for (int64_t left = 0; left < n; left += columns_at_once) {
+        kernel({.m = std::min(rows_at_once, m - top),
+                .n = std::min(columns_at_once, n - left),
+                .k = k,
+                .a = a.data.get() + top * k,
+                .a_stride = k,
+                .b = {right.data + left / kernels_.panel * right.panel_stride, right.row_stride, right.panel_stride},
+                .c = &c.at(top, left),
+                .c_stride = n,
+                .bias = &bias.data[static_cast<size_t>(left)]});
+      }
     }
-    Matrix divided(m, n);
-    for (int64_t panel = 0; panel < 6; panel += 2) {
-      part(divided, 0, m, panel, std::min(2 * kernels_.panel, n - panel * kernels_.panel));
+    return c;
+  };
+  const auto expect_equal_parts = [&](auto kernel, const RightSide& right, const std::string& what) {
+    const auto whole = compute(kernel, right, m, 10);
+    for (int64_t rows : {1, 2, 3, 4, 5, 7, 8, 13, 14, 15, 64}) {
+      expect_equal_bits(compute(kernel, right, rows, 10), whole, what + ", " + std::to_string(rows) + " rows a call");
     }
-    expect_equal_bits(divided, whole, "two panels a call");
-  }
+    expect_equal_bits(compute(kernel, right, m, 3), whole, what + ", three panels a call");
+  };
+  expect_equal_parts(kernels_.product, kernels_.packed(panels.data(), k), "packed");
+  expect_equal_parts(kernels_.product, kernels_.rows(b.data.get(), n), "rows");
+  expect_equal_parts(kernels_.product_transposed, RightSide{columns.data.get(), k, kernels_.panel * k}, "transposed");
 }
 
 TEST_P(KernelsPackTest, LaysColumnsInPanelsFilledWithZeros) {
   for (int64_t k : {1, 3, 16, 33}) {
     for (int64_t n = 1; n <= 70; ++n) {
       const auto b = random_matrix(k, n, n % 3);
-      Matrix transposed(n, k, n % 2);
-      for (int64_t i = 0; i < k; ++i) {
-        for (int64_t j = 0; j < n; ++j) transposed.at(j, i) = b.at(i, j);
-      }
+      const auto columns = transposed(b, n % 2);
       const auto from_rows = packed(b);
       std::vector<float> from_columns(from_rows.size(), kNaN);
-      kernels_.pack_transposed(transposed.data.get(), transposed.stride, k, n, from_columns.data());
+      kernels_.pack_transposed(columns.data.get(), columns.stride, k, n, from_columns.data());
+      const auto halves = packed_bfloat16(b);
+      std::vector<Bfloat16> halves_from_columns(halves.size(), {0x7fc0});
+      kernels_.pack_transposed_bfloat16(columns.data.get(), columns.stride, k, n, halves_from_columns.data());
       const auto right = kernels_.packed(from_rows.data(), k);
       for (int64_t j = 0; j < (n + kernels_.panel - 1) / kernels_.panel * kernels_.panel; ++j) {
         for (int64_t i = 0; i < k; ++i) {
@@ -188,9 +275,24 @@ TEST_P(KernelsPackTest, LaysColumnsInPanelsFilledWithZeros) {
               static_cast<size_t>(j / kernels_.panel * right.panel_stride + i * right.row_stride + j % kernels_.panel);
           ASSERT_EQ(from_rows[at], j < n ? b.at(i, j) : 0) << "k " << k << ", n " << n << " at " << i << ", " << j;
           ASSERT_EQ(from_columns[at], from_rows[at]) << "k " << k << ", n " << n << " at " << i << ", " << j;
+          ASSERT_EQ(std::bit_cast<float>(uint32_t{halves[at].bits} << 16), rounded(from_rows[at]));
+          ASSERT_EQ(halves_from_columns[at].bits, halves[at].bits);
         }
       }
     }
+  }
+}
+
+TEST_P(KernelsPackTest, RoundsToTheNearestBfloat16AndOfTwoToTheEvenOne) {
+  const std::vector<std::pair<uint32_t, uint16_t>> cases = {
+      {0x3f800000, 0x3f80}, {0x3f807fff, 0x3f80}, {0x3f808000, 0x3f80}, {0x3f808001, 0x3f81}, {0x3f818000, 0x3f82},
+      {0xbf818000, 0xbf82}, {0x00000000, 0x0000}, {0x80000000, 0x8000}, {0x7f7fffff, 0x7f80}, {0x7f800000, 0x7f80},
+      {0xff800000, 0xff80}, {0x7f800001, 0x7fc0}, {0x7fffffff, 0x7fff}, {0xffffffff, 0xffff}};
+  Matrix b(1, static_cast<int64_t>(cases.size()));
+  for (size_t i = 0; i < cases.size(); ++i) b.data[i] = std::bit_cast<float>(cases[i].first);
+  const auto halves = packed_bfloat16(b);
+  for (size_t i = 0; i < cases.size(); ++i) {  // one row: the columns of all panels follow each other
+    EXPECT_EQ(halves[i].bits, cases[i].second) << std::hex << cases[i].first;
   }
 }
 
@@ -214,7 +316,7 @@ Expected softmax_of(const Matrix& x, int64_t row, double scale, const float* bia
 
 TEST_P(KernelsSoftmaxTest, EqualsItsDefinitionWithAndWithoutBiasAndMask) {
   std::mt19937 engine(2);
-  for (int64_t n : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 30, 31, 32, 33, 64, 77, 257, 577, 1500}) {
+  for (int64_t n : {0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 30, 31, 32, 33, 64, 77, 127, 128, 129, 257, 577, 1500}) {
     for (int64_t rows : {1, 3, 16, 37}) {
       for (int kind = 0; kind < 6; ++kind) {
         const bool has_bias = kind % 3 == 1 || kind == 5, has_keep = kind % 3 == 2, one_for_all = kind >= 3;

@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "pack.h"
 #include "product.h"
+#include "product_transposed.h"
 #include "softmax.h"
 
 // Included by one source for each instruction set.
@@ -16,9 +17,14 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     .name = XATTN_NAME(XATTN_KERNELS),
     .panel = kPanel,
-    .product = product,
-    .pack = pack,
-    .pack_transposed = pack_transposed,
+    .product = product<float>,
+    .product_bfloat16 = product<Bfloat16>,
+    .product_transposed = product_transposed<float>,
+    .product_transposed_bfloat16 = product_transposed<Bfloat16>,
+    .pack = pack<float>,
+    .pack_bfloat16 = pack<Bfloat16>,
+    .pack_transposed = pack_transposed<float>,
+    .pack_transposed_bfloat16 = pack_transposed<Bfloat16>,
     .softmax = softmax,
 };
 

@@ -7,33 +7,43 @@
 // One core's work on float32 memory, for the frozen inference path: it knows neither tensors nor threads.
 namespace xattn::detail {
 
+/// The upper half of a float32: a way to store a right side in half the memory, where reading it is what takes the time.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
 /// The right side of a product, [k, n], in panels of `Kernels::panel` columns: element (i, j) lies at
 /// data[(j / panel) * panel_stride + i * row_stride + j % panel]. Two layouts are of use:
 ///   plain rows   row_stride = distance of rows, panel_stride = panel
 ///   packed       row_stride = panel, panel_stride = k * panel, filled up with zeros to whole panels: see `Kernels::pack`
-struct RightSide {
-  const float* data = nullptr;
+template <class Element>
+struct RightSideOf {
+  const Element* data = nullptr;
   int64_t row_stride = 0;
   int64_t panel_stride = 0;
 };
+using RightSide = RightSideOf<float>;
 
-/// c [m, n] = a [m, k] b [k, n], plus `bias` in every row, plus what c held where `accumulate`.
+/// c [m, n] = a [m, k] b [k, n], plus `bias` in every row, plus what c held where `accumulate`. All in float32, whatever stores b.
 ///
 /// A row of c depends on its own row of a alone: neither m, nor the rows beside it, nor a division of the columns at panels
 /// change a bit of it. No memory outside of the matrices is touched. c overlaps nothing else.
-struct Product {
+template <class Element>
+struct ProductOf {
   int64_t m = 0, n = 0, k = 0;
   const float* a = nullptr;
   int64_t a_stride = 0;  ///< from row to row, in elements, as c_stride
-  RightSide b;
+  RightSideOf<Element> b;
   float* c = nullptr;
   int64_t c_stride = 0;
   const float* bias = nullptr;  ///< [n]; none if null
   bool accumulate = false;
 };
+using Product = ProductOf<float>;
 
 /// Softmax in place, on the rows of x [rows, n]: x = exp(y - max y) / sum exp(y - max y) with y = scale * x + bias, over the keys
 /// that are kept; 0 for the others. A row without a kept key above -inf becomes zeros, one with a NaN among them becomes NaN.
+/// A row depends on nothing but itself, as above.
 struct Softmax {
   int64_t rows = 0, n = 0;
   float* x = nullptr;
@@ -46,22 +56,36 @@ struct Softmax {
   float* log_sum_exp = nullptr;  ///< [rows], of y; -inf for a row that becomes zeros. Not wanted if null
 };
 
-/// The kernels for one instruction set.
+/// The kernels for one instruction set. Those that take Bfloat16 differ in how b is stored, and in nothing else.
 struct Kernels {
   const char* name;  ///< "avx512", "avx2", "plain"
   int64_t panel;     ///< columns of a panel of a RightSide
 
   void (*product)(const Product&);
+  void (*product_bfloat16)(const ProductOf<Bfloat16>&);
 
-  /// The numbers that `pack` and `pack_transposed` write: k * panel for each panel begun.
+  /// The same for b that lies transposed, as weights and keys do: element (i, j) at data[j * row_stride + i]. For few rows m, as
+  /// packing b takes as long as a product with about 8; the sums have another order, and so other last bits, than above.
+  void (*product_transposed)(const Product&);
+  void (*product_transposed_bfloat16)(const ProductOf<Bfloat16>&);
+
+  /// The numbers that packing writes: k for each column of whole panels.
   int64_t packed_size(int64_t k, int64_t n) const { return (n + panel - 1) / panel * panel * k; }
-  RightSide packed(const float* data, int64_t k) const { return {data, panel, k * panel}; }
-  RightSide rows(const float* data, int64_t row_stride) const { return {data, row_stride, panel}; }
+  template <class Element>
+  RightSideOf<Element> packed(const Element* data, int64_t k) const {
+    return {data, panel, k * panel};
+  }
+  template <class Element>
+  RightSideOf<Element> rows(const Element* data, int64_t row_stride) const {
+    return {data, row_stride, panel};
+  }
 
   /// Packs b [k, n], rows of consecutive numbers `stride` apart.
   void (*pack)(const float* b, int64_t stride, int64_t k, int64_t n, float* packed);
+  void (*pack_bfloat16)(const float* b, int64_t stride, int64_t k, int64_t n, Bfloat16* packed);
   /// Packs the transpose of b [n, k]: a weight as torch stores it, or keys.
   void (*pack_transposed)(const float* b, int64_t stride, int64_t k, int64_t n, float* packed);
+  void (*pack_transposed_bfloat16)(const float* b, int64_t stride, int64_t k, int64_t n, Bfloat16* packed);
 
   void (*softmax)(const Softmax&);
 };

@@ -8,7 +8,8 @@ namespace xattn::detail::XATTN_KERNELS {
 namespace {
 
 // See Kernels::pack.
-void pack(const float* b, int64_t stride, int64_t k, int64_t n, float* packed) {
+template <class Element>
+void pack(const float* b, int64_t stride, int64_t k, int64_t n, Element* packed) {
   for (; n > 0; n -= kPanel, b += kPanel) {
     for (int64_t i = 0; i < k; ++i, packed += kPanel) {
       for (int v = 0; v < 2; ++v) {
@@ -21,9 +22,10 @@ void pack(const float* b, int64_t stride, int64_t k, int64_t n, float* packed) {
 }
 
 // See Kernels::pack_transposed. A block of kLanes by kLanes at a time.
-void pack_transposed(const float* b, int64_t stride, int64_t k, int64_t n, float* packed) {
+template <class Element>
+void pack_transposed(const float* b, int64_t stride, int64_t k, int64_t n, Element* packed) {
   for (int64_t j = 0; j < (n + kPanel - 1) / kPanel * kPanel; j += kLanes) {
-    float* to = packed + j / kPanel * kPanel * k + j % kPanel;
+    Element* to = packed + j / kPanel * kPanel * k + j % kPanel;
     const int64_t rows = n - j < kLanes ? n - j : kLanes;
     const float* from = b + j * stride;
     for (int64_t i = 0; i < k; i += kLanes) {

@@ -12,11 +12,12 @@ constexpr int64_t kDepth = 1536;  // of a block of k: a panel of it, 192 KB for 
 constexpr int64_t kHeight = 112;
 
 // A tile of c, a few rows by a few vectors, whose sums live in registers while k runs.
+template <class Element>
 struct Tile {
   int64_t k;
   const float* a;
   int64_t a_stride;
-  RightSide b;
+  RightSideOf<Element> b;
   float* c;
   int64_t c_stride;
   const float* bias;
@@ -24,8 +25,8 @@ struct Tile {
   int64_t last;  // lanes of the last vector, where it is partial
 };
 
-template <int kRows, int kVectors, bool kPartial>
-void compute_tile(const Tile& tile) {
+template <class Element, int kRows, int kVectors, bool kPartial>
+void compute_tile(const Tile<Element>& tile) {
   const auto is_partial = [](int v) { return kPartial && v == kVectors - 1; };
   const auto load_at = [&](const float* from, int v) { return is_partial(v) ? load_first(from, tile.last) : load(from); };
   const int64_t last = tile.last, row_stride = tile.b.row_stride, panel_stride = tile.b.panel_stride;
@@ -46,13 +47,13 @@ void compute_tile(const Tile& tile) {
   }
 
   const float* a = tile.a;
-  const float* b = tile.b.data;
+  const Element* b = tile.b.data;
   const int64_t a_stride = tile.a_stride;
   for (int64_t i = 0; i < tile.k; ++i, ++a, b += row_stride) {
     Vector b_row[kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
-      const float* from = b + v / 2 * panel_stride + v % 2 * kLanes;
+      const Element* from = b + v / 2 * panel_stride + v % 2 * kLanes;
       b_row[v] = is_partial(v) ? load_first(from, last) : load(from);
     }
 #pragma GCC unroll 16
@@ -73,7 +74,8 @@ void compute_tile(const Tile& tile) {
   }
 }
 
-using ComputeTile = void (*)(const Tile&);
+template <class Element>
+using ComputeTile = void (*)(const Tile<Element>&);
 
 // The panels a tile of few rows spans: enough sums to hide the time that one addition takes.
 constexpr int widest(int rows) {
@@ -83,30 +85,33 @@ constexpr int widest(int rows) {
 }
 
 // compute_tile for each number of rows.
+template <class Element>
 struct Tiles {
-  ComputeTile of_panels[4][kTileRows + 1];   // 1, 2, 4, 8 whole panels
-  ComputeTile of_vectors[2][kTileRows + 1];  // one or two vectors, the last of them partial
+  ComputeTile<Element> of_panels[4][kTileRows + 1];   // 1, 2, 4, 8 whole panels
+  ComputeTile<Element> of_vectors[2][kTileRows + 1];  // one or two vectors, the last of them partial
 };
 
-template <int kRows>
-constexpr void add_tiles(Tiles& tiles) {
-  tiles.of_panels[0][kRows] = compute_tile<kRows, 2, false>;
-  if constexpr (widest(kRows) >= 2) tiles.of_panels[1][kRows] = compute_tile<kRows, 4, false>;
-  if constexpr (widest(kRows) >= 4) tiles.of_panels[2][kRows] = compute_tile<kRows, 8, false>;
-  if constexpr (widest(kRows) >= 8) tiles.of_panels[3][kRows] = compute_tile<kRows, 16, false>;
-  tiles.of_vectors[0][kRows] = compute_tile<kRows, 1, true>;
-  tiles.of_vectors[1][kRows] = compute_tile<kRows, 2, true>;
+template <int kRows, class Element>
+constexpr void add_tiles(Tiles<Element>& tiles) {
+  tiles.of_panels[0][kRows] = compute_tile<Element, kRows, 2, false>;
+  if constexpr (widest(kRows) >= 2) tiles.of_panels[1][kRows] = compute_tile<Element, kRows, 4, false>;
+  if constexpr (widest(kRows) >= 4) tiles.of_panels[2][kRows] = compute_tile<Element, kRows, 8, false>;
+  if constexpr (widest(kRows) >= 8) tiles.of_panels[3][kRows] = compute_tile<Element, kRows, 16, false>;
+  tiles.of_vectors[0][kRows] = compute_tile<Element, kRows, 1, true>;
+  tiles.of_vectors[1][kRows] = compute_tile<Element, kRows, 2, true>;
   if constexpr (kRows > 1) add_tiles<kRows - 1>(tiles);
 }
 
-constexpr Tiles kTiles = [] {
-  Tiles tiles{};
+template <class Element>
+constexpr Tiles<Element> kTiles = [] {
+  Tiles<Element> tiles{};
   add_tiles<kTileRows>(tiles);
   return tiles;
 }();
 
 // All rows of a block of c by the columns of one tile.
-void compute_column(Tile tile, int64_t m, int64_t tiles, const ComputeTile* compute) {
+template <class Element>
+void compute_column(Tile<Element> tile, int64_t m, int64_t tiles, const ComputeTile<Element>* compute) {
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t rows = m / tiles + (i < m % tiles);  // 16 rows are 8 + 8 rather than 14 + 2: a low tile is a slow one
     compute[rows](tile);
@@ -116,7 +121,8 @@ void compute_column(Tile tile, int64_t m, int64_t tiles, const ComputeTile* comp
 }
 
 // A block of c for a block of k.
-void compute_block(Tile tile, int64_t m, int64_t n) {
+template <class Element>
+void compute_block(Tile<Element> tile, int64_t m, int64_t n) {
   const int64_t tiles = (m + kTileRows - 1) / kTileRows;
   int step = 3;
   while ((1 << step) > widest(static_cast<int>((m + tiles - 1) / tiles))) --step;
@@ -124,10 +130,10 @@ void compute_block(Tile tile, int64_t m, int64_t n) {
     while (step > 0 && n < (kPanel << step)) --step;
     const int64_t columns = n < kPanel ? n : kPanel << step;
     if (n >= kPanel) {
-      compute_column(tile, m, tiles, kTiles.of_panels[step]);
+      compute_column(tile, m, tiles, kTiles<Element>.of_panels[step]);
     } else {
       tile.last = n > kLanes ? n - kLanes : n;
-      compute_column(tile, m, tiles, kTiles.of_vectors[n > kLanes]);
+      compute_column(tile, m, tiles, kTiles<Element>.of_vectors[n > kLanes]);
     }
     n -= columns;
     tile.b.data += (1 << step) * tile.b.panel_stride;
@@ -136,20 +142,21 @@ void compute_block(Tile tile, int64_t m, int64_t n) {
   }
 }
 
-void product(const Product& p) {
+template <class Element>
+void product(const ProductOf<Element>& p) {
   const int64_t depths = p.k > kDepth ? (p.k + kDepth - 1) / kDepth : 1;
   const int64_t depth = (p.k + depths - 1) / depths;
   for (int64_t top = 0; top < p.m; top += kHeight) {
     const int64_t m = p.m - top < kHeight ? p.m - top : kHeight;
-    Tile tile{.k = 0,
-              .a = p.a + top * p.a_stride,
-              .a_stride = p.a_stride,
-              .b = p.b,
-              .c = p.c + top * p.c_stride,
-              .c_stride = p.c_stride,
-              .bias = p.bias,
-              .accumulate = p.accumulate,
-              .last = 0};
+    Tile<Element> tile{.k = 0,
+                       .a = p.a + top * p.a_stride,
+                       .a_stride = p.a_stride,
+                       .b = p.b,
+                       .c = p.c + top * p.c_stride,
+                       .c_stride = p.c_stride,
+                       .bias = p.bias,
+                       .accumulate = p.accumulate,
+                       .last = 0};
     for (int64_t i = 0; i < depths; ++i) {
       tile.k = p.k - i * depth < depth ? p.k - i * depth : depth;
       compute_block(tile, m, p.n);

@@ -37,10 +37,6 @@ inline Vector exp_of_negative(Vector x) {
 #endif
 }
 
-inline Vector sum_of(Vector x, Vector y) {
-  return x + y;
-}
-
 struct Row {
   float* x;
   const float* bias;

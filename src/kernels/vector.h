@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels.h"
+
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -59,6 +61,10 @@ inline Integers lane_numbers() {
   return lanes;
 }
 
+inline Vector sum_of(Vector x, Vector y) {
+  return x + y;
+}
+
 inline Vector larger(Vector x, Vector y) {
   return x > y ? x : y;
 }
@@ -90,6 +96,34 @@ inline void store_first(float* to, Vector x, int64_t count) {
     if (i < count) to[i] = x[i];
   }
 #endif
+}
+
+inline Vector load_first(const Bfloat16* from, int64_t count) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from);
+  return reinterpret_cast<Vector>(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, halves), 16));
+#else
+  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+  Halves halves{};
+  __builtin_memcpy(&halves, from, static_cast<size_t>(2 * count));
+#if defined(__AVX2__)
+  return reinterpret_cast<Vector>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(halves)), 16));
+#else
+  return reinterpret_cast<Vector>(__builtin_convertvector(halves, Unsigned) << 16);
+#endif
+#endif
+}
+
+inline Vector load(const Bfloat16* from) {
+  return load_first(from, kLanes);
+}
+
+// Rounds to the nearest, and of two as near to the even one.
+inline void store(Bfloat16* to, Vector x) {
+  const auto bits = reinterpret_cast<Unsigned>(x);
+  const Unsigned rounded = bits + 0x7fff + (bits >> 16 & 1);
+  const Unsigned stored = x != x ? bits | 0x400000 : rounded;  // a NaN stays one, whatever bits it has
+  for (int i = 0; i < kLanes; ++i) to[i].bits = static_cast<uint16_t>(stored[i] >> 16);
 }
 
 // Which of the first `count` of these are true; of the others, none.
@@ -124,6 +158,23 @@ inline void transpose(Vector (&x)[kLanes]) {
     if ((i & kBit) == 0) swap_halves<kBit>(x[i], x[i + kBit], Lanes{});
   }
   if constexpr (kBit > 1) transpose<kBit / 2>(x);
+}
+
+// Lane i: the lanes of x[i], put together by `combine`.
+template <int kBit = kLanes / 2, class Combine>
+inline Vector reduce(const Vector (&x)[2 * kBit], Combine combine) {
+  Vector halves[kBit];
+#pragma GCC unroll 16
+  for (int i = 0; i < kBit; ++i) {
+    Vector low = x[i], high = x[i + kBit];
+    swap_halves<kBit>(low, high, Lanes{});
+    halves[i] = combine(low, high);
+  }
+  if constexpr (kBit > 1) {
+    return reduce<kBit / 2>(halves, combine);
+  } else {
+    return halves[0];
+  }
 }
 
 template <int kBit, int... kLane>
