@@ -8,8 +8,11 @@ namespace xattn::detail::XATTN_KERNELS {
 namespace {
 
 constexpr int kPanel = 2 * kLanes;
-constexpr int64_t kDepth = 1536;  // of a block of k: a panel of it, 192 KB for AVX-512, and kHeight rows stay in the L2 cache
-constexpr int64_t kHeight = 112;
+
+// The largest block of a that is multiplied with one panel of b after the other: for AVX-512 it and a panel together, 900 and 256
+// KB, are about what an L2 cache holds. Each block of k reads and writes c once more.
+constexpr int64_t kDepth = 2048;
+constexpr int64_t kHeight = 8 * kTileRows;
 
 // A tile of c, a few rows by a few vectors, whose sums live in registers while k runs.
 template <class Element>
