@@ -83,10 +83,10 @@ inline float log_sum_exp(Vector shift, Vector sum) {
 // Up to kRows rows of kVectors vectors, the last of them filled by `last` keys.
 //
 // Step by step for all rows, as each step of one row waits for the one before. And the stores under a mask come together, as
-// they hold up later loads.
+// they hold up later loads. Where kWidth is not kLanes, a vector is that many rows of kWidth keys.
 constexpr int64_t kRows = 16;
 
-template <int kVectors, bool kMasked>
+template <int kVectors, bool kMasked, int kWidth = kLanes>
 void softmax_short(const Softmax& s, int64_t first, int64_t rows) {
   constexpr int kLast = kVectors - 1;
   const int64_t last = s.n - kLast * kLanes;
@@ -101,7 +101,7 @@ void softmax_short(const Softmax& s, int64_t first, int64_t rows) {
       y[r][v] = logits<kMasked>(row, s.scale, v * kLanes);
       largest = larger(largest, y[r][v]);
     }
-    shifts[r] = shift_of(reduce(largest, larger));
+    shifts[r] = shift_of(reduce<kWidth>(largest, larger));
   }
   for (int64_t r = 0; r < rows; ++r) {
     sums[r] = Vector{};
@@ -111,7 +111,7 @@ void softmax_short(const Softmax& s, int64_t first, int64_t rows) {
       sums[r] += y[r][v];
     }
   }
-  for (int64_t r = 0; r < rows; ++r) sums[r] = reduce(sums[r], sum_of);
+  for (int64_t r = 0; r < rows; ++r) sums[r] = reduce<kWidth>(sums[r], sum_of);
   for (int64_t r = 0; r < rows; ++r) {
     float* const x = s.x + (first + r) * s.x_stride;
     const Vector factor = inverse(sums[r]);
@@ -151,16 +151,17 @@ void softmax_long(const Row& row, float scale, int64_t n, float* sum_exp) {
   if (sum_exp) *sum_exp = log_sum_exp(shift, sum);
 }
 
-// Rows of kWidth keys one behind the other: a few of them fill a vector.
+// Rows of kWidth keys one behind the other, as many as fill whole vectors; leaves the others in `s`.
 template <int kWidth>
-void softmax_narrow(const Softmax& s) {
-  const int64_t size = s.rows * kWidth;
-  for (int64_t i = 0; i < size; i += kLanes) {
-    const int64_t count = size - i < kLanes ? size - i : kLanes;
-    const Vector y = load_first(s.x + i, count) * s.scale;
-    const Vector e = exp_of_negative(y - shift_of(reduce<kWidth>(y, larger)));
-    store_first(s.x + i, e * inverse(reduce<kWidth>(e, sum_of)), count);
+void softmax_narrow(Softmax& s) {
+  Softmax vectors = s;
+  vectors.rows = s.rows * kWidth / kLanes;
+  vectors.n = vectors.x_stride = kLanes;
+  for (int64_t i = 0; i < vectors.rows; i += kRows) {
+    softmax_short<1, false, kWidth>(vectors, i, vectors.rows - i < kRows ? vectors.rows - i : kRows);
   }
+  s.x += vectors.rows * kLanes;
+  s.rows -= vectors.rows * kLanes / kWidth;
 }
 
 template <bool kMasked, int kVectors = 1>
@@ -176,11 +177,13 @@ void softmax_rows(const Softmax& s) {
   }
 }
 
-void softmax(const Softmax& s) {
+void softmax(const Softmax& all) {
+  Softmax s = all;
   const bool is_masked = s.bias || s.keep;
-  const bool is_dense = !is_masked && s.x_stride == s.n && !s.log_sum_exp;
-  if (is_dense && s.n == 4 && kLanes > 4) return softmax_narrow<4>(s);
-  if (is_dense && s.n == 8 && kLanes > 8) return softmax_narrow<8>(s);
+  if (!is_masked && !s.log_sum_exp && s.x_stride == s.n) {
+    if (s.n == 4 && kLanes > 4) softmax_narrow<4>(s);
+    if (s.n == 8 && kLanes > 8) softmax_narrow<8>(s);
+  }
   is_masked ? softmax_rows<true>(s) : softmax_rows<false>(s);
 }
 
