@@ -30,9 +30,9 @@ struct Tile {
 
 template <class Element, int kRows, int kVectors, bool kPartial>
 void compute_tile(const Tile<Element>& tile) {
-  const auto is_partial = [](int v) { return kPartial && v == kVectors - 1; };
-  const auto load_at = [&](const float* from, int v) { return is_partial(v) ? load_first(from, tile.last) : load(from); };
   const int64_t last = tile.last, row_stride = tile.b.row_stride, panel_stride = tile.b.panel_stride;
+  const auto is_partial = [](int v) { return kPartial && v == kVectors - 1; };
+  const auto load_at = [=](const auto* from, int v) { return is_partial(v) ? load_first(from, last) : load(from); };
 
   Vector sums[kRows][kVectors];
 #pragma GCC unroll 16
@@ -55,10 +55,7 @@ void compute_tile(const Tile<Element>& tile) {
   for (int64_t i = 0; i < tile.k; ++i, ++a, b += row_stride) {
     Vector b_row[kVectors];
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      const Element* from = b + v / 2 * panel_stride + v % 2 * kLanes;
-      b_row[v] = is_partial(v) ? load_first(from, last) : load(from);
-    }
+    for (int v = 0; v < kVectors; ++v) b_row[v] = load_at(b + v / 2 * panel_stride + v % 2 * kLanes, v);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const Vector a_element = broadcast(a[r * a_stride]);
@@ -83,14 +80,14 @@ using ComputeTile = void (*)(const Tile<Element>&);
 // The panels a tile of few rows spans: enough sums to hide the time that one addition takes.
 constexpr int widest(int rows) {
   int panels = 1;
-  while (panels < 8 && 2 * panels * rows <= kTileRows) panels *= 2;
+  while (panels < 4 && 2 * panels * rows <= kTileRows) panels *= 2;
   return panels;
 }
 
 // compute_tile for each number of rows.
 template <class Element>
 struct Tiles {
-  ComputeTile<Element> of_panels[4][kTileRows + 1];   // 1, 2, 4, 8 whole panels
+  ComputeTile<Element> of_panels[3][kTileRows + 1];   // 1, 2, 4 whole panels
   ComputeTile<Element> of_vectors[2][kTileRows + 1];  // one or two vectors, the last of them partial
 };
 
@@ -99,7 +96,6 @@ constexpr void add_tiles(Tiles<Element>& tiles) {
   tiles.of_panels[0][kRows] = compute_tile<Element, kRows, 2, false>;
   if constexpr (widest(kRows) >= 2) tiles.of_panels[1][kRows] = compute_tile<Element, kRows, 4, false>;
   if constexpr (widest(kRows) >= 4) tiles.of_panels[2][kRows] = compute_tile<Element, kRows, 8, false>;
-  if constexpr (widest(kRows) >= 8) tiles.of_panels[3][kRows] = compute_tile<Element, kRows, 16, false>;
   tiles.of_vectors[0][kRows] = compute_tile<Element, kRows, 1, true>;
   tiles.of_vectors[1][kRows] = compute_tile<Element, kRows, 2, true>;
   if constexpr (kRows > 1) add_tiles<kRows - 1>(tiles);
@@ -123,11 +119,11 @@ void compute_column(Tile<Element> tile, int64_t m, int64_t tiles, const ComputeT
   }
 }
 
-// A block of c for a block of k.
+// A block of c for a block of k: with each panel of b, or few of them, all tiles of the rows.
 template <class Element>
 void compute_block(Tile<Element> tile, int64_t m, int64_t n) {
   const int64_t tiles = (m + kTileRows - 1) / kTileRows;
-  int step = 3;
+  int step = 2;
   while ((1 << step) > widest(static_cast<int>((m + tiles - 1) / tiles))) --step;
   while (n > 0) {
     while (step > 0 && n < (kPanel << step)) --step;
@@ -145,6 +141,8 @@ void compute_block(Tile<Element> tile, int64_t m, int64_t n) {
   }
 }
 
+// See Kernels::product. The sum of an element of c runs from the first of k to the last, whatever the tiles and blocks are: a sum
+// that is stored and loaded again between two blocks is the same.
 template <class Element>
 void product(const ProductOf<Element>& p) {
   const int64_t depths = p.k > kDepth ? (p.k + kDepth - 1) / kDepth : 1;
