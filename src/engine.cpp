@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t kScratch = 3 << 16;  // floats of a task's scratch: what fits into a core's cache beside a panel of weights
 constexpr int64_t kLeastRows = 14;     // rows from which a product runs at its full speed, about
+constexpr int64_t kRowsNotToPackFor = 24;  // rows of a product with keys up to which packing these takes longer than it saves
 constexpr int64_t kRowsOfATeam = 4;    // per thread: with fewer rows all threads work on the same rows
 
 const float* data(const Tensor& x) {
@@ -540,7 +541,13 @@ class Attend {
     if (order == Order::standard) {
       return team.each(w.H, [&](int64_t h) { meet_head(s, h, logits + h * s.keys, w.H * s.keys); });
     }
-    const auto* keys = data(side_.keys) + s.b * side_.keys.size(1);
+    const auto* keys = data(side_.keys) + s.b * side_.keys.stride(0);
+    if (side_.keys_are_rows) {
+      return team.parts(s.keys, [&](int64_t begin, int64_t end) {
+        kernels().product_transposed({.m = s.n * w.H, .n = end - begin, .k = w.Ek, .a = s.rows, .a_stride = w.Ek,
+                                      .b = {keys + begin * w.Ek, w.Ek, 0}, .c = logits + begin, .c_stride = s.keys});
+      });
+    }
     if (is_raw(order)) {
       return team.product({.m = s.n * w.H,
                            .n = s.keys,
@@ -744,7 +751,8 @@ EngineWeights::EngineWeights(const LayerWeights& l, const Products& products)
 }
 
 EngineSide make_side(
-    const Orders& orders, const EngineWeights& w, const Tensor& key, const Tensor& value, std::vector<int64_t> lengths) {
+    const Orders& orders, const EngineWeights& w, const Tensor& key, const Tensor& value, std::vector<int64_t> lengths,
+                     int64_t query_rows) {
   EngineSide side;
   side.orders = orders;
   side.B = key.size(0);
@@ -754,7 +762,10 @@ EngineSide make_side(
   switch (orders.logits) {
     case Order::standard: side.keys = project_keys(w, side, Xk); break;
     case Order::fold_into_query:
-    case Order::prefold: side.keys = transpose_keys(w, side, Xk); break;
+    case Order::prefold:
+      side.keys_are_rows = query_rows * w.H <= kRowsNotToPackFor;
+      side.keys = side.keys_are_rows ? Xk : transpose_keys(w, side, Xk);
+      break;
     case Order::fold_into_context: fold_keys(w, side, Xk); break;
     case Order::prefold_into_context: times_keys(w, side, Xk); break;
   }

@@ -51,16 +51,18 @@ struct EngineSide {
   int64_t B = 0, Lk = 0;
   std::vector<int64_t> lengths;  ///< keys of each batch entry; those behind them were never looked at
   at::Tensor keys;               ///< packed: K' of each head, [B, G, d x Lk]; Xk', [B, Ek x Lk]; folded, [B, Eq x H * Lk]
+  bool keys_are_rows = false;    ///< not packed, but Xk as it came, [B, Lk, Ek]
   at::Tensor key_bias;           ///< folded: added to the logits, [B, H * Lk]
   at::Tensor values;             ///< V, [B, Lk, G * e]; Xv, [B, Lk, Ev]; folded and packed, [B, H * Lk x Eo]
 };
 
-/// key [B, Lk, Ek], value [B, Lk, Ev]; lengths as in EngineSide.
+/// key [B, Lk, Ek], value [B, Lk, Ev]; lengths as in EngineSide; the query rows of one batch entry that it will serve in all.
 EngineSide make_side(const Orders& orders,
                      const EngineWeights& weights,
                      const at::Tensor& key,
                      const at::Tensor& value,
-                     std::vector<int64_t> lengths);
+                     std::vector<int64_t> lengths,
+                     int64_t query_rows);
 
 /// What is made of a constant query [Lq, Eq] for these orders: what its rows are multiplied with keys as, [Lq, ...].
 at::Tensor fold_query(const Orders& orders, const EngineWeights& weights, const at::Tensor& query);

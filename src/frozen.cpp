@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -244,7 +245,7 @@ std::tuple<Tensor, Tensor> Frozen::forward(const Tensor& query,
   const bool is_batched = key.dim() == 3;
   detail::check_query(kCaller, query, is_batched, is_batched ? key.size(0) : 1, module.query_linear);
   const auto orders = this->orders(is_batched ? key.size(0) : 1, query.size(-2), key.size(-2));
-  return attend_with(query, make_context(orders, batched(key), batched(value), mask, is_batched));
+  return attend_with(query, make_context(orders, batched(key), batched(value), mask, is_batched, batched(query).size(1)));
 }
 
 std::tuple<Tensor, Tensor> Frozen::forward(const Tensor& key, const Tensor& value, const Mask& mask) const {
@@ -254,7 +255,7 @@ std::tuple<Tensor, Tensor> Frozen::forward(const Tensor& key, const Tensor& valu
   detail::check_key_value(kCaller, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
   const bool is_batched = key.dim() == 3;
   const auto orders = this->orders(is_batched ? key.size(0) : 1, state_->query.size(0), key.size(-2));
-  return attend_with({}, make_context(orders, batched(key), batched(value), mask, is_batched));
+  return attend_with({}, make_context(orders, batched(key), batched(value), mask, is_batched, state_->query.size(0)));
 }
 
 FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& options) const {
@@ -266,11 +267,12 @@ FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask
   detail::check_key_value(kCaller, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
   const auto Xk = batched(key);
   const auto orders = state_->choose(state_->request_for_context(Xk.size(0), Xk.size(1), expected));
-  return make_context(orders, Xk, batched(value), mask, key.dim() == 3);
+  const auto rows = expected == ContextOptions::kMany ? std::numeric_limits<int32_t>::max() : expected;
+  return make_context(orders, Xk, batched(value), mask, key.dim() == 3, rows);
 }
 
 FrozenContext Frozen::make_context(
-    const Orders& orders, const Tensor& key, const Tensor& value, const Mask& mask, bool is_batched) const {
+    const Orders& orders, const Tensor& key, const Tensor& value, const Mask& mask, bool is_batched, int64_t rows) const {
   auto context = std::make_shared<FrozenContext::State>();
   context->owner = state_;
   context->orders = orders;
@@ -284,7 +286,7 @@ FrozenContext Frozen::make_context(
       for (size_t b = 0; b < lengths.size(); ++b) lengths[b] = known[known.size() == 1 ? 0 : b];
       context->mask = mask.without_lengths();
     }
-    context->side = detail::make_side(orders, *state_->engine, key, value, std::move(lengths));
+    context->side = detail::make_side(orders, *state_->engine, key, value, std::move(lengths), rows);
   } else {
     context->side = detail::make_side(orders, state_->weights, state_->products, key, value);
   }

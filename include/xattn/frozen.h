@@ -111,7 +111,7 @@ class XATTN_API Frozen {
   Frozen(const CrossAttentionImpl& module, const FreezeOptions& options);
   std::tuple<at::Tensor, at::Tensor> attend_with(const at::Tensor& query, const FrozenContext& context) const;
   FrozenContext make_context(
-      const Orders& orders, const at::Tensor& key, const at::Tensor& value, const Mask& mask, bool batched) const;
+      const Orders& orders, const at::Tensor& key, const at::Tensor& value, const Mask& mask, bool batched, int64_t rows) const;
 
   std::shared_ptr<const State> state_;
 };
