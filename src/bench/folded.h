@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/types.h>
+
+#include "layer.h"
+
+namespace bench {
+
+/// The orders of xattn written by hand in plain tensor operations, with all heads in as few and as large products as can be:
+/// what a user could do without this library. The order is the one of fewest operations, shape.orders.
+///
+///   logits                     values                  made ahead
+///   S  (Xq Wq)(Wk' Xk')        (P (Xv Wv)) Wo
+///   F  ((Xq Wq) Wk') Xk'       ((P Xv) Wv) Wo          with a learned query all of Xq Wq Wk'
+///   P  (Xq (Wq Wk')) Xk'       (P Xv) (Wv Wo)          Wq Wk' and Wv Wo
+///   C  Xq (Wq (Wk' Xk'))       P ((Xv Wv) Wo)
+class Folded {
+ public:
+  /// Makes products of weights ahead; in training all is made by each call, differentiable.
+  explicit Folded(const Layer& layer);
+
+  /// What depends on the context alone.
+  struct Context {
+    torch::Tensor keys;    ///< S [B, H, Lk, d]; F, P [B, Lk, Ek]; C [B, Eq, H * Lk]
+    torch::Tensor bias;    ///< C: what the query's bias adds to the logits, [B, 1, H * Lk]
+    torch::Tensor values;  ///< S [B, H, Lk, e]; F, P [B, Lk, Ek]; C [B, H * Lk, Eo]
+  };
+  Context context() const;
+  Results attend(const Context& context) const;
+
+ private:
+  torch::Tensor logits(const Context& context) const;                             // [B, H, Lq, Lk]
+  torch::Tensor mix(const torch::Tensor& weights, const Context& context) const;  // [B, H, Lq, Lk] -> [B, Lq, Eo]
+  torch::Tensor project_query() const;                                            // [B|1, H, Lq, d]
+
+  const Layer& layer_;
+  char logits_order_, values_order_;
+  torch::Tensor q_, q_bias_;    // [Eq, H * d], [H * d]; scaled unless a norm follows
+  torch::Tensor k_, v_;         // [Ek, G * d], [Ek, G * e]
+  torch::Tensor k_bias_;        // [G * d]; undefined where it changes nothing: it adds the same to a whole row of logits
+  torch::Tensor o_, o_bias_;    // [H * e, Eo], [Eo]; the bias has that of the values in it
+  torch::Tensor k_heads_;       // [H, d, Ek]
+  torch::Tensor v_heads_;       // [H, Ek, e]
+  torch::Tensor qk_, qk_bias_;  // P [Eq, H * Ek], [H * Ek]
+  torch::Tensor vo_;            // P [H * Ek, Eo]
+  torch::Tensor probe_;         // a learned query: S [1, H, Lq, d], F [1, H * Lq, Ek]
+};
+
+}  // namespace bench

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "measure.h"
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <thread>
+
+namespace bench {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+double quantile(const std::vector<double>& sorted, double q) {
+  const auto place = q * static_cast<double>(sorted.size() - 1);
+  const auto below = static_cast<size_t>(place);
+  const auto above = std::min(below + 1, sorted.size() - 1);
+  return std::lerp(sorted[below], sorted[above], place - static_cast<double>(below));
+}
+
+}  // namespace
+
+std::vector<Times> measure(const std::vector<std::function<void()>>& calls, double seconds, const std::function<void()>& wait) {
+  constexpr double kShortest = 200e-6;
+  constexpr int kRounds = 20;
+  struct State {
+    int repeats = 1;
+    double spent = 0;
+    std::vector<double> samples;
+  };
+  std::vector<State> states(calls.size());
+  const auto sample = [&](size_t i) {
+    const auto begin = Clock::now();
+    for (int r = 0; r < states[i].repeats; ++r) calls[i]();
+    wait();
+    return seconds_since(begin);
+  };
+  wait();
+  for (size_t i = 0; i < calls.size(); ++i) {
+    for (double time = sample(i); time < kShortest; time = sample(i)) states[i].repeats *= 2;
+  }
+  for (int round = 1; round <= kRounds; ++round) {
+    for (size_t turn = 0; turn < calls.size(); ++turn) {
+      const auto i = (turn + static_cast<size_t>(round)) % calls.size();
+      auto& state = states[i];
+      const auto until = seconds * round / kRounds;
+      while (state.spent < until || state.samples.size() < 2) {
+        const auto time = sample(i);
+        state.spent += time;
+        state.samples.push_back(1e6 * time / state.repeats);
+      }
+    }
+  }
+  std::vector<Times> result;
+  for (auto& [repeats, spent, samples] : states) {
+    std::ranges::sort(samples);
+    result.push_back(
+        {quantile(samples, 0.5), quantile(samples, 0.25), quantile(samples, 0.75), samples.front(), samples.size()});
+  }
+  return result;
+}
+
+namespace {
+
+using Floats4 [[gnu::vector_size(16)]] = float;
+using Floats8 [[gnu::vector_size(32)]] = float;
+using Floats16 [[gnu::vector_size(64)]] = float;
+
+// Sixteen chains of multiply-adds: more than any processor has under way at a time.
+#define XATTN_CHAINS(Floats, steps)                             \
+  std::array<Floats, 16> sums{};                                \
+  Floats factor{}, term{};                                      \
+  factor += 0.999F, term += 0.001F;                             \
+  for (size_t i = 0; i < sums.size(); ++i) sums[i] += 0.1F * i; \
+  for (int64_t step = 0; step < (steps); ++step) {              \
+    for (auto& sum : sums) sum = sum * factor + term;           \
+  }                                                             \
+  for (const auto& sum : sums) term += sum;                     \
+  return term[0]
+
+#ifdef __x86_64__
+[[gnu::target("avx512f")]] float chains_512(int64_t steps) {
+  XATTN_CHAINS(Floats16, steps);
+}
+[[gnu::target("avx2,fma")]] float chains_256(int64_t steps) {
+  XATTN_CHAINS(Floats8, steps);
+}
+#endif
+float chains_128(int64_t steps) {
+  XATTN_CHAINS(Floats4, steps);
+}
+
+#undef XATTN_CHAINS
+
+}  // namespace
+
+double measure_peak(int threads) {
+  constexpr int64_t kSteps = 2'000'000;
+  auto* run = &chains_128;
+  double floats = 4;
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512f")) {
+    run = &chains_512, floats = 16;
+  } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    run = &chains_256, floats = 8;
+  }
+#endif
+  double best = 0;
+  for (int attempt = 0; attempt < 10; ++attempt) {
+    const auto begin = Clock::now();
+    volatile float sink = 0;
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; ++i)
+      others.emplace_back([run] {
+        volatile float own = run(kSteps);
+        (void)own;
+      });
+    sink = run(kSteps);
+    (void)sink;
+    for (auto& other : others) other.join();
+    best = std::max(best, 1e-9 * 2 * 16 * floats * static_cast<double>(kSteps) * threads / seconds_since(begin));
+  }
+  return best;
+}
+
+}  // namespace bench
