@@ -174,7 +174,12 @@ void for_each_problem(const std::function<void(const Problem&)>& check) {
   }
   for (const auto& [m, n, k] :
        {std::array<int64_t, 3>{3, 300, 1000}, {1, 533, 769}, {2, 290, 512}, {30, 65, 3100}, {230, 33, 257}}) {
-    check(problem(m, n, k, ++kind));
+    for (int each = 0; each < 4; ++each) {
+      auto p = problem(m, n, k, ++kind);
+      p.has_bias = each % 2 == 1;
+      p.accumulate = each >= 2;
+      check(p);
+    }
   }
 }
 

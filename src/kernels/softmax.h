@@ -9,7 +9,7 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
-// exp(x) for x <= 0, off by at most 2 units in the last place; 0 for -inf and below the smallest normal number.
+// exp(x) for x <= 0, off by at most 2 units in the last place; 0 for -inf, and perhaps for less than the smallest normal number.
 //
 // exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2. There the polynomial is the best of its degree for the
 // relative error, 3e-9, that begins with 1 + r.
@@ -33,7 +33,7 @@ inline Vector exp_of_negative(Vector x) {
   return _mm512_maskz_scalef_ps(0xffff, p, n);  // GCC 12 warns of the one without a mask
 #else
   const auto power = reinterpret_cast<Vector>((reinterpret_cast<Unsigned>(rounded) << 23) + (127u << 23));
-  return x < -87.0f ? Vector{} : p * power;  // a NaN is not below
+  return x < -87.0f ? Vector{} : p * power;  // 2^n is no normal number there; a NaN is not below
 #endif
 }
 
