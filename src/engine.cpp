@@ -176,23 +176,16 @@ Tensor project_keys(const EngineWeights& w, const EngineSide& side, const Tensor
   return keys;
 }
 
-// V: [B, Lk, G * e].
-Tensor project_values(const EngineWeights& w, const EngineSide& side, const Tensor& value) {
-  const auto inner = w.G * w.e;
-  const auto values = at::empty({side.B, side.Lk, inner}, value.options());
+// Xk Wk or Xv Wv, [B, Lk, n].
+Tensor project(const EngineSide& side, const Tensor& x, const Packed& weight, const Tensor& bias) {
+  const auto projected = at::empty({side.B, side.Lk, weight.n}, x.options());
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
     const auto row = b * side.Lk + first;
-    kernels().product({.m = n,
-                       .n = inner,
-                       .k = w.Ev,
-                       .a = data(value) + row * w.Ev,
-                       .a_stride = w.Ev,
-                       .b = right_side(w.value),
-                       .c = mutable_data(values) + row * inner,
-                       .c_stride = inner,
-                       .bias = data(w.value_bias)});
+    kernels().product({.m = n, .n = weight.n, .k = weight.k, .a = data(x) + row * weight.k, .a_stride = weight.k,
+                       .b = right_side(weight), .c = mutable_data(projected) + row * weight.n, .c_stride = weight.n,
+                       .bias = data(bias)});
   });
-  return values;
+  return projected;
 }
 
 // Xk', packed: [B, Ek x Lk].
@@ -206,68 +199,33 @@ Tensor transpose_keys(const EngineWeights& w, const EngineSide& side, const Tens
   return keys;
 }
 
-// Wq (Wk' Xk') of every head beside each other, packed: [B, Eq x H * length]; and what becomes of bq, [B, H * Lk].
+// Wq (Wk' Xk') or (Wq Wk') Xk' of every head beside each other, packed: [B, Eq x H * length]; and what becomes of bq, [B, H * Lk].
 void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
   const auto& run = kernels();
-  const auto projected = project_keys(w, side, key);
-  const auto size = run.packed_size(w.Eq, w.H * side.Lk), head = run.packed_size(w.d, side.Lk);
-  side.keys = at::empty({side.B, size}, key.options());
-  side.key_bias = at::empty({side.B, w.H * side.Lk}, key.options());
-  const auto rows = at::empty({side.B, w.Eq * w.H * side.Lk}, key.options());
+  const bool by_product = side.orders.logits == Order::prefold_into_context;
+  const auto projected = by_product ? key : project(side, key, w.key, w.key_bias);
+  const auto& bias = by_product ? w.logits_product_bias : w.query_bias;
+  const auto features = projected.size(2), terms = by_product ? w.Ek : w.d, columns = w.H * side.Lk;
+  const auto rows = at::empty({side.B, columns, w.Eq}, key.options());
+  side.key_bias = at::empty({side.B, columns}, key.options());
   each(side.B * w.H, [&](int64_t i) {
-    const auto b = i / w.H, h = i % w.H, n = side.lengths[static_cast<size_t>(b)];
-    const auto k = right_side(data(projected) + (b * w.G + h * w.G / w.H) * head, w.d);  // [d, n]
-    run.product({.m = w.Eq,
-                 .n = n,
-                 .k = w.d,
-                 .a = data(w.query_fold) + h * w.d,
-                 .a_stride = w.H * w.d,
-                 .b = k,
-                 .c = mutable_data(rows) + b * w.Eq * w.H * side.Lk + h * n,
-                 .c_stride = w.H * n});
-    run.product({.m = 1,
-                 .n = n,
-                 .k = w.d,
-                 .a = data(w.query_bias) + h * w.d,
-                 .a_stride = w.d,
-                 .b = k,
-                 .c = mutable_data(side.key_bias) + b * w.H * side.Lk + h * n,
-                 .c_stride = n});
+    const auto b = i / w.H, h = i % w.H, n = side.lengths[static_cast<size_t>(b)], first = b * columns + h * n;
+    const auto* x = data(projected) + b * side.Lk * features + (by_product ? 0 : h * w.G / w.H * w.d);
+    run.product({.m = n, .n = w.Eq, .k = terms, .a = x, .a_stride = features,
+                 .b = by_product ? right_side(w.logits_product_of_heads, h) : from_row(right_side(w.query_fold), h * w.d),
+                 .c = mutable_data(rows) + first * w.Eq, .c_stride = w.Eq});
+    run.product_transposed({.m = 1, .n = n, .k = terms, .a = data(bias) + h * terms, .a_stride = terms, .b = {x, features, 0},
+                            .c = mutable_data(side.key_bias) + first, .c_stride = n});
   });
-  each(side.B, [&](int64_t b) {
-    const auto columns = w.H * side.lengths[static_cast<size_t>(b)];
-    run.pack(data(rows) + b * w.Eq * w.H * side.Lk, columns, w.Eq, columns, mutable_data(side.keys) + b * size);
-  });
-}
-
-// (Wq Wk') Xk' likewise.
-void times_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
-  const auto& run = kernels();
-  const auto size = run.packed_size(w.Eq, w.H * side.Lk);
+  const auto size = run.packed_size(w.Eq, columns);
   side.keys = at::empty({side.B, size}, key.options());
-  side.key_bias = at::empty({side.B, w.H * side.Lk}, key.options());
-  const auto rows = at::empty({side.B, w.H * side.Lk, w.Eq}, key.options());
-  each(side.B * w.H, [&](int64_t i) {
-    const auto b = i / w.H, h = i % w.H, n = side.lengths[static_cast<size_t>(b)];
-    const auto* x = data(key) + b * side.Lk * w.Ek;
-    run.product({.m = n,
-                 .n = w.Eq,
-                 .k = w.Ek,
-                 .a = x,
-                 .a_stride = w.Ek,
-                 .b = right_side(w.logits_product_of_heads, h),
-                 .c = mutable_data(rows) + (b * w.H * side.Lk + h * n) * w.Eq,
-                 .c_stride = w.Eq});
-    for (int64_t j = 0; j < n; ++j) {  // bq Wk' x
-      const auto* bias = data(w.logits_product_bias) + h * w.Ek;
-      float sum = 0;
-      for (int64_t c = 0; c < w.Ek; ++c) sum += bias[c] * x[j * w.Ek + c];
-      mutable_data(side.key_bias)[b * w.H * side.Lk + h * n + j] = sum;
-    }
-  });
-  each(side.B, [&](int64_t b) {
-    run.pack_transposed(data(rows) + b * w.H * side.Lk * w.Eq, w.Eq, w.Eq, w.H * side.lengths[static_cast<size_t>(b)],
-                        mutable_data(side.keys) + b * size);
+  const auto block = 2 * run.panel, blocks = (columns + block - 1) / block;
+  each(side.B * blocks, [&](int64_t i) {
+    const auto b = i / blocks, first = i % blocks * block;
+    const auto n = std::min(block, w.H * side.lengths[static_cast<size_t>(b)] - first);
+    if (n <= 0) return;
+    run.pack_transposed(data(rows) + (b * columns + first) * w.Eq, w.Eq, w.Eq, n,
+                        mutable_data(side.keys) + b * size + first * w.Eq);
   });
 }
 
@@ -275,7 +233,7 @@ void times_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
 Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor& value) {
   const auto& run = kernels();
   const bool by_product = side.orders.values == Order::prefold_into_context;
-  const auto projected = by_product ? value : project_values(w, side, value);
+  const auto projected = by_product ? value : project(side, value, w.value, w.value_bias);
   const auto features = projected.size(2), size = run.packed_size(w.H * side.Lk, w.Eo);
   const auto values = at::empty({side.B, size}, value.options());
   const auto panels = (w.Eo + run.panel - 1) / run.panel;
@@ -736,7 +694,7 @@ EngineWeights::EngineWeights(const LayerWeights& l, const Products& products)
   value = pack_weight(l.value);
   output = pack_weight(l.output);
   key_fold = pack_weight(l.key.t());
-  query_fold = l.query.t().contiguous();
+  query_fold = pack_weight(l.query.t());
   value_fold = pack_weights(l.value.view({G, e, Ev}));
   if (const auto& product = products.logits; product.weight.defined()) {  // [H, Ek, Eq]
     logits_product = pack_weight(product.weight.flatten(0, 1));
@@ -766,11 +724,11 @@ EngineSide make_side(
       side.keys_are_rows = query_rows * w.H <= kRowsNotToPackFor;
       side.keys = side.keys_are_rows ? Xk : transpose_keys(w, side, Xk);
       break;
-    case Order::fold_into_context: fold_keys(w, side, Xk); break;
-    case Order::prefold_into_context: times_keys(w, side, Xk); break;
+    case Order::fold_into_context:
+    case Order::prefold_into_context: fold_keys(w, side, Xk); break;
   }
   switch (orders.values) {
-    case Order::standard: side.values = project_values(w, side, Xv); break;
+    case Order::standard: side.values = project(side, Xv, w.value, w.value_bias); break;
     case Order::fold_into_query:
     case Order::prefold: side.values = Xv; break;
     case Order::fold_into_context:

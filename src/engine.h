@@ -33,8 +33,7 @@ struct EngineWeights {
   bool has_query_bias, has_value_bias;
 
   Packed query, key, value, output;  ///< [Eq, H * d], [Ek, G * d], [Ev, G * e], [H * e, Eo]
-  Packed key_fold;                   ///< Wk of each head, [d, Ek]: of all of them, [G * d, Ek]
-  at::Tensor query_fold;             ///< Wq, [Eq, H * d] in rows
+  Packed query_fold, key_fold;       ///< Wq and Wk of each head, [d, Eq] and [d, Ek], one below the other
   Packed value_fold;                 ///< Wv of each head, G times [Ev, e]
 
   Packed logits_product;           ///< Wq Wk' of all heads, [Eq, H * Ek]

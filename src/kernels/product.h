@@ -25,8 +25,12 @@ struct Tile {
   int64_t c_stride;
   const float* bias;
   bool accumulate;
-  int64_t last;  // lanes of the last vector, where it is partial
+  int64_t last;                 // lanes of the last vector, where it is partial
+  const char* ahead = nullptr;  // what to fetch into the cache meanwhile, a line of it for each of k
+  int64_t ahead_step = 0;
 };
+
+constexpr int64_t kLine = 64;  // bytes
 
 template <class Element, int kRows, int kVectors, bool kPartial>
 void compute_tile(const Tile<Element>& tile) {
@@ -52,7 +56,9 @@ void compute_tile(const Tile<Element>& tile) {
   const float* a = tile.a;
   const Element* b = tile.b.data;
   const int64_t a_stride = tile.a_stride;
-  for (int64_t i = 0; i < tile.k; ++i, ++a, b += row_stride) {
+  const char* ahead = tile.ahead;
+  for (int64_t i = 0; i < tile.k; ++i, ++a, b += row_stride, ahead += tile.ahead_step) {
+    __builtin_prefetch(ahead);
     Vector b_row[kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) b_row[v] = load_at(b + v / 2 * panel_stride + v % 2 * kLanes, v);
@@ -108,11 +114,16 @@ constexpr Tiles<Element> kTiles = [] {
   return tiles;
 }();
 
-// All rows of a block of c by the columns of one tile.
+// All rows of a block of c by the columns of one tile. The first tiles fetch the panels behind, which come from further away.
 template <class Element>
-void compute_column(Tile<Element> tile, int64_t m, int64_t tiles, const ComputeTile<Element>* compute) {
+void compute_column(Tile<Element> tile, int64_t m, int64_t tiles, int64_t panels, const ComputeTile<Element>* compute) {
+  const bool is_packed = tile.b.row_stride == kPanel;
+  const int64_t size = is_packed ? panels * tile.k * kPanel * static_cast<int64_t>(sizeof(Element)) : 0;  // bytes
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t rows = m / tiles + (i < m % tiles);  // 16 rows are 8 + 8 rather than 14 + 2: a low tile is a slow one
+    const int64_t fetched = i * tile.k * kLine;
+    tile.ahead = reinterpret_cast<const char*>(tile.b.data) + (fetched < size ? size + fetched : 0);
+    tile.ahead_step = fetched < size ? kLine : 0;
     compute[rows](tile);
     tile.a += rows * tile.a_stride;
     tile.c += rows * tile.c_stride;
@@ -129,10 +140,10 @@ void compute_block(Tile<Element> tile, int64_t m, int64_t n) {
     while (step > 0 && n < (kPanel << step)) --step;
     const int64_t columns = n < kPanel ? n : kPanel << step;
     if (n >= kPanel) {
-      compute_column(tile, m, tiles, kTiles<Element>.of_panels[step]);
+      compute_column(tile, m, tiles, 1 << step, kTiles<Element>.of_panels[step]);
     } else {
       tile.last = n > kLanes ? n - kLanes : n;
-      compute_column(tile, m, tiles, kTiles<Element>.of_vectors[n > kLanes]);
+      compute_column(tile, m, tiles, 1, kTiles<Element>.of_vectors[n > kLanes]);
     }
     n -= columns;
     tile.b.data += (1 << step) * tile.b.panel_stride;
