@@ -18,18 +18,29 @@ MASKS = {"attention_mask", "mask", "encoder_attention_mask", "key_padding_mask",
 HEADS = ("num_heads", "n_heads", "heads", "num_attention_heads", "n_head")
 
 
-def mask_tensors(mask, is_torch):
-    """True = may attend; numbers are added to the logits, those near the lowest forbid."""
-    if mask.dtype == torch.bool:
-        return {"mask": ~mask if is_torch else mask}
-    keep = mask > -1e4
-    return {"mask": keep} if not mask[keep].any() else {"mask": keep, "bias": mask.masked_fill(~keep, 0)}
+def four_axes(mask, name, heads):
+    """[B, Lk], [B * heads, Lq, Lk] or, of attn_mask, [Lq, Lk], as [B | 1, H | 1, Lq | 1, Lk]."""
+    if mask.dim() == 2:
+        return mask[None, None] if name == "attn_mask" else mask[:, None, None]
+    return mask.unflatten(0, (-1, heads)) if mask.dim() == 3 else mask
+
+
+def mask_tensors(masks, is_torch):
+    """All of them in one: true = may attend; numbers are added to the logits, those near the lowest forbid."""
+    tensors = {}
+    for mask in masks:
+        is_bool = mask.dtype == torch.bool
+        keep = (~mask if is_torch else mask) if is_bool else mask > -1e4
+        tensors["mask"] = keep & tensors.get("mask", keep)
+        if not is_bool and mask[keep].any():
+            tensors["bias"] = mask.masked_fill(~keep, 0) + tensors.get("bias", 0)
+    return tensors
 
 
 @torch.no_grad()
 def record(model, name, path, run):
     """Runs `run()`, which must call the layer `name` of `model` once, and writes what it took and gave to `path`."""
-    layer, calls, masks = model.get_submodule(name), [], {}
+    layer, calls, masks = model.get_submodule(name), [], []
     is_torch = isinstance(layer, torch.nn.MultiheadAttention)
     projections = [m for m in layer.modules() if getattr(m, "weight", torch.empty(0)).dim() == 2 and not list(m.children())]
 
@@ -40,9 +51,10 @@ def record(model, name, path, run):
         arguments = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
         for key in MASKS & arguments.keys():
             if isinstance(arguments[key], torch.Tensor):
-                masks.update(mask_tensors(arguments[key], is_torch))
+                masks.append(four_axes(arguments[key], key, layer.num_heads if is_torch else 1))
         if is_torch:
-            ordered = [x if layer.batch_first else x.transpose(0, 1) for x in (*args[:3], output[0])]
+            given = [*(arguments[key] for key in ("query", "key", "value")), output[0]]
+            ordered = [x if layer.batch_first or x.dim() == 2 else x.transpose(0, 1) for x in given]
             calls.extend([(ordered[0], None), (ordered[1], None), (ordered[2], None), (None, ordered[3])])
 
     hooks = [layer.register_forward_hook(see_layer, with_kwargs=True)]
@@ -54,7 +66,8 @@ def record(model, name, path, run):
             hook.remove()
     if not 3 <= len(calls) <= 4:
         raise ValueError(f"{name} must be called once, by three or four projections, but {len(calls)} of them were called")
-    tensors = {"query": calls[0][0], "key": calls[1][0], "value": calls[-2][0], "output": calls[-1][1], **masks}
+    tensors = {"query": calls[0][0], "key": calls[1][0], "value": calls[-2][0], "output": calls[-1][1]}
+    tensors |= mask_tensors(masks, is_torch)
     metadata = {"prefix": name + ".", "class": type(layer).__qualname__, "torch": torch.__version__}
     heads = [getattr(m, key) for m in layer.modules() for key in HEADS if isinstance(getattr(m, key, None), int)]
     if heads:
