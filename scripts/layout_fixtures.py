@@ -26,7 +26,7 @@ ip_context. Metadata, all text:
     qk_norm, qk_norm_eps              "rms per_head", "rms across_heads"
     input_norm, input_norm_eps        "query NAME, context NAME"
     ip_scale                          factor of the second context
-    base                              another family, which has the rest of the layer
+    base, base_prefix                 another family, which has the rest of the layer, and where
     block                             JSON: names of tensors as in the file, the rest by the names of CrossAttentionBlockOptions
     note                              what else one must know
 
@@ -125,7 +125,7 @@ DIFFUSERS = separate(
     qk_norms=(("norm_q", "norm_k"),),
     second=(("add_k_proj", "add_v_proj", "norm_added_k"), ("processor.to_k_ip.0", "processor.to_v_ip.0", "")),
 )
-LAYER_NORM = ("output.LayerNorm.weight", "output.LayerNorm.bias")
+LAYER_NORM = tuple(f"output.LayerNorm.{x}" for x in ("weight", "bias", "gamma", "beta"))
 LAYOUTS = {
     "torch_packed": torch_layout(packed=True),
     "torch_separate": torch_layout(packed=False),
@@ -169,15 +169,22 @@ class Block:
     feed_forward_norm: str
     feed_forward_in: str
     feed_forward_out: str
-    feed_forward_multiplier: str = ""  # feed_forward_out(activation(feed_forward_in(x)) * feed_forward_multiplier(x))
+    # feed_forward_out(activation(feed_forward_in(x)) * feed_forward_multiplier(x)); of one name, the multiplier is the first half
+    feed_forward_multiplier: str = ""
     attention_gate: str = ""
     feed_forward_gate: str = ""
+
+    @property
+    def parts(self) -> int:
+        return 2 if self.feed_forward_multiplier == self.feed_forward_in else 1
 
     def describe(self, file: Tensors, transposed: bool) -> str:
         fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self) if x.name not in ("query", "output")}
         gate = file[self.attention_gate].numel() if self.attention_gate else 0
         fields["gate"] = {0: "none", 1: "scalar"}.get(gate, "per_feature")
-        fields["feed_forward"] = file[f"{self.feed_forward_in}.weight"].shape[1 if transposed else 0]
+        fields["feed_forward"] = file[f"{self.feed_forward_in}.weight"].shape[1 if transposed else 0] // self.parts
+        if self.norm == "layer" and not any(f"{self.feed_forward_norm}.{x}" in file for x in ("bias", "beta")):
+            fields["norm_bias"] = False
         return json.dumps({name: x for name, x in fields.items() if x != ""}, sort_keys=True)
 
 
@@ -201,6 +208,7 @@ class Made:
     packages: Names = ()
     note: str = ""
     base: str = ""
+    base_prefix: str = ""
     rest: Tensors = field(default_factory=dict)  # of the layer, if not in this file
     block: Block | None = None
 
@@ -365,10 +373,10 @@ def torch_made(module: nn.MultiheadAttention, layout: str, file: Tensors, prefix
     return Made(layout, file, prefix, module, inputs, output, module.num_heads, weights, **more)
 
 
-@family("torch_decoder_layer")
-def torch_decoder_layer(draw: Draw) -> Made:
+@family(torch_decoder_layer=(True,), torch_decoder_layer_no_bias=(False,))
+def torch_decoder_layer(draw: Draw, bias: bool) -> Made:
     """nn.TransformerDecoder, sequence first."""
-    model = draw.fill(nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 24, dropout=0), 1))
+    model = draw.fill(nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 24, dropout=0, bias=bias), 1))
     layer, mask = model.layers[0], draw.padding()
     x, context = draw.normal(LQ, B, 16), draw.normal(LK, B, 16)
     call, result = watch(lambda: layer(x, context, memory_key_padding_mask=~mask), layer.multihead_attn)
@@ -541,8 +549,8 @@ def bert_block(name: str, x: Tensor, result: Tensor, layer: nn.Module) -> Block:
     return Block(x, result, "layer", "after", norm.eps, activation(act), *(name + n for n in names))
 
 
-@family("bert")
-def bert(draw: Draw) -> Made:
+@family(bert=(False,), bert_old=(True,))
+def bert(draw: Draw, is_old: bool) -> Made:
     options = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
     config = config_of("BertConfig", max_position_embeddings=8, is_decoder=True, add_cross_attention=True, **options)
     model = hugging_face("BertLMHeadModel", config, draw)
@@ -551,9 +559,12 @@ def bert(draw: Draw) -> Made:
     cross = layer.crossattention
     call, dense, result = watch(lambda: layer(draw.normal(B, LQ, 16), **options), cross.self, cross.output.dense)
     inputs, name = {"query": call.args[0], "context": context, "mask": mask}, "bert.encoder.layer.0."
-    block = bert_block(name, call.args[0], result.output, layer)
-    prefix = f"{name}crossattention."
-    return Made("bert", saved(model), prefix, cross.self, inputs, dense.output, 4, call.result[1], packages=HF, block=block)
+    more = {"packages": HF, "block": bert_block(name, call.args[0], result.output, layer)}
+    prefix, file = f"{name}crossattention.", saved(model)
+    if is_old:  # as those that were converted from TensorFlow
+        file = renamed(file, ("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
+        more["note"] = "by renaming"
+    return Made("bert", file, prefix, cross.self, inputs, dense.output, 4, call.result[1], **more)
 
 
 @family(blip=(1,), albef=(2,))
@@ -708,15 +719,24 @@ def moonshine(draw: Draw) -> Made:
     }
     config = config_of("MoonshineConfig", pad_head_dim_to_multiple_of=8, **options)
     model = hugging_face("MoonshineForConditionalGeneration", config, draw)
-    attention, mask = model.model.decoder.layers[0].encoder_attn, draw.padding()
-    inputs = {"query": draw.normal(B, LQ, 12), "context": draw.normal(B, LK, 12), "mask": mask}
-    options = {"key_value_states": inputs["context"], "attention_mask": additive(mask)}
-    call, _ = watch(lambda: attention(inputs["query"], **options), attention)
+    layer, mask, context = model.model.decoder.layers[0], draw.padding(), draw.normal(B, LK, 12)
+    attention, norm, x = layer.encoder_attn, layer.post_attention_layernorm, draw.normal(B, LQ, 12)
+    positions = model.model.decoder.rotary_emb(x, torch.arange(LQ)[None])
+    options = {"encoder_hidden_states": context, "encoder_attention_mask": additive(mask), "position_embeddings": positions}
+    call, entered, result = watch(lambda: layer(x, **options), attention, norm)
+    inputs = {"query": call.args[0] if call.args else call.get("hidden_states"), "context": context, "mask": mask}
     file = {name: x for name, x in saved(model).items() if ".decoder." in name}
     note = "heads of 6 are padded to 8 with zeros inside the class, which changes nothing"
-    more = {"packages": HF, "note": note}
-    prefix = "model.decoder.layers.0.encoder_attn."
-    return Made("o_proj", file, prefix, attention, inputs, call.output, 2, call.result[1], **more)
+    name = "model.decoder.layers.0."
+    block = Block(
+        entered.args[0],
+        result.output,
+        *("layer", "before", norm.eps, activation(layer.mlp.activation_fn)),
+        *(name + x for x in ("post_attention_layernorm", "final_layernorm", "mlp.fc1", "mlp.fc2")),
+        feed_forward_multiplier=f"{name}mlp.fc1",
+    )
+    more = {"packages": HF, "note": note, "block": block}
+    return Made("o_proj", file, f"{name}encoder_attn.", attention, inputs, call.output, 2, call.result[1], **more)
 
 
 @family("perceiver")
@@ -820,17 +840,47 @@ def ip_adapter(draw: Draw) -> Made:
     return Made("diffusers", model.state_dict(), UNET, attention.processor, inputs, call.output, attention.heads, **more)
 
 
-@family("ip_adapter_original")
-def ip_adapter_original(_draw: Draw) -> Made:
-    """The adapter's own file for the U-Net of ip_adapter, by renaming: the same layer, in two files."""
-    made, image = ip_adapter(Draw("ip_adapter")), "encoder_hid_proj.image_projection_layers.0."
-    made.layout, made.base, made.prefix = "ip_adapter_original", "ip_adapter", "ip_adapter.1."
-    made.rest = {name.removeprefix(UNET): x for name, x in made.file.items() if name.startswith(UNET) and "_ip." not in name}
-    pairs = tuple((f"{UNET}processor.to_{x}_ip.0.", f"ip_adapter.1.to_{x}_ip.") for x in "kv")
-    pairs += ((f"{image}image_embeds.", "image_proj.proj."), (f"{image}norm.", "image_proj.norm."))
-    made.file = renamed({name: x for name, x in made.file.items() if "_ip." in name or name.startswith(image)}, *pairs)
-    made.note = f"{UNET} of the family `base`; 1 is its place among all attentions, self included, in order down, up, mid"
+def whole_unet(draw: Draw) -> nn.Module:
+    """Four layers with cross-attention: one on the way down, two on the way up, one in the middle."""
+    options = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    options |= {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 12}
+    return diffusion(
+        "UNet2DConditionModel", draw, sample_size=4, in_channels=4, out_channels=4, attention_head_dim=2, **options
+    )
+
+
+@family("unet_whole")
+def unet_whole(draw: Draw) -> Made:
+    model, prefix = whole_unet(draw), "mid_block.attentions.0.transformer_blocks.0.attn2."
+    inputs = {"query": draw.normal(B, LQ, 8), "context": draw.normal(B, LK, 12)}
+    made = diffusers_made(model, model.get_submodule(prefix[:-1]), prefix, inputs, note="of the U-Net only the attentions")
+    made.file = {name: x for name, x in made.file.items() if ".attn" in name}
     return made
+
+
+@family(
+    ip_adapter_down=("down_blocks.0.attentions.0", 1),
+    ip_adapter_up=("up_blocks.0.attentions.1", 5),
+    ip_adapter_mid=("mid_block.attentions.0", 7),
+)
+def ip_adapter_file(draw: Draw, block: str, number: int) -> Made:
+    """An adapter's own file, which diffusers itself puts into the U-Net of unet_whole; then one of its layers."""
+    model, prefix = whole_unet(Draw("unet_whole")), f"{block}.transformer_blocks.0.attn2."
+    rest = {name.removeprefix(prefix): x for name, x in model.state_dict().items() if name.startswith(prefix)}
+    image = {"proj.weight": draw.normal(4 * 12, 6), "proj.bias": draw.normal(4 * 12)}
+    image |= {"norm.weight": 1 + 0.3 * draw.normal(12), "norm.bias": draw.normal(12)}
+    adapter = {f"{i}.to_{x}_ip.weight": draw.normal(8, 12) * 0.4 for i in (1, 3, 5, 7) for x in "kv"}
+    model._load_ip_adapter_weights({"image_proj": image, "ip_adapter": adapter}, low_cpu_mem_usage=False)
+    attention = model.get_submodule(prefix[:-1])
+    attention.processor.scale = [0.6]
+    inputs = {"query": draw.normal(B, LQ, 8), "context": draw.normal(B, LK, 12), "ip_context": draw.normal(B, 4, 12)}
+    contexts = (inputs["context"], [inputs["ip_context"][:, None]])
+    call, _ = watch(lambda: attention(inputs["query"], contexts), attention)
+    file = under("image_proj.", image) | under("ip_adapter.", adapter)
+    more = {"ip_scale": 0.6, "packages": DIFFUSION, "rest": rest, "base": "unet_whole", "base_prefix": prefix}
+    more["note"] = "odd numbers are places among all attentions, self included, in order down, up, mid"
+    name, heads = f"ip_adapter.{number}.", attention.heads
+    return Made("ip_adapter_original", file, name, attention.processor, inputs, call.output, heads, **more)
 
 
 @family("pixart")
@@ -1066,10 +1116,12 @@ class Reader:
         bias = self[where.bias].chunk(where.bias_parts or where.parts)[where.part] if where.bias in self else None
         return F.linear(x, weight.chunk(where.parts)[where.part if where.parts > 1 else 0], bias)
 
-    def norm(self, x: Tensor, name: str, eps: float | None) -> Tensor:
-        weight = self[f"{name}.weight"]
-        if f"{name}.bias" in self:
-            return F.layer_norm(x, weight.shape, weight, self[f"{name}.bias"], eps)
+    def norm(self, x: Tensor, name: str, eps: float | None, kind: str = "") -> Tensor:
+        """Without a kind, layer if it has a bias, else rms."""
+        old = f"{name}.gamma" in self
+        weight, bias = self[f"{name}.{'gamma' if old else 'weight'}"], f"{name}.{'beta' if old else 'bias'}"
+        if bias in self or kind == "layer":
+            return F.layer_norm(x, weight.shape, weight, self[bias] if bias in self else None, eps)
         return F.rms_norm(x, weight.shape, weight, eps)
 
     def heads(self, x: Tensor, heads: int, norm: str, eps: float | None) -> Tensor:
@@ -1133,7 +1185,7 @@ def compute_block(made: Made) -> Tensor:
     before = block.norm_placement == "before"
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return read.norm(x, name, block.norm_eps)
+        return read.norm(x, name, block.norm_eps, block.norm)
 
     def attend(x: Tensor) -> Tensor:
         own_norm = layout.input_norms[0] and made.prefix + layout.input_norms[0] == block.attention_norm
@@ -1141,9 +1193,10 @@ def compute_block(made: Made) -> Tensor:
 
     def feed_forward(x: Tensor) -> Tensor:
         x = norm(x, block.feed_forward_norm) if before else x
-        hidden = ACTIVATIONS[block.activation](read.project(x, linear(block.feed_forward_in)))
+        parts = block.parts
+        hidden = ACTIVATIONS[block.activation](read.project(x, fused(block.feed_forward_in, parts - 1, parts)))
         if block.feed_forward_multiplier:
-            hidden = hidden * read.project(x, linear(block.feed_forward_multiplier))
+            hidden = hidden * read.project(x, fused(block.feed_forward_multiplier, 0, parts))
         return read.project(hidden, linear(block.feed_forward_out))
 
     x = block.query.double()
@@ -1154,7 +1207,6 @@ def compute_block(made: Made) -> Tensor:
     for branch, gate, name in branches:
         x = x + branch(x) * (read[gate].tanh().flatten() if gate else 1)
         x = x if before else norm(x, name)
-    assert f"{block.feed_forward_norm}.bias" in made.file or block.norm == "rms"
     return x
 
 
@@ -1200,7 +1252,7 @@ def describe(name: str, made: Made) -> dict[str, str]:
     if any(layout.input_norms):
         sides = zip(("query", "context"), layout.input_norms, strict=True)
         metadata["input_norm"] = ", ".join(f"{side} {norm}" for side, norm in sides if norm)
-    optional = ("kv_heads", "scale", "qk_norm_eps", "input_norm_eps", "ip_scale", "note", "base")
+    optional = ("kv_heads", "scale", "qk_norm_eps", "input_norm_eps", "ip_scale", "note", "base", "base_prefix")
     return metadata | {x: str(getattr(made, x)) for x in optional if getattr(made, x) not in (None, "")}
 
 

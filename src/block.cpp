@@ -59,7 +59,7 @@ CrossAttentionBlockImpl::CrossAttentionBlockImpl(const CrossAttentionBlockOption
 void CrossAttentionBlockImpl::reset() {
   const auto Eq = options.attention().dim_query(), hidden = *options.feed_forward();
   const auto norm = [&](const char* name) {
-    return register_module(name, Norm(NormOptions(options.norm(), Eq).eps(options.norm_eps())));
+    return register_module(name, Norm(NormOptions(options.norm(), Eq).eps(options.norm_eps()).bias(options.norm_bias())));
   };
   const auto linear = [&](const char* name, int64_t in, int64_t out) {
     return register_module(name, torch::nn::Linear(torch::nn::LinearOptions(in, out).bias(options.feed_forward_bias())));
@@ -101,6 +101,7 @@ void CrossAttentionBlockImpl::pretty_print(std::ostream& stream) const {
   add(o.norm() != NormKind::layer, ".norm(NormKind::{})", name_of(o.norm()));
   add(o.norm_placement() == NormPlacement::after, ".norm_placement(NormPlacement::after)");
   add(o.norm_eps() != 1e-5, ".norm_eps({})", o.norm_eps());
+  add(!o.norm_bias(), ".norm_bias(false)");
   add(o.gate() != BlockGate::none, ".gate(BlockGate::{})", name_of(o.gate()));
   add(o.feed_forward() != 4 * o.attention().dim_query(), ".feed_forward({})", *o.feed_forward());
   add(o.activation() != Activation::gelu, ".activation(Activation::{})", name_of(o.activation()));

@@ -5,6 +5,8 @@
 #include <array>
 #include <utility>
 
+#include "check.h"
+
 namespace xattn {
 namespace {
 
@@ -28,6 +30,17 @@ constexpr std::array kLayouts = {
                 .feed_forward_norm = "norm3",
                 .feed_forward_in = "linear1",
                 .feed_forward_out = "linear2"},
+    BlockLayout{.name = "moonshine",
+                .used_by = "Moonshine",
+                .attention = "encoder_attn.",
+                .attention_norm = "post_attention_layernorm",
+                .feed_forward_norm = "final_layernorm",
+                .feed_forward_in = "mlp.fc1",
+                .feed_forward_multiplier = "mlp.fc1",
+                .feed_forward_out = "mlp.fc2",
+                .norm_placement = NormPlacement::before,
+                .activation = Activation::silu,
+                .activation_in_config = "decoder_hidden_act"},
     BlockLayout{.name = "qformer",
                 .used_by = "Q-Former of BLIP-2 and InstructBLIP, its part for queries",
                 .attention = "crossattention.",
@@ -149,6 +162,14 @@ constexpr std::array kLayouts = {
 using Infos = std::map<std::string, TensorInfo>;
 using Shape = std::vector<int64_t>;
 
+// Of a norm's weight and bias. Models that were first written for TensorFlow have the others in old files.
+constexpr std::array kNormEndings = {std::pair(".weight", ".bias"), std::pair(".gamma", ".beta")};
+
+// How many parts feed_forward_in has in its tensor, of which it is the last.
+int parts_of_in(const BlockLayout& layout) {
+  return layout.feed_forward_multiplier == layout.feed_forward_in ? 2 : 1;
+}
+
 // A block of this layout around an attention layer, if it is there and its shapes fit together.
 class BlockMatch {
  public:
@@ -159,19 +180,22 @@ class BlockMatch {
     const auto Eq = attention.options.dim_query();
     const auto* in = find(layout_.feed_forward_in, ".weight");
     if (!in || in->shape.size() != 2) return {};
-    const auto hidden = in->shape[layout_.transposed ? 1 : 0];
+    const auto parts = parts_of_in(layout_);
+    const auto hidden = in->shape[layout_.transposed ? 1 : 0] / parts;
     const bool glu = !layout_.feed_forward_multiplier.empty();
     const bool bias = find(layout_.feed_forward_in, ".bias") != nullptr;
     const auto gate = gate_of(Eq);
-    const bool fits = attention.options.dim_output() == Eq && hidden > 0 && gate &&               //
-                      norm(layout_.attention_norm, Eq) && norm(layout_.feed_forward_norm, Eq) &&  //
-                      linear(layout_.feed_forward_in, Eq, hidden, bias) &&                        //
-                      (!glu || linear(layout_.feed_forward_multiplier, Eq, hidden, bias)) &&      //
+    const auto norm_bias = norm(layout_.attention_norm, Eq);
+    const bool fits = attention.options.dim_output() == Eq && hidden > 0 && gate &&                   //
+                      norm_bias && norm_bias == norm(layout_.feed_forward_norm, Eq) &&                //
+                      linear(layout_.feed_forward_in, Eq, parts * hidden, bias) &&                    //
+                      (!glu || linear(layout_.feed_forward_multiplier, Eq, parts * hidden, bias)) &&  //
                       linear(layout_.feed_forward_out, hidden, Eq, bias);
     if (!fits) return {};
     auto options = CrossAttentionBlockOptions(attention.options)
                        .norm(layout_.norm)
                        .norm_eps(layout_.norm_eps)
+                       .norm_bias(*norm_bias || layout_.norm != NormKind::layer)
                        .gate(*gate)
                        .feed_forward(hidden)
                        .feed_forward_glu(glu)
@@ -192,8 +216,14 @@ class BlockMatch {
     return info && info->shape == shape;
   }
 
-  bool norm(std::string_view name, int64_t size) const {
-    return has(name, ".weight", {size}) && has(name, ".bias", {size}) == (layout_.norm == NormKind::layer);
+  // Whether the norm has a bias; nothing if it is not there, or not of the layout's kind.
+  std::optional<bool> norm(std::string_view name, int64_t size) const {
+    for (const auto& [weight, bias] : kNormEndings) {
+      if (!has(name, weight, {size})) continue;
+      if (!find(name, bias)) return false;
+      return layout_.norm == NormKind::layer && has(name, bias, {size}) ? std::optional(true) : std::nullopt;
+    }
+    return {};
   }
 
   bool linear(std::string_view name, int64_t in, int64_t out, bool bias) const {
@@ -244,24 +274,28 @@ std::map<std::string, TensorRecipe> recipes(const FoundBlock& block, const Infos
   const auto& layout = *block.layout;
   std::map<std::string, TensorRecipe> result;
   for (auto& [parameter, recipe] : recipes(block.attention, tensors)) result.emplace("attention." + parameter, recipe);
-  const auto add = [&](const std::string& parameter, std::string_view name, bool transposed, bool flat = false) {
-    const auto source = block.prefix + std::string(name);
-    if (tensors.contains(source)) result.emplace(parameter, TensorRecipe{source, 0, 1, transposed, flat});
+  const auto add = [&](const std::string& parameter, std::string_view name, std::string_view ending, TensorRecipe recipe) {
+    recipe.source = fmt::format("{}{}{}", block.prefix, name, ending);
+    if (!name.empty() && tensors.contains(recipe.source)) result.emplace(parameter, recipe);
   };
-  const auto add_pair = [&](const std::string& parameter, std::string_view name, bool transposed) {
-    if (name.empty()) return;
-    add(parameter + ".weight", std::string(name) + ".weight", transposed);
-    add(parameter + ".bias", std::string(name) + ".bias", false);
+  const auto add_norm = [&](const std::string& parameter, std::string_view name) {
+    for (const auto& [weight, bias] : kNormEndings) {
+      add(parameter + ".weight", name, weight, {});
+      add(parameter + ".bias", name, bias, {});
+    }
   };
-  add_pair("attention_norm", layout.attention_norm, false);
-  add_pair("feed_forward_norm", layout.feed_forward_norm, false);
-  add_pair("feed_forward_in", layout.feed_forward_in, layout.transposed);
-  add_pair("feed_forward_multiplier", layout.feed_forward_multiplier, layout.transposed);
-  add_pair("feed_forward_out", layout.feed_forward_out, layout.transposed);
-  if (!layout.attention_gate.empty()) {
-    add("attention_gate", layout.attention_gate, false, /*flat=*/true);
-    add("feed_forward_gate", layout.feed_forward_gate, false, /*flat=*/true);
-  }
+  const auto add_linear = [&](const std::string& parameter, std::string_view name, int part, int parts) {
+    add(parameter + ".weight", name, ".weight", {.part = part, .parts = parts, .transposed = layout.transposed});
+    add(parameter + ".bias", name, ".bias", {.part = part, .parts = parts});
+  };
+  const auto parts = parts_of_in(layout);
+  add_norm("attention_norm", layout.attention_norm);
+  add_norm("feed_forward_norm", layout.feed_forward_norm);
+  add_linear("feed_forward_in", layout.feed_forward_in, parts - 1, parts);
+  add_linear("feed_forward_multiplier", layout.feed_forward_multiplier, 0, parts);
+  add_linear("feed_forward_out", layout.feed_forward_out, 0, 1);
+  add("attention_gate", layout.attention_gate, "", {.flat = true});
+  add("feed_forward_gate", layout.feed_forward_gate, "", {.flat = true});
   return result;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <xattn/file_error.h>
 
 #include <cerrno>
@@ -9,6 +10,7 @@
 #include <string_view>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 // How the library refuses a file: "[reader] path: what was expected and what came", always one line.
 namespace xattn::detail {
@@ -42,6 +44,11 @@ void check_file(bool ok, std::string_view reader, std::string_view path, fmt::fo
   if (!ok) {
     fail_file(reader, path, format, std::forward<Args>(args)...);
   }
+}
+
+/// "; missing: a, b", or nothing if there are none.
+inline std::string list(std::string_view what, const std::vector<std::string>& names) {
+  return names.empty() ? "" : fmt::format("; {}: {}", what, fmt::join(names, ", "));
 }
 
 /// What the operating system said last: "No such file or directory".

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/checkpoint.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <functional>
+#include <iterator>
 #include <numeric>
 #include <string_view>
 #include <utility>
@@ -18,7 +20,7 @@ namespace xattn {
 struct Checkpoint::Contents {
   std::string path;
   FileFormat format = FileFormat::safetensors;
-  std::vector<std::unique_ptr<detail::MappedFile>> files;
+  std::vector<std::shared_ptr<const detail::MappedFile>> files;
   detail::Index index;
   std::map<std::string, TensorInfo> infos;
 };
@@ -74,7 +76,7 @@ void read_shards(Checkpoint::Contents& contents, const detail::ShardIndex& shard
     auto shard = opened.find(file_name);
     if (shard == opened.end()) {
       const auto path = (folder / file_name).string();
-      contents.files.push_back(std::make_unique<detail::MappedFile>(path));
+      contents.files.push_back(std::make_shared<detail::MappedFile>(path));
       auto [format, index] = read_file(path, contents.files.back()->bytes());
       const bool same = opened.empty() || format == contents.format;
       detail::check_file(same && (format == FileFormat::safetensors || format == FileFormat::state_dict), kReader,
@@ -89,6 +91,13 @@ void read_shards(Checkpoint::Contents& contents, const detail::ShardIndex& shard
     contents.index.tensors.emplace(name, tensor->second);
   }
   contents.index.metadata = shards.metadata;
+}
+
+const detail::StoredTensor& find(const Checkpoint::Contents& contents, const std::string& name) {
+  const auto found = contents.index.tensors.find(name);
+  detail::check_file(found != contents.index.tensors.end(), kReader, contents.path, "has no tensor {}",
+                     detail::in_quotes(name));
+  return found->second;
 }
 
 }  // namespace
@@ -106,7 +115,7 @@ std::string to_string(FileFormat format) {
 Checkpoint open_checkpoint(const std::string& path) {
   auto contents = std::make_shared<Checkpoint::Contents>();
   contents->path = path;
-  contents->files.push_back(std::make_unique<detail::MappedFile>(path));
+  contents->files.push_back(std::make_shared<detail::MappedFile>(path));
   const auto file = contents->files.front()->bytes();
   if (is_json(detail::as_text(file))) {
     read_shards(*contents, detail::read_shard_index(path, file));
@@ -137,13 +146,23 @@ const std::map<std::string, std::string>& Checkpoint::metadata() const {
 }
 
 at::Tensor Checkpoint::tensor(const std::string& name) const {
-  const auto found = contents_->index.tensors.find(name);
-  detail::check_file(found != contents_->index.tensors.end(), kReader, path(), "has no tensor {}", detail::in_quotes(name));
+  const auto& stored = find(*contents_, name);
   for (const auto& file : contents_->files) file->check_unchanged();
-  auto tensor = detail::materialize(found->second);
+  auto tensor = detail::materialize(stored);
   detail::check_file(tensor.has_value(), kReader, path(), "tensor {} of type bool holds a byte other than 0 and 1",
                      detail::in_quotes(name));
   return *std::move(tensor);
+}
+
+Checkpoint Checkpoint::with(const Checkpoint& other, const std::map<std::string, std::string>& names) const {
+  auto contents = std::make_shared<Contents>(*contents_);
+  std::ranges::copy(other.contents_->files, std::back_inserter(contents->files));
+  for (const auto& [theirs, ours] : names) {
+    const bool is_new = contents->index.tensors.emplace(ours, find(*other.contents_, theirs)).second;
+    detail::check_file(is_new, kReader, path(), "already has a tensor {}", detail::in_quotes(ours));
+    contents->infos.emplace(ours, other.tensors().at(theirs));
+  }
+  return Checkpoint(std::move(contents));
 }
 
 int64_t byte_count(const TensorInfo& info) {

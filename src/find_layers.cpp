@@ -54,6 +54,9 @@ class Match {
     const auto kind = query->in != key->in ? AttentionKind::cross : AttentionKind::unknown;
     FoundLayer layer{prefix_, &layout_, kind, options, false};
     if (!norms(layer)) return {};
+    for (const auto& added : layout_.added) {
+      if (take(added.key, ".weight") && take(added.value, ".weight")) layer.added.push_back(&added);
+    }
     return layer;
   }
 
@@ -262,6 +265,22 @@ std::map<std::string, TensorRecipe> recipes(const FoundLayer& layer, const Infos
   for (const auto& [parameter, name, part, parts, transposed] : lines_of(*layer.layout)) {
     const auto source = layer.prefix + name;
     if (tensors.contains(source)) result.emplace(parameter, TensorRecipe{source, part, parts, transposed});
+  }
+  return result;
+}
+
+std::map<std::string, TensorRecipe> added_recipes(const FoundLayer& layer, const Infos& tensors) {
+  std::map<std::string, TensorRecipe> result;
+  for (size_t i = 0; i < layer.added.size(); ++i) {
+    const auto& names = *layer.added[i];
+    for (const auto& [part, name] :
+         {std::pair("key_linear", names.key), {"value_linear", names.value}, {"key_norm", names.key_norm}}) {
+      for (const auto* ending : {".weight", ".bias"}) {
+        const auto source = fmt::format("{}{}{}", layer.prefix, name, ending);
+        if (name.empty() || !tensors.contains(source)) continue;
+        result.emplace(fmt::format("added{}.{}{}", i, part, ending), TensorRecipe{source});
+      }
+    }
   }
   return result;
 }

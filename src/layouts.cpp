@@ -11,9 +11,10 @@ namespace {
 
 constexpr auto kHeads = "decoder_attention_heads num_attention_heads num_heads n_head mask_decoder_config.num_attention_heads";
 
-// Wan's image-to-video models; IP-Adapter.
-constexpr std::array kDiffusersAdded = {AddedNames{"add_k_proj", "add_v_proj", "norm_added_k"},
-                                        AddedNames{"processor.to_k_ip.0", "processor.to_v_ip.0", ""}};
+// Wan's image-to-video models; up to three IP-Adapters at once.
+constexpr std::array kDiffusersAdded = {
+    AddedNames{"add_k_proj", "add_v_proj", "norm_added_k"}, AddedNames{"processor.to_k_ip.0", "processor.to_v_ip.0", ""},
+    AddedNames{"processor.to_k_ip.1", "processor.to_v_ip.1", ""}, AddedNames{"processor.to_k_ip.2", "processor.to_v_ip.2", ""}};
 
 constexpr std::array kLayouts = {
     Layout{.name = "reference",

@@ -5,6 +5,7 @@
 #include <xattn/safetensors.h>
 
 #include <algorithm>
+#include <iterator>
 #include <set>
 #include <string_view>
 #include <utility>
@@ -17,6 +18,7 @@
 namespace xattn {
 namespace {
 
+using detail::list;
 using Names = std::vector<std::string>;
 
 NamedTensors state_of(const torch::nn::Module& module) {
@@ -45,11 +47,6 @@ std::string misfit(torch::ScalarType type, const std::vector<int64_t>& shape, co
   return "";
 }
 
-// "; missing: a, b"
-std::string list(std::string_view what, const Names& names) {
-  return names.empty() ? "" : fmt::format("; {}: {}", what, fmt::join(names, ", "));
-}
-
 // What a load will do, found out before anything changes.
 class Loader {
  public:
@@ -75,32 +72,46 @@ class Loader {
   void find_layouts() {
     const auto own_blocks = modules_of<CrossAttentionBlockImpl>();
     const auto own_layers = modules_of<CrossAttentionImpl>();
-    if (own_layers.empty()) return;  // and so no block
+    if (own_layers.empty()) return;  // and so nothing that holds one
     const auto* only = detail::layout_or_none(options_.layout);
     const auto blocks = own_blocks.empty() ? std::vector<FoundBlock>() : find_blocks(source_.infos, only);
     const auto layers = find_layers(source_.infos, only);
-    if (prefix_.empty() && module_.as<CrossAttentionBlockImpl>() && !blocks.empty()) {
-      prefix_ = detail::choose(name_, blocks, std::nullopt).prefix;
-    }
-    if (prefix_.empty() && module_.as<CrossAttentionImpl>() && !layers.empty()) {
-      prefix_ = detail::choose(name_, layers, std::nullopt).prefix;
-    }
-    std::set<const CrossAttentionImpl*> done;
+    std::vector<FoundLayer> decoupled;
+    std::ranges::copy_if(layers, std::back_inserter(decoupled), [](const auto& layer) { return !layer.added.empty(); });
+    choose_prefix<CrossAttentionBlockImpl>(blocks);
+    choose_prefix<DecoupledCrossAttentionImpl>(decoupled);
+    choose_prefix<CrossAttentionImpl>(layers);
     for (const auto& [path, own] : own_blocks) {
       const auto found = std::ranges::find(blocks, prefix_ + path, &FoundBlock::prefix);
       if (found == blocks.end()) continue;
       check_arithmetic(*found, path, *own);
       add(recipes(*found, source_.infos), path);
       foreign_.push_back(found->prefix);
-      done.insert(own->attention.get());
+      done_.insert(own->attention.get());
     }
-    for (const auto& [path, own] : own_layers) {
-      const auto found = std::ranges::find(layers, prefix_ + path, &FoundLayer::prefix);
-      if (found == layers.end() || done.contains(own)) continue;
-      check_arithmetic(*found, path, *own);
-      add(recipes(*found, source_.infos), path);
-      if (found->layout->name != "reference" && !found->prefix.empty()) foreign_.push_back(found->prefix);
+    for (const auto& [path, own] : modules_of<DecoupledCrossAttentionImpl>()) {
+      add_layer(layers, path, path + "attention.", *own->attention);
     }
+    for (const auto& [path, own] : own_layers) add_layer(layers, path, path, *own);
+  }
+
+  // If the module itself is one of these, and no prefix is given, the file's only one is meant.
+  template <class Impl, class Found>
+  void choose_prefix(const std::vector<Found>& found) {
+    if (prefix_.empty() && module_.as<Impl>() && !found.empty()) prefix_ = detail::choose(name_, found, std::nullopt).prefix;
+  }
+
+  // What the file has at `path` for an attention at `inner`, the same or the first part of a decoupled one.
+  void add_layer(const std::vector<FoundLayer>& layers,
+                 const std::string& path,
+                 const std::string& inner,
+                 const CrossAttentionImpl& own) {
+    const auto found = std::ranges::find(layers, prefix_ + path, &FoundLayer::prefix);
+    if (found == layers.end() || !done_.insert(&own).second) return;
+    check_arithmetic(*found, inner, own);
+    add(recipes(*found, source_.infos), inner);
+    add(added_recipes(*found, source_.infos), path);  // unexpected in a module without added contexts
+    if (found->layout->name != "reference" && !found->prefix.empty()) foreign_.push_back(found->prefix);
   }
 
   // All of a kind in the module, itself included, with their paths: empty, or with a point at the end.
@@ -221,6 +232,7 @@ class Loader {
   std::string prefix_;
   NamedTensors state_;
   std::map<std::string, TensorRecipe> recipes_;  // by name in the module
+  std::set<const CrossAttentionImpl*> done_;     // have recipes
   Names foreign_;                                // prefixes of blocks and layers that are not the library's own
   std::vector<Copy> copies_;
   LoadReport report_;

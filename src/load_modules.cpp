@@ -144,41 +144,25 @@ DecoupledCrossAttention decoupled_cross_attention_from(const Checkpoint& checkpo
                                                        const LayerOptions& options,
                                                        double scale) {
   const auto layer = choose_layer(checkpoint, options.prefix, options.layout);
-  const auto full = [&](std::string_view name, std::string_view ending) {
-    return fmt::format("{}{}{}", layer.prefix, name, ending);
-  };
-  const auto& spellings = layer.layout->added;
-  const auto names = std::ranges::find_if(spellings, [&](const AddedNames& added) {
-    return !added.key.empty() && checkpoint.contains(full(added.key, ".weight")) &&
-           checkpoint.contains(full(added.value, ".weight"));
-  });
-  detail::check_file(names != spellings.end(), kReader, checkpoint.path(),
+  detail::check_file(!layer.added.empty(), kReader, checkpoint.path(),
                      "layer {} must have projections of a second context, but has none that layout {} knows",
                      in_quotes(layer.prefix), layer.layout->name);
-
-  const auto width = [&](std::string_view name) {
-    const auto& shape = checkpoint.tensors().at(full(name, ".weight")).shape;
-    return shape.size() == 2 ? shape[1] : 0;  // refused by the module
-  };
-  auto added = AddedContextOptions(width(names->key), width(names->value)).scale(scale);
-  added.key_bias(checkpoint.contains(full(names->key, ".bias"))).value_bias(checkpoint.contains(full(names->value, ".bias")));
-  DecoupledCrossAttention attention(DecoupledCrossAttentionOptions(sizes_of(checkpoint, layer, options)).added({added}));
+  const auto parts = added_recipes(layer, checkpoint.tensors());
+  std::vector<AddedContextOptions> added;
+  for (size_t i = 0; i < layer.added.size(); ++i) {
+    const auto named = [&](std::string_view part) { return fmt::format("added{}.{}", i, part); };
+    const auto width = [&](std::string_view part) {
+      const auto& shape = checkpoint.tensors().at(parts.at(named(part)).source).shape;
+      return shape.size() == 2 ? shape[1] : 0;  // refused by the module
+    };
+    added.push_back(AddedContextOptions(width("key_linear.weight"), width("value_linear.weight"))
+                        .key_bias(parts.contains(named("key_linear.bias")))
+                        .value_bias(parts.contains(named("value_linear.bias")))
+                        .scale(scale));
+  }
+  DecoupledCrossAttention attention(DecoupledCrossAttentionOptions(sizes_of(checkpoint, layer, options)).added(added));
   attention->to(type_of(checkpoint, layer));
-
-  NamedTensors tensors;
-  for (const auto& [parameter, recipe] : recipes(layer, checkpoint.tensors())) {
-    tensors["attention." + parameter] = recipe.apply(checkpoint.tensor(recipe.source));
-  }
-  for (const auto& [part, name] :
-       {std::pair("key_linear", names->key), {"value_linear", names->value}, {"key_norm", names->key_norm}}) {
-    for (const auto* ending : {".weight", ".bias"}) {
-      const auto source = full(name, ending);
-      if (!name.empty() && checkpoint.contains(source)) {
-        tensors[fmt::format("added0.{}{}", part, ending)] = checkpoint.tensor(source);
-      }
-    }
-  }
-  load_weights(*attention, tensors);
+  load_weights(*attention, checkpoint, {.prefix = layer.prefix, .allow_unexpected = true, .layout = options.layout});
   return attention;
 }
 

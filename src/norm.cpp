@@ -18,7 +18,7 @@ NormImpl::NormImpl(const NormOptions& options_) : options(options_) {
 void NormImpl::reset() {
   const auto shape = {options.size()};
   if (options.kind() != NormKind::none) weight = register_parameter("weight", torch::empty(shape));
-  if (options.kind() == NormKind::layer) bias = register_parameter("bias", torch::empty(shape));
+  if (options.kind() == NormKind::layer && options.bias()) bias = register_parameter("bias", torch::empty(shape));
   reset_parameters();
 }
 
@@ -29,8 +29,8 @@ void NormImpl::reset_parameters() {
 
 void NormImpl::pretty_print(std::ostream& stream) const {
   constexpr const char* kNames[] = {"none", "rms", "layer"};
-  stream << fmt::format("xattn::Norm(NormOptions(NormKind::{}, {}).eps({}))", kNames[static_cast<int>(options.kind())],
-                        options.size(), options.eps());
+  stream << fmt::format("xattn::Norm(NormOptions(NormKind::{}, {}).eps({}){})", kNames[static_cast<int>(options.kind())],
+                        options.size(), options.eps(), options.bias() ? "" : ".bias(false)");
 }
 
 torch::Tensor NormImpl::forward(const torch::Tensor& x) {

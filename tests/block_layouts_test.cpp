@@ -111,6 +111,7 @@ TEST_P(BlockLayoutsTest, GivesTheFamilysOwnOutput) {
   auto block = cross_attention_block_from(family.weights, family.options());
   EXPECT_EQ(block->options.norm_eps(), family.told.at("norm_eps").get<double>());
   EXPECT_EQ(block->options.feed_forward(), family.told.at("feed_forward").get<int64_t>());
+  EXPECT_EQ(block->options.norm_bias(), family.told.value("norm_bias", true));
   EXPECT_EQ(block->options.feed_forward_glu(), family.told.contains("feed_forward_multiplier"));
   expect_equal(family.output_of(block), family.expected.tensor("output"),
                std::string(choose_block(family.weights, family.prefix()).layout->name));
@@ -401,6 +402,19 @@ TEST(LoadBlockTest, NamesOfTheBlockAreNeverLeftOutSilently) {
             start +
                 "misshapen: feed_forward_in.bias must have shape [16], but has [12], feed_forward_in.weight must have shape "
                 "[16, 8], but has [12, 8], feed_forward_out.weight must have shape [8, 16], but has [8, 12]");
+}
+
+TEST(LoadBlockTest, BiasesOfNormsAreNeverLeftOutSilently) {
+  const auto error = [](const std::string& name) {
+    const Family family{name};
+    auto options = cross_attention_block_from(family.weights, family.options())->options;
+    CrossAttentionBlock block(options.norm_bias(!options.norm_bias()));
+    const auto message = refusal(*block, family.weights, {.prefix = family.prefix()});
+    return message.substr(0, message.find(';'));
+  };
+  EXPECT_EQ(error("moonshine"), "missing: attention_norm.bias, feed_forward_norm.bias");
+  EXPECT_EQ(error("torch_decoder_layer"), "unexpected: norm2.bias, norm3.bias");
+  EXPECT_EQ(error("bert_old"), "unexpected: crossattention.output.LayerNorm.beta, output.LayerNorm.beta");
 }
 
 TEST(LoadBlockTest, GatesOfAnyShapeFitIfTheyHaveAsManyNumbers) {

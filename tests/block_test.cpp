@@ -474,6 +474,7 @@ TEST(CrossAttentionBlockOptionsTest, ParametersHaveTheirNamesAndShapes) {
                                  {"feed_forward_out.weight", {8, 32}}}));
   auto small = CrossAttentionBlockOptions(options).gate(BlockGate::scalar).feed_forward(0);
   EXPECT_EQ(shapes(small), (Shapes{{"attention_norm.weight", {8}}, {"attention_norm.bias", {8}}, {"attention_gate", {1}}}));
+  EXPECT_EQ(shapes(small.norm_bias(false)), (Shapes{{"attention_norm.weight", {8}}, {"attention_gate", {1}}}));
   EXPECT_EQ(shapes(CrossAttentionBlockOptions(options).norm(NormKind::none).feed_forward(0)), Shapes());
   EXPECT_TRUE(CrossAttentionBlock(options)->named_parameters().contains("attention.query_linear.weight"));
 }
@@ -512,6 +513,7 @@ TEST(CrossAttentionBlockOptionsTest, PrintsWhatBuildsItAgain) {
                                      .norm(NormKind::rms)
                                      .norm_placement(NormPlacement::after)
                                      .norm_eps(0.5)
+                                     .norm_bias(false)
                                      .gate(BlockGate::per_feature)
                                      .feed_forward(20)
                                      .activation(Activation::gelu_tanh)
@@ -521,7 +523,7 @@ TEST(CrossAttentionBlockOptionsTest, PrintsWhatBuildsItAgain) {
   EXPECT_EQ(
       printed(full),
       "xattn::CrossAttentionBlock(CrossAttentionBlockOptions(CrossAttentionOptions(8, 12, 10, 8).num_heads(2))"
-      ".norm(NormKind::rms).norm_placement(NormPlacement::after).norm_eps(0.5).gate(BlockGate::per_feature)"
+      ".norm(NormKind::rms).norm_placement(NormPlacement::after).norm_eps(0.5).norm_bias(false).gate(BlockGate::per_feature)"
       ".feed_forward(20).activation(Activation::gelu_tanh).feed_forward_glu(true).feed_forward_bias(false).dropout(0.25))");
 }
 

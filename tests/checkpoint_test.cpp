@@ -114,5 +114,28 @@ TEST(CheckpointTest, RefusesToReadAFileThatHasChangedSinceItWasOpened) {
             "[file] " + dir.file("x") + ": has changed since it was opened");
 }
 
+TEST(CheckpointTest, TakesTensorsOfAnotherUnderNewNames) {
+  const TempDir dir;
+  save_safetensors(dir.file("x"), NamedTensors{{"a", torch::ones({2})}}, {{"step", "7"}});
+  save_state_dict(dir.file("y"), {{"b", torch::zeros({3})}, {"c", torch::zeros({1})}});
+  const auto x = open_checkpoint(dir.file("x"));
+  const auto both = x.with(open_checkpoint(dir.file("y")), {{"b", "new.b"}});
+  EXPECT_EQ(both.tensors().size(), 2U);
+  EXPECT_EQ(both.tensors().at("new.b").shape, std::vector<int64_t>{3});
+  EXPECT_TRUE(both.tensor("new.b").equal(torch::zeros({3})) && both.tensor("a").equal(torch::ones({2})));
+  EXPECT_EQ(both.path(), x.path());
+  EXPECT_EQ(both.metadata().at("step"), "7");
+  EXPECT_EQ(x.tensors().size(), 1U);
+
+  const auto refusal = [&](const std::string& theirs, const std::string& ours) {
+    return error_of<FileError>([&] { x.with(open_checkpoint(dir.file("y")), {{theirs, ours}}); });
+  };
+  EXPECT_EQ(refusal("d", "d"), "[checkpoint] " + dir.file("y") + ": has no tensor \"d\"");
+  EXPECT_EQ(refusal("b", "a"), "[checkpoint] " + dir.file("x") + ": already has a tensor \"a\"");
+  std::filesystem::resize_file(dir.file("y"), 10);
+  EXPECT_EQ(error_of<FileError>([&] { both.tensor("new.b"); }),
+            "[file] " + dir.file("y") + ": has changed since it was opened");
+}
+
 }  // namespace
 }  // namespace xattn

@@ -5,9 +5,11 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <xattn/checkpoint.h>
+#include <xattn/load.h>
+#include <xattn/safetensors.h>
 
+#include <algorithm>
 #include <cmath>
-#include <map>
 #include <set>
 #include <sstream>
 #include <string>
@@ -430,70 +432,246 @@ TEST(DecoupledOptionsTest, ResetParametersStartsAfresh) {
 // ---- What diffusers computed, from tests/data/layouts ---------------------------------------------------------------------
 
 struct Family {
+  explicit Family(const std::string& name_) : name(name_) {}
+
   std::string name;
-  std::map<std::string, std::string> modules;  // ours -> theirs, under the prefix of the layer
+  Checkpoint expected = open(name + ".expect");
+  // An adapter's own file has the added projections alone: the rest is in its base.
+  bool has_base = expected.metadata().contains("base");
+  Checkpoint weights = has_base ? with_ip_adapter(open(about("base")), open(name)) : open(name);
+  std::string prefix = about(has_base ? "base_prefix" : "prefix");
+
+  static Checkpoint open(const std::string& file) { return open_checkpoint(data_path("layouts/" + file + ".safetensors")); }
+  const std::string& about(const std::string& key) const { return expected.metadata().at(key); }
+
+  DecoupledCrossAttention made() const {
+    LayerOptions options{.prefix = prefix, .num_heads = std::stoll(about("num_heads"))};
+    if (expected.metadata().contains("qk_norm_eps")) options.qk_norm_eps = std::stod(about("qk_norm_eps"));
+    return decoupled_cross_attention_from(weights, options, std::stod(about("ip_scale")));
+  }
+
+  void expect_output_of(DecoupledCrossAttention module, const torch::Device& device = torch::kCPU) const {
+    const torch::NoGradGuard no_grad;
+    const auto query = expected.tensor("query").to(device), text = expected.tensor("context").to(device);
+    const auto image = expected.tensor("ip_context").to(device);
+    const auto mask = expected.contains("mask") ? Mask::key_padding(expected.tensor("mask").to(device)) : Mask();
+    const auto output = std::get<0>(module->forward(query, text, text, {{image, image}}, mask));
+    expect_close(output, expected.tensor("output"), 1e-5,
+                 name + " on " + device.str() + " (stale? python3 " + about("script") + ")");
+  }
 };
 
-class DecoupledFixtureTest : public testing::TestWithParam<Family> {};
+class DecoupledFixtureTest : public testing::TestWithParam<const char*> {};
 
 TEST_P(DecoupledFixtureTest, MatchesDiffusers) {
-  const auto open = [](const std::string& name) { return open_checkpoint(data_path("layouts/" + name + ".safetensors")); };
-  const auto& [family, modules] = GetParam();
-  const auto expected = open(family + ".expect");
-  const auto& about = expected.metadata();
-  // An adapter's own file has the added projections alone: the rest is in its base.
-  const auto base = about.contains("base") ? about.at("base") : family;
-  const auto added_weights = open(family), weights = open(base);
-  const auto added_prefix = about.at("prefix"), prefix = open(base + ".expect").metadata().at("prefix");
-  const bool normed = about.contains("qk_norm");  // only "rms across_heads" is there
-  const auto context = expected.tensor("context"), image = expected.tensor("ip_context"), query = expected.tensor("query");
-
-  auto options = CrossAttentionOptions(query.size(2), context.size(2), context.size(2), query.size(2))
-                     .num_heads(std::stoll(about.at("num_heads")))
-                     .qkv_bias(normed);  // Wan has norms and biases, Stable Diffusion neither
-  if (normed) {
-    options.qk_norm(NormKind::rms).qk_norm_scope(NormScope::across_heads).qk_norm_eps(std::stod(about.at("qk_norm_eps")));
-  }
-  DecoupledCrossAttention module(DecoupledCrossAttentionOptions(options).added(
-      {AddedContextOptions(image.size(2), image.size(2)).scale(std::stod(about.at("ip_scale")))}));
-  const torch::NoGradGuard no_grad;
-  for (auto& parameter : module->named_parameters()) {
-    const auto dot = parameter.key().rfind('.');
-    const auto name = modules.at(parameter.key().substr(0, dot)) + parameter.key().substr(dot);
-    const bool added = parameter.key().starts_with("added");
-    parameter.value().copy_(added ? added_weights.tensor(added_prefix + name) : weights.tensor(prefix + name));
-  }
-  const auto mask = expected.contains("mask") ? Mask::key_padding(expected.tensor("mask")) : Mask();
+  const Family family(GetParam());
+  auto module = family.made();
   for (const auto device : devices()) {
     module->to(device);
-    const auto text = context.to(device), pixels = image.to(device);
-    const auto output = std::get<0>(module->forward(query.to(device), text, text, {{pixels, pixels}}, mask.to(device)));
-    expect_close(output, expected.tensor("output"), 1e-5,
-                 family + " on " + device.str() + " (stale? python3 " + about.at("script") + ")");
+    family.expect_output_of(module, device);
   }
 }
 
-std::vector<Family> families() {
-  const auto modules = [](std::vector<const char*> theirs) {
-    const char* ours[] = {"attention.query_linear",  "attention.key_linear", "attention.value_linear",
-                          "attention.output_linear", "added0.key_linear",    "added0.value_linear",
-                          "attention.query_norm",    "attention.key_norm",   "added0.key_norm"};
-    std::map<std::string, std::string> names;
-    for (size_t i = 0; i < theirs.size(); ++i) names.emplace(ours[i], theirs[i]);
-    return names;
-  };
-  return {
-      {"ip_adapter", modules({"to_q", "to_k", "to_v", "to_out.0", "processor.to_k_ip.0", "processor.to_v_ip.0"})},
-      {"ip_adapter_original", modules({"to_q", "to_k", "to_v", "to_out.0", "to_k_ip", "to_v_ip"})},
-      {"wan_i2v",
-       modules({"to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "norm_q", "norm_k", "norm_added_k"})},
-      {"wan_i2v_original", modules({"q", "k", "v", "o", "k_img", "v_img", "norm_q", "norm_k", "norm_k_img"})},
-  };
+// A user's model.
+struct ModelImpl : torch::nn::Module {
+  explicit ModelImpl(const DecoupledCrossAttentionOptions& options)
+      : fusion(register_module("fusion", DecoupledCrossAttention(options))) {}
+  DecoupledCrossAttention fusion;
+};
+
+TEST_P(DecoupledFixtureTest, LoadsIntoAModuleThatHoldsOneOrNotAtAll) {
+  const Family family(GetParam());
+  NamedTensors renamed;  // as if the file's layer were called "model.fusion"
+  for (const auto& [name, info] : family.weights.tensors()) {
+    if (!name.starts_with(family.prefix)) continue;
+    renamed["model.fusion." + name.substr(family.prefix.size())] = family.weights.tensor(name);
+  }
+  ModelImpl model(family.made()->options);
+  const auto report = load_weights(model, renamed, {.prefix = "model."});
+  EXPECT_EQ(report.loaded.size(), model.parameters().size());
+  EXPECT_EQ(report.summary(), "loaded " + std::to_string(renamed.size()) + " tensors");
+  family.expect_output_of(model.fusion);
+
+  ModelImpl empty(family.made()->options);
+  const auto layer = find_layers(lazy(renamed).infos).at(0);
+  renamed.erase(added_recipes(layer, lazy(renamed).infos).at("added0.value_linear.weight").source);
+  const auto before = empty.fusion->attention->query_linear->weight.clone();
+  const auto message = error_of<LoadError>([&] { load_weights(empty, renamed, {.prefix = "model."}); });
+  EXPECT_NE(message.find("; missing: fusion.added0.key_linear."), std::string::npos) << message;  // half a context is none
+  EXPECT_NE(message.find("fusion.added0.value_linear.weight"), std::string::npos) << message;
+  EXPECT_TRUE(empty.fusion->attention->query_linear->weight.equal(before));
 }
 
-INSTANTIATE_TEST_SUITE_P(, DecoupledFixtureTest, testing::ValuesIn(families()), [](const auto& info) {
-  return info.param.name;
-});
+TEST_P(DecoupledFixtureTest, IsFoundByItselfIfItIsTheOnlyOne) {
+  const Family family(GetParam());
+  DecoupledCrossAttention module(family.made()->options);
+  if (!family.has_base) {
+    load_weights(*module, family.weights);
+    family.expect_output_of(module);
+    return;
+  }
+  const auto message = error_of<FileError>([&] { load_weights(*module, family.weights); });
+  EXPECT_NE(message.find("prefix must be one of \"down_blocks.0.attentions.0."), std::string::npos) << message;
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    ,
+    DecoupledFixtureTest,
+    testing::Values("ip_adapter", "ip_adapter_down", "ip_adapter_up", "ip_adapter_mid", "wan_i2v", "wan_i2v_original"),
+    [](const auto& info) { return info.param; });
+
+// ---- Loading --------------------------------------------------------------------------------------------------------------
+
+// Of a layer of 4 -> 4 as diffusers spells it, with so many IP-Adapters.
+NamedTensors layer_with_adapters(const std::string& prefix, int adapters) {
+  NamedTensors tensors = {{prefix + "to_q.weight", torch::randn({4, 4})},
+                          {prefix + "to_k.weight", torch::randn({4, 6})},
+                          {prefix + "to_v.weight", torch::randn({4, 6})},
+                          {prefix + "to_out.0.weight", torch::randn({4, 4})},
+                          {prefix + "to_out.0.bias", torch::randn({4})}};
+  for (int i = 0; i < adapters; ++i) {
+    for (const std::string side : {"k", "v"}) {
+      tensors[prefix + "processor.to_" + side + "_ip." + std::to_string(i) + ".weight"] = torch::randn({4, 5});
+    }
+  }
+  return tensors;
+}
+
+const auto kSizes = CrossAttentionOptions(4, 6, 6, 4).qkv_bias(false);
+
+TEST(LoadDecoupledTest, TakesSeveralContextsInOrder) {
+  const auto tensors = layer_with_adapters("a.", 3);
+  DecoupledCrossAttention module(DecoupledCrossAttentionOptions(kSizes).added({{5, 5}, {5, 5}, {5, 5}}));
+  EXPECT_EQ(load_weights(*module, tensors).summary(), "loaded 11 tensors");
+  for (size_t i = 0; i < 3; ++i) {
+    const auto name = "a.processor.to_v_ip." + std::to_string(i) + ".weight";
+    EXPECT_TRUE(module->added_projections[i]->value_linear->weight.equal(tensors.at(name)));
+  }
+}
+
+TEST(LoadDecoupledTest, AddedContextsAreNeverLeftOutSilently) {
+  const auto refusal = [](torch::nn::Module& module, int adapters) {
+    const auto message =
+        error_of<LoadError>([&] { load_weights(module, layer_with_adapters("a.", adapters), {.prefix = "a."}); });
+    return message.substr(message.find(';') + 2);
+  };
+  CrossAttention attention(kSizes);
+  DecoupledCrossAttention one(DecoupledCrossAttentionOptions(kSizes).added({{5, 5}}));
+  EXPECT_EQ(refusal(*attention, 1), "unexpected: processor.to_k_ip.0.weight, processor.to_v_ip.0.weight");
+  EXPECT_EQ(refusal(*one, 2), "unexpected: processor.to_k_ip.1.weight, processor.to_v_ip.1.weight");
+  EXPECT_EQ(refusal(*one, 0), "missing: added0.key_linear.weight, added0.value_linear.weight");
+}
+
+TEST(LoadDecoupledTest, AdaptsALayerThatHasNoneYet) {
+  const auto tensors = layer_with_adapters("a.", 0);
+  DecoupledCrossAttention module(DecoupledCrossAttentionOptions(kSizes).added({{5, 5}}));
+  const auto report = load_weights(*module, tensors, {.prefix = "a.", .allow_missing = true});
+  EXPECT_EQ(report.summary(), "loaded 5 tensors; missing: added0.key_linear.weight, added0.value_linear.weight");
+  EXPECT_TRUE(module->attention->value_linear->weight.equal(tensors.at("a.to_v.weight")));
+}
+
+TEST(LoadDecoupledTest, LoadsWhatItSavedItself) {
+  const TempDir directory;
+  const DecoupledCrossAttention saved(DecoupledCrossAttentionOptions(kSizes).added({{5, 5}}));
+  DecoupledCrossAttention loaded(saved->options);
+  save_safetensors(directory.file("x"), *saved);
+  EXPECT_EQ(load_weights(*loaded, directory.file("x")).summary(), "loaded 7 tensors");
+  EXPECT_TRUE(loaded->added_projections[0]->key_linear->weight.equal(saved->added_projections[0]->key_linear->weight));
+}
+
+// ---- An IP-Adapter's own file ---------------------------------------------------------------------------------------------
+
+class IpAdapterTest : public testing::Test {
+ protected:
+  Checkpoint saved(const std::string& name, const NamedTensors& tensors) const {
+    save_safetensors(directory_.file(name), tensors);
+    return open_checkpoint(directory_.file(name));
+  }
+  // A base with these layers, each with self-attention beside it.
+  Checkpoint base(const std::vector<std::string>& transformers) const {
+    NamedTensors tensors;
+    for (const auto& transformer : transformers) {
+      tensors.merge(layer_with_adapters(transformer + "attn1.", 0));
+      tensors.merge(layer_with_adapters(transformer + "attn2.", 0));
+    }
+    return saved("base", tensors);
+  }
+  // Projections for so many layers, filled with their numbers.
+  NamedTensors adapter(int layers) const {
+    NamedTensors tensors = {{"image_proj.proj.weight", torch::ones({2, 2})}};
+    for (int i = 1; i < 2 * layers; i += 2) {
+      for (const std::string side : {"k", "v"}) {
+        tensors["ip_adapter." + std::to_string(i) + ".to_" + side + "_ip.weight"] = torch::full({4, 5}, i);
+      }
+    }
+    return tensors;
+  }
+  // Which of the adapter's numbers the layer of this transformer got.
+  static int number_of(const Checkpoint& both, const std::string& transformer) {
+    return both.tensor(transformer + "attn2.processor.to_k_ip.0.weight")[0][0].item<int>();
+  }
+  const TempDir directory_;
+};
+
+TEST_F(IpAdapterTest, CountsLayersDownUpAndMidWithNumbersInTheirOrder) {
+  const std::vector<std::string> in_diffusers = {
+      "down_blocks.1.attentions.0.transformer_blocks.2.", "down_blocks.1.attentions.0.transformer_blocks.10.",
+      "down_blocks.2.attentions.0.transformer_blocks.0.", "up_blocks.0.attentions.2.transformer_blocks.0.",
+      "up_blocks.1.attentions.0.transformer_blocks.0.",   "mid_block.attentions.0.transformer_blocks.0."};
+  const std::vector<std::string> in_one_file = {"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.",
+                                                "model.diffusion_model.input_blocks.11.1.transformer_blocks.0.",
+                                                "model.diffusion_model.output_blocks.3.1.transformer_blocks.0.",
+                                                "model.diffusion_model.middle_block.1.transformer_blocks.0."};
+  for (const auto& names : {in_diffusers, in_one_file}) {
+    const auto both = with_ip_adapter(base(names), saved("adapter", adapter(static_cast<int>(names.size()))));
+    for (size_t i = 0; i < names.size(); ++i) EXPECT_EQ(number_of(both, names[i]), static_cast<int>(2 * i + 1)) << names[i];
+    EXPECT_FALSE(both.contains("image_proj.proj.weight"));
+  }
+}
+
+TEST_F(IpAdapterTest, PassesOverAttentionBetweenFrames) {
+  const std::string frames = "down_blocks.0.motion_modules.0.transformer_blocks.0.";
+  const std::string image = "up_blocks.0.attentions.0.transformer_blocks.0.";
+  const auto both = with_ip_adapter(base({frames, image}), saved("adapter", adapter(1)));
+  EXPECT_EQ(number_of(both, image), 1);
+  EXPECT_FALSE(both.contains(frames + "attn2.processor.to_k_ip.0.weight"));
+}
+
+TEST_F(IpAdapterTest, TakesAPlaceByItsName) {
+  const std::string alone = "up_blocks.1.attentions.0.transformer_blocks.0.";
+  for (const std::string end : {"", "."}) {
+    const auto both =
+        with_ip_adapter(base({alone}), saved("adapter", adapter(4)), {{alone + "attn2" + end, "ip_adapter.5" + end}});
+    EXPECT_EQ(number_of(both, alone), 5);
+  }
+}
+
+TEST_F(IpAdapterTest, RefusesTheAdapterOfAnotherModel) {
+  const auto two = base({"down_blocks.0.attentions.0.transformer_blocks.0.", "mid_block.attentions.0.transformer_blocks.0."});
+  const auto refusal = [&](const NamedTensors& tensors) {
+    const auto message = error_of<FileError>([&] { with_ip_adapter(two, saved("adapter", tensors)); });
+    const auto start = "[ip_adapter] " + directory_.file("adapter") +
+                       ": must have to_k_ip and to_v_ip for the 2 cross-attention layers of " + two.path() + "; ";
+    EXPECT_TRUE(message.starts_with(start)) << message;
+    return message.substr(std::min(message.size(), start.size()));
+  };
+  EXPECT_EQ(refusal(adapter(1)), "missing: ip_adapter.3.to_k_ip.weight, ip_adapter.3.to_v_ip.weight");
+  EXPECT_EQ(refusal(adapter(3)), "unexpected: ip_adapter.5.to_k_ip.weight, ip_adapter.5.to_v_ip.weight");
+  auto with_lora = adapter(2);
+  with_lora["ip_adapter.1.to_q_lora.up.weight"] = torch::ones({4, 1});
+  with_lora.erase("ip_adapter.3.to_v_ip.weight");
+  EXPECT_EQ(refusal(with_lora), "missing: ip_adapter.3.to_v_ip.weight; unexpected: ip_adapter.1.to_q_lora.up.weight");
+}
+
+TEST_F(IpAdapterTest, RefusesABaseThatHasNoPlaceForIt) {
+  const auto one = saved("adapter", adapter(1));
+  EXPECT_EQ(
+      error_of<FileError>([&] { with_ip_adapter(one, one); }),
+      "[ip_adapter] " + one.path() + ": must hold cross-attention layers that are spelled as in diffusers, but holds none");
+  const auto has_one = saved("base", layer_with_adapters("a.attn2.", 1));
+  EXPECT_EQ(error_of<FileError>([&] { with_ip_adapter(has_one, one); }),
+            "[checkpoint] " + has_one.path() + R"(: already has a tensor "a.attn2.processor.to_k_ip.0.weight")");
+}
 
 }  // namespace
 }  // namespace xattn::test

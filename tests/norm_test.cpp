@@ -32,6 +32,15 @@ TEST(NormTest, LayerSubtractsTheMeanAndDividesByTheDeviation) {
   expect_close(norm(x), expected, tolerance(torch::kDouble, 24), "layer norm");
 }
 
+TEST(NormTest, LayerMayLeaveItsBiasOut) {
+  Norm with(NormKind::layer, 6), without(NormOptions(NormKind::layer, 6).bias(false));
+  torch::nn::init::normal_(with->weight);
+  without->weight.set_data(with->weight.detach());
+  EXPECT_EQ(without->parameters().size(), 1U);
+  const auto x = torch::randn({2, 6});
+  EXPECT_TRUE(without(x).equal(with(x)));  // whose bias is zero
+}
+
 TEST(NormTest, NoneIsTheIdentityWithoutParameters) {
   Norm norm(NormKind::none, 6);
   const auto x = torch::randn({2, 6});
@@ -65,6 +74,9 @@ TEST(NormTest, ClonesAndPrintsWhatBuildsItAgain) {
   std::ostringstream stream;
   norm->pretty_print(stream);
   EXPECT_EQ(stream.str(), "xattn::Norm(NormOptions(NormKind::layer, 6).eps(0.001))");
+  stream.str("");
+  Norm(NormOptions(NormKind::layer, 6).bias(false))->pretty_print(stream);
+  EXPECT_EQ(stream.str(), "xattn::Norm(NormOptions(NormKind::layer, 6).eps(1e-06).bias(false))");
 }
 
 TEST(NormTest, RefusesBadInput) {

@@ -55,6 +55,8 @@ struct XATTN_API CrossAttentionBlockOptions {
   TORCH_ARG(NormPlacement, norm_placement) = NormPlacement::before;
   /// Added under the root of the norms. Default: 1e-5.
   TORCH_ARG(double, norm_eps) = 1e-5;
+  /// Whether norms of kind layer have biases. Default: true.
+  TORCH_ARG(bool, norm_bias) = true;
   /// Gate of each branch. It starts at zero: with norms before (or none), a new block changes nothing, so that it can be put
   /// into a trained model; its gates are then the first to learn. Default: none.
   TORCH_ARG(BlockGate, gate) = BlockGate::none;

@@ -16,8 +16,9 @@
 namespace xattn {
 
 /// How a family of models spells what a block has around its attention, and what it computes. All names are those behind the
-/// block's prefix: of norms and linear layers in front of ".weight" and ".bias", of gates whole. How the attention itself is
-/// spelled is told by layouts.h. A block layout is a row of the table in block_layouts.cpp.
+/// block's prefix: of norms and linear layers in front of ".weight" and ".bias" (of norms in old files ".gamma" and ".beta"), of
+/// gates whole. How the attention itself is spelled is told by layouts.h. A block layout is a row of the table in
+/// block_layouts.cpp.
 struct BlockLayout {
   std::string_view name;
   std::string_view used_by;
@@ -25,7 +26,8 @@ struct BlockLayout {
   std::string_view attention_norm;
   std::string_view feed_forward_norm;
   std::string_view feed_forward_in;
-  std::string_view feed_forward_multiplier = {};  ///< empty without a gated linear unit
+  /// Empty without a gated linear unit; feed_forward_in again if one tensor packs both, the multiplier first.
+  std::string_view feed_forward_multiplier = {};
   std::string_view feed_forward_out;
   std::string_view attention_gate = {};  ///< both or neither
   std::string_view feed_forward_gate = {};
@@ -50,8 +52,8 @@ struct XATTN_API FoundBlock {
   std::string prefix;  ///< in front of its names; empty, or with a point at the end
   const BlockLayout* layout;
   FoundLayer attention;
-  /// All that names, shapes and layout tell: the attention with the fewest heads that its widths allow, kinds of norms and
-  /// gates, the feed-forward branch; placement, activation and eps if the layout has them.
+  /// All that names, shapes and layout tell: the attention with the fewest heads that its widths allow, kinds of norms, whether
+  /// they have biases, gates, the feed-forward branch; placement, activation and eps if the layout has them.
   CrossAttentionBlockOptions options;
 };
 

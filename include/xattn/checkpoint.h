@@ -68,6 +68,10 @@ class XATTN_API Checkpoint {
   /// more than once (`expand`). Reads this tensor only. Throws FileError if there is none of this name, or the file has changed.
   at::Tensor tensor(const std::string& name) const;
 
+  /// This file as if it had tensors of another, too: `names` are what they are called there, and here. Path, format and metadata
+  /// are this one's. Throws FileError if the other has no such tensor, or this one has it already.
+  Checkpoint with(const Checkpoint& other, const std::map<std::string, std::string>& names) const;
+
  private:
   std::shared_ptr<const Contents> contents_;
 };

@@ -26,7 +26,7 @@ struct ProjectionNames {
   int bias_parts = 1;  ///< torch.nn.MultiheadAttention packs the biases of weights that are apart
 };
 
-/// Where the projections of a second context lie that the same query asks: names in front of ".weight" and ".bias".
+/// Where the projections of an added context lie, which the same query asks: names in front of ".weight" and ".bias".
 struct AddedNames {
   std::string_view key;
   std::string_view value;
@@ -52,7 +52,7 @@ struct Layout {
   std::string_view context_input = {};  ///< the same in front of its key and value projections
   std::string_view bias_k = {};         ///< one more key and value, which no mask hides
   std::string_view bias_v = {};
-  std::array<AddedNames, 2> added = {};  ///< spellings of a second context's projections; see decoupled.h
+  std::array<AddedNames, 4> added = {};  ///< contexts that a layer may have beside its first, in order; see decoupled.h
   /// Names in config.json that tell it, separated by spaces; the first that is there counts. A name without a point may be at
   /// the top, in "text_config" or in "decoder"; ".name" is at the top alone, "inner.name" in another part.
   std::string_view num_heads = {};
@@ -75,8 +75,9 @@ struct XATTN_API FoundLayer {
   std::string prefix;  ///< in front of its names; empty, or with a point at the end
   const Layout* layout;
   AttentionKind kind;
-  CrossAttentionOptions options;  ///< widths, biases and norms, with the fewest heads that the widths allow
-  bool heads_known;               ///< whether options.num_heads() is right: a norm of each head tells its size
+  CrossAttentionOptions options;              ///< widths, biases and norms, with the fewest heads that the widths allow
+  bool heads_known;                           ///< whether options.num_heads() is right: a norm of each head tells its size
+  std::vector<const AddedNames*> added = {};  ///< those of the layout that are there
 
   /// The numbers of heads that the widths allow; weights do not tell which it was.
   std::vector<int64_t> possible_heads() const;
@@ -103,6 +104,10 @@ struct XATTN_API TensorRecipe {
 /// How to make each parameter of a CrossAttention from a file with this layer, by the parameter's name ("query_linear.weight").
 XATTN_API std::map<std::string, TensorRecipe> recipes(const FoundLayer& layer,
                                                       const std::map<std::string, TensorInfo>& tensors);
+
+/// The same for its added contexts, by the names in a DecoupledCrossAttention ("added0.key_linear.weight").
+XATTN_API std::map<std::string, TensorRecipe> added_recipes(const FoundLayer& layer,
+                                                            const std::map<std::string, TensorInfo>& tensors);
 
 /// The other way: parameters of a CrossAttention, by name, as this layout spells them behind `prefix`. Throws c10::ValueError
 /// for a layer that the layout has no words for, as a bias where it has none.

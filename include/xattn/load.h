@@ -54,10 +54,10 @@ class XATTN_API LoadError : public FileError {
 /// other, complex ones too; every other type must be the module's own. A tensor that the module has under two names (shared
 /// parameters) may be in the file under one. Throws LoadError if file and module do not fit.
 ///
-/// A CrossAttention anywhere in the module may be spelled in any layout, a CrossAttentionBlock in any block layout. What a
-/// layout computes is checked, too: T5's scale of 1; the norms of a block, where they stand if all that is spelled so agrees,
-/// gates and glu. Activation and eps are not: nothing in a file tells them. If the module itself is a CrossAttention or a
-/// CrossAttentionBlock and no prefix is given, the file's only one is taken; a FileError lists them if there are several.
+/// A CrossAttention or DecoupledCrossAttention anywhere in the module may be spelled in any layout, a CrossAttentionBlock in
+/// any block layout. What a layout computes is checked, too: T5's scale of 1; the norms of a block, where they stand if all that
+/// is spelled so agrees, gates and glu. Activation and eps are not: nothing in a file tells them. If the module itself is one of
+/// these and no prefix is given, the file's only one is taken; a FileError lists them if there are several.
 XATTN_API LoadReport load_weights(torch::nn::Module& module, const Checkpoint& checkpoint, const LoadOptions& options = {});
 
 /// The same from a file, opened by `open_checkpoint`.
@@ -91,11 +91,24 @@ struct LayerOptions {
 /// those that are possible. Parameters have the file's type.
 XATTN_API CrossAttention cross_attention_from(const Checkpoint& checkpoint, const LayerOptions& options = {});
 
-/// The same with the second context that the file's layer has (IP-Adapter, Wan's image-to-video models), added with this scale.
-/// Throws FileError if it has none.
+/// The same with the contexts that the file's layer has beside its first (IP-Adapters, Wan's image-to-video models), each added
+/// with this scale. Throws FileError if it has none.
 XATTN_API DecoupledCrossAttention decoupled_cross_attention_from(const Checkpoint& checkpoint,
                                                                  const LayerOptions& options = {},
                                                                  double scale = 1);
+
+/// A Stable Diffusion U-Net and an IP-Adapter's own file as one, as diffusers spells them once it has loaded both: every
+/// cross-attention layer has the adapter's projections as an added context. The file calls them "ip_adapter.1.to_k_ip.weight",
+/// with an odd number for each cross-attention layer in the order of down blocks, up blocks, mid block. `places` says it for
+/// layers that these numbers do not tell, as of a file with one layer: prefixes of layers in the base, and in the adapter.
+/// Throws FileError, listing names, unless each of the layers has its projections and, without `places`, these are all that the
+/// adapter has.
+///
+///   auto unet = xattn::with_ip_adapter(xattn::open_checkpoint("unet/diffusion_pytorch_model.safetensors"),
+///                                      xattn::open_checkpoint("ip-adapter_sd15.safetensors"));
+XATTN_API Checkpoint with_ip_adapter(const Checkpoint& base,
+                                     const Checkpoint& adapter,
+                                     const std::map<std::string, std::string>& places = {});
 
 struct BlockOptionsFromFile {
   std::optional<std::string> prefix = {};  ///< see choose_block

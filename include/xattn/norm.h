@@ -23,6 +23,8 @@ struct XATTN_API NormOptions {
   TORCH_ARG(int64_t, size);
   /// Added under the root. Default: 1e-6.
   TORCH_ARG(double, eps) = 1e-6;
+  /// Whether kind layer has a bias. Default: true.
+  TORCH_ARG(bool, bias) = true;
 };
 
 /// A normalisation over the last axis, equal to torch.nn.RMSNorm or torch.nn.LayerNorm. (LibTorch has no RMSNorm module.)
@@ -41,7 +43,7 @@ class XATTN_API NormImpl : public torch::nn::Cloneable<NormImpl> {
 
   NormOptions options;
   torch::Tensor weight;  ///< [size]; undefined for NormKind::none
-  torch::Tensor bias;    ///< [size]; undefined unless NormKind::layer
+  torch::Tensor bias;    ///< [size]; undefined unless NormKind::layer with bias
 };
 TORCH_MODULE(Norm);
 

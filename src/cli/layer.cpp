@@ -5,6 +5,7 @@
 #include <fmt/ranges.h>
 #include <xattn/load.h>
 
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -74,6 +75,12 @@ void add_layer_options(CLI::App& command, LayerArguments& arguments) {
       ->check(CLI::NonNegativeNumber);
   command.add_option("--ip-scale", arguments.ip_scale, "What the attention to ip_context is multiplied by")
       ->capture_default_str();
+  auto* adapter = command.add_option("--ip-adapter", arguments.ip_adapter,
+                                     "An IP-Adapter's own file, of which the layer of FILE gets its second context");
+  command
+      .add_option("--ip-prefix", arguments.ip_prefix,
+                  "What its names there begin with; told by the place of the layer in FILE if not given")
+      ->needs(adapter);
   program::add_device_option(command, arguments.device);
   program::add_threads_option(command, arguments.threads);
 }
@@ -85,9 +92,15 @@ Results run_layer(const std::string& path,
                   bool fixture) {
   const auto device = program::find_device(arguments.device);
   program::set_threads(arguments.threads);
-  const auto file = open_checkpoint(path);
+  auto file = open_checkpoint(path);
   const auto layer = choose_layer(file, arguments.prefix, arguments.layout);
   const auto given = read_inputs(open_checkpoint(inputs), device, fixture);
+  if (!arguments.ip_adapter.empty()) {
+    if (!given.ip_context.defined()) fail(inputs, "must hold ip_context for the IP-Adapter");
+    std::map<std::string, std::string> places;
+    if (!arguments.ip_prefix.empty()) places.emplace(layer.prefix, arguments.ip_prefix);
+    file = with_ip_adapter(file, open_checkpoint(arguments.ip_adapter), places);
+  }
 
   const LayerOptions options{.prefix = layer.prefix,
                              .layout = arguments.layout,

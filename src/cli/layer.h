@@ -21,6 +21,8 @@ struct LayerArguments {
   std::optional<int64_t> heads;
   std::optional<double> qk_norm_eps;
   double ip_scale = 1;
+  std::string ip_adapter;
+  std::string ip_prefix;
   std::string device = program::default_device();
   int threads = 0;
 };

@@ -25,7 +25,7 @@ const std::map<std::string, AttentionWeights> kWeights = {
     {"none", AttentionWeights::none}, {"mean", AttentionWeights::mean}, {"per-head", AttentionWeights::per_head}};
 
 void run(const Arguments& arguments) {
-  check_output(arguments.output, {arguments.file, arguments.inputs});
+  check_output(arguments.output, {arguments.file, arguments.inputs, arguments.layer.ip_adapter});
   const auto [output, weights] =
       run_layer(arguments.file, arguments.inputs, arguments.layer, kWeights.at(arguments.weights), /*fixture=*/false);
   NamedTensors results = {{"output", output}};
