@@ -121,6 +121,27 @@ TEST_F(CliTest, RunTakesTheOnlyLayerOfALargerModel) {
   }
 }
 
+TEST_F(CliTest, RunTakesAnIpAdapterByThePlaceOfTheLayerOrByName) {
+  const auto base = data_path("layouts/unet_whole.safetensors"), adapter = data_path("layouts/ip_adapter_up.safetensors");
+  const auto fixture = open_checkpoint(data_path("layouts/ip_adapter_up.expect.safetensors"));
+  NamedTensors inputs;
+  for (const auto* name : {"query", "context", "ip_context"}) inputs[name] = fixture.tensor(name);
+  save_safetensors(dir.file("in"), inputs);
+  const auto command = "run " + base + " --prefix " + fixture.metadata().at("base_prefix") + " --heads 2 --device cpu " +
+                       "--inputs in --output out --ip-scale 0.6 --ip-adapter " + adapter;
+  for (const std::string place : {"", " --ip-prefix ip_adapter.5", " --ip-prefix ip_adapter.5."}) {
+    const auto result = xattn(command + place);
+    ASSERT_EQ(result.status, 0) << result.err;
+    EXPECT_TRUE(load_tensors(dir.file("out")).at("output").allclose(fixture.tensor("output"), 1e-5, 1e-6)) << place;
+  }
+  EXPECT_EQ(error(1, command + " --ip-prefix ip_adapter.6"),
+            "[ip_adapter] " + adapter + ": must have to_k_ip and to_v_ip for the 1 cross-attention layers of " + base +
+                "; missing: ip_adapter.6.to_k_ip.weight, ip_adapter.6.to_v_ip.weight");
+  inputs.erase("ip_context");
+  save_safetensors(dir.file("in"), inputs);
+  EXPECT_EQ(error(1, command), "[inputs] in: must hold ip_context for the IP-Adapter");
+}
+
 TEST_F(CliTest, RunListsTheLayersWhereThereAreSeveral) {
   NamedTensors tensors;
   const CrossAttention attention(4, 6, 6, 8);
@@ -218,7 +239,8 @@ TEST_F(CliTest, InspectPrintsDocumentedJson) {
       {"prefix": "", "layout": "reference", "kind": "cross", "num_heads": null, "dim_query": 4, "dim_key": 5, "dim_value": 6, "dim_output": 8,
        "inner_qk": 8, "inner_v": 8, "group": 2,
        "query_bias": false, "key_bias": false, "value_bias": false, "output_bias": true,
-       "qk_norm": "none"}]})");
+       "qk_norm": "none"}],
+    "blocks": []})");
   EXPECT_EQ(json::parse(result.out), expected);
 }
 
@@ -263,6 +285,21 @@ TEST_F(CliTest, InspectTellsCrossFromSelfAndTheLayout) {
   EXPECT_EQ(kinds.at("model.decoder.layers.0.self_attn."), "self");
 }
 
+TEST_F(CliTest, InspectListsTheBlocksAroundLayers) {
+  const auto moonshine = data_path("layouts/moonshine.safetensors"), idefics = data_path("layouts/idefics.safetensors");
+  EXPECT_EQ(json::parse(xattn("inspect " + moonshine + " --json").out)["blocks"], json::parse(R"([
+      {"prefix": "model.decoder.layers.0.", "layout": "moonshine", "attention": "model.decoder.layers.0.encoder_attn.",
+       "norm": "layer", "norm_bias": false, "gate": "none",
+       "feed_forward": 16, "feed_forward_glu": true, "feed_forward_bias": true}])"));
+  const auto text = xattn("inspect " + idefics).out;
+  EXPECT_TRUE(
+      text.ends_with("blocks around them\n"
+                     "  prefix \"model.gated_cross_attn_layers.0.\", layout \"idefics\", attention "
+                     "\"model.gated_cross_attn_layers.0.cross_attn.\", norm \"rms\", norm_bias false, gate \"scalar\", "
+                     "feed_forward 24, feed_forward_glu true, feed_forward_bias false\n"))
+      << text;
+}
+
 // ---- verify ------------------------------------------------------------------------------------------------------------------
 
 TEST_F(CliTest, VerifyFindsTheLayerAndSaysHowFarItsOutputIs) {
@@ -278,8 +315,11 @@ TEST_F(CliTest, VerifyKnowsEveryFamilyWithoutItsLayoutBeingNamed) {
     const auto file = entry.path().string();
     if (!file.ends_with(".expect.safetensors") || file.ends_with(".block.expect.safetensors")) continue;
     const auto weights = file.substr(0, file.size() - std::string(".expect.safetensors").size()) + ".safetensors";
-    if (weights.ends_with("/ip_adapter_original.safetensors")) continue;  // holds the second context alone, without a query
-    const auto result = xattn("verify " + weights + " --expect " + file + " --device cpu");
+    const auto about = open_checkpoint(file).metadata();
+    const auto layer = about.contains("base") ? data_path("layouts/" + about.at("base") + ".safetensors") + " --ip-adapter " +
+                                                    weights + " --prefix " + about.at("base_prefix")
+                                              : weights;
+    const auto result = xattn("verify " + layer + " --expect " + file + " --device cpu");
     EXPECT_EQ(result.status, 0) << result.out << result.err;
   }
 }
@@ -328,6 +368,21 @@ TEST_F(CliTest, ConvertSpellsLayersAnewAndKeepsTheRest) {
   EXPECT_FALSE(reference.contains("transformer.h.0.crossattention.q_attn.weight"));
   ASSERT_EQ(after.size(), before.size());
   for (const auto& [name, tensor] : before) EXPECT_TRUE(torch::equal(after.at(name), tensor)) << name;
+}
+
+TEST_F(CliTest, ConvertJoinsAShardedSet) {
+  const NamedTensors tensors = {{"a", torch::rand({2, 3})}, {"b.c", torch::tensor({1, 2}, torch::kByte)}};
+  save_safetensors(dir.file("1.safetensors"), NamedTensors{*tensors.begin()});
+  save_safetensors(dir.file("2.safetensors"), NamedTensors{*tensors.rbegin()});
+  const json index = {{"metadata", {{"step", "7"}}}, {"weight_map", {{"a", "1.safetensors"}, {"b.c", "2.safetensors"}}}};
+  test::write_bytes(dir.file("model.safetensors.index.json"), index.dump());
+  for (const std::string name : {"whole.safetensors", "whole.bin"}) {
+    ASSERT_EQ(xattn("convert model.safetensors.index.json " + name).status, 0);
+    const auto whole = load_tensors(dir.file(name));
+    ASSERT_EQ(whole.size(), tensors.size());
+    for (const auto& [key, tensor] : tensors) EXPECT_TRUE(torch::equal(whole.at(key), tensor)) << key;
+  }
+  EXPECT_EQ(open_checkpoint(dir.file("whole.safetensors")).metadata().at("step"), "7");
 }
 
 TEST_F(CliTest, ConvertRefusesToOverwriteItsInputAndLeavesNothingBehind) {

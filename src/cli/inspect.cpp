@@ -2,6 +2,7 @@
 #include <c10/core/ScalarType.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <xattn/block_layouts.h>
 #include <xattn/checkpoint.h>
 #include <xattn/layouts.h>
 
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "cli.h"
+#include "option_names.h"
 
 namespace xattn::cli {
 namespace {
@@ -31,7 +33,10 @@ constexpr auto kFooter = R"(Example: xattn inspect weights.safetensors
   layers    list of {prefix, layout, kind, num_heads, dim_query, dim_key, dim_value, dim_output, inner_qk, inner_v, group,
             query_bias, key_bias, value_bias, output_bias, qk_norm}, by prefix. kind is "cross", "self" or "unknown"; num_heads
             is null where weights do not tell it; inner_qk and inner_v are the widths of all heads together; group is the number
-            of query heads to a key/value head; qk_norm is "none", "rms" or "layer".)";
+            of query heads to a key/value head; qk_norm is "none", "rms" or "layer".
+  blocks    list of {prefix, layout, attention, norm, norm_bias, gate, feed_forward, feed_forward_glu, feed_forward_bias}, by
+            prefix: what is around a cross-attention layer. attention is the layer's prefix; norm is "rms" or "layer"; gate is
+            "none", "scalar" or "per_feature"; feed_forward is the number of hidden features.)";
 
 struct Arguments {
   std::string file;
@@ -44,7 +49,6 @@ std::string type_name(const TensorInfo& info) {
 
 Json layer_as_json(const FoundLayer& layer) {
   constexpr std::array kKinds = {"cross", "self", "unknown"};
-  constexpr std::array kNorms = {"none", "rms", "layer"};
   const auto& options = layer.options;
   return {{"prefix", layer.prefix},
           {"layout", layer.layout->name},
@@ -61,21 +65,48 @@ Json layer_as_json(const FoundLayer& layer) {
           {"key_bias", options.key_bias()},
           {"value_bias", options.value_bias()},
           {"output_bias", options.output_bias()},
-          {"qk_norm", kNorms.at(static_cast<size_t>(options.qk_norm()))}};
+          {"qk_norm", detail::name_of(options.qk_norm())}};
 }
 
-Json as_json(const Checkpoint& file, const std::vector<FoundLayer>& layers) {
+Json block_as_json(const FoundBlock& block) {
+  const auto& options = block.options;
+  return {{"prefix", block.prefix},
+          {"layout", block.layout->name},
+          {"attention", block.attention.prefix},
+          {"norm", detail::name_of(options.norm())},
+          {"norm_bias", options.norm() == NormKind::layer && options.norm_bias()},
+          {"gate", detail::name_of(options.gate())},
+          {"feed_forward", options.feed_forward().value()},
+          {"feed_forward_glu", options.feed_forward_glu()},
+          {"feed_forward_bias", options.feed_forward_bias()}};
+}
+
+struct Found {
+  Json layers = Json::array();
+  Json blocks = Json::array();
+};
+
+Found find(const Checkpoint& file) {
+  Found found;
+  for (const auto& layer : find_layers(file.tensors())) found.layers.push_back(layer_as_json(layer));
+  for (const auto& block : find_blocks(file.tensors())) found.blocks.push_back(block_as_json(block));
+  return found;
+}
+
+Json as_json(const Checkpoint& file, const Found& found) {
   Json tensors = Json::array();
   for (const auto& [name, info] : file.tensors()) {
     tensors.push_back({{"name", name}, {"type", type_name(info)}, {"shape", info.shape}});
   }
-  Json found = Json::array();
-  for (const auto& layer : layers) found.push_back(layer_as_json(layer));
-  return {{"format", to_string(file.format())}, {"metadata", file.metadata()}, {"tensors", tensors}, {"layers", found}};
+  return {{"format", to_string(file.format())},
+          {"metadata", file.metadata()},
+          {"tensors", tensors},
+          {"layers", found.layers},
+          {"blocks", found.blocks}};
 }
 
 // Text from the file is shown as JSON strings, which cannot drive the terminal.
-void print(const Checkpoint& file, const std::vector<FoundLayer>& layers) {
+void print(const Checkpoint& file, const Found& found) {
   std::cout << fmt::format("{}, {} tensors\n", to_string(file.format()), file.tensors().size());
   size_t width = 0;
   for (const auto& [name, info] : file.tensors()) width = std::max(width, Json(name).dump().size());
@@ -87,29 +118,34 @@ void print(const Checkpoint& file, const std::vector<FoundLayer>& layers) {
   for (const auto& [key, value] : file.metadata()) {
     std::cout << fmt::format("  {}: {}\n", Json(key).dump(), Json(value).dump());
   }
-  std::cout << (layers.empty() ? "no attention layer\n" : "attention layers\n");
-  for (const auto& layer : layers) {
-    std::vector<std::string> properties;
-    const auto json = layer_as_json(layer);
-    for (const auto& [key, value] : json.items()) properties.push_back(fmt::format("{} {}", key, value.dump()));
-    std::cout << fmt::format("  {}\n", fmt::join(properties, ", "));
-  }
+  const auto list = [](const Json& all) {
+    for (const auto& one : all) {
+      std::vector<std::string> properties;
+      for (const auto& [key, value] : one.items()) properties.push_back(fmt::format("{} {}", key, value.dump()));
+      std::cout << fmt::format("  {}\n", fmt::join(properties, ", "));
+    }
+  };
+  std::cout << (found.layers.empty() ? "no attention layer\n" : "attention layers\n");
+  list(found.layers);
+  if (!found.blocks.empty()) std::cout << "blocks around them\n";
+  list(found.blocks);
 }
 
 void inspect(const Arguments& arguments) {
   const auto file = open_checkpoint(arguments.file);
-  const auto layers = find_layers(file.tensors());
+  const auto found = find(file);
   if (arguments.json) {
-    std::cout << as_json(file, layers).dump(2) << "\n";
+    std::cout << as_json(file, found).dump(2) << "\n";
   } else {
-    print(file, layers);
+    print(file, found);
   }
 }
 
 }  // namespace
 
 void add_inspect(CLI::App& program) {
-  auto* command = program.add_subcommand("inspect", "Show the tensors of a file, and the attention layers among them.");
+  auto* command =
+      program.add_subcommand("inspect", "Show the tensors of a file, and the attention layers and blocks among them.");
   const auto arguments = std::make_shared<Arguments>();
   command
       ->add_option("FILE", arguments->file,
