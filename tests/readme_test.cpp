@@ -144,6 +144,16 @@ TEST(ReadmeTest, RealWeights) {
   EXPECT_TRUE(torch::equal(block->attention->query_linear->weight, attention->query_linear->weight));
 }
 
+TEST(ReadmeTest, SecondContext) {
+  const auto unet_path = data_path("layouts/unet_whole.safetensors"),
+             adapter_path = data_path("layouts/ip_adapter_up.safetensors");
+  auto unet = xattn::with_ip_adapter(xattn::open_checkpoint(unet_path), xattn::open_checkpoint(adapter_path));
+  auto layer = xattn::decoupled_cross_attention_from(
+      unet, {.prefix = "up_blocks.0.attentions.1.transformer_blocks.0.attn2", .num_heads = 2}, /*scale=*/0.6);
+  auto weight = open_checkpoint(adapter_path).tensor("ip_adapter.5.to_k_ip.weight");
+  EXPECT_TRUE(layer->added_projections[0]->key_linear->weight.equal(weight));
+}
+
 TEST(ReadmeTest, Core) {
   auto q = torch::randn({2, 8, 4, 64}), k = torch::randn({2, 2, 6, 64}), v = torch::randn({2, 2, 6, 64});
   // q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e]
