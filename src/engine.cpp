@@ -35,34 +35,80 @@ int64_t round_up(int64_t n, int64_t unit) {
   return (n + unit - 1) / unit * unit;
 }
 
-// ---- Right sides -----------------------------------------------------------------------------------------------------------
+// ---- Products of either storage --------------------------------------------------------------------------------------------
 
-RightSide right_side(const float* packed, int64_t k) {
-  return kernels().packed(packed, k);
+// A RightSide of float32 or bfloat16: one of the two pointers is null.
+struct Right {
+  const float* wide = nullptr;
+  const Bfloat16* half = nullptr;
+  int64_t row_stride = 0, panel_stride = 0;
+
+  Right advanced(int64_t elements) const {
+    return {wide ? wide + elements : nullptr, half ? half + elements : nullptr, row_stride, panel_stride};
+  }
+  Right from_row(int64_t row) const { return advanced(row * row_stride); }
+  Right from_panel(int64_t panel) const { return advanced(panel * panel_stride); }
+};
+
+Right right(const Tensor& x, int64_t offset, int64_t row_stride, int64_t panel_stride) {
+  if (x.scalar_type() == at::kFloat) return {data(x) + offset, nullptr, row_stride, panel_stride};
+  return {nullptr, static_cast<const Bfloat16*>(x.const_data_ptr()) + offset, row_stride, panel_stride};
 }
 
-RightSide right_side(const Packed& p, int64_t which = 0) {
-  return right_side(data(p.data) + which * kernels().packed_size(p.k, p.n), p.k);
+Right packed(const Tensor& x, int64_t offset, int64_t k) {
+  return right(x, offset, kernels().panel, k * kernels().panel);
 }
 
-RightSide from_row(RightSide right, int64_t row) {
-  right.data += row * right.row_stride;
-  return right;
+Right packed(const Packed& p, int64_t which = 0) {
+  return packed(p.data, which * kernels().packed_size(p.k, p.n), p.k);
+}
+
+Right plain_rows(const Tensor& x, int64_t offset, int64_t row_stride) {
+  return right(x, offset, row_stride, kernels().panel);
+}
+
+// A Product of either.
+struct Step {
+  int64_t m = 0, n = 0, k = 0;
+  const float* a = nullptr;
+  int64_t a_stride = 0;
+  Right b;
+  float* c = nullptr;
+  int64_t c_stride = 0;
+  const float* bias = nullptr;
+};
+
+template <class Element>
+ProductOf<Element> as_product(const Step& s, const Element* b) {
+  return {s.m, s.n, s.k, s.a, s.a_stride, {b, s.b.row_stride, s.b.panel_stride}, s.c, s.c_stride, s.bias, false};
+}
+
+void multiply(const Step& s) {
+  s.b.half ? kernels().product_bfloat16(as_product(s, s.b.half)) : kernels().product(as_product(s, s.b.wide));
+}
+
+// The same with b as rows that are its columns.
+void multiply_transposed(const Step& s) {
+  s.b.half ? kernels().product_transposed_bfloat16(as_product(s, s.b.half))
+           : kernels().product_transposed(as_product(s, s.b.wide));
+}
+
+// Rows of b [n, k], packed as columns into place `offset` of `to`.
+void pack_transposed(const float* b, int64_t stride, int64_t k, int64_t n, const Tensor& to, int64_t offset) {
+  if (to.scalar_type() == at::kFloat) {
+    kernels().pack_transposed(b, stride, k, n, mutable_data(to) + offset);
+  } else {
+    kernels().pack_transposed_bfloat16(b, stride, k, n, static_cast<Bfloat16*>(to.mutable_data_ptr()) + offset);
+  }
 }
 
 // Matrices [count, n, k], as torch stores weights, each as a right side [k, n].
-Packed pack_weights(const Tensor& weights) {
+Packed pack_weights(const Tensor& weights, at::ScalarType storage) {
   const auto w = weights.contiguous();
   const auto count = w.size(0), n = w.size(1), k = w.size(2), size = kernels().packed_size(k, n);
-  Packed packed{at::empty({count * size}, w.options()), k, n};
-  for (int64_t i = 0; i < count; ++i) {
-    kernels().pack_transposed(data(w) + i * n * k, k, k, n, mutable_data(packed.data) + i * size);
-  }
-  return packed;
-}
-
-Packed pack_weight(const Tensor& weight) {
-  return pack_weights(weight.unsqueeze(0));
+  Packed result{at::empty({count * size}, w.options().dtype(storage)), k, n};
+  for (int64_t i = 0; i < count; ++i) pack_transposed(data(w) + i * n * k, k, k, n, result.data, i * size);
+  return result;
 }
 
 Tensor or_zeros(const Tensor& bias, const Tensor& like, int64_t n) {
@@ -100,15 +146,15 @@ struct Team {
   }
 
   // A product by ranges of whole panels.
-  void product(const Product& p) const {
+  void multiply(const Step& step) const {
     const auto panel = kernels().panel;
-    parts((p.n + panel - 1) / panel, [&](int64_t begin, int64_t end) {
-      auto part = p;
-      part.n = std::min(p.n, end * panel) - begin * panel;
-      part.b.data += begin * p.b.panel_stride;
+    parts((step.n + panel - 1) / panel, [&](int64_t begin, int64_t end) {
+      auto part = step;
+      part.n = std::min(step.n, end * panel) - begin * panel;
+      part.b = step.b.from_panel(begin);
       part.c += begin * panel;
-      if (p.bias) part.bias += begin * panel;
-      kernels().product(part);
+      if (step.bias) part.bias += begin * panel;
+      detail::multiply(part);
     });
   }
 };
@@ -157,20 +203,20 @@ void each_block(const EngineSide& side, const F& f) {
 Tensor project_keys(const EngineWeights& w, const EngineSide& side, const Tensor& key) {
   const auto& run = kernels();
   const auto inner = w.G * w.d, size = run.packed_size(w.d, side.Lk);
-  const auto keys = at::empty({side.B, w.G, size}, key.options());
+  const auto keys = at::empty({side.B, w.G, size}, w.query.data.options());
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
     const auto k = at::empty({n, inner}, key.options());
-    run.product({.m = n,
+    multiply({.m = n,
                  .n = inner,
                  .k = w.Ek,
                  .a = data(key) + (b * side.Lk + first) * w.Ek,
                  .a_stride = w.Ek,
-                 .b = right_side(w.key),
+                 .b = packed(w.key),
                  .c = mutable_data(k),
                  .c_stride = inner,
                  .bias = data(w.key_bias)});
     for (int64_t g = 0; g < w.G; ++g) {
-      run.pack_transposed(data(k) + g * w.d, inner, w.d, n, mutable_data(keys) + (b * w.G + g) * size + first * w.d);
+      pack_transposed(data(k) + g * w.d, inner, w.d, n, keys, (b * w.G + g) * size + first * w.d);
     }
   });
   return keys;
@@ -181,8 +227,8 @@ Tensor project(const EngineSide& side, const Tensor& x, const Packed& weight, co
   const auto projected = at::empty({side.B, side.Lk, weight.n}, x.options());
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
     const auto row = b * side.Lk + first;
-    kernels().product({.m = n, .n = weight.n, .k = weight.k, .a = data(x) + row * weight.k, .a_stride = weight.k,
-                       .b = right_side(weight), .c = mutable_data(projected) + row * weight.n, .c_stride = weight.n,
+    multiply({.m = n, .n = weight.n, .k = weight.k, .a = data(x) + row * weight.k, .a_stride = weight.k,
+                       .b = packed(weight), .c = mutable_data(projected) + row * weight.n, .c_stride = weight.n,
                        .bias = data(bias)});
   });
   return projected;
@@ -191,10 +237,9 @@ Tensor project(const EngineSide& side, const Tensor& x, const Packed& weight, co
 // Xk', packed: [B, Ek x Lk].
 Tensor transpose_keys(const EngineWeights& w, const EngineSide& side, const Tensor& key) {
   const auto size = kernels().packed_size(w.Ek, side.Lk);
-  const auto keys = at::empty({side.B, size}, key.options());
+  const auto keys = at::empty({side.B, size}, w.query.data.options());
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
-    kernels().pack_transposed(data(key) + (b * side.Lk + first) * w.Ek, w.Ek, w.Ek, n,
-                              mutable_data(keys) + b * size + first * w.Ek);
+    pack_transposed(data(key) + (b * side.Lk + first) * w.Ek, w.Ek, w.Ek, n, keys, b * size + first * w.Ek);
   });
   return keys;
 }
@@ -211,21 +256,20 @@ void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
   each(side.B * w.H, [&](int64_t i) {
     const auto b = i / w.H, h = i % w.H, n = side.lengths[static_cast<size_t>(b)], first = b * columns + h * n;
     const auto* x = data(projected) + b * side.Lk * features + (by_product ? 0 : h * w.G / w.H * w.d);
-    run.product({.m = n, .n = w.Eq, .k = terms, .a = x, .a_stride = features,
-                 .b = by_product ? right_side(w.logits_product_of_heads, h) : from_row(right_side(w.query_fold), h * w.d),
+    multiply({.m = n, .n = w.Eq, .k = terms, .a = x, .a_stride = features,
+                 .b = by_product ? packed(w.logits_product_of_heads, h) : packed(w.query_fold).from_row(h * w.d),
                  .c = mutable_data(rows) + first * w.Eq, .c_stride = w.Eq});
-    run.product_transposed({.m = 1, .n = n, .k = terms, .a = data(bias) + h * terms, .a_stride = terms, .b = {x, features, 0},
+    multiply_transposed({.m = 1, .n = n, .k = terms, .a = data(bias) + h * terms, .a_stride = terms, .b = {x, nullptr, features, 0},
                             .c = mutable_data(side.key_bias) + first, .c_stride = n});
   });
   const auto size = run.packed_size(w.Eq, columns);
-  side.keys = at::empty({side.B, size}, key.options());
+  side.keys = at::empty({side.B, size}, w.query.data.options());
   const auto block = 2 * run.panel, blocks = (columns + block - 1) / block;
   each(side.B * blocks, [&](int64_t i) {
     const auto b = i / blocks, first = i % blocks * block;
     const auto n = std::min(block, w.H * side.lengths[static_cast<size_t>(b)] - first);
     if (n <= 0) return;
-    run.pack_transposed(data(rows) + (b * columns + first) * w.Eq, w.Eq, w.Eq, n,
-                        mutable_data(side.keys) + b * size + first * w.Eq);
+    pack_transposed(data(rows) + (b * columns + first) * w.Eq, w.Eq, w.Eq, n, side.keys, b * size + first * w.Eq);
   });
 }
 
@@ -240,16 +284,16 @@ Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor&
   each(side.B * w.H, [&](int64_t i) {
     const auto b = i / w.H, h = i % w.H, n = side.lengths[static_cast<size_t>(b)], rows = w.H * n;
     const auto* a = data(projected) + b * side.Lk * features;
-    const auto right = by_product ? right_side(w.values_product_of_heads, h) : from_row(right_side(w.output), h * w.e);
+    const auto weight = by_product ? packed(w.values_product_of_heads, h) : packed(w.output).from_row(h * w.e);
     for (int64_t panel = 0; panel < panels; ++panel) {
       auto* c = mutable_data(values) + b * size + (panel * rows + h * n) * run.panel;
       const auto columns = std::min(run.panel, w.Eo - panel * run.panel);
-      run.product({.m = n,
+      multiply({.m = n,
                    .n = columns,
                    .k = by_product ? w.Ev : w.e,
                    .a = by_product ? a : a + h * w.G / w.H * w.e,
                    .a_stride = features,
-                   .b = {right.data + panel * right.panel_stride, right.row_stride, right.panel_stride},
+                   .b = weight.from_panel(panel),
                    .c = c,
                    .c_stride = run.panel,
                    .bias = by_product ? data(w.values_product_bias) + h * w.Eo + panel * run.panel : nullptr});
@@ -258,7 +302,7 @@ Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor&
       }
     }
   });
-  return values;
+  return values.to(w.query.data.scalar_type());
 }
 
 // ---- A call ----------------------------------------------------------------------------------------------------------------
@@ -301,10 +345,10 @@ class Attend {
 
   AttentionResult run() {
     const auto B = side_.B * queries_;
-    const auto& like = side_.values;
-    result_.output = at::empty({B, Lq_, w_.Eo}, like.options());
-    if (wanted_ == AttentionWeights::mean) result_.weights = at::zeros({B, Lq_, side_.Lk}, like.options());
-    if (wanted_ == AttentionWeights::per_head) result_.weights = at::zeros({B, w_.H, Lq_, side_.Lk}, like.options());
+    const auto like = at::TensorOptions(at::kFloat);
+    result_.output = at::empty({B, Lq_, w_.Eo}, like);
+    if (wanted_ == AttentionWeights::mean) result_.weights = at::zeros({B, Lq_, side_.Lk}, like);
+    if (wanted_ == AttentionWeights::per_head) result_.weights = at::zeros({B, w_.H, Lq_, side_.Lk}, like);
     output_ = mutable_data(result_.output);
     weights_ = result_.weights.defined() ? mutable_data(result_.weights) : nullptr;
 
@@ -317,7 +361,7 @@ class Attend {
     const auto tasks = (rows + share - 1) / share;
     const auto size = share * floats_of_a_row() + (team.all ? rows * w_.H * side_.Lk : share * side_.Lk) + 16 * 16;
     const auto slots = team.all ? 1 : std::min(tasks, workers);
-    const auto scratch = at::empty({slots, size}, like.options());
+    const auto scratch = at::empty({slots, size}, like);
     const auto work = [&](int64_t task, int64_t slot) {
       run_rows(task * share, std::min(rows, (task + 1) * share), Scratch(mutable_data(scratch) + slot * size), team);
     };
@@ -382,12 +426,12 @@ class Attend {
     stride = w.H * (order == Order::standard ? w.d : w.Ek);
     auto* rows = scratch.take(n * stride);
     if (order == Order::prefold) {
-      team.product({.m = n,
+      team.multiply({.m = n,
                     .n = stride,
                     .k = w.Eq,
                     .a = query,
                     .a_stride = w.Eq,
-                    .b = right_side(w.logits_product),
+                    .b = packed(w.logits_product),
                     .c = rows,
                     .c_stride = stride,
                     .bias = data(w.logits_product_bias)});
@@ -395,23 +439,23 @@ class Attend {
     }
     const auto inner = w.H * w.d;
     auto* projected = order == Order::standard ? rows : scratch.take(n * inner);
-    team.product({.m = n,
+    team.multiply({.m = n,
                   .n = inner,
                   .k = w.Eq,
                   .a = query,
                   .a_stride = w.Eq,
-                  .b = right_side(w.query),
+                  .b = packed(w.query),
                   .c = projected,
                   .c_stride = inner,
                   .bias = data(w.query_bias)});
     if (order == Order::standard) return rows;
     team.each(w.H, [&](int64_t h) {
-      kernels().product({.m = n,
+      multiply({.m = n,
                          .n = w.Ek,
                          .k = w.d,
                          .a = projected + h * w.d,
                          .a_stride = inner,
-                         .b = from_row(right_side(w.key_fold), h * w.G / w.H * w.d),
+                         .b = packed(w.key_fold).from_row(h * w.G / w.H * w.d),
                          .c = rows + h * w.Ek,
                          .c_stride = stride});
     });
@@ -469,25 +513,25 @@ class Attend {
 
   void meet_head(const Segment& s, int64_t h, float* logits, int64_t stride) const {
     const auto g = h * w_.G / w_.H, size = kernels().packed_size(w_.d, side_.Lk);
-    kernels().product({.m = s.n,
+    multiply({.m = s.n,
                        .n = s.keys,
                        .k = w_.d,
                        .a = s.rows + h * w_.d,
                        .a_stride = s.stride,
-                       .b = right_side(data(side_.keys) + (s.b * w_.G + g) * size, w_.d),
+                       .b = packed(side_.keys, (s.b * w_.G + g) * size, w_.d),
                        .c = logits,
                        .c_stride = stride});
   }
 
   void mix_head(const Segment& s, int64_t h, const float* weights, int64_t stride) const {
     const auto inner = w_.G * w_.e;
-    const auto* values = data(side_.values) + s.b * side_.Lk * inner + h * w_.G / w_.H * w_.e;
-    kernels().product({.m = s.n,
+    const auto first = s.b * side_.Lk * inner + h * w_.G / w_.H * w_.e;
+    multiply({.m = s.n,
                        .n = w_.e,
                        .k = s.keys,
                        .a = weights,
                        .a_stride = stride,
-                       .b = kernels().rows(values, inner),
+                       .b = plain_rows(side_.values, first, inner),
                        .c = s.mixed + h * w_.e,
                        .c_stride = w_.H * w_.e});
   }
@@ -499,29 +543,29 @@ class Attend {
     if (order == Order::standard) {
       return team.each(w.H, [&](int64_t h) { meet_head(s, h, logits + h * s.keys, w.H * s.keys); });
     }
-    const auto* keys = data(side_.keys) + s.b * side_.keys.stride(0);
+    const auto first = s.b * side_.keys.stride(0);
     if (side_.keys_are_rows) {
       return team.parts(s.keys, [&](int64_t begin, int64_t end) {
-        kernels().product_transposed({.m = s.n * w.H, .n = end - begin, .k = w.Ek, .a = s.rows, .a_stride = w.Ek,
-                                      .b = {keys + begin * w.Ek, w.Ek, 0}, .c = logits + begin, .c_stride = s.keys});
+        multiply_transposed({.m = s.n * w.H, .n = end - begin, .k = w.Ek, .a = s.rows, .a_stride = w.Ek,
+                                      .b = right(side_.keys, first + begin * w.Ek, w.Ek, 0), .c = logits + begin, .c_stride = s.keys});
       });
     }
     if (is_raw(order)) {
-      return team.product({.m = s.n * w.H,
+      return team.multiply({.m = s.n * w.H,
                            .n = s.keys,
                            .k = w.Ek,
                            .a = s.rows,
                            .a_stride = w.Ek,
-                           .b = right_side(keys, w.Ek),
+                           .b = packed(side_.keys, first, w.Ek),
                            .c = logits,
                            .c_stride = s.keys});
     }
-    team.product({.m = s.n,
+    team.multiply({.m = s.n,
                   .n = w.H * s.keys,
                   .k = w.Eq,
                   .a = s.rows,
                   .a_stride = s.stride,
-                  .b = right_side(keys, w.Eq),
+                  .b = packed(side_.keys, first, w.Eq),
                   .c = logits,
                   .c_stride = w.H * s.keys,
                   .bias = data(side_.key_bias) + s.b * w.H * side_.Lk});
@@ -552,22 +596,22 @@ class Attend {
       return team.each(w.H, [&](int64_t h) { mix_head(s, h, weights + h * s.keys, w.H * s.keys); });
     }
     if (is_raw(order)) {
-      return team.product({.m = s.n * w.H,
+      return team.multiply({.m = s.n * w.H,
                            .n = w.Ev,
                            .k = s.keys,
                            .a = weights,
                            .a_stride = s.keys,
-                           .b = kernels().rows(data(side_.values) + s.b * side_.Lk * w.Ev, w.Ev),
+                           .b = plain_rows(side_.values, s.b * side_.Lk * w.Ev, w.Ev),
                            .c = s.mixed,
                            .c_stride = w.Ev});
     }
     const auto rows = w.H * s.keys;
-    team.product({.m = s.n,
+    team.multiply({.m = s.n,
                   .n = w.Eo,
                   .k = rows,
                   .a = weights,
                   .a_stride = rows,
-                  .b = right_side(data(side_.values) + s.b * side_.values.size(1), rows),
+                  .b = packed(side_.values, s.b * side_.values.size(1), rows),
                   .c = s.mixed,
                   .c_stride = w.Eo,
                   .bias = data(w.output_bias)});
@@ -581,12 +625,12 @@ class Attend {
     const auto* bias = data(bias_is_in || log_sum_exp ? w.output_bias : w.output_bias_after_value);
     if (order == Order::prefold) {
       const auto inner = w.H * w.Ev;
-      team.product({.m = n,
+      team.multiply({.m = n,
                     .n = w.Eo,
                     .k = inner,
                     .a = mixed,
                     .a_stride = inner,
-                    .b = right_side(w.values_product),
+                    .b = packed(w.values_product),
                     .c = output,
                     .c_stride = w.Eo,
                     .bias = bias});
@@ -598,23 +642,23 @@ class Attend {
       const auto* raw = mixed;
       mixed = scratch.take(n * inner);
       team.each(w.H, [&](int64_t h) {
-        kernels().product({.m = n,
+        multiply({.m = n,
                            .n = w.e,
                            .k = w.Ev,
                            .a = raw + h * w.Ev,
                            .a_stride = w.H * w.Ev,
-                           .b = right_side(w.value_fold, h * w.G / w.H),
+                           .b = packed(w.value_fold, h * w.G / w.H),
                            .c = mixed + h * w.e,
                            .c_stride = inner});
       });
       if (log_sum_exp) add_bias(log_sum_exp, n, data(w.value_bias), w.e, mixed, w.e);
     }
-    team.product({.m = n,
+    team.multiply({.m = n,
                   .n = w.Eo,
                   .k = inner,
                   .a = mixed,
                   .a_stride = inner,
-                  .b = right_side(w.output),
+                  .b = packed(w.output),
                   .c = output,
                   .c_stride = w.Eo,
                   .bias = bias});
@@ -674,7 +718,7 @@ class Attend {
 
 }  // namespace
 
-EngineWeights::EngineWeights(const LayerWeights& l, const Products& products)
+EngineWeights::EngineWeights(const LayerWeights& l, const Products& products, at::ScalarType storage)
     : H(l.H), G(l.G), d(l.d), e(l.e), Eq(l.query.size(1)), Ek(l.key.size(1)), Ev(l.value.size(1)), Eo(l.output.size(0)) {
   for (const auto* weight : {&l.query, &l.key, &l.value, &l.output}) {
     check_type(weight->is_cpu() && weight->scalar_type() == at::kFloat, "engine",
@@ -689,21 +733,23 @@ EngineWeights::EngineWeights(const LayerWeights& l, const Products& products)
   output_bias_after_value =
       output_bias.to(at::kDouble).addmv(l.output.to(at::kDouble), value_bias_of_heads.to(at::kDouble)).to(at::kFloat);
 
-  query = pack_weight(l.query);
-  key = pack_weight(l.key);
-  value = pack_weight(l.value);
-  output = pack_weight(l.output);
-  key_fold = pack_weight(l.key.t());
-  query_fold = pack_weight(l.query.t());
-  value_fold = pack_weights(l.value.view({G, e, Ev}));
+  const auto pack_each = [storage](const Tensor& weights) { return pack_weights(weights, storage); };
+  const auto pack = [&](const Tensor& weight) { return pack_each(weight.unsqueeze(0)); };
+  query = pack(l.query);
+  key = pack(l.key);
+  value = pack(l.value);
+  output = pack(l.output);
+  key_fold = pack(l.key.t());
+  query_fold = pack(l.query.t());
+  value_fold = pack_each(l.value.view({G, e, Ev}));
   if (const auto& product = products.logits; product.weight.defined()) {  // [H, Ek, Eq]
-    logits_product = pack_weight(product.weight.flatten(0, 1));
-    logits_product_of_heads = pack_weights(product.weight.transpose(1, 2));
+    logits_product = pack(product.weight.flatten(0, 1));
+    logits_product_of_heads = pack_each(product.weight.transpose(1, 2));
     logits_product_bias = or_zeros(product.bias.defined() ? product.bias.flatten() : Tensor(), l.query, H * Ek);
   }
   if (const auto& product = products.values; product.weight.defined()) {  // [H, Eo, Ev]
-    values_product = pack_weight(product.weight.transpose(0, 1).flatten(1));
-    values_product_of_heads = pack_weights(product.weight);
+    values_product = pack(product.weight.transpose(0, 1).flatten(1));
+    values_product_of_heads = pack_each(product.weight);
     values_product_bias = or_zeros(product.bias.defined() ? product.bias.flatten() : Tensor(), l.value, H * Eo);
   }
 }
@@ -728,7 +774,7 @@ EngineSide make_side(
     case Order::prefold_into_context: fold_keys(w, side, Xk); break;
   }
   switch (orders.values) {
-    case Order::standard: side.values = project(side, Xv, w.value, w.value_bias); break;
+    case Order::standard: side.values = project(side, Xv, w.value, w.value_bias).to(w.query.data.scalar_type()); break;
     case Order::fold_into_query:
     case Order::prefold: side.values = Xv; break;
     case Order::fold_into_context:
@@ -742,24 +788,24 @@ Tensor fold_query(const Orders& orders, const EngineWeights& w, const Tensor& qu
   const auto Xq = query.contiguous();
   if (is_folded(orders.logits)) return Xq;
   const auto projected = at::empty({n, inner}, query.options());
-  kernels().product({.m = n,
+  multiply({.m = n,
                      .n = inner,
                      .k = w.Eq,
                      .a = data(Xq),
                      .a_stride = w.Eq,
-                     .b = right_side(w.query),
+                     .b = packed(w.query),
                      .c = mutable_data(projected),
                      .c_stride = inner,
                      .bias = data(w.query_bias)});
   if (orders.logits == Order::standard) return projected;
   const auto folded = at::empty({n, width}, query.options());
   for (int64_t h = 0; h < w.H; ++h) {
-    kernels().product({.m = n,
+    multiply({.m = n,
                        .n = w.Ek,
                        .k = w.d,
                        .a = data(projected) + h * w.d,
                        .a_stride = inner,
-                       .b = from_row(right_side(w.key_fold), h * w.G / w.H * w.d),
+                       .b = packed(w.key_fold).from_row(h * w.G / w.H * w.d),
                        .c = mutable_data(folded) + h * w.Ek,
                        .c_stride = width});
   }

@@ -24,7 +24,8 @@ struct Packed {
 /// The weights of a layer as the engine multiplies by them. Immutable; safe to share between threads.
 struct EngineWeights {
   /// Products as far as they are defined, computed without the scale. Throws unless all are float32 on the CPU.
-  EngineWeights(const LayerWeights& weights, const Products& products);
+  /// storage: float32, or bfloat16 for what is multiplied with and for contexts made of it; sums are float32 all the same.
+  EngineWeights(const LayerWeights& weights, const Products& products, at::ScalarType storage);
 
   int64_t H, G, d, e, Eq, Ek, Ev, Eo;
   float scale;

@@ -28,11 +28,6 @@ namespace {
 constexpr auto kCaller = "frozen";
 constexpr int64_t kRowsOfACall = 64;  // what a call is taken to have where a context is made
 
-// A product of weights pays where it is no larger than the two that it stands for, and is kept only then.
-bool pays(int64_t H, int64_t kv_heads, int64_t size, int64_t in, int64_t out) {
-  return H * in * out <= size * (H * in + kv_heads * out);
-}
-
 detail::Folded in_type_of(const Tensor& weight, const detail::Folded& folded) {
   return {folded.weight.to(weight.scalar_type()), folded.bias.defined() ? folded.bias.to(weight.scalar_type()) : Tensor()};
 }
@@ -78,8 +73,6 @@ struct Frozen::State {
     auto request = detail::request_of(module->options, B, Lq, Lk);
     request.weights_are_frozen = true;
     request.query_is_constant = query.defined();
-    request.logits_product = products.logits.weight.defined();
-    request.values_product = products.values.weight.defined();
     request.element = static_cast<int64_t>(weights.query.element_size());
     const int threads = at::get_num_threads();
     request.rates = engine ? Rates::kernels(threads) : weights.query.is_cuda() ? Rates::cuda() : Rates::cpu(threads);
@@ -216,19 +209,24 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& options) {
     state->query = options.query.detach().clone();
   }
 
-  const auto H = weights.H, G = weights.G;
   const bool no_norm = o.qk_norm() == NormKind::none && !o.bias_kv();
   const bool kernels = no_norm && weights.query.is_cpu() && weights.query.scalar_type() == at::kFloat;
+  if (options.storage) {
+    check_value(*options.storage == at::kFloat || *options.storage == at::kBFloat16, kCaller,
+                "storage must be float32 or bfloat16, but is {}.", c10::getDtypeNames(*options.storage).first);
+    check_value(kernels, kCaller, "storage must be left out where the kernels do not run, but is given: they need float32 on the "
+                "CPU, no query/key norm and no bias_kv.");
+  }
   auto exact = in_double(weights);
   if (kernels) exact.scale = 1;  // the kernels scale in the softmax
   const auto is_wanted = [&state](Order order, bool pays) { return state->plan.pinned ? uses_product(order) : pays; };
-  if (is_wanted(logits, no_norm && pays(H, G, weights.d, o.dim_query(), o.dim_key()))) {
+  if (is_wanted(logits, no_norm && logits_product_pays(request))) {
     state->products.logits = in_type_of(weights.query, fold_logits(exact));
   }
-  if (is_wanted(values, !o.bias_kv() && pays(H, G, weights.e, o.dim_output(), o.dim_value()))) {
+  if (is_wanted(values, !o.bias_kv() && values_product_pays(request))) {
     state->products.values = in_type_of(weights.query, fold_values(exact));
   }
-  if (kernels) state->engine.emplace(weights, state->products);
+  if (kernels) state->engine.emplace(weights, state->products, options.storage.value_or(at::kFloat));
   for (int i = 0; kernels && state->query.defined() && i < kOrders; ++i) {
     state->folded_query[static_cast<size_t>(i)] = fold_query({static_cast<Order>(i), {}}, *state->engine, state->query);
   }

@@ -230,14 +230,22 @@ std::string_view illegal_for_logits(Order order, const PlanRequest& request) {
   const bool projects_key = order == Order::fold_into_context;
   if (request.query_norm && !projects_query) return "a norm of the query stands behind Wq";
   if (request.key_norm && !projects_key) return "a norm of the key stands behind Wk";
-  if (request.weights_are_frozen && !request.logits_product && uses_product(order)) return kNoProduct;
+  if (request.weights_are_frozen && uses_product(order) && !logits_product_pays(request)) return kNoProduct;
   return {};
 }
 
 std::string_view illegal_for_values(Order order, const PlanRequest& request) {
   if (order != Order::standard && request.free_key) return "bias_kv adds a value that no projection made";
-  if (request.weights_are_frozen && !request.values_product && uses_product(order)) return kNoProduct;
+  if (request.weights_are_frozen && uses_product(order) && !values_product_pays(request)) return kNoProduct;
   return {};
+}
+
+bool logits_product_pays(const PlanRequest& r) {
+  return r.H * r.Eq * r.Ek <= r.d * (r.H * r.Eq + r.G * r.Ek);
+}
+
+bool values_product_pays(const PlanRequest& r) {
+  return r.H * r.Eo * r.Ev <= r.e * (r.H * r.Eo + r.G * r.Ev);
 }
 
 Plan make_plan(const PlanRequest& request) {

@@ -168,11 +168,14 @@ TEST(LegalityTest, AKeyThatNoProjectionMadeForbidsEveryFold) {
   for (const auto order : kAllOrders) EXPECT_EQ(illegal_for_values(order, r).empty(), order == Order::standard);
 }
 
-TEST(LegalityTest, AProductThatWasNotMadeCannotBeChosen) {
-  auto r = request(2, 1, 4, 6, 128, 256, 512);
+TEST(LegalityTest, AProductThatIsLargerThanBothWeightsIsNotMadeAndCannotBeChosen) {
+  auto r = request(1, 12, 1, 512, 768, 768, 768);  // 12 products of 768 x 768 in place of two weights
+  EXPECT_FALSE(logits_product_pays(r));
+  expect_illegal(r, {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context,
+                     Order::prefold_into_context});  // one that is made in the call
   r.weights_are_frozen = true;
-  r.logits_product = r.values_product = false;
   expect_illegal(r, {Order::standard, Order::fold_into_query, Order::fold_into_context});
+  EXPECT_TRUE(logits_product_pays(request(2, 1, 4, 6, 128, 256, 512)));
 }
 
 // ---- Rates, text, errors ---------------------------------------------------------------------------------------------------

@@ -122,6 +122,11 @@ XATTN_API std::string_view illegal_for_logits(Order order, const PlanRequest& re
 /// The same for the chain of the values.
 XATTN_API std::string_view illegal_for_values(Order order, const PlanRequest& request);
 
+/// Whether the products Wq Wk' of all heads are no larger than Wq and Wk: they can pay only there, and are made ahead only there.
+XATTN_API bool logits_product_pays(const PlanRequest& request);
+/// The same of Wv Wo.
+XATTN_API bool values_product_pays(const PlanRequest& request);
+
 /// The cheapest legal orders; those of the reference where an axis is empty. Throws c10::ValueError for sizes that cannot be.
 XATTN_API Plan make_plan(const PlanRequest& request);
 

@@ -13,6 +13,7 @@ class App;
 namespace xattn::cli {
 
 void add_convert(CLI::App& program);
+void add_explain(CLI::App& program);
 void add_inspect(CLI::App& program);
 void add_run(CLI::App& program);
 void add_verify(CLI::App& program);

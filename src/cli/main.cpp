@@ -18,7 +18,7 @@ void xattn::cli::check_output(const std::string& output, const std::vector<std::
 }
 
 int main(int argc, char** argv) {
-  CLI::App app("Looks into files of weights, runs the attention layers in them, and writes them anew.", "xattn");
+  CLI::App app("Looks into files of weights, runs the attention layers in them, writes them anew, and tells plans.", "xattn");
   app.set_version_flag("--version",
                        fmt::format("xattn {}.{}.{}", XATTN_VERSION_MAJOR, XATTN_VERSION_MINOR, XATTN_VERSION_PATCH));
   app.footer("Example: xattn inspect weights.safetensors");
@@ -26,9 +26,10 @@ int main(int argc, char** argv) {
   xattn::cli::add_run(app);
   xattn::cli::add_verify(app);
   xattn::cli::add_convert(app);
+  xattn::cli::add_explain(app);
 
   return program::run(app, argc, argv, [&app] {
     // CLI11's own check would come first, and hide a misspelt name.
-    if (app.get_subcommands().empty()) throw CLI::ValidationError("expected inspect, run, verify or convert, but none came");
+    if (app.get_subcommands().empty()) throw CLI::ValidationError("expected inspect, run, verify, convert or explain, but none came");
   });
 }

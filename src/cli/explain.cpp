@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <xattn/plan.h>
+
+#include <CLI/CLI.hpp>
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cli.h"
+#include "shapes.h"
+
+namespace xattn::cli {
+namespace {
+
+constexpr auto kFooter = R"(Example: xattn explain 1,12,1,1500,768,768,768 --frozen
+         xattn explain --shape "SD1.5 16x16" --reuse 12800
+
+--json prints one object:
+  logits, values  list of {order, operations, bytes, seconds, illegal}, in the order of the library's enum; illegal is null or
+                  the reason
+  chosen          {logits, values, operations, bytes, seconds}
+  standard        the same for the standard order
+  fused           whether LibTorch's fused attention kernel would run)";
+
+struct Arguments {
+  std::vector<int64_t> sizes;
+  std::string shape;
+  std::optional<int64_t> kv_heads, reuse;
+  bool qk_norm = false, frozen = false, cuda = false, json = false;
+  int threads = at::get_num_threads();
+};
+
+PlanRequest request_of(const shapes::Shape& s) {
+  PlanRequest r;
+  r.B = s.B, r.H = s.H, r.G = s.G, r.Lq = s.Lq, r.Lk = s.valid;
+  r.Eq = s.Eq, r.Ek = r.Ev = s.Ek, r.d = s.d, r.e = s.e, r.Eo = s.Eo;
+  r.query_norm = r.key_norm = s.norm != shapes::NormOver::nothing;
+  r.query_is_constant = s.learned_query;
+  r.training = s.timed == shapes::Timed::backward;
+  if (s.timed == shapes::Timed::attend) r.context_rows = PlanRequest::kKept;
+  return r;
+}
+
+// B,H,Lq,Lk,Eq,Ek,INNER_QK[,INNER_V[,EO]]
+PlanRequest request_of(const std::vector<int64_t>& sizes) {
+  PlanRequest r;
+  r.B = sizes[0], r.H = r.G = sizes[1], r.Lq = sizes[2], r.Lk = sizes[3], r.Eq = sizes[4], r.Ek = r.Ev = sizes[5];
+  const auto inner_qk = sizes[6], inner_v = sizes.size() > 7 ? sizes[7] : inner_qk;
+  r.Eo = sizes.size() > 8 ? sizes[8] : inner_v;
+  if (r.H < 1 || inner_qk % r.H != 0 || inner_v % r.H != 0) {
+    throw CLI::ValidationError("SIZES", fmt::format("INNER_QK and INNER_V must be multiples of H, but are {} and {} for {}",
+                                                    inner_qk, inner_v, r.H));
+  }
+  r.d = inner_qk / r.H, r.e = inner_v / r.H;
+  return r;
+}
+
+PlanRequest request_of(const Arguments& arguments) {
+  if (arguments.sizes.empty() == arguments.shape.empty()) {
+    throw CLI::ValidationError("expected either sizes or --shape, but " +
+                               std::string(arguments.shape.empty() ? "none" : "both") + " came");
+  }
+  PlanRequest request;
+  if (arguments.shape.empty()) {
+    request = request_of(arguments.sizes);
+  } else {
+    const auto rows = shapes::matching(arguments.shape);
+    std::vector<std::string> names;
+    for (const auto& row : rows.empty() ? shapes::all() : rows) names.push_back(row.name);
+    if (rows.size() != 1) {
+      throw CLI::ValidationError("--shape", fmt::format("must name one row of {}, but is '{}'", fmt::join(names, "; "),
+                                                        arguments.shape));
+    }
+    request = request_of(rows.front());
+  }
+  if (arguments.kv_heads) request.G = *arguments.kv_heads;
+  if (arguments.qk_norm) request.query_norm = request.key_norm = true;
+  if (arguments.reuse) request.context_rows = *arguments.reuse;
+  request.weights_are_frozen = arguments.frozen;
+  request.rates = arguments.cuda                            ? Rates::cuda()
+                  : arguments.frozen && !request.query_norm ? Rates::kernels(arguments.threads)
+                                                            : Rates::cpu(arguments.threads);
+  if (!arguments.cuda && request.d != request.e) request.unfused = "heads of values are not of the size of heads of keys";
+  return request;
+}
+
+nlohmann::ordered_json as_json(const Plan& plan) {
+  return {{"logits", name_of(plan.orders.logits)},
+          {"values", name_of(plan.orders.values)},
+          {"operations", plan.operations},
+          {"bytes", plan.bytes},
+          {"seconds", plan.seconds}};
+}
+
+void print_json(const PlanRequest& request) {
+  const auto plan = make_plan(request);
+  nlohmann::ordered_json json;
+  const auto add = [&json](const char* name, const auto& costs) {
+    for (const auto& cost : costs) {
+      json[name].push_back({{"order", name_of(cost.order)},
+                            {"operations", cost.operations},
+                            {"bytes", cost.bytes},
+                            {"seconds", cost.seconds},
+                            {"illegal", cost.illegal.empty() ? nlohmann::ordered_json() : nlohmann::ordered_json(cost.illegal)}});
+    }
+  };
+  add("logits", plan.logits);
+  add("values", plan.values);
+  json["chosen"] = as_json(plan);
+  json["standard"] = as_json(cost_of(Orders{}, request));
+  json["fused"] = plan.fused;
+  std::cout << json.dump(2) << '\n';
+}
+
+}  // namespace
+
+void add_explain(CLI::App& program) {
+  auto arguments = std::make_shared<Arguments>();
+  auto* command = program.add_subcommand("explain", "Says in which order a layer would multiply, what every order costs, and why.");
+  command->footer(kFooter);
+  command->add_option("SIZES", arguments->sizes, "B,H,Lq,Lk,Eq,Ek,INNER_QK[,INNER_V[,EO]]: see attention.h for the symbols")
+      ->delimiter(',')
+      ->expected(7, 9);
+  command->add_option("--shape", arguments->shape, "a layer of a real model, by its name in src/bench/shapes.csv, or a part of it");
+  command->add_option("--kv-heads", arguments->kv_heads, "key/value heads (H)")->check(CLI::PositiveNumber);
+  command->add_flag("--qk-norm", arguments->qk_norm, "projected queries and keys are normalised");
+  command->add_flag("--frozen", arguments->frozen, "of a frozen module: products of weights are made ahead, our own kernels run");
+  command->add_option("--reuse", arguments->reuse, "query rows that the context serves in all, over every call")
+      ->check(CLI::PositiveNumber);
+  command->add_option("--threads", arguments->threads, "threads (those that LibTorch would take)")->check(CLI::PositiveNumber);
+  command->add_flag("--cuda", arguments->cuda, "on a GPU");
+  command->add_flag("--json", arguments->json, "print one JSON object");
+  command->callback([arguments] {
+    const auto request = request_of(*arguments);
+    if (arguments->json) return print_json(request);
+    std::cout << explain(request);
+  });
+}
+
+}  // namespace xattn::cli
