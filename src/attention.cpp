@@ -53,6 +53,9 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Atten
                x->device().str());
   }
   check_value(options.dropout >= 0 && options.dropout <= 1, kCaller, "dropout must lie in [0, 1], but is {}.", options.dropout);
+  for (const auto head : options.weight_heads) {
+    check_value(head >= 0 && head < q.size(1), kCaller, "weight_heads must be of the {} heads, but name {}.", q.size(1), head);
+  }
   options.mask.check(kCaller, q.size(0), q.size(1), q.size(2), k.size(2), q.device());
 }
 
@@ -71,7 +74,7 @@ AttentionResult define(const Tensor& q, const Tensor& k, const Tensor& v, const 
   const auto dropped = options.dropout > 0 ? at::dropout(weights, options.dropout, /*train=*/true) : weights;
   const auto mixed = at::matmul(dropped.to(v.scalar_type()).reshape({B, G, H / G * Lq, Lk}), v);
 
-  return {mixed.view({B, H, Lq, e}), wanted_weights(weights, options.weights, products), log_sum_exp};
+  return {mixed.view({B, H, Lq, e}), wanted_weights(weights, options, products), log_sum_exp};
 }
 
 // Why the fused kernels cannot do what is asked; empty if they can. Depends on sizes and kinds alone, never on values.

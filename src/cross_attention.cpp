@@ -16,7 +16,6 @@ namespace xattn {
 
 using detail::batched;
 using detail::check_value;
-using detail::split_heads;
 using torch::Tensor;
 
 namespace {
@@ -51,6 +50,9 @@ CrossAttentionOptions resolved(CrossAttentionOptions options) {
   check_value(std::isfinite(*options.scale()), kCaller, "scale must be finite, but is {}.", *options.scale());
   check_value(options.dropout() >= 0 && options.dropout() <= 1, kCaller, "dropout must lie in [0, 1], but is {}.",
               options.dropout());
+  for (const auto head : options.weight_heads()) {
+    check_value(head >= 0 && head < heads, kCaller, "weight_heads must be of the {} heads, but name {}.", heads, head);
+  }
   check_value(options.qk_norm_eps() >= 0, kCaller, "qk_norm_eps must not be negative, but is {}.", options.qk_norm_eps());
   check_value(options.qk_norm() != NormKind::none || options.qk_norm_scope() == NormScope::per_head, kCaller,
               "qk_norm must be rms or layer for a qk_norm_scope of across_heads, but is none.");
@@ -61,12 +63,6 @@ CrossAttentionOptions resolved(CrossAttentionOptions options) {
                 name_of(values), reason);
   }
   return options;
-}
-
-// [B, G, Lk, size], [1, 1, G * size] -> [B, G, Lk + 1, size].
-Tensor with_one_more(const Tensor& x, const Tensor& bias) {
-  const auto row = bias.view({1, x.size(1), 1, x.size(3)}).expand({x.size(0), -1, -1, -1});
-  return torch::cat({x, row.to(x.scalar_type())}, 2);
 }
 
 }  // namespace
@@ -111,24 +107,51 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::forward(const Tensor& query,
   const bool is_batched = key.dim() == 3;
   detail::check_query(kCaller, query, is_batched, is_batched ? key.size(0) : 1, query_linear);
   const auto Xq = batched(query), Xk = batched(key), Xv = batched(value);
-  const auto B = Xk.size(0), Lq = Xq.size(1), Lk = Xk.size(1);
-  const auto request = this->request(B, Lq, Lk, mask, Xq.requires_grad() || Xk.requires_grad() || Xv.requires_grad());
-  const auto orders = options.plan().pinned ? options.plan().orders : make_plan(request).orders;
-  if (orders == Orders{} || at::autocast::is_autocast_enabled(query.device().type())) {
-    return attend(query, context(key, value, mask));
-  }
+  const auto orders = orders_for(Xq, Xk, Xv, mask);
+  const detail::LayerWeights weights(*this);
+  const auto products = detail::make_products(orders, weights);
+  return attend(orders, weights, products, Xq, detail::make_side(orders, weights, products, Xk, Xv), mask, is_batched);
+}
 
-  mask.check(kCaller, B, options.num_heads(), Lq, Lk, query.device());
-  const detail::LayerWeights parameters(*this);
-  const auto products = detail::make_products(orders, parameters);
-  const auto side = detail::make_side(orders, parameters, products, Xk, Xv);
+Context CrossAttentionImpl::context(const Tensor& key, const Tensor& value, const Mask& mask) {
+  detail::check_key_value(kCaller, key, value, mask, key_linear, value_linear, options.num_heads());
+  const auto side = detail::make_side({}, detail::LayerWeights(*this), {}, batched(key), batched(value));
+  return Context(side.keys, side.values, mask, key.dim() == 3, context_weights());
+}
+
+std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Tensor& query, const Context& context) {
+  detail::check_query(kCaller, query, context, query_linear);
+  context.check_made_from(kCaller, context_weights());
+  const detail::Side side{context.key(), {}, context.value(), context.length() - (options.bias_kv() ? 1 : 0)};
+  return attend({}, detail::LayerWeights(*this), {}, batched(query), side, context.mask(), context.is_batched());
+}
+
+// query [B, Lq, Eq]
+std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Orders& orders,
+                                                      const detail::LayerWeights& weights,
+                                                      const detail::Products& products,
+                                                      const Tensor& query,
+                                                      const detail::Side& side,
+                                                      const Mask& mask,
+                                                      bool is_batched) const {
+  mask.check(kCaller, query.size(0), options.num_heads(), query.size(1), side.Lk, query.device());
   AttentionOptions how;
   how.mask = mask;
+  how.scale = options.scale();
   how.dropout = is_training() ? options.dropout() : 0;
   how.weights = options.attention_weights();
-  const auto [output, weights, log_sum_exp] = detail::attend(orders, parameters, products, Xq, side, how);
-  if (is_batched) return {output, weights};
-  return {output.squeeze(0), weights.defined() ? weights.squeeze(0) : weights};
+  how.weight_heads = options.weight_heads();
+  const auto [output, map, log_sum_exp] = detail::attend(orders, weights, products, query, side, how);
+  if (is_batched) return {output, map};
+  return {output.squeeze(0), map.defined() ? map.squeeze(0) : map};
+}
+
+// Of `forward`, for batched inputs.
+Orders CrossAttentionImpl::orders_for(const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask) const {
+  if (at::autocast::is_autocast_enabled(query.device().type())) return {};
+  if (options.plan().pinned) return options.plan().orders;
+  const bool inputs_train = query.requires_grad() || key.requires_grad() || value.requires_grad();
+  return make_plan(request(key.size(0), query.size(1), key.size(1), mask, inputs_train)).orders;
 }
 
 PlanRequest CrossAttentionImpl::request(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask, bool inputs_train) const {
@@ -148,30 +171,6 @@ PlanRequest CrossAttentionImpl::request(int64_t B, int64_t Lq, int64_t Lk, const
 
 std::string CrossAttentionImpl::explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask) {
   return xattn::explain(request(B, Lq, Lk, mask, false));
-}
-
-Context CrossAttentionImpl::context(const Tensor& key, const Tensor& value, const Mask& mask) {
-  detail::check_key_value(kCaller, key, value, mask, key_linear, value_linear, options.num_heads());
-  const auto G = *options.kv_heads(), d = *options.head_dim(), e = *options.value_head_dim();
-  auto k = split_heads(key_linear(batched(key)), G, d, options.qk_norm_scope(), key_norm);  // [B, G, Lk, d]
-  auto v = split_heads(value_linear(batched(value)), G, e);                                 // [B, G, Lk, e]
-  if (options.bias_kv()) {
-    k = with_one_more(k, bias_k);
-    v = with_one_more(v, bias_v);
-  }
-  return Context(k, v, mask, key.dim() == 3, context_weights());
-}
-
-std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Tensor& query, const Context& context) {
-  detail::check_query(kCaller, query, context, query_linear);
-  context.check_made_from(kCaller, context_weights());
-  const auto H = options.num_heads(), d = *options.head_dim();
-  const auto q = split_heads(query_linear(batched(query)), H, d, options.qk_norm_scope(), query_norm);  // [B, H, Lq, d]
-  const auto [mixed, weights, log_sum_exp] =
-      detail::attend_heads(kCaller, q, context, options, is_training());  // [B, H, Lq, e]
-  const auto output = output_linear(detail::merge_heads(mixed));          // [B, Lq, Eo]
-  if (context.is_batched()) return {output, weights};
-  return {output.squeeze(0), weights.defined() ? weights.squeeze(0) : weights};
 }
 
 std::vector<Tensor> CrossAttentionImpl::context_weights() const {

@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -334,7 +335,8 @@ class Attend {
         rows_(queries_ * Lq_),
         keep_tensor_(call.mask.keep(Lq_, side.Lk, at::kCPU)),
         bias_tensor_(call.mask.additive()),
-        wanted_(call.weights) {
+        wanted_(call.weights),
+        weight_heads_(call.weight_heads) {
     if (keep_tensor_.defined()) keep_tensor_ = keep_tensor_.contiguous();
     if (bias_tensor_.defined()) bias_tensor_ = bias_tensor_.to(at::kFloat).contiguous();
     keep_ = MaskRows<bool>(keep_tensor_);
@@ -343,17 +345,13 @@ class Attend {
     all_have_keys_ = !kind_has_empty_rows && std::ranges::all_of(side.lengths, [](int64_t length) { return length > 0; });
   }
 
-  AttentionResult run() {
-    const auto B = side_.B * queries_;
-    const auto like = at::TensorOptions(at::kFloat);
-    result_.output = at::empty({B, Lq_, w_.Eo}, like);
-    if (wanted_ == AttentionWeights::mean) result_.weights = at::zeros({B, Lq_, side_.Lk}, like);
-    if (wanted_ == AttentionWeights::per_head) result_.weights = at::zeros({B, w_.H, Lq_, side_.Lk}, like);
-    output_ = mutable_data(result_.output);
-    weights_ = result_.weights.defined() ? mutable_data(result_.weights) : nullptr;
+  // Into a result of its sizes.
+  void run(const AttentionResult& result) {
+    output_ = mutable_data(result.output);
+    weights_ = result.weights.defined() ? mutable_data(result.weights) : nullptr;
 
     const auto rows = side_.B * rows_, workers = threads();
-    if (rows == 0) return result_;
+    if (rows == 0) return;
     const Team team{workers > 1 && rows < kRowsOfATeam * workers};
     const auto most = std::max(kLeastRows, kScratch / floats_of_a_row());
     const auto rounds = (rows + most * workers - 1) / (most * workers);
@@ -361,7 +359,7 @@ class Attend {
     const auto tasks = (rows + share - 1) / share;
     const auto size = share * floats_of_a_row() + (team.all ? rows * w_.H * side_.Lk : share * side_.Lk) + 16 * 16;
     const auto slots = team.all ? 1 : std::min(tasks, workers);
-    const auto scratch = at::empty({slots, size}, like);
+    const auto scratch = at::empty({slots, size}, at::kFloat);
     const auto work = [&](int64_t task, int64_t slot) {
       run_rows(task * share, std::min(rows, (task + 1) * share), Scratch(mutable_data(scratch) + slot * size), team);
     };
@@ -372,7 +370,6 @@ class Attend {
         for (int64_t task = begin; task < end; ++task) work(task, slots == 1 ? 0 : at::get_thread_num());
       });
     }
-    return result_;
   }
 
  private:
@@ -688,17 +685,26 @@ class Attend {
 
   // What was asked for of one head's weights, rows `stride` apart.
   void give_weights(const Segment& s, int64_t h, const float* weights, int64_t stride) const {
-    const auto Lk = side_.Lk;
-    const auto share = 1.0f / static_cast<float>(w_.H);
+    if (wanted_ == AttentionWeights::mean) return add_to_mean(s, weights, stride);
+    if (weight_heads_.empty()) return copy_weights(s, h, w_.H, weights, stride);
+    const auto count = static_cast<int64_t>(weight_heads_.size());
+    for (int64_t i = 0; i < count; ++i) {
+      if (weight_heads_[static_cast<size_t>(i)] == h) copy_weights(s, i, count, weights, stride);
+    }
+  }
+
+  void copy_weights(const Segment& s, int64_t place, int64_t places, const float* weights, int64_t stride) const {
     for (int64_t i = 0; i < s.n; ++i) {
       const auto row = s.first + i;
-      const auto* from = weights + i * stride;
-      if (wanted_ == AttentionWeights::per_head) {
-        std::copy_n(from, s.keys, weights_ + ((row / Lq_ * w_.H + h) * Lq_ + row % Lq_) * Lk);
-      } else {
-        auto* to = weights_ + row * Lk;
-        for (int64_t j = 0; j < s.keys; ++j) to[j] += share * from[j];
-      }
+      std::copy_n(weights + i * stride, s.keys, weights_ + ((row / Lq_ * places + place) * Lq_ + row % Lq_) * side_.Lk);
+    }
+  }
+
+  void add_to_mean(const Segment& s, const float* weights, int64_t stride) const {
+    const auto share = 1.0f / static_cast<float>(w_.H);
+    for (int64_t i = 0; i < s.n; ++i) {
+      auto* to = weights_ + (s.first + i) * side_.Lk;
+      for (int64_t j = 0; j < s.keys; ++j) to[j] += share * weights[i * stride + j];
     }
   }
 
@@ -710,8 +716,8 @@ class Attend {
   MaskRows<bool> keep_{Tensor()};
   MaskRows<float> bias_{Tensor()};
   AttentionWeights wanted_;
+  const std::vector<int64_t>& weight_heads_;
   bool all_have_keys_ = false;
-  AttentionResult result_;
   float* output_ = nullptr;
   float* weights_ = nullptr;
 };
@@ -812,8 +818,65 @@ Tensor fold_query(const Orders& orders, const EngineWeights& w, const Tensor& qu
   return folded;
 }
 
+namespace {
+
+// For B queries in all, of Lq rows; zeros where keys may be left out.
+AttentionResult empty_result(const EngineWeights& w, int64_t B, int64_t Lq, int64_t Lk, bool all_keys, const EngineCall& call) {
+  const auto heads = call.weight_heads.empty() ? w.H : static_cast<int64_t>(call.weight_heads.size());
+  AttentionResult result;
+  result.output = at::empty({B, Lq, w.Eo}, at::kFloat);
+  if (call.weights == AttentionWeights::mean) result.weights = at::zeros({B, Lq, Lk}, at::kFloat);
+  if (call.weights == AttentionWeights::per_head) {
+    result.weights = all_keys ? at::empty({B, heads, Lq, Lk}, at::kFloat) : at::zeros({B, heads, Lq, Lk}, at::kFloat);
+  }
+  return result;
+}
+
+bool all_are(const std::vector<int64_t>& lengths, int64_t Lk) {
+  return std::ranges::all_of(lengths, [Lk](int64_t length) { return length == Lk; });
+}
+
+int64_t rows_of(const EngineCall& call) {
+  return call.query.defined() ? call.query.size(1) : call.folded_query.size(0);
+}
+
+// Operations that are done before threads have met.
+bool is_little(const EngineWeights& w, int64_t B, int64_t Lq, int64_t Lk) {
+  constexpr int64_t kLittle = 20'000'000;
+  return 2 * B * (Lq * w.H * (w.Eq * w.d + w.e * w.Eo) + Lk * w.G * (w.Ek * w.d + w.Ev * w.e)) < kLittle;
+}
+
+}  // namespace
+
 AttentionResult attend(const EngineWeights& weights, const EngineSide& side, const EngineCall& call) {
-  return Attend(weights, side, call).run();
+  const auto B = call.query.defined() ? call.query.size(0) : side.B;
+  const auto result = empty_result(weights, B, rows_of(call), side.Lk, all_are(side.lengths, side.Lk), call);
+  Attend(weights, side, call).run(result);
+  return result;
+}
+
+AttentionResult forward(const Orders& orders,
+                        const EngineWeights& w,
+                        const Tensor& key,
+                        const Tensor& value,
+                        const std::vector<int64_t>& lengths,
+                        const EngineCall& call) {
+  const auto B = key.size(0), Lk = key.size(1), Lq = rows_of(call);
+  const auto result = empty_result(w, B, Lq, Lk, all_are(lengths, Lk), call);
+  if (threads() == 1 || B < threads() || !is_little(w, B, Lq, Lk)) {
+    Attend(w, make_side(orders, w, key, value, lengths, Lq), call).run(result);
+    return result;
+  }
+  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+    const at::NoGradGuard no_grad;
+    const auto part = [&](const Tensor& x) { return x.defined() ? x.narrow(0, begin, end - begin) : x; };
+    auto its_call = call;
+    its_call.query = part(call.query);
+    its_call.mask = call.mask.slice(begin, end);
+    const auto side = make_side(orders, w, part(key), part(value), {lengths.begin() + begin, lengths.begin() + end}, Lq);
+    Attend(w, side, its_call).run({part(result.output), part(result.weights), {}});
+  });
+  return result;
 }
 
 }  // namespace xattn::detail

@@ -72,9 +72,18 @@ struct EngineCall {
   at::Tensor folded_query;  ///< else, from fold_query
   Mask mask = {};           ///< without the lengths of the side
   AttentionWeights weights = AttentionWeights::none;
+  std::vector<int64_t> weight_heads = {};  ///< with per_head; all if empty
 };
 
 /// -> output [B * n, Lq, Eo] and weights as asked, [B * n, (H,) Lq, Lk].
 AttentionResult attend(const EngineWeights& weights, const EngineSide& side, const EngineCall& call);
+
+/// make_side and attend in one. Where there is little to do, each thread does whole batch entries by itself.
+AttentionResult forward(const Orders& orders,
+                        const EngineWeights& weights,
+                        const at::Tensor& key,
+                        const at::Tensor& value,
+                        const std::vector<int64_t>& lengths,
+                        const EngineCall& call);
 
 }  // namespace xattn::detail

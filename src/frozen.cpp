@@ -39,6 +39,14 @@ detail::LayerWeights in_double(detail::LayerWeights w) {
   return w;
 }
 
+// The keys of each batch entry that the mask leaves as far as the host knows, and what else it says.
+std::pair<std::vector<int64_t>, Mask> split_lengths(const Mask& mask, int64_t B, int64_t Lk) {
+  auto lengths = mask.host_lengths();
+  if (lengths.empty()) return {std::vector<int64_t>(static_cast<size_t>(B), Lk), mask};
+  if (lengths.size() == 1) lengths.resize(static_cast<size_t>(B), lengths.front());
+  return {lengths, mask.without_lengths()};
+}
+
 bool uses_product(Order order) {
   return order == Order::prefold || order == Order::prefold_into_context;
 }
@@ -85,6 +93,13 @@ struct Frozen::State {
     auto request = this->request(B, many ? kRowsOfACall : std::clamp<int64_t>(expected, 1, kRowsOfACall), Lk);
     request.context_rows = many ? PlanRequest::kKept : std::max<int64_t>(expected, 1);
     return request;
+  }
+
+  // query [B, Lq, Eq], or undefined for the constant one.
+  detail::EngineCall call(const Orders& orders, const Tensor& given, const Mask& mask) const {
+    const auto& folded = folded_query[static_cast<size_t>(orders.logits)];
+    const auto& o = module->options;
+    return {.query = given, .folded_query = folded, .mask = mask, .weights = o.attention_weights(), .weight_heads = o.weight_heads()};
   }
 
   Orders choose(const PlanRequest& request) const { return plan.pinned ? plan.orders : make_plan(request).orders; }
@@ -237,23 +252,32 @@ std::tuple<Tensor, Tensor> Frozen::forward(const Tensor& query,
                                            const Tensor& key,
                                            const Tensor& value,
                                            const Mask& mask) const {
-  const auto& module = *state_->module;
   const at::NoGradGuard no_grad;
-  detail::check_key_value(kCaller, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
-  const bool is_batched = key.dim() == 3;
-  detail::check_query(kCaller, query, is_batched, is_batched ? key.size(0) : 1, module.query_linear);
-  const auto orders = this->orders(is_batched ? key.size(0) : 1, query.size(-2), key.size(-2));
-  return attend_with(query, make_context(orders, batched(key), batched(value), mask, is_batched, batched(query).size(1)));
+  const bool is_batched = key.defined() && key.dim() == 3;
+  detail::check_query(kCaller, query, is_batched, is_batched ? key.size(0) : 1, state_->module->query_linear);
+  return forward_with(batched(query), key, value, mask);
 }
 
 std::tuple<Tensor, Tensor> Frozen::forward(const Tensor& key, const Tensor& value, const Mask& mask) const {
-  const auto& module = *state_->module;
   const at::NoGradGuard no_grad;
   check_value(state_->query.defined(), kCaller, "query must be given to freeze or to forward, but is given to neither.");
+  return forward_with({}, key, value, mask);
+}
+
+// query [B, Lq, Eq], or undefined for the constant one.
+std::tuple<Tensor, Tensor> Frozen::forward_with(const Tensor& query,
+                                                const Tensor& key,
+                                                const Tensor& value,
+                                                const Mask& mask) const {
+  const auto& module = *state_->module;
   detail::check_key_value(kCaller, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
-  const bool is_batched = key.dim() == 3;
-  const auto orders = this->orders(is_batched ? key.size(0) : 1, state_->query.size(0), key.size(-2));
-  return attend_with({}, make_context(orders, batched(key), batched(value), mask, is_batched, state_->query.size(0)));
+  const auto Xk = batched(key), Xv = batched(value);
+  const auto Lq = query.defined() ? query.size(1) : state_->query.size(0);
+  const auto orders = this->orders(Xk.size(0), Lq, Xk.size(1));
+  if (!state_->engine) return attend_with(query, make_context(orders, Xk, Xv, mask, key.dim() == 3, Lq));
+  mask.check(kCaller, Xk.size(0), options().num_heads(), Lq, Xk.size(1), key.device());
+  const auto [lengths, rest] = split_lengths(mask, Xk.size(0), Xk.size(1));
+  return as_given(detail::forward(orders, *state_->engine, Xk, Xv, lengths, state_->call(orders, query, rest)), key.dim() == 3);
 }
 
 FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& options) const {
@@ -279,11 +303,8 @@ FrozenContext Frozen::make_context(
   context->batched = is_batched;
   context->mask = mask;
   if (state_->engine) {
-    std::vector<int64_t> lengths(static_cast<size_t>(context->B), context->Lk);
-    if (auto known = mask.host_lengths(); !known.empty()) {
-      for (size_t b = 0; b < lengths.size(); ++b) lengths[b] = known[known.size() == 1 ? 0 : b];
-      context->mask = mask.without_lengths();
-    }
+    auto [lengths, rest] = split_lengths(mask, context->B, context->Lk);
+    context->mask = rest;
     context->side = detail::make_side(orders, *state_->engine, key, value, std::move(lengths), rows);
   } else {
     context->side = detail::make_side(orders, state_->weights, state_->products, key, value);
@@ -317,16 +338,14 @@ std::tuple<Tensor, Tensor> Frozen::attend_with(const Tensor& query, const Frozen
   const auto Lq = query.defined() ? Xq.size(1) : state_->query.size(0);
   c.mask.check(kCaller, c.B, options().num_heads(), Lq, c.Lk, state_->weights.query.device());
   if (const auto* side = std::get_if<detail::EngineSide>(&c.side)) {
-    const auto& folded = state_->folded_query[static_cast<size_t>(c.orders.logits)];
-    return as_given(
-        detail::attend(*state_->engine, *side, {.query = Xq, .folded_query = folded, .mask = c.mask, .weights = wanted}),
-        c.batched);
+    return as_given(detail::attend(*state_->engine, *side, state_->call(c.orders, Xq, c.mask)), c.batched);
   }
   const auto rows = query.defined() ? Xq : state_->query.expand({c.B, -1, -1});
   const auto n = c.B > 0 ? rows.size(0) / c.B : 1;
   AttentionOptions how;
   how.mask = for_queries(c.mask, n, Lq, c.Lk, rows.device());
   how.weights = wanted;
+  how.weight_heads = options().weight_heads();
   auto result = detail::attend(c.orders, state_->weights, state_->products, rows.reshape({c.B, n * Lq, rows.size(2)}),
                                std::get<detail::Side>(c.side), how);
   result.output = result.output.view({c.B * n, Lq, result.output.size(2)});

@@ -242,7 +242,7 @@ Products make_products(const Orders& orders, const LayerWeights& weights) {
 }
 
 Side make_side(const Orders& orders, const LayerWeights& w, const Products& products, const Tensor& key, const Tensor& value) {
-  Side side{key, {}, value};
+  Side side{key, {}, value, key.size(1)};
   if (orders.logits == Order::standard) side.keys = with_one_more(project_key(w, key), w.bias_k);
   if (orders.logits == Order::fold_into_context) std::tie(side.keys, side.key_bias) = fold_into_context(w, key);
   if (orders.logits == Order::prefold_into_context) {
@@ -262,7 +262,7 @@ AttentionResult attend(const Orders& orders,
                        const AttentionOptions& options) {
   if (orders == Orders{}) {
     auto how = options;
-    if (w.bias_k.defined()) how.mask = options.mask.with_free_key(query.size(1), side.keys.size(2) - 1, query.device());
+    if (w.bias_k.defined()) how.mask = options.mask.with_free_key(query.size(1), side.Lk, query.device());
     auto result = attention(project_query(w, query), side.keys, side.values, how);
     result.output = linear(merge_heads(result.output), w.output, w.output_bias);
     return result;
@@ -272,7 +272,7 @@ AttentionResult attend(const Orders& orders,
   const auto dropped = options.dropout > 0 ? at::dropout(weights, options.dropout, /*train=*/true) : weights;
   const auto mixing = dropped.to(logits.scalar_type());
   const auto sums = row_sums(mixing, empty_rows, options.dropout);
-  return {output_of(orders.values, w, products, mixing, sums, side.values), wanted_weights(weights, options.weights, logits),
+  return {output_of(orders.values, w, products, mixing, sums, side.values), wanted_weights(weights, options, logits),
           log_sum_exp};
 }
 

@@ -47,6 +47,7 @@ struct Side {
   at::Tensor keys;      ///< standard: K, [B, G, Lk, d]; folded into the query: Xk; into the context: [B, H * Lk, Eq]
   at::Tensor key_bias;  ///< added to the logits, [B, 1, H * Lk]; undefined where there is none
   at::Tensor values;    ///< standard: V, [B, G, Lk, e]; folded into the query: Xv; into the context: [B, H * Lk, Eo]
+  int64_t Lk;           ///< without a key of bias_k
 };
 /// key [B, Lk, Ek], value [B, Lk, Ev].
 Side make_side(const Orders& orders,

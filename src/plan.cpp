@@ -41,7 +41,8 @@ Cost cost_of_product(const Product& product, const PlanRequest& request) {
   const auto bytes = static_cast<double>(request.element) * count * (m * k + k * n + m * n);
   const auto speed = rates.flops * m / (m + rates.half_rows) * n / (n + rates.half_columns) * k / (k + rates.half_depth);
   const auto start = rates.start_product + (count > 1 ? count * rates.start_small : 0);
-  return {share * operations, share * bytes, share * (start + std::max(operations / speed, bytes / rates.memory))};
+  const auto bandwidth = rates.cache > 0 && bytes <= rates.cache_size ? rates.cache : rates.memory;
+  return {share * operations, share * bytes, share * (start + std::max(operations / speed, bytes / bandwidth))};
 }
 
 Cost cost_of_products(std::span<const Product> products, const PlanRequest& request) {

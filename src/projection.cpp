@@ -89,6 +89,7 @@ AttentionResult attend_heads(
   how.scale = options.scale();
   how.dropout = training ? options.dropout() : 0;
   how.weights = options.attention_weights();
+  how.weight_heads = options.weight_heads();
   return attention(q, context.key(), context.value(), how);
 }
 
@@ -154,6 +155,7 @@ std::string printed(const CrossAttentionOptions& resolved) {
   }
   add(o.attention_weights() != AttentionWeights::mean, ".attention_weights(AttentionWeights::{})",
       kWeights[static_cast<int>(o.attention_weights())]);
+  add(!o.weight_heads().empty(), ".weight_heads({{{}}})", fmt::join(o.weight_heads(), ", "));
   if (o.plan() == PlanMode::standard) {
     text += ".plan(PlanMode::standard)";
   } else if (o.plan().pinned) {

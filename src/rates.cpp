@@ -3,6 +3,7 @@
 #include <ATen/Version.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/softmax.h>
@@ -53,6 +54,7 @@ Rates with_threads(Rates one, int threads) {
   one.fused *= n * 0.95 + 0.05;
   one.softmax *= n * 0.95 + 0.05;
   one.memory *= n < 4 ? n : 4;
+  one.cache *= n;
   one.half_rows *= n;
   one.start_product += n > 1 ? 1e-6 : 0;
   return one;
@@ -65,6 +67,8 @@ Rates Rates::cpu(int threads) {
   const double flops = set == "AVX512" ? 150e9 : set == "AVX2" ? 80e9 : 20e9;
   return with_threads({.flops = flops,
                        .memory = 14e9,
+                       .cache = 40e9,
+                       .cache_size = 16e6,
                        .half_rows = 3,
                        .half_columns = 16,
                        .half_depth = 12,
@@ -77,11 +81,13 @@ Rates Rates::cpu(int threads) {
 
 Rates Rates::kernels(int threads) {
   const std::string_view set = detail::kernels().name;
-  const double flops = set == "avx512" ? 190e9 : set == "avx2" ? 90e9 : 15e9;
+  const double flops = set == "avx512" ? 220e9 : set == "avx2" ? 100e9 : 15e9;
   return with_threads({.flops = flops,
                        .memory = 25e9,
+                       .cache = 80e9,
+                       .cache_size = 16e6,
                        .half_rows = 1,
-                       .half_columns = 6,
+                       .half_columns = 8,
                        .half_depth = 6,
                        .start_product = 0.2e-6,
                        .start_small = 0.05e-6,
@@ -93,6 +99,8 @@ Rates Rates::kernels(int threads) {
 Rates Rates::cuda() {
   return {.flops = 40e12,
           .memory = 1.5e12,
+          .cache = 5e12,
+          .cache_size = 30e6,
           .half_rows = 64,
           .half_columns = 64,
           .half_depth = 64,
@@ -114,6 +122,11 @@ Rates Rates::measure() {
   auto target = at::empty({kMany});
   const auto source = at::ones({kMany});
   rates.memory = 2.0 * 4 * kMany / least_seconds([&] { target.copy_(source); });
+
+  const auto little = at::ones({1 << 18});  // 1 MB
+  auto copy = at::empty_like(little);
+  rates.cache = 2.0 * 4 * static_cast<double>(little.numel()) / least_seconds([&] { copy.copy_(little); });
+  rates.cache_size = 16e6;
 
   const auto tiny = at::ones({1, 1, 1});
   rates.start_product = least_seconds([&] { tiny.bmm(tiny); });

@@ -6,6 +6,7 @@
 #include <ATen/ops/logical_not.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/softmax.h>
+#include <ATen/ops/tensor.h>
 
 #include <limits>
 
@@ -57,10 +58,16 @@ SoftmaxResult softmax_over_keys(const Tensor& products, const Mask& mask, bool l
           log_sum_exp ? at::logsumexp(logits.detach(), -1) : Tensor(), empty_rows};
 }
 
-Tensor wanted_weights(const Tensor& weights, AttentionWeights wanted, const Tensor& products) {
-  if (wanted == AttentionWeights::none) return {};
-  const bool mean = wanted == AttentionWeights::mean;
-  return (!mean ? weights : weights.size(1) == 1 ? weights.squeeze(1) : weights.mean(1)).to(weights_type(products));
+Tensor wanted_weights(const Tensor& weights, const AttentionOptions& options, const Tensor& products) {
+  if (options.weights == AttentionWeights::none) return {};
+  auto wanted = weights;
+  if (options.weights == AttentionWeights::mean) {
+    wanted = weights.size(1) == 1 ? weights.squeeze(1) : weights.mean(1);
+  } else if (!options.weight_heads.empty()) {
+    const auto heads = at::tensor(options.weight_heads, at::TensorOptions(at::kLong).device(weights.device()));
+    wanted = weights.index_select(1, heads);
+  }
+  return wanted.to(weights_type(products));
 }
 
 }  // namespace xattn::detail

@@ -18,8 +18,8 @@ struct SoftmaxResult {
 /// products [B, H, Lq, Lk], scaled already, in any strides: the weights lie in memory as they do.
 SoftmaxResult softmax_over_keys(const at::Tensor& products, const Mask& mask, bool log_sum_exp);
 
-/// What a caller asked for of weights [B, H, Lq, Lk]: nothing, the mean over heads, or all, in the type of the products.
-at::Tensor wanted_weights(const at::Tensor& weights, AttentionWeights wanted, const at::Tensor& products);
+/// What the options ask for of weights [B, H, Lq, Lk]: nothing, the mean over heads, all or chosen heads; in the type of the products.
+at::Tensor wanted_weights(const at::Tensor& weights, const AttentionOptions& options, const at::Tensor& products);
 
 /// x with `value` in these rows, if there are any.
 at::Tensor with_rows_filled(const at::Tensor& x, const at::Tensor& rows, double value);

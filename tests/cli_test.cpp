@@ -397,7 +397,7 @@ TEST_F(CliTest, ConvertRefusesToOverwriteItsInputAndLeavesNothingBehind) {
 // ---- usage -------------------------------------------------------------------------------------------------------------------
 
 TEST_F(CliTest, WrongUsageIsOneLineAndStatusTwo) {
-  EXPECT_EQ(error(2, ""), "expected inspect, run, verify or convert, but none came");
+  EXPECT_EQ(error(2, ""), "expected inspect, run, verify, convert or explain, but none came");
   EXPECT_EQ(error(2, "inspekt x"), "The following arguments were not expected: x inspekt");
   EXPECT_EQ(error(2, "inspect"), "FILE is required");
   EXPECT_EQ(error(2, "inspect x --jason"), "The following argument was not expected: --jason");

@@ -68,6 +68,18 @@ TEST_P(CrossAttentionTest, EveryOptionGivesItsShapes) {
   }
 }
 
+TEST_P(CrossAttentionTest, WeightsOfChosenHeadsAreThoseOfAllHeadsInTheirOrder) {
+  options_.num_heads(4).attention_weights(AttentionWeights::per_head);
+  auto module = make(options_);
+  const auto all = std::get<1>(module->forward(query_, key_, value_));
+  module->options.weight_heads({2, 0});
+  const auto chosen = std::get<1>(module->forward(query_, key_, value_));
+  EXPECT_EQ(chosen.sizes(), (std::vector<int64_t>{kB, 2, kLq, kLk}));
+  EXPECT_TRUE(chosen.equal(torch::stack({all.select(1, 2), all.select(1, 0)}, 1)));
+  EXPECT_EQ(error_of<c10::ValueError>([&] { CrossAttention{options_.weight_heads({4})}; }),
+            "[cross_attention] weight_heads must be of the 4 heads, but name 4.");
+}
+
 TEST_P(CrossAttentionTest, OutputDoesNotDependOnTheWeightsAskedFor) {
   std::vector<torch::Tensor> outputs;
   for (const auto weights : {AttentionWeights::none, AttentionWeights::mean, AttentionWeights::per_head}) {

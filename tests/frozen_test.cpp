@@ -165,6 +165,49 @@ TEST_F(FrozenTest, AConstantQueryIsFoldedAndGivesWhatAGivenOneDoes) {
   }
 }
 
+TEST_F(FrozenTest, ChosenHeadsAndTheirMeanAreThoseOfAllHeads) {
+  const auto& layer = kLayers[1];
+  auto module = make(layer);
+  const auto x = inputs_of(layer, 2, 5, 21);
+  const auto all = std::get<1>(exact(module, x, {}));
+  for (const int64_t Lq : {5, 1}) {  // one query row takes the path of many threads
+    const Inputs few = {x.query.narrow(1, 0, Lq), x.key, x.value};
+    for_each_pair([&](const Orders& orders) {
+      module->options.attention_weights(AttentionWeights::per_head).weight_heads({3, 1});
+      const auto chosen = std::get<1>(module->freeze({.plan = PlanMode::pin(orders)}).forward(few.query, few.key, few.value));
+      expect_close(chosen, all.narrow(2, 0, Lq).index_select(1, torch::tensor({3, 1})), allowed(layer), "chosen heads");
+      module->options.attention_weights(AttentionWeights::mean).weight_heads({});
+      const auto mean = std::get<1>(module->freeze({.plan = PlanMode::pin(orders)}).forward(few.query, few.key, few.value));
+      expect_close(mean, all.narrow(2, 0, Lq).mean(1), allowed(layer), "mean");
+    });
+  }
+}
+
+TEST_F(FrozenTest, Bfloat16StorageRoundsWeightsAndNothingElse) {
+  const auto& layer = kLayers[2];
+  auto module = make(layer);
+  {
+    const torch::NoGradGuard no_grad;  // weights that bfloat16 holds exactly
+    for (auto& parameter : module->parameters()) {
+      if (parameter.dim() == 2) parameter.copy_(parameter.to(torch::kBFloat16));
+    }
+  }
+  const auto x = inputs_of(layer, 2, 5, 77);
+  const auto [output, weights] = exact(module, x, {});
+  for (const auto order : {Order::fold_into_query, Order::standard, Order::fold_into_context}) {
+    const auto frozen = module->freeze({.plan = PlanMode::pin({order, order}), .storage = torch::kBFloat16});
+    const auto [y, p] = frozen.forward(x.query, x.key, x.value);
+    // Raw contexts are not rounded; projected and folded ones are, to 8 bits.
+    const bool raw = order == Order::fold_into_query;
+    expect_close(y, output, raw ? allowed(layer) : tolerance(torch::kBFloat16, 1), "output");
+    expect_close(p, weights, raw ? allowed(layer) : tolerance(torch::kBFloat16, 1), "weights");
+    const auto context = frozen.context(x.key, x.value);
+    EXPECT_LE(context.bytes(), module->freeze({.plan = PlanMode::pin({order, order})}).context(x.key, x.value).bytes());
+  }
+  EXPECT_EQ(error_of<c10::ValueError>([&] { module->freeze({.storage = torch::kHalf}); }),
+            "[frozen] storage must be float32 or bfloat16, but is float16.");
+}
+
 TEST_F(FrozenTest, AContextServesBeamsSlicesAndBatches) {
   const auto& layer = kLayers[1];
   auto module = make(layer);

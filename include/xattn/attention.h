@@ -6,6 +6,7 @@
 #include <xattn/mask.h>
 
 #include <optional>
+#include <vector>
 
 // Symbols used throughout the library:
 //   B batch          H heads            G key/value heads (H is a multiple of G)
@@ -19,7 +20,7 @@ namespace xattn {
 enum class AttentionWeights {
   none,      ///< an undefined tensor: the fastest, and the only one that need not hold B x H x Lq x Lk numbers in memory
   mean,      ///< the mean over heads, [B, Lq, Lk]
-  per_head,  ///< [B, H, Lq, Lk]
+  per_head,  ///< [B, H, Lq, Lk], or of chosen heads
 };
 
 /// Which implementation runs. Both give the same result; every test compares them.
@@ -34,6 +35,7 @@ struct AttentionOptions {
   std::optional<double> scale = {};                   ///< multiplies the logits; default 1/sqrt(d)
   double dropout = 0;                                 ///< probability of dropping a weight, applied whenever above 0
   AttentionWeights weights = AttentionWeights::none;  ///< what to return beside the output
+  std::vector<int64_t> weight_heads = {};             ///< with per_head: of these heads, in this order; of all if empty
   bool log_sum_exp = false;                           ///< whether to return the log-sum-exp
   AttentionPath path = AttentionPath::automatic;
 };

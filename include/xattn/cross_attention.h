@@ -17,6 +17,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace xattn {
 
@@ -79,6 +80,9 @@ struct XATTN_API CrossAttentionOptions {
   /// Which weights `forward` and `attend` return. `none` is the fastest. Default: mean, the reference's own with one head.
   TORCH_ARG(AttentionWeights, attention_weights) = AttentionWeights::mean;
 
+  /// Of which heads `per_head` returns the weights, in this order: [B, n, Lq, Lk]. Default: empty, which is all.
+  TORCH_ARG(std::vector<int64_t>, weight_heads);
+
   /// In which order `forward` multiplies. `PlanMode::standard` is the reference's; `PlanMode::pin` any other. Results differ by
   /// rounding alone, and gradients do. Default: automatic, the cheapest for the sizes of each call.
   TORCH_ARG(PlanMode, plan) = PlanMode::automatic;
@@ -86,6 +90,11 @@ struct XATTN_API CrossAttentionOptions {
 
 class Frozen;
 struct FreezeOptions;
+namespace detail {
+struct LayerWeights;
+struct Products;
+struct Side;
+}  // namespace detail
 
 /// Cross attention: a query asks, a context of keys and values answers.
 ///
@@ -163,6 +172,14 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
  private:
   std::vector<torch::Tensor> context_weights() const;
   PlanRequest request(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask, bool inputs_train) const;
+  Orders orders_for(const torch::Tensor& query, const torch::Tensor& key, const torch::Tensor& value, const Mask& mask) const;
+  std::tuple<torch::Tensor, torch::Tensor> attend(const Orders& orders,
+                                                  const detail::LayerWeights& weights,
+                                                  const detail::Products& products,
+                                                  const torch::Tensor& query,
+                                                  const detail::Side& side,
+                                                  const Mask& mask,
+                                                  bool is_batched) const;
 };
 
 /// Holder of a CrossAttentionImpl with the semantics of a shared pointer; `CrossAttention attention = nullptr` is the empty one.

@@ -114,6 +114,10 @@ class XATTN_API Frozen {
   struct State;
   Frozen(const CrossAttentionImpl& module, const FreezeOptions& options);
   std::tuple<at::Tensor, at::Tensor> attend_with(const at::Tensor& query, const FrozenContext& context) const;
+  std::tuple<at::Tensor, at::Tensor> forward_with(const at::Tensor& query,
+                                                  const at::Tensor& key,
+                                                  const at::Tensor& value,
+                                                  const Mask& mask) const;
   FrozenContext make_context(
       const Orders& orders, const at::Tensor& key, const at::Tensor& value, const Mask& mask, bool batched, int64_t rows) const;
 

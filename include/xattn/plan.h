@@ -53,6 +53,8 @@ inline constexpr PlanMode PlanMode::standard = PlanMode::pin({});
 struct XATTN_API Rates {
   double flops = 0;          ///< operations a second in a large product
   double memory = 0;         ///< bytes a second from memory
+  double cache = 0;          ///< bytes a second where all that a product touches fits into the cache; 0 for those of memory
+  double cache_size = 0;     ///< of it, in bytes
   double half_rows = 0;      ///< a product of so many rows (the right side being weights) runs at half of `flops`
   double half_columns = 0;   ///< likewise of so many columns
   double half_depth = 0;     ///< likewise over so many terms
