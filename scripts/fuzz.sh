@@ -34,7 +34,7 @@ command -v llvm-cov > /dev/null || packages+=(llvm)
 if ((${#packages[@]})); then scripts/install_packages.sh "${packages[@]}"; fi
 
 folder=build-fuzz
-scripts/build.sh -B "$folder" -DXATTN_FUZZ=ON -DXATTN_TOOLS=OFF -DXATTN_EXAMPLES=OFF -DXATTN_INSTALL=OFF \
+scripts/build.sh -B "$folder" -DXATTN_FUZZ=ON -DXATTN_TOOLS=OFF -DXATTN_BENCH=OFF -DXATTN_EXAMPLES=OFF -DXATTN_INSTALL=OFF \
   -DCMAKE_CXX_COMPILER=clang++
 
 # What a run finds stays in the build folder, for the next one to start from.

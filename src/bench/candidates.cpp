@@ -4,12 +4,14 @@
 #include <ATen/Context.h>
 #include <torch/nn/modules/activation.h>
 #include <torch/utils.h>
+#include <xattn/frozen.h>
 #include <xattn/mask.h>
 
 #include <memory>
 #include <optional>
 #include <utility>
 
+#include "eager.h"
 #include "folded.h"
 
 namespace bench {
@@ -34,6 +36,7 @@ Candidate make(std::string name, const Layer& layer, MakeContext context, Attend
   }
   candidate.leaves = layer.leaves();
   candidate.compared = candidate.leaves.size();
+  candidate.holds_logits = candidate.name == "eager" || candidate.name == "folded";
   return candidate;
 }
 
@@ -104,6 +107,7 @@ Candidate mha(const Layer& layer) {
   const auto weights = weights_of(layer);
   Candidate candidate;
   candidate.name = "mha";
+  candidate.holds_logits = weights_of(layer) != AttentionWeights::none;
   candidate.call = [=, module = module.ptr()]() -> Results {
     const auto asked = query.expand({-1, s.B, -1});
     const auto [output, returned] =
@@ -149,6 +153,26 @@ Candidate module(const Layer& layer) {
       [&layer, module, query, mask](int) { return module->forward(query, layer.key, layer.value, mask); });
 }
 
+Candidate frozen(const Layer& layer) {
+  if (layer.shape.timed == Timed::backward) return without("frozen", "it has no gradients");
+  const bool learned = layer.shape.learned_query;
+  const auto frozen = layer.module->freeze({.query = learned ? layer.query[0] : Tensor()});
+  const auto mask = mask_of(layer);
+  if (layer.shape.timed == Timed::attend) {
+    return make(
+        "frozen", layer, [&layer, frozen, mask] { return frozen.context(layer.key, layer.value, mask); },
+        [&layer, frozen, learned](const auto& context) {
+          return learned ? frozen.attend(context) : frozen.attend(layer.query, context);
+        });
+  }
+  return make(
+      "frozen", layer, [] { return 0; },
+      [&layer, frozen, learned, mask](int) {
+        return learned ? frozen.forward(layer.key, layer.value, mask)
+                       : frozen.forward(layer.query, layer.key, layer.value, mask);
+      });
+}
+
 // With one backend of scaled_dot_product_attention on, the others off.
 Candidate with_backend(Candidate candidate, const char* name, void (at::Context::*use)(bool)) {
   candidate.name = std::string("sdpa, ") + name;
@@ -170,7 +194,7 @@ Candidate with_backend(Candidate candidate, const char* name, void (at::Context:
 }  // namespace
 
 std::vector<Candidate> candidates(const Layer& layer) {
-  std::vector<Candidate> result = {eager(layer), sdpa(layer), mha(layer), folded(layer), module(layer)};
+  std::vector<Candidate> result = {eager(layer), sdpa(layer), mha(layer), folded(layer), module(layer), frozen(layer)};
   if (layer.key.is_cuda() && weights_of(layer) == AttentionWeights::none) {
     result.push_back(with_backend(sdpa(layer), "flash", &at::Context::setSDPUseFlash));
     result.push_back(with_backend(sdpa(layer), "efficient", &at::Context::setSDPUseMemEfficient));

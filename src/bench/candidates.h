@@ -15,6 +15,7 @@ struct Candidate {
   std::function<Results()> call;
   std::vector<torch::Tensor> leaves;  ///< gets gradients; those of layer.leaves() that have the same place are compared
   size_t compared = 0;                ///< how many of the leaves are those of the layer
+  bool holds_logits = false;          ///< of all heads, in memory
   std::string absent;                 ///< why it cannot run this row, or empty
 };
 
@@ -24,6 +25,7 @@ struct Candidate {
 ///   mha      torch::nn::MultiheadAttention
 ///   folded   the cheapest order of products in plain tensor operations
 ///   module   xattn::CrossAttention
+///   frozen   xattn::Frozen, made of it
 std::vector<Candidate> candidates(const Layer& layer);
 
 }  // namespace bench

@@ -5,6 +5,8 @@
 
 #include <cmath>
 
+#include "eager.h"
+
 namespace bench {
 
 using shapes::NormOver;

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "layer.h"
 
-#include <torch/autograd.h>
-#include <torch/cuda.h>
 #include <torch/utils.h>
 
-#include <cmath>
+#include <algorithm>
 #include <limits>
 #include <memory>
 
@@ -65,75 +63,13 @@ Layer make_layer(const shapes::Shape& shape, const torch::TensorOptions& options
   return layer;
 }
 
-namespace {
-
-// [B, L, n * size] -> [B, n, L, size], with the norm.
-Tensor heads(const Tensor& x, int64_t n, NormOver over, const xattn::Norm& norm) {
-  const auto rms = [&](const Tensor& t) { return at::rms_norm(t, norm->weight.sizes(), norm->weight, norm->options.eps()); };
-  auto y = over == NormOver::heads ? rms(x) : x;
-  y = y.view({x.size(0), x.size(1), n, -1});
-  if (over == NormOver::head) y = rms(y);
-  return y.transpose(1, 2);
-}
-
-}  // namespace
-
-Eager::Context Eager::context() const {
-  const auto& m = layer.module;
-  const auto& s = layer.shape;
-  return {heads(at::linear(layer.key, m->key_linear->weight, m->key_linear->bias), s.G, s.norm, m->key_norm),
-          heads(at::linear(layer.value, m->value_linear->weight, m->value_linear->bias), s.G, NormOver::nothing, nullptr)};
-}
-
-Tensor Eager::project_query() const {
-  const auto& m = layer.module;
-  const auto& s = layer.shape;
-  return heads(at::linear(layer.query, m->query_linear->weight, m->query_linear->bias), s.H, s.norm, m->query_norm);
-}
-
-Tensor Eager::project_output(const Tensor& mixed) const {
-  const auto& linear = layer.module->output_linear;
-  return at::linear(mixed.transpose(1, 2).flatten(2), linear->weight, linear->bias);
-}
-
-Results Eager::attend(const Context& context) const {
-  const auto& s = layer.shape;
-  auto [k, v] = context;
-  if (s.G < s.H) {
-    k = k.repeat_interleave(s.H / s.G, 1);
-    v = v.repeat_interleave(s.H / s.G, 1);
-  }
-  auto logits = at::matmul(project_query(), k.transpose(-2, -1)) / std::sqrt(static_cast<double>(s.d));  // [B, H, Lq, Lk]
-  if (layer.bias.defined()) logits = logits + layer.bias;
-  const auto weights = at::softmax(logits, -1);
-  return {project_output(at::matmul(weights, v)), wanted_weights(layer, weights)};
-}
-
-Tensor wanted_weights(const Layer& layer, const Tensor& weights) {
-  switch (layer.module->options.attention_weights()) {
-    case AttentionWeights::none: return {};
-    case AttentionWeights::mean: return weights.mean(1);
-    default: return weights;
-  }
-}
-
-Exact exact(const Layer& layer) {
-  constexpr int64_t kPlaces = 128;  // as many as do not take long in float64
-  auto wide = layer.in_double();
-  Exact result;
-  const auto Lq = layer.shape.Lq;
-  const bool all = Lq <= kPlaces || layer.shape.timed == Timed::backward;
-  result.places = torch::arange(all ? Lq : kPlaces, torch::dtype(at::kLong).device(layer.query.device()));
-  if (!all) {
-    result.places = result.places * (Lq - 1) / (kPlaces - 1);
-    result.places = result.places.to(at::kLong);
-    wide.query = wide.query.index_select(1, result.places);
-  }
-  const Eager definition{wide};
-  const torch::AutoGradMode grad_mode(layer.grad.defined());
-  std::tie(result.output, result.weights) = definition.attend(definition.context());
-  if (layer.grad.defined()) result.grads = torch::autograd::grad({result.output}, wide.leaves(), {wide.grad});
-  return result;
+double gigabytes_needed(const shapes::Shape& s, bool logits, double element) {
+  const auto number = [](int64_t n) { return static_cast<double>(n); };
+  const auto inner = number(s.H * std::max(s.d, s.e));
+  const auto rows = number(s.B * s.Lq) * (number(s.Eq + s.Eo) + 3 * inner) + number(s.B * s.Lk) * (number(s.Ek) + 3 * inner);
+  const auto weights = 2 * inner * number(s.Eq + 2 * s.Ek + s.Eo);
+  const auto maps = logits ? 2.5 * number(s.B * s.H) * number(s.Lq * s.Lk) : 0;
+  return 1e-9 * element * (rows + weights + maps) * (s.timed == Timed::backward ? 2.5 : 1);
 }
 
 }  // namespace bench

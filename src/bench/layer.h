@@ -35,26 +35,7 @@ struct Layer {
 
 Layer make_layer(const shapes::Shape& shape, const torch::TensorOptions& options, xattn::AttentionWeights weights);
 
-/// Attention in plain tensor operations, as a good user writes it: the candidate `eager`, and in float64 the definition.
-struct Eager {
-  const Layer& layer;
-  using Context = std::tuple<torch::Tensor, torch::Tensor>;  ///< k, v [B, G, Lk, d]
-  Context context() const;
-  torch::Tensor project_query() const;                       ///< [B|1, H, Lq, d]
-  torch::Tensor project_output(const torch::Tensor&) const;  ///< [B, H, Lq, e] -> [B, Lq, Eo]
-  Results attend(const Context& context) const;
-};
-
-/// As asked for by the options of the layer's module, from weights [B, H, Lq, Lk].
-torch::Tensor wanted_weights(const Layer& layer, const torch::Tensor& weights);
-
-/// What every candidate must give, in float64: of long queries at some places alone.
-struct Exact {
-  torch::Tensor places;  ///< int64, of the queries in `output` and `weights`
-  torch::Tensor output;
-  torch::Tensor weights;
-  std::vector<torch::Tensor> grads;  ///< of layer.leaves(); empty unless gradients are timed
-};
-Exact exact(const Layer& layer);
+/// What a candidate holds at a time, at most, in 1e9 bytes; `logits` tells whether it has those of all heads in memory.
+double gigabytes_needed(const shapes::Shape& shape, bool logits, double element);
 
 }  // namespace bench
