@@ -8,8 +8,7 @@ Prints one object of JSON, as `xattn_bench --json` does. Each candidate is compa
 of one runtime are timed by turns.
 
     pytorch       eager; sdpa; mha: nn.MultiheadAttention, the sequence first or the batch first
-    compile       torch.compile of eager and of sdpa: freezing, packed weights, linears of one input made one, C++ wrapper;
-                  once more with max-autotune
+    compile       torch.compile of eager and of sdpa: freezing, packed weights, linears of one input made one; with a C++ wrapper too
     onnxruntime   the plain graph, and the MultiHeadAttention operator: all graph optimizations, inputs and outputs bound
     openvino      the plain graph, and its ScaledDotProductAttention: latency hint, float32, inputs and outputs bound
     cuda          eager; sdpa with each backend; torch.compile with max-autotune and CUDA graphs: bfloat16
@@ -27,9 +26,10 @@ import time
 from pathlib import Path
 
 SHAPES = Path(__file__).resolve().parent.parent / "src" / "bench" / "shapes.csv"
-PACKAGES = ["torch==2.13.0", "numpy==2.4.6", "onnx==1.23.2", "onnxruntime==1.32.0", "openvino==2026.4.1", "matplotlib==3.11.2"]
+PACKAGES = ["torch==2.13.0", "numpy==2.4.6", "matplotlib==3.11.2"]
+PACKAGES_CPU = ["onnx==1.23.2", "onnxruntime==1.32.0", "openvino==2026.4.1"]
 RUNTIMES = ["pytorch", "compile", "onnxruntime", "openvino"]
-NEVER = 1e-6  # eps of the norms
+EPS = 1e-6  # of the norms
 
 
 class Absent(Exception):
@@ -173,10 +173,10 @@ class Steps:
     def heads(self, x, n, norm):
         over = self.l.norm if norm is not None else "-"
         if over == "across_heads":
-            x = self.F.rms_norm(x, norm.shape, norm, NEVER)
+            x = self.F.rms_norm(x, norm.shape, norm, EPS)
         x = x.view(x.shape[0], x.shape[1], n, -1)
         if over == "per_head":
-            x = self.F.rms_norm(x, norm.shape, norm, NEVER)
+            x = self.F.rms_norm(x, norm.shape, norm, EPS)
         return x.transpose(1, 2)
 
     def context(self, key, value, w):
@@ -354,14 +354,13 @@ def compile(layer, wanted, threads):
     config.freezing = not train
     config.cpp.enable_concat_linear = True
     config.cpp.threads = threads
-    tuned = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
-    # Where lengths may change, linears with frozen weights are those of oneDNN, otherwise those of MKL.
-    settings = [("sdpa", "", False, {}), ("sdpa", ", C++ wrapper", False, {"cpp_wrapper": True}), ("sdpa", ", dynamic", True, {}),
-                ("sdpa", ", dynamic, max-autotune", True, tuned), ("eager", ", dynamic", True, {})]
+    # Where lengths may change, linears with frozen weights are oneDNN's, otherwise MKL's. max_autotune chose nothing else than these.
+    settings = [("sdpa", "", False, {}), ("sdpa", ", dynamic", True, {}), ("sdpa", ", dynamic, C++ wrapper", True, {"cpp_wrapper": True}),
+                ("eager", ", dynamic", True, {})]
     if train:
         settings = [("sdpa", "", False, {}), ("eager", "", False, {})]
     if wanted != "none":
-        settings = [("eager", "", False, {}), ("eager", ", dynamic", True, {})]
+        settings = [("eager", ", dynamic", True, {})]
 
     def transform(dynamic, options):
         def apply(module, inputs):
@@ -401,7 +400,7 @@ def onnx_model(layer, wanted, operator):
         return node("Add", node("MatMul", x, weight), constant("b" + name, getattr(layer, "b" + name)))
 
     def rms(x, weight, name):
-        return node("SimplifiedLayerNormalization", x, constant(name, weight), axis=-1, epsilon=NEVER)
+        return node("SimplifiedLayerNormalization", x, constant(name, weight), axis=-1, epsilon=EPS)
 
     def norm_of(x, n, weight, name):
         """[B, L, n d] -> the same, with the norm."""
@@ -585,6 +584,32 @@ def openvino(layer, wanted, threads):
     return {"plain graph": lambda: make(False), "ScaledDotProductAttention": lambda: make(True)}
 
 
+def cuda(layer, wanted, threads):
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def compiled(module, inputs):
+        torch._dynamo.reset()
+        return torch.compile(module, fullgraph=True, dynamic=False, mode="max-autotune")
+
+    def with_backend(backend):
+        call = torch_calls(torch, layer, wanted, None, "cuda", torch.bfloat16)["sdpa"]()
+
+        def run():
+            with sdpa_kernel(backend):
+                return call()
+        return run
+
+    calls = torch_calls(torch, layer, wanted, None, "cuda", torch.bfloat16)
+    for name, make in torch_calls(torch, layer, wanted, compiled, "cuda", torch.bfloat16).items():
+        calls["torch.compile, " + name] = make
+    if wanted == "none":
+        for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+                              ("cudnn", SDPBackend.CUDNN_ATTENTION), ("math", SDPBackend.MATH)):
+            calls["sdpa, " + name] = lambda backend=backend: with_backend(backend)
+    return calls
+
+
 def versions(runtime):
     from importlib.metadata import version
 
@@ -598,18 +623,24 @@ def run_one(arguments):
 
     runtime, threads = arguments.only, arguments.threads[0]
     torch.set_num_threads(threads)
-    make_all = {"pytorch": pytorch, "compile": compile, "onnxruntime": onnxruntime, "openvino": openvino}[runtime]
+    make_all = {"pytorch": pytorch, "compile": compile, "onnxruntime": onnxruntime, "openvino": openvino, "cuda": cuda}[runtime]
+    on_gpu = runtime == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        sys.exit("bench_peers.py: there is no CUDA device here")
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    # Sums of float32 differ from float64 by some 1e-6, of bfloat16 by 1e-2.
+    allowed = 5e-2 if on_gpu else 1e-4
     results, skipped = [], []
     for row in choose(read_shapes(), arguments.shape):
         if arguments.limit and float(row["gflop"]) > arguments.limit:
             continue
         for wanted in arguments.weights:
-            if wanted != "none" and row["timed"] == "backward":
+            if wanted != "none" and (row["timed"] == "backward" or row["maps"] in ("-", "thrown away")):
                 continue
-            where = {"row": row["name"], "weights": wanted, "threads": threads, "type": "float32", "runtime": runtime}
+            where = {"row": row["name"], "weights": wanted, "threads": threads, "type": "bfloat16" if on_gpu else "float32", "runtime": runtime}
             print(f"{runtime}, {threads} threads, weights {wanted}: {row['name']}", file=sys.stderr)
             need, free = gigabytes(row, runtime != "pytorch" or wanted != "none"), gigabytes_free()
-            if need > free:
+            if need > free and not on_gpu:
                 skipped.append(where | {"candidate": "all", "reason": f"it needs {need:.1f} GB, and {free:.1f} GB are free"})
                 continue
             layer = Layer(row)
@@ -633,10 +664,10 @@ def run_one(arguments):
                         print(f"{runtime}, {name}: {reason}", file=sys.stderr)
                         skipped.append(where | {"candidate": name, "reason": str(reason).split("\n")[0][:200]})
                         continue
-                    errors.append(check(torch, f"{row['name']}: {runtime}, {name}", found, truth, 1e-4))
+                    errors.append(check(torch, f"{row['name']}: {runtime}, {name}", found, truth, allowed))
                     ready.append(name)
                     calls.append(call)
-                for name, error, times in zip(ready, errors, measure(calls, arguments.seconds)):
+                for name, error, times in zip(ready, errors, measure(calls, arguments.seconds, wait)):
                     results.append(where | {"candidate": name, "error": error} | times)
     print(json.dumps({"versions": versions(runtime), "results": results, "skipped": skipped}))
 
@@ -646,11 +677,14 @@ def main():
     parser.add_argument("--shape", action="append", default=[], help="row by its name, or all with this in their names; repeatable")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--weights", nargs="+", default=["none"], choices=["none", "mean", "per-head"])
-    parser.add_argument("--runtime", nargs="+", default=RUNTIMES, choices=RUNTIMES)
+    parser.add_argument("--runtime", nargs="+", default=RUNTIMES, choices=[*RUNTIMES, "cuda"])
     parser.add_argument("--seconds", type=float, default=1, help="for each candidate of a row (1)")
     parser.add_argument("--limit", type=float, default=0, help="leave out rows of more thousand million operations")
+    parser.add_argument("--packages", action="store_true", help="print what pip is to install (with --runtime cuda, for that), and stop")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.packages:
+        return print(*PACKAGES, *([] if arguments.runtime == ["cuda"] else PACKAGES_CPU))
     if arguments.only:
         return run_one(arguments)
     merged = {"versions": {}, "results": [], "skipped": []}

@@ -129,7 +129,8 @@ void run(Arguments arguments) {
     }
     for (const auto& shape : rows) {
       for (const auto& weights : arguments.weights) {
-        if (weights == "none" || shape.timed != Timed::backward) run_row(shape, weights, device, arguments.seconds, report);
+        const bool wanted = weights == "none" || (shape.maps && shape.timed != Timed::backward);
+        if (wanted) run_row(shape, weights, device, arguments.seconds, report);
       }
     }
   }
@@ -145,7 +146,7 @@ int main(int argc, char** argv) {
   program.add_option("--shape", arguments.names, "A row by its name, or all with this in their names; repeatable")
       ->allow_extra_args(false);
   program.add_option("--threads", arguments.threads, "Numbers of threads; 1 and 2 if not given")->check(CLI::Range(1, 1024));
-  program.add_option("--weights", arguments.weights, "Which attention weights are returned")
+  program.add_option("--weights", arguments.weights, "Which attention weights are returned; maps only of rows where someone wants them")
       ->check(CLI::IsMember({"none", "mean", "per-head"}))
       ->capture_default_str();
   program.add_option("--device", arguments.device, "cpu, in float32, or cuda or cuda:N, in bfloat16")

@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+usage() {
+  cat <<'END'
+usage: scripts/bench.sh [--quick] [--shape NAME]... [--passes N] [--seconds S] [--device cpu|cuda]
+
+Measures this library beside other runtimes on layers of real models, and writes what it finds: src/bench/results.json, the table
+in README.md and the plots in src/bench.
+
+  --quick        one short pass over the smaller rows; no maps, no map of crossovers
+  --shape NAME   only rows with this in their names; repeatable. The other rows keep what was measured before
+  --passes N     passes over everything; their spread is reported (3)
+  --seconds S    for each candidate of a row (0.5)
+  --device cuda  in bfloat16 against LibTorch's and PyTorch's kernels on a GPU: prints a table and writes results-cuda.json
+  -h, --help     show this
+
+The other runtimes are installed by pip into .venv-bench. Each runs alone in a process of its own, because the waiting threads of one
+take the processor from another. Nothing else should run on the machine. A full run takes some hours.
+
+example: scripts/bench.sh --quick --shape "SD1.5 16x16"
+END
+}
+
+quick=0 passes=3 seconds=0.5 device=cpu shapes=()
+while (($#)); do
+  case $1 in
+    -h | --help) usage; exit ;;
+    --quick) quick=1 passes=1 seconds=0.2 ;;
+    --shape) shapes+=(--shape "${2:?"--shape needs a name"}"); shift ;;
+    --passes) passes=${2:?"--passes needs a number"}; shift ;;
+    --seconds) seconds=${2:?"--seconds needs a number"}; shift ;;
+    --device) device=${2:?"--device needs a name"}; shift ;;
+    *) echo "scripts/bench.sh: unknown argument '$1'; see --help" >&2; exit 2 ;;
+  esac
+  shift
+done
+case $device in
+  cpu) runtimes=(pytorch compile onnxruntime openvino) ;;
+  cuda) runtimes=(cuda) ;;
+  *) echo "scripts/bench.sh: --device must be cpu or cuda, but is '$device'" >&2; exit 2 ;;
+esac
+if [[ $device == cuda ]] && ! nvidia-smi --list-gpus 2> /dev/null | grep -q GPU; then
+  echo "scripts/bench.sh: there is no CUDA device here (nvidia-smi lists none)" >&2
+  exit 1
+fi
+
+python=.venv-bench/bin/python
+read -ra packages < <(python3 scripts/bench_peers.py --packages --runtime "${runtimes[@]}")
+stamp=.venv-bench/installed
+if [[ $(cat $stamp 2> /dev/null) != "${packages[*]}" ]]; then
+  [[ -e $python ]] || python3 -m venv .venv-bench
+  index=()
+  [[ -z ${XATTN_TORCH_INDEX:-} ]] || index=(--extra-index-url "$XATTN_TORCH_INDEX")
+  install() { $python -m pip install --quiet --disable-pip-version-check "${index[@]}" "$@"; }
+  if [[ $device == cuda ]] || ! install "${packages[0]}+cpu" "${packages[@]:1}" 2> /dev/null; then install "${packages[@]}"; fi
+  echo "${packages[*]}" > $stamp
+fi
+scripts/build.sh
+
+load=$(cut -d' ' -f1 /proc/loadavg 2> /dev/null || echo 0)
+if awk "BEGIN { exit !($load > 0.5) }"; then
+  echo "scripts/bench.sh: this machine is busy (load $load): times will be too long, those with two threads by far" >&2
+fi
+
+threads=(1)
+if [[ $device == cpu ]] && (($(nproc) > 1)); then threads=(1 2); fi
+results=$(mktemp -d)
+trap 'rm -rf "$results"' EXIT
+for ((pass = 1; pass <= passes; ++pass)); do
+  options=("${shapes[@]}" --seconds "$seconds")
+  if ((quick)); then
+    options+=(--limit 20)
+  elif ((pass > 1)); then
+    options+=(--limit 500)  # a call of a larger row takes seconds
+  fi
+  for count in "${threads[@]}"; do
+    # What maps cost is measured once, with one thread.
+    weights=(--weights none)
+    if ((pass == 1 && count == 1 && !quick)); then weights+=(mean per-head); fi
+    build/xattn_bench --json --device $device --threads "$count" "${options[@]}" "${weights[@]}" > "$results/$pass.libtorch.$count.json"
+    for runtime in "${runtimes[@]}"; do
+      # Compiling takes longer than all else together.
+      if [[ $runtime == compile ]] && ((pass > 1)); then continue; fi
+      $python scripts/bench_peers.py --runtime "$runtime" --threads "$count" "${options[@]}" "${weights[@]}" \
+        > "$results/$pass.$runtime.$count.json"
+    done
+    if ((pass == 1 && !quick)) && [[ $device == cpu && ${#shapes[@]} == 0 ]]; then
+      build/xattn_bench --json --crossover --threads "$count" > "$results/crossover.$count.json"
+    fi
+  done
+done
+$python scripts/bench_report.py --device $device "$results"/*.json
