@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t kScratch = 3 << 16;  // floats of a task's scratch: what fits into a core's cache beside a panel of weights
 constexpr int64_t kLeastRows = 14;     // rows from which a product runs at its full speed, about
 constexpr int64_t kRowsNotToPackFor = 24;  // rows of a product with keys up to which packing these takes longer than it saves
-constexpr int64_t kRowsOfATeam = 4;    // per thread: with fewer rows all threads work on the same rows
+constexpr int64_t kRowsOfATeam = 4;        // per thread: with fewer rows all threads work on the same rows
 
 const float* data(const Tensor& x) {
   return x.const_data_ptr<float>();
@@ -208,14 +208,14 @@ Tensor project_keys(const EngineWeights& w, const EngineSide& side, const Tensor
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
     const auto k = at::empty({n, inner}, key.options());
     multiply({.m = n,
-                 .n = inner,
-                 .k = w.Ek,
-                 .a = data(key) + (b * side.Lk + first) * w.Ek,
-                 .a_stride = w.Ek,
-                 .b = packed(w.key),
-                 .c = mutable_data(k),
-                 .c_stride = inner,
-                 .bias = data(w.key_bias)});
+              .n = inner,
+              .k = w.Ek,
+              .a = data(key) + (b * side.Lk + first) * w.Ek,
+              .a_stride = w.Ek,
+              .b = packed(w.key),
+              .c = mutable_data(k),
+              .c_stride = inner,
+              .bias = data(w.key_bias)});
     for (int64_t g = 0; g < w.G; ++g) {
       pack_transposed(data(k) + g * w.d, inner, w.d, n, keys, (b * w.G + g) * size + first * w.d);
     }
@@ -228,9 +228,15 @@ Tensor project(const EngineSide& side, const Tensor& x, const Packed& weight, co
   const auto projected = at::empty({side.B, side.Lk, weight.n}, x.options());
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
     const auto row = b * side.Lk + first;
-    multiply({.m = n, .n = weight.n, .k = weight.k, .a = data(x) + row * weight.k, .a_stride = weight.k,
-                       .b = packed(weight), .c = mutable_data(projected) + row * weight.n, .c_stride = weight.n,
-                       .bias = data(bias)});
+    multiply({.m = n,
+              .n = weight.n,
+              .k = weight.k,
+              .a = data(x) + row * weight.k,
+              .a_stride = weight.k,
+              .b = packed(weight),
+              .c = mutable_data(projected) + row * weight.n,
+              .c_stride = weight.n,
+              .bias = data(bias)});
   });
   return projected;
 }
@@ -238,7 +244,7 @@ Tensor project(const EngineSide& side, const Tensor& x, const Packed& weight, co
 // Xk', packed: [B, Ek x Lk].
 Tensor transpose_keys(const EngineWeights& w, const EngineSide& side, const Tensor& key) {
   const auto size = kernels().packed_size(w.Ek, side.Lk);
-  const auto keys = at::empty({side.B, size}, w.query.data.options());
+  const auto keys = at::empty({side.B, size}, key.options());
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
     pack_transposed(data(key) + (b * side.Lk + first) * w.Ek, w.Ek, w.Ek, n, keys, b * size + first * w.Ek);
   });
@@ -257,11 +263,22 @@ void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
   each(side.B * w.H, [&](int64_t i) {
     const auto b = i / w.H, h = i % w.H, n = side.lengths[static_cast<size_t>(b)], first = b * columns + h * n;
     const auto* x = data(projected) + b * side.Lk * features + (by_product ? 0 : h * w.G / w.H * w.d);
-    multiply({.m = n, .n = w.Eq, .k = terms, .a = x, .a_stride = features,
-                 .b = by_product ? packed(w.logits_product_of_heads, h) : packed(w.query_fold).from_row(h * w.d),
-                 .c = mutable_data(rows) + first * w.Eq, .c_stride = w.Eq});
-    multiply_transposed({.m = 1, .n = n, .k = terms, .a = data(bias) + h * terms, .a_stride = terms, .b = {x, nullptr, features, 0},
-                            .c = mutable_data(side.key_bias) + first, .c_stride = n});
+    multiply({.m = n,
+              .n = w.Eq,
+              .k = terms,
+              .a = x,
+              .a_stride = features,
+              .b = by_product ? packed(w.logits_product_of_heads, h) : packed(w.query_fold).from_row(h * w.d),
+              .c = mutable_data(rows) + first * w.Eq,
+              .c_stride = w.Eq});
+    multiply_transposed({.m = 1,
+                         .n = n,
+                         .k = terms,
+                         .a = data(bias) + h * terms,
+                         .a_stride = terms,
+                         .b = {x, nullptr, features, 0},
+                         .c = mutable_data(side.key_bias) + first,
+                         .c_stride = n});
   });
   const auto size = run.packed_size(w.Eq, columns);
   side.keys = at::empty({side.B, size}, w.query.data.options());
@@ -290,14 +307,14 @@ Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor&
       auto* c = mutable_data(values) + b * size + (panel * rows + h * n) * run.panel;
       const auto columns = std::min(run.panel, w.Eo - panel * run.panel);
       multiply({.m = n,
-                   .n = columns,
-                   .k = by_product ? w.Ev : w.e,
-                   .a = by_product ? a : a + h * w.G / w.H * w.e,
-                   .a_stride = features,
-                   .b = weight.from_panel(panel),
-                   .c = c,
-                   .c_stride = run.panel,
-                   .bias = by_product ? data(w.values_product_bias) + h * w.Eo + panel * run.panel : nullptr});
+                .n = columns,
+                .k = by_product ? w.Ev : w.e,
+                .a = by_product ? a : a + h * w.G / w.H * w.e,
+                .a_stride = features,
+                .b = weight.from_panel(panel),
+                .c = c,
+                .c_stride = run.panel,
+                .bias = by_product ? data(w.values_product_bias) + h * w.Eo + panel * run.panel : nullptr});
       for (int64_t row = 0; columns < run.panel && row < n; ++row) {
         std::fill(c + row * run.panel + columns, c + (row + 1) * run.panel, 0.0f);
       }
@@ -424,37 +441,37 @@ class Attend {
     auto* rows = scratch.take(n * stride);
     if (order == Order::prefold) {
       team.multiply({.m = n,
-                    .n = stride,
-                    .k = w.Eq,
-                    .a = query,
-                    .a_stride = w.Eq,
-                    .b = packed(w.logits_product),
-                    .c = rows,
-                    .c_stride = stride,
-                    .bias = data(w.logits_product_bias)});
+                     .n = stride,
+                     .k = w.Eq,
+                     .a = query,
+                     .a_stride = w.Eq,
+                     .b = packed(w.logits_product),
+                     .c = rows,
+                     .c_stride = stride,
+                     .bias = data(w.logits_product_bias)});
       return rows;
     }
     const auto inner = w.H * w.d;
     auto* projected = order == Order::standard ? rows : scratch.take(n * inner);
     team.multiply({.m = n,
-                  .n = inner,
-                  .k = w.Eq,
-                  .a = query,
-                  .a_stride = w.Eq,
-                  .b = packed(w.query),
-                  .c = projected,
-                  .c_stride = inner,
-                  .bias = data(w.query_bias)});
+                   .n = inner,
+                   .k = w.Eq,
+                   .a = query,
+                   .a_stride = w.Eq,
+                   .b = packed(w.query),
+                   .c = projected,
+                   .c_stride = inner,
+                   .bias = data(w.query_bias)});
     if (order == Order::standard) return rows;
     team.each(w.H, [&](int64_t h) {
       multiply({.m = n,
-                         .n = w.Ek,
-                         .k = w.d,
-                         .a = projected + h * w.d,
-                         .a_stride = inner,
-                         .b = packed(w.key_fold).from_row(h * w.G / w.H * w.d),
-                         .c = rows + h * w.Ek,
-                         .c_stride = stride});
+                .n = w.Ek,
+                .k = w.d,
+                .a = projected + h * w.d,
+                .a_stride = inner,
+                .b = packed(w.key_fold).from_row(h * w.G / w.H * w.d),
+                .c = rows + h * w.Ek,
+                .c_stride = stride});
     });
     return rows;
   }
@@ -511,26 +528,26 @@ class Attend {
   void meet_head(const Segment& s, int64_t h, float* logits, int64_t stride) const {
     const auto g = h * w_.G / w_.H, size = kernels().packed_size(w_.d, side_.Lk);
     multiply({.m = s.n,
-                       .n = s.keys,
-                       .k = w_.d,
-                       .a = s.rows + h * w_.d,
-                       .a_stride = s.stride,
-                       .b = packed(side_.keys, (s.b * w_.G + g) * size, w_.d),
-                       .c = logits,
-                       .c_stride = stride});
+              .n = s.keys,
+              .k = w_.d,
+              .a = s.rows + h * w_.d,
+              .a_stride = s.stride,
+              .b = packed(side_.keys, (s.b * w_.G + g) * size, w_.d),
+              .c = logits,
+              .c_stride = stride});
   }
 
   void mix_head(const Segment& s, int64_t h, const float* weights, int64_t stride) const {
     const auto inner = w_.G * w_.e;
     const auto first = s.b * side_.Lk * inner + h * w_.G / w_.H * w_.e;
     multiply({.m = s.n,
-                       .n = w_.e,
-                       .k = s.keys,
-                       .a = weights,
-                       .a_stride = stride,
-                       .b = plain_rows(side_.values, first, inner),
-                       .c = s.mixed + h * w_.e,
-                       .c_stride = w_.H * w_.e});
+              .n = w_.e,
+              .k = s.keys,
+              .a = weights,
+              .a_stride = stride,
+              .b = plain_rows(side_.values, first, inner),
+              .c = s.mixed + h * w_.e,
+              .c_stride = w_.H * w_.e});
   }
 
   // logits [n, H, keys]
@@ -543,29 +560,35 @@ class Attend {
     const auto first = s.b * side_.keys.stride(0);
     if (side_.keys_are_rows) {
       return team.parts(s.keys, [&](int64_t begin, int64_t end) {
-        multiply_transposed({.m = s.n * w.H, .n = end - begin, .k = w.Ek, .a = s.rows, .a_stride = w.Ek,
-                                      .b = right(side_.keys, first + begin * w.Ek, w.Ek, 0), .c = logits + begin, .c_stride = s.keys});
+        multiply_transposed({.m = s.n * w.H,
+                             .n = end - begin,
+                             .k = w.Ek,
+                             .a = s.rows,
+                             .a_stride = w.Ek,
+                             .b = right(side_.keys, first + begin * w.Ek, w.Ek, 0),
+                             .c = logits + begin,
+                             .c_stride = s.keys});
       });
     }
     if (is_raw(order)) {
       return team.multiply({.m = s.n * w.H,
-                           .n = s.keys,
-                           .k = w.Ek,
-                           .a = s.rows,
-                           .a_stride = w.Ek,
-                           .b = packed(side_.keys, first, w.Ek),
-                           .c = logits,
-                           .c_stride = s.keys});
+                            .n = s.keys,
+                            .k = w.Ek,
+                            .a = s.rows,
+                            .a_stride = w.Ek,
+                            .b = packed(side_.keys, first, w.Ek),
+                            .c = logits,
+                            .c_stride = s.keys});
     }
     team.multiply({.m = s.n,
-                  .n = w.H * s.keys,
-                  .k = w.Eq,
-                  .a = s.rows,
-                  .a_stride = s.stride,
-                  .b = packed(side_.keys, first, w.Eq),
-                  .c = logits,
-                  .c_stride = w.H * s.keys,
-                  .bias = data(side_.key_bias) + s.b * w.H * side_.Lk});
+                   .n = w.H * s.keys,
+                   .k = w.Eq,
+                   .a = s.rows,
+                   .a_stride = s.stride,
+                   .b = packed(side_.keys, first, w.Eq),
+                   .c = logits,
+                   .c_stride = w.H * s.keys,
+                   .bias = data(side_.key_bias) + s.b * w.H * side_.Lk});
   }
 
   // Rows [begin, end) of logits [n * H, keys].
@@ -594,24 +617,24 @@ class Attend {
     }
     if (is_raw(order)) {
       return team.multiply({.m = s.n * w.H,
-                           .n = w.Ev,
-                           .k = s.keys,
-                           .a = weights,
-                           .a_stride = s.keys,
-                           .b = plain_rows(side_.values, s.b * side_.Lk * w.Ev, w.Ev),
-                           .c = s.mixed,
-                           .c_stride = w.Ev});
+                            .n = w.Ev,
+                            .k = s.keys,
+                            .a = weights,
+                            .a_stride = s.keys,
+                            .b = plain_rows(side_.values, s.b * side_.Lk * w.Ev, w.Ev),
+                            .c = s.mixed,
+                            .c_stride = w.Ev});
     }
     const auto rows = w.H * s.keys;
     team.multiply({.m = s.n,
-                  .n = w.Eo,
-                  .k = rows,
-                  .a = weights,
-                  .a_stride = rows,
-                  .b = packed(side_.values, s.b * side_.values.size(1), rows),
-                  .c = s.mixed,
-                  .c_stride = w.Eo,
-                  .bias = data(w.output_bias)});
+                   .n = w.Eo,
+                   .k = rows,
+                   .a = weights,
+                   .a_stride = rows,
+                   .b = packed(side_.values, s.b * side_.values.size(1), rows),
+                   .c = s.mixed,
+                   .c_stride = w.Eo,
+                   .bias = data(w.output_bias)});
   }
 
   // From what the weights mixed to the output.
@@ -623,14 +646,14 @@ class Attend {
     if (order == Order::prefold) {
       const auto inner = w.H * w.Ev;
       team.multiply({.m = n,
-                    .n = w.Eo,
-                    .k = inner,
-                    .a = mixed,
-                    .a_stride = inner,
-                    .b = packed(w.values_product),
-                    .c = output,
-                    .c_stride = w.Eo,
-                    .bias = bias});
+                     .n = w.Eo,
+                     .k = inner,
+                     .a = mixed,
+                     .a_stride = inner,
+                     .b = packed(w.values_product),
+                     .c = output,
+                     .c_stride = w.Eo,
+                     .bias = bias});
       if (log_sum_exp) add_bias(log_sum_exp, n, data(w.values_product_bias), w.Eo, output, 0);
       return;
     }
@@ -640,25 +663,25 @@ class Attend {
       mixed = scratch.take(n * inner);
       team.each(w.H, [&](int64_t h) {
         multiply({.m = n,
-                           .n = w.e,
-                           .k = w.Ev,
-                           .a = raw + h * w.Ev,
-                           .a_stride = w.H * w.Ev,
-                           .b = packed(w.value_fold, h * w.G / w.H),
-                           .c = mixed + h * w.e,
-                           .c_stride = inner});
+                  .n = w.e,
+                  .k = w.Ev,
+                  .a = raw + h * w.Ev,
+                  .a_stride = w.H * w.Ev,
+                  .b = packed(w.value_fold, h * w.G / w.H),
+                  .c = mixed + h * w.e,
+                  .c_stride = inner});
       });
       if (log_sum_exp) add_bias(log_sum_exp, n, data(w.value_bias), w.e, mixed, w.e);
     }
     team.multiply({.m = n,
-                  .n = w.Eo,
-                  .k = inner,
-                  .a = mixed,
-                  .a_stride = inner,
-                  .b = packed(w.output),
-                  .c = output,
-                  .c_stride = w.Eo,
-                  .bias = bias});
+                   .n = w.Eo,
+                   .k = inner,
+                   .a = mixed,
+                   .a_stride = inner,
+                   .b = packed(w.output),
+                   .c = output,
+                   .c_stride = w.Eo,
+                   .bias = bias});
   }
 
   // To each row, the bias of every head that has a key there: at `step` from the head before, or all in one place.
@@ -760,8 +783,11 @@ EngineWeights::EngineWeights(const LayerWeights& l, const Products& products, at
   }
 }
 
-EngineSide make_side(
-    const Orders& orders, const EngineWeights& w, const Tensor& key, const Tensor& value, std::vector<int64_t> lengths,
+EngineSide make_side(const Orders& orders,
+                     const EngineWeights& w,
+                     const Tensor& key,
+                     const Tensor& value,
+                     std::vector<int64_t> lengths,
                      int64_t query_rows) {
   EngineSide side;
   side.orders = orders;
@@ -795,25 +821,25 @@ Tensor fold_query(const Orders& orders, const EngineWeights& w, const Tensor& qu
   if (is_folded(orders.logits)) return Xq;
   const auto projected = at::empty({n, inner}, query.options());
   multiply({.m = n,
-                     .n = inner,
-                     .k = w.Eq,
-                     .a = data(Xq),
-                     .a_stride = w.Eq,
-                     .b = packed(w.query),
-                     .c = mutable_data(projected),
-                     .c_stride = inner,
-                     .bias = data(w.query_bias)});
+            .n = inner,
+            .k = w.Eq,
+            .a = data(Xq),
+            .a_stride = w.Eq,
+            .b = packed(w.query),
+            .c = mutable_data(projected),
+            .c_stride = inner,
+            .bias = data(w.query_bias)});
   if (orders.logits == Order::standard) return projected;
   const auto folded = at::empty({n, width}, query.options());
   for (int64_t h = 0; h < w.H; ++h) {
     multiply({.m = n,
-                       .n = w.Ek,
-                       .k = w.d,
-                       .a = data(projected) + h * w.d,
-                       .a_stride = inner,
-                       .b = packed(w.key_fold).from_row(h * w.G / w.H * w.d),
-                       .c = mutable_data(folded) + h * w.Ek,
-                       .c_stride = width});
+              .n = w.Ek,
+              .k = w.d,
+              .a = data(projected) + h * w.d,
+              .a_stride = inner,
+              .b = packed(w.key_fold).from_row(h * w.G / w.H * w.d),
+              .c = mutable_data(folded) + h * w.Ek,
+              .c_stride = width});
   }
   return folded;
 }

@@ -99,7 +99,11 @@ struct Frozen::State {
   detail::EngineCall call(const Orders& orders, const Tensor& given, const Mask& mask) const {
     const auto& folded = folded_query[static_cast<size_t>(orders.logits)];
     const auto& o = module->options;
-    return {.query = given, .folded_query = folded, .mask = mask, .weights = o.attention_weights(), .weight_heads = o.weight_heads()};
+    return {.query = given,
+            .folded_query = folded,
+            .mask = mask,
+            .weights = o.attention_weights(),
+            .weight_heads = o.weight_heads()};
   }
 
   Orders choose(const PlanRequest& request) const { return plan.pinned ? plan.orders : make_plan(request).orders; }
@@ -229,7 +233,8 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& options) {
   if (options.storage) {
     check_value(*options.storage == at::kFloat || *options.storage == at::kBFloat16, kCaller,
                 "storage must be float32 or bfloat16, but is {}.", c10::getDtypeNames(*options.storage).first);
-    check_value(kernels, kCaller, "storage must be left out where the kernels do not run, but is given: they need float32 on the "
+    check_value(kernels, kCaller,
+                "storage must be left out where the kernels do not run, but is given: they need float32 on the "
                 "CPU, no query/key norm and no bias_kv.");
   }
   auto exact = in_double(weights);

@@ -394,6 +394,37 @@ TEST_F(CliTest, ConvertRefusesToOverwriteItsInputAndLeavesNothingBehind) {
   EXPECT_FALSE(std::filesystem::exists(dir.file("z.pt")));
 }
 
+// ---- explain -----------------------------------------------------------------------------------------------------------------
+
+TEST_F(CliTest, ExplainSaysWhatEveryOrderCostsAndWhy) {
+  const auto text = xattn("explain 1,12,1,1500,768,768,768 --threads 1");
+  EXPECT_EQ(text.status, 0) << text.err;
+  EXPECT_NE(text.out.find("fold_into_query"), std::string::npos) << text.out;
+  const auto json = nlohmann::json::parse(xattn("explain 1,12,1,1500,768,768,768 --qk-norm --threads 1 --json").out);
+  EXPECT_EQ(json["chosen"]["logits"], "standard");
+  EXPECT_EQ(json["chosen"]["values"], "fold_into_query");
+  EXPECT_EQ(json["logits"].size(), 5);
+  EXPECT_TRUE(json["logits"][0]["illegal"].is_null());
+  EXPECT_EQ(json["logits"][1]["illegal"], "a norm of the key stands behind Wk");
+  EXPECT_LT(json["chosen"]["operations"], json["standard"]["operations"]);
+}
+
+TEST_F(CliTest, ExplainAnswersForEveryLayerOfTheBenchmark) {
+  std::istringstream rows(test::read_bytes(XATTN_SOURCE_DIR "/src/bench/shapes.csv"));
+  int count = 0;
+  for (std::string row; std::getline(rows, row);) {
+    if (row.empty() || row.front() == '#' || row.starts_with("name;")) continue;
+    const auto name = row.substr(0, row.find(';'));
+    const auto result = xattn("explain --frozen --threads 1 --shape '" + name + "'");
+    EXPECT_EQ(result.status, 0) << name << ": " << result.err;
+    ++count;
+  }
+  EXPECT_GT(count, 50);
+  EXPECT_EQ(error(2, "explain"), "expected either sizes or --shape, but none came");
+  EXPECT_EQ(error(2, "explain 1,3,1,1,8,8,8"), "SIZES: INNER_QK and INNER_V must be multiples of H, but are 8 and 8 for 3");
+  EXPECT_NE(error(2, "explain --shape nothing").find("must name one row of reference example"), std::string::npos);
+}
+
 // ---- usage -------------------------------------------------------------------------------------------------------------------
 
 TEST_F(CliTest, WrongUsageIsOneLineAndStatusTwo) {
@@ -407,7 +438,7 @@ TEST_F(CliTest, WrongUsageIsOneLineAndStatusTwo) {
 }
 
 TEST_F(CliTest, EveryHelpShowsAnExample) {
-  for (const std::string command : {"", "inspect ", "run ", "verify ", "convert "}) {
+  for (const std::string command : {"", "inspect ", "run ", "verify ", "convert ", "explain "}) {
     const auto result = xattn(command + "--help");
     EXPECT_EQ(result.status, 0);
     EXPECT_NE(result.out.find("Example: xattn " + (command.empty() ? "inspect " : command)), std::string::npos) << result.out;

@@ -4,6 +4,7 @@
 #include <torch/torch.h>
 #include <xattn/xattn.h>
 
+#include <cmath>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -78,6 +79,30 @@ TEST(ReadmeTest, Context) {
   auto [output, none] = to_text->attend(image, context);                           // as often as you like; differentiable
   EXPECT_EQ(output.sizes(), image.sizes());
   EXPECT_FALSE(none.defined());
+}
+
+TEST(ReadmeTest, Frozen) {
+  auto text = torch::randn({2, 77, 768});
+  auto lengths = torch::tensor({12, 77});
+  const std::vector<torch::Tensor> steps(3, torch::randn({2, 10, 320}));
+  std::vector<torch::Tensor> outputs;
+  xattn::CrossAttention to_text(xattn::CrossAttentionOptions(320, 768, 768, 320).num_heads(8));
+  auto frozen = to_text->freeze();
+  auto prepared = frozen.context(text, text, xattn::Mask::lengths(lengths, 77), {.expected_queries = 50 * 4096});  // 50 steps
+  for (const auto& step : steps) outputs.push_back(std::get<0>(frozen.attend(step, prepared)));
+  EXPECT_EQ(outputs.size(), 3);
+  const auto given = std::get<0>(to_text->forward(steps[0], text, text, xattn::Mask::lengths(lengths, 77)));
+  EXPECT_TRUE(outputs[2].allclose(given, 1e-4, 1e-5));
+}
+
+TEST(ReadmeTest, EqualKeys) {
+  xattn::CrossAttention attention(16, 16, 16, 16);
+  auto query = torch::randn({2, 3, 16}), key = torch::randn({2, 10, 16}), pad = torch::randn({2, 1, 16});
+  auto all = torch::cat({key, pad.expand({-1, 40, -1})}, 1);  // 40 equal keys behind 10 others
+  auto merged = torch::cat({key, pad}, 1);                    // one that stands for them
+  auto bias = torch::cat({torch::zeros({10}), torch::tensor({std::log(40.0f)})}).view({1, 1, 11});
+  auto output = std::get<0>(attention->forward(query, merged, merged, xattn::Mask::bias(bias)));  // as with all
+  EXPECT_TRUE(output.allclose(std::get<0>(attention->forward(query, all, all)), 1e-4, 1e-5));
 }
 
 struct CaptionerImpl : torch::nn::Module {

@@ -146,7 +146,9 @@ int main(int argc, char** argv) {
   program.add_option("--shape", arguments.names, "A row by its name, or all with this in their names; repeatable")
       ->allow_extra_args(false);
   program.add_option("--threads", arguments.threads, "Numbers of threads; 1 and 2 if not given")->check(CLI::Range(1, 1024));
-  program.add_option("--weights", arguments.weights, "Which attention weights are returned; maps only of rows where someone wants them")
+  program
+      .add_option("--weights", arguments.weights,
+                  "Which attention weights are returned; maps only of rows where someone wants them")
       ->check(CLI::IsMember({"none", "mean", "per-head"}))
       ->capture_default_str();
   program.add_option("--device", arguments.device, "cpu, in float32, or cuda or cuda:N, in bfloat16")

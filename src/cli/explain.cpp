@@ -54,8 +54,8 @@ PlanRequest request_of(const std::vector<int64_t>& sizes) {
   const auto inner_qk = sizes[6], inner_v = sizes.size() > 7 ? sizes[7] : inner_qk;
   r.Eo = sizes.size() > 8 ? sizes[8] : inner_v;
   if (r.H < 1 || inner_qk % r.H != 0 || inner_v % r.H != 0) {
-    throw CLI::ValidationError("SIZES", fmt::format("INNER_QK and INNER_V must be multiples of H, but are {} and {} for {}",
-                                                    inner_qk, inner_v, r.H));
+    throw CLI::ValidationError(
+        "SIZES", fmt::format("INNER_QK and INNER_V must be multiples of H, but are {} and {} for {}", inner_qk, inner_v, r.H));
   }
   r.d = inner_qk / r.H, r.e = inner_v / r.H;
   return r;
@@ -74,8 +74,8 @@ PlanRequest request_of(const Arguments& arguments) {
     std::vector<std::string> names;
     for (const auto& row : rows.empty() ? shapes::all() : rows) names.push_back(row.name);
     if (rows.size() != 1) {
-      throw CLI::ValidationError("--shape", fmt::format("must name one row of {}, but is '{}'", fmt::join(names, "; "),
-                                                        arguments.shape));
+      throw CLI::ValidationError("--shape",
+                                 fmt::format("must name one row of {}, but is '{}'", fmt::join(names, "; "), arguments.shape));
     }
     request = request_of(rows.front());
   }
@@ -103,11 +103,12 @@ void print_json(const PlanRequest& request) {
   nlohmann::ordered_json json;
   const auto add = [&json](const char* name, const auto& costs) {
     for (const auto& cost : costs) {
-      json[name].push_back({{"order", name_of(cost.order)},
-                            {"operations", cost.operations},
-                            {"bytes", cost.bytes},
-                            {"seconds", cost.seconds},
-                            {"illegal", cost.illegal.empty() ? nlohmann::ordered_json() : nlohmann::ordered_json(cost.illegal)}});
+      json[name].push_back(
+          {{"order", name_of(cost.order)},
+           {"operations", cost.operations},
+           {"bytes", cost.bytes},
+           {"seconds", cost.seconds},
+           {"illegal", cost.illegal.empty() ? nlohmann::ordered_json() : nlohmann::ordered_json(cost.illegal)}});
     }
   };
   add("logits", plan.logits);
@@ -122,15 +123,18 @@ void print_json(const PlanRequest& request) {
 
 void add_explain(CLI::App& program) {
   auto arguments = std::make_shared<Arguments>();
-  auto* command = program.add_subcommand("explain", "Says in which order a layer would multiply, what every order costs, and why.");
+  auto* command =
+      program.add_subcommand("explain", "Says in which order a layer would multiply, what every order costs, and why.");
   command->footer(kFooter);
   command->add_option("SIZES", arguments->sizes, "B,H,Lq,Lk,Eq,Ek,INNER_QK[,INNER_V[,EO]]: see attention.h for the symbols")
       ->delimiter(',')
       ->expected(7, 9);
-  command->add_option("--shape", arguments->shape, "a layer of a real model, by its name in src/bench/shapes.csv, or a part of it");
+  command->add_option("--shape", arguments->shape,
+                      "a layer of a real model, by its name in src/bench/shapes.csv, or a part of it");
   command->add_option("--kv-heads", arguments->kv_heads, "key/value heads (H)")->check(CLI::PositiveNumber);
   command->add_flag("--qk-norm", arguments->qk_norm, "projected queries and keys are normalised");
-  command->add_flag("--frozen", arguments->frozen, "of a frozen module: products of weights are made ahead, our own kernels run");
+  command->add_flag("--frozen", arguments->frozen,
+                    "of a frozen module: products of weights are made ahead, our own kernels run");
   command->add_option("--reuse", arguments->reuse, "query rows that the context serves in all, over every call")
       ->check(CLI::PositiveNumber);
   command->add_option("--threads", arguments->threads, "threads (those that LibTorch would take)")->check(CLI::PositiveNumber);

@@ -30,6 +30,7 @@ int main(int argc, char** argv) {
 
   return program::run(app, argc, argv, [&app] {
     // CLI11's own check would come first, and hide a misspelt name.
-    if (app.get_subcommands().empty()) throw CLI::ValidationError("expected inspect, run, verify, convert or explain, but none came");
+    if (app.get_subcommands().empty())
+      throw CLI::ValidationError("expected inspect, run, verify, convert or explain, but none came");
   });
 }
