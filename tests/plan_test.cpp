@@ -180,17 +180,15 @@ TEST(LegalityTest, AProductThatIsLargerThanBothWeightsIsNotMadeAndCannotBeChosen
 
 // ---- Rates, text, errors ---------------------------------------------------------------------------------------------------
 
-TEST(RatesTest, MeasuredRatesArePlausibleAndServeAPlan) {
-  const auto rates = Rates::measure();
-  EXPECT_GT(rates.flops, 1e8);
-  EXPECT_LT(rates.flops, 1e14);
-  EXPECT_GT(rates.memory, 1e8);
-  EXPECT_GT(rates.softmax, 1e6);
-  EXPECT_GT(rates.fused, 1e7);
-  EXPECT_GE(rates.half_rows, 0);
+TEST(RatesTest, MeasuredRatesServeAPlan) {
   auto r = request(1, 12, 1, 1500, 768, 768, 768);
-  r.rates = rates;
-  EXPECT_EQ(make_plan(r).orders, (Orders{Order::fold_into_query, Order::fold_into_query}));
+  r.rates = Rates::measure();  // whatever else the machine does meanwhile
+  for (const auto rate : {r.rates.flops, r.rates.memory, r.rates.cache, r.rates.softmax, r.rates.fused}) {
+    EXPECT_TRUE(std::isfinite(rate) && rate > 0) << rate;
+  }
+  const auto plan = make_plan(r);
+  EXPECT_GT(plan.seconds, 0);
+  EXPECT_LE(plan.seconds, cost_of({}, r).seconds);
 }
 
 TEST(ExplainTest, NamesEveryOrderItsCostAndTheReason) {
