@@ -13,7 +13,6 @@ results.json: {date, machine, versions, peaks: {threads: 1e9 operations a second
 """
 
 import argparse
-import csv
 import datetime
 import json
 import math
@@ -21,16 +20,13 @@ import re
 import statistics
 from pathlib import Path
 
+from peers.layer import read_shapes
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "src" / "bench"
 OURS = ["libtorch, frozen", "libtorch, module", "libtorch, folded"]
 NAMES = {"libtorch, eager": "LibTorch, eager", "libtorch, sdpa": "LibTorch, SDPA", "libtorch, mha": "LibTorch, MultiheadAttention",
          "pytorch": "PyTorch", "compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "cuda": "PyTorch"}
-
-
-def read_shapes():
-    with (BENCH / "shapes.csv").open() as file:
-        return list(csv.DictReader((line for line in file if not line.startswith("#")), delimiter=";"))
 
 
 def rounded(x):

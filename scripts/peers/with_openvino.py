@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer in OpenVINO: its ONNX graph, and a model of OpenVINO's own operations."""
+
+import tempfile
+
+import numpy
+import openvino as ov
+from openvino import opset13 as ops
+
+from .layer import Absent
+from .with_onnx import numpy_context, onnx_model, write_model
+
+
+def candidates_openvino(layer, wanted, threads):
+    if layer.timed == "backward":
+        raise Absent("it has no gradients")
+
+    def sdpa_model():
+        if wanted != "none":
+            raise Absent("it returns no weights")
+        if layer.G != layer.H or layer.norm != "-":
+            raise Absent("left to the plain graph")
+        constant = lambda array: ops.constant(numpy.ascontiguousarray(array))
+        ints = lambda *sizes: ops.constant(numpy.array(sizes, numpy.int64))
+        parameters, feeds = [], []
+
+        def given(array):
+            parameters.append(ops.parameter(array.shape, numpy.float32))
+            feeds.append(array)
+            return parameters[-1]
+
+        linear = lambda x, name: ops.add(ops.matmul(x, constant(getattr(layer, "w" + name)), False, True), constant(getattr(layer, "b" + name)))
+        split = lambda x, n: ops.transpose(ops.reshape(x, ints(0, 0, n, -1), True), ints(0, 2, 1, 3))
+        q = split(linear(constant(layer.query) if layer.learned else given(layer.query), "q"), layer.H)
+        if layer.learned and layer.B > 1:
+            q = ops.broadcast(q, ints(layer.B, layer.H, layer.Lq, layer.d))
+        if layer.timed == "attend":
+            k, v = (given(x) for x in numpy_context(layer))
+        else:
+            key = given(layer.key)
+            value = key if layer.one_context else given(layer.value)
+            k, v = split(linear(key, "k"), layer.G), split(linear(value, "v"), layer.G)
+        mask = [constant(numpy.maximum(layer.bias, -1e30))] if layer.bias is not None else []
+        mixed = ops.scaled_dot_product_attention(q, k, v, *mask)
+        merged = ops.reshape(ops.transpose(mixed, ints(0, 2, 1, 3)), ints(0, 0, -1), True)
+        return ov.Model([linear(merged, "o")], parameters), feeds
+
+    def make(fused):
+        core = ov.Core()
+        with tempfile.TemporaryDirectory() as folder:
+            if fused:
+                model, feeds = sdpa_model()
+            else:
+                graph, named, _ = onnx_model(layer, wanted, False)
+                model = core.read_model(write_model(graph, folder))
+                feeds = [named[x.any_name] for x in model.inputs]
+            compiled = core.compile_model(model, "CPU", {
+                "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1,
+                "INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY", "ENABLE_CPU_PINNING": False})
+        request = compiled.create_infer_request()
+        for i, array in enumerate(feeds):
+            request.set_input_tensor(i, ov.Tensor(array, shared_memory=True))
+        results = [ov.Tensor(numpy.zeros(list(x.shape), numpy.float32), shared_memory=True) for x in compiled.outputs]
+        for i, tensor in enumerate(results):
+            request.set_output_tensor(i, tensor)
+        call = lambda: request.infer(share_inputs=True, share_outputs=True)
+        call.results = lambda: [x.data for x in results]
+        call.kept = feeds
+        return call
+
+    return {"plain graph": lambda: make(False), "ScaledDotProductAttention": lambda: make(True)}
