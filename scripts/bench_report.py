@@ -221,7 +221,7 @@ def plot_ratios(store, shapes):
     """The ratio to the fastest peer, row by row, with its spread and the line at 1."""
     threads = sorted(store["peaks"], key=int)
     rows = [s for s in shapes if store["rows"].get(s["name"], {}).get("none")]
-    figure, axes = new_figure(11, 1 + 0.2 * len(rows), ncols=len(threads), sharey=True, squeeze=False)
+    figure, axes = new_figure(11, 1 + 0.2 * len(rows), ncols=len(threads), sharex=True, sharey=True, squeeze=False)
     kinds = [("libtorch, frozen", "frozen", "o", "#1b6ca8"), ("libtorch, module", "module", "s", "#888888"),
              ("libtorch, folded", "by hand", "x", "#d1802b")]
     for axis, t in zip(axes[0], threads):
@@ -239,6 +239,7 @@ def plot_ratios(store, shapes):
             axis.errorbar(values, places, xerr=bars, fmt=marker, markersize=4, color=colour, label=text, elinewidth=1, zorder=3 if bars else 2)
         axis.axvline(1, color="black", linewidth=1)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(axis="x", which="major", alpha=0.4)
         axis.set_title(f"{t} thread{'s' * (t != '1')}")
         axis.set_xlabel("times faster than the fastest other runtime")
@@ -257,7 +258,7 @@ def plot_crossover(store):
     from matplotlib.colors import ListedColormap
 
     threads = sorted(store["crossover"], key=int)
-    figure, axes = new_figure(5 * len(threads), 4.6, ncols=len(threads), squeeze=False)
+    figure, axes = new_figure(5.2 * len(threads), 5, ncols=len(threads), squeeze=False)
     colours = ["#d9d9d9", "#7fb3d5", "#f0b27a"]
     for axis, t in zip(axes[0], threads):
         cells = store["crossover"][t]
@@ -288,8 +289,9 @@ def plot_crossover(store):
         axis.set_title(f"{t} thread{'s' * (t != '1')}; the plan loses {100 * grids['lost'].clip(0).mean():.1f} % in the mean")
     handles = [axes[0][0].plot([], [], "s", color=c)[0] for c in colours]
     handles += [axes[0][0].plot([], [], "k" + style)[0] for style in ("-", ":")]
-    texts = ["standard is fastest", "folded into the query", "folded into the context", "predicted border, logits", "values"]
-    figure.legend(handles, texts, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    texts = ["fastest: standard", "fastest: folded into the query", "fastest: folded into the context", "the plan's border, logits",
+             "the plan's border, values"]
+    figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     save(figure, "crossover.svg")
 
 
