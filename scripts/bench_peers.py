@@ -115,7 +115,10 @@ def main():
             for name in arguments.shape:
                 command += ["--shape", name]
             environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-            part = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout.splitlines()[-1])
+            process = subprocess.run(command, stdout=subprocess.PIPE, env=environment)
+            if process.returncode != 0:
+                sys.exit(process.returncode)  # it has said why
+            part = json.loads(process.stdout.splitlines()[-1])
             merged["versions"] |= part["versions"]
             merged["results"] += part["results"]
             merged["skipped"] += part["skipped"]
