@@ -8,7 +8,8 @@ Prints one object of JSON, as `xattn_bench --json` does. Each candidate is compa
 of one runtime are timed by turns.
 
     pytorch       eager; sdpa; mha: nn.MultiheadAttention, the sequence first or the batch first
-    compile       torch.compile of eager and of sdpa: freezing, packed weights, linears of one input made one; with a C++ wrapper too
+    compile       torch.compile of sdpa, or of eager where weights are wanted: freezing, packed weights, linears of one input made
+                  one, C++ wrapper, max-autotune, lengths that may change or not
     onnxruntime   the plain graph, and the MultiHeadAttention operator: all graph optimizations, inputs and outputs bound
     openvino      the plain graph, and its ScaledDotProductAttention: latency hint, float32, inputs and outputs bound
     cuda          eager; sdpa with each backend; torch.compile with max-autotune and CUDA graphs: bfloat16

@@ -186,7 +186,6 @@ def mha_call(layer, wanted, batch_first):
 
 
 def candidates_pytorch(layer, wanted, threads):
-
     calls = torch_calls(layer, wanted)
     calls["mha, sequence first"] = lambda: mha_call(layer, wanted, False)
     calls["mha, batch first"] = lambda: mha_call(layer, wanted, True)
@@ -194,22 +193,21 @@ def candidates_pytorch(layer, wanted, threads):
 
 
 def candidates_compile(layer, wanted, threads):
-
+    torch._dynamo.reset()
     train = layer.timed == "backward"
     config.freezing = not train
     config.cpp.enable_concat_linear = True
     config.cpp.threads = threads
-    # Where lengths may change, linears with frozen weights are oneDNN's, otherwise MKL's. max_autotune chose nothing else than these.
-    settings = [("sdpa", "", False, {}), ("sdpa", ", dynamic", True, {}), ("sdpa", ", dynamic, C++ wrapper", True, {"cpp_wrapper": True}),
-                ("eager", ", dynamic", True, {})]
+    wrapped = {"cpp_wrapper": True}
+    tuned = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+    # Where lengths may change, linears with frozen weights are oneDNN's, otherwise MKL's; autotuning has kernels of its own besides.
+    settings = {"dynamic, C++ wrapper": (True, wrapped), "max-autotune, C++ wrapper": (False, wrapped | tuned),
+                "dynamic, max-autotune": (True, tuned)}
     if train:
-        settings = [("sdpa", "", False, {}), ("eager", "", False, {})]
-    if wanted != "none":
-        settings = [("eager", ", dynamic", True, {})]
+        settings = {"": (False, {})}
 
     def transform(dynamic, options):
         def apply(module, inputs):
-            torch._dynamo.reset()
             for tensor in inputs:
                 axis = 2 if tensor.dim() == 4 else 1  # of the length
                 if dynamic and tensor.shape[axis] > 1:
@@ -217,12 +215,14 @@ def candidates_compile(layer, wanted, threads):
             return torch.compile(module, fullgraph=True, options=options)
         return apply
 
-    return {name + ending: torch_calls(layer, wanted, transform(*setting))[name] for name, ending, *setting in settings}
+    name = "sdpa" if wanted == "none" else "eager"
+    return {f"{name}, {text}".rstrip(", "): torch_calls(layer, wanted, transform(*setting))[name] for text, setting in settings.items()}
 
 
 def candidates_cuda(layer, wanted, threads):
+    torch._dynamo.reset()
+
     def compiled(module, inputs):
-        torch._dynamo.reset()
         return torch.compile(module, fullgraph=True, dynamic=False, mode="max-autotune")
 
     def with_backend(backend):
