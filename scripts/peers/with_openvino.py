@@ -56,7 +56,7 @@ def candidates_openvino(layer, wanted, threads):
                 feeds = [named[x.any_name] for x in model.inputs]
             compiled = core.compile_model(model, "CPU", {
                 "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1,
-                "INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY", "ENABLE_CPU_PINNING": False})
+                "INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"})
         request = compiled.create_infer_request()
         for i, array in enumerate(feeds):
             request.set_input_tensor(i, ov.Tensor(array, shared_memory=True))

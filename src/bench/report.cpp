@@ -54,7 +54,7 @@ void Report::threads(int count) {
   if (!cpu_) return;
   peak_ = measure_peak(count);
   json_["peaks"][std::to_string(count)] = std::round(10 * peak_) / 10;
-  if (!as_json_) std::cout << fmt::format("{} threads: at most {:.0f} GFLOP/s\n", count, peak_);
+  if (!as_json_) std::cout << fmt::format("threads {}: at most {:.0f} GFLOP/s\n", count, peak_);
 }
 
 void Report::row(const shapes::Shape& shape, const std::string& weights) {
@@ -67,8 +67,8 @@ void Report::row(const shapes::Shape& shape, const std::string& weights) {
   if (as_json_) {
     std::cerr << fmt::format("libtorch, {} threads, weights {}: {}\n", threads_, weights, shape.name);
   } else {
-    std::cout << fmt::format("\n{}; {} threads, weights {}; the order {} has {:.2f} times fewer operations\n", shape.name,
-                             threads_, weights, shape.orders, shape.times_fewer);
+    std::cout << fmt::format("\n{}; threads {}, weights {}; fewest operations: order {}, {:.2f} times fewer than standard\n",
+                             shape.name, threads_, weights, shape.orders, shape.times_fewer);
   }
 }
 
