@@ -52,17 +52,23 @@ def measure(calls, seconds, wait=lambda: None):
         wait()
         return clock() - begin
 
+    def keep(i, taken):
+        spent[i] += taken
+        samples[i].append(1e6 * taken / repeats[i])
+
     wait()
     for i in range(len(calls)):
-        while sample(i) < 200e-6:
+        taken = sample(i)
+        if taken > seconds:
+            keep(i, taken)
+        while taken < 200e-6:
             repeats[i] *= 2
+            taken = sample(i)
     for turn in range(1, 21):
         for k in range(len(calls)):
             i = (k + turn) % len(calls)
-            while spent[i] < seconds * turn / 20 or len(samples[i]) < 2:
-                taken = sample(i)
-                spent[i] += taken
-                samples[i].append(1e6 * taken / repeats[i])
+            while spent[i] < seconds * turn / 20 or (len(samples[i]) < 2 and spent[i] < 10):
+                keep(i, sample(i))
     result = []
     for each in samples:
         low, median, high = numpy.quantile(each, [0.25, 0.5, 0.75])

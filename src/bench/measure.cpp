@@ -28,6 +28,7 @@ double quantile(const std::vector<double>& sorted, double q) {
 
 std::vector<Times> measure(const std::vector<std::function<void()>>& calls, double seconds, const std::function<void()>& wait) {
   constexpr double kShortest = 200e-6;
+  constexpr double kLongest = 10;
   constexpr int kRounds = 20;
   struct State {
     int repeats = 1;
@@ -41,22 +42,22 @@ std::vector<Times> measure(const std::vector<std::function<void()>>& calls, doub
     wait();
     return seconds_since(begin);
   };
+  const auto keep = [&](size_t i, double time) {
+    states[i].spent += time;
+    states[i].samples.push_back(1e6 * time / states[i].repeats);
+  };
   wait();
   for (size_t i = 0; i < calls.size(); ++i) {
     auto time = sample(i);
-    if (time > seconds) states[i].samples.push_back(1e6 * time);  // every one is dear
+    if (time > seconds) keep(i, time);  // each one is dear
     for (; time < kShortest; time = sample(i)) states[i].repeats *= 2;
   }
   for (int round = 1; round <= kRounds; ++round) {
     for (size_t turn = 0; turn < calls.size(); ++turn) {
       const auto i = (turn + static_cast<size_t>(round)) % calls.size();
-      auto& state = states[i];
-      const auto until = seconds * round / kRounds;
-      while (state.spent < until || state.samples.size() < 2) {
-        const auto time = sample(i);
-        state.spent += time;
-        state.samples.push_back(1e6 * time / state.repeats);
-      }
+      const auto& state = states[i];
+      while (state.spent < seconds * round / kRounds || (state.samples.size() < 2 && state.spent < kLongest))
+        keep(i, sample(i));
     }
   }
   std::vector<Times> result;
@@ -114,7 +115,7 @@ double measure_peak(int threads) {
   }
 #endif
   double best = 0;
-  for (int attempt = 0; attempt < 10; ++attempt) {
+  for (int attempt = 0; attempt < 100; ++attempt) {
     const auto begin = Clock::now();
     volatile float sink = 0;
     std::vector<std::thread> others;

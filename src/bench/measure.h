@@ -15,8 +15,9 @@ struct Times {
 };
 
 /// Times all calls by turns: in each of some twenty rounds each call has its slice of time, so that whatever else the machine does
-/// meets all alike. Calls that are short are repeated within a sample, which takes 200 us or more. Each call gets `seconds` in all, or
-/// two samples where it takes longer. Every call has been called before. `wait` ends what a call has begun (on a GPU).
+/// meets all alike. Calls that are short are repeated within a sample, which takes 200 us or more. Each call gets `seconds` in all,
+/// one that takes longer two samples, or one sample of ten seconds. Every call has been called before. `wait` ends what a call has
+/// begun (on a GPU).
 std::vector<Times> measure(const std::vector<std::function<void()>>& calls, double seconds, const std::function<void()>& wait);
 
 /// The most float32 operations that so many threads do in a second: independent multiply-adds on registers, in 1e9 / s.
