@@ -211,7 +211,7 @@ def candidates_compile(layer, wanted, threads):
             for tensor in inputs:
                 axis = 2 if tensor.dim() == 4 else 1  # of the length
                 if dynamic and tensor.shape[axis] > 1:
-                    torch._dynamo.mark_dynamic(tensor, axis)
+                    torch._dynamo.maybe_mark_dynamic(tensor, axis)
             return torch.compile(module, fullgraph=True, options=options)
         return apply
 
