@@ -8,6 +8,7 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/logical_not.h>
 #include <ATen/ops/matmul.h>
+#include <torch/nn/functional/linear.h>
 
 #include <optional>
 
@@ -24,8 +25,9 @@ bool uses_product(Order order) {
   return order == Order::prefold || order == Order::prefold_into_context;
 }
 
+// What torch::nn::Linear computes, bit by bit.
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  return at::linear(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);
+  return torch::nn::functional::linear(x, weight, bias);
 }
 
 // [G, a, b] -> [H, a, b]: the H/G heads that share a key/value head have the same.
