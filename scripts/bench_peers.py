@@ -78,12 +78,19 @@ def run_one(arguments):
         for wanted in arguments.weights:
             if wanted != "none" and (train or row["maps"] in ("-", "thrown away")):
                 continue
-            where = {"row": row["name"], "weights": wanted, "threads": threads, "type": "bfloat16" if on_gpu else "float32",
-                     "runtime": runtime}
+            where = {
+                "row": row["name"],
+                "weights": wanted,
+                "threads": threads,
+                "type": "bfloat16" if on_gpu else "float32",
+                "runtime": runtime,
+            }
             print(f"{runtime}, {threads} threads, weights {wanted}: {row['name']}", file=sys.stderr)
             needed, free = gigabytes_needed(row, logits=True), gigabytes_free()
             if needed > free and not on_gpu:
-                skipped.append(where | {"candidate": "all", "reason": f"needs {needed:.1f} GB of memory, and {free:.1f} are free"})
+                skipped.append(
+                    where | {"candidate": "all", "reason": f"needs {needed:.1f} GB of memory, and {free:.1f} are free"}
+                )
                 continue
             with torch.set_grad_enabled(train), torch.inference_mode(not train):
                 try:
@@ -95,13 +102,17 @@ def run_one(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", action="append", default=[], help="row by its name, or all with this in their names; repeatable")
+    parser.add_argument(
+        "--shape", action="append", default=[], help="row by its name, or all with this in their names; repeatable"
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--weights", nargs="+", default=["none"], choices=["none", "mean", "per-head"])
     parser.add_argument("--runtime", nargs="+", default=RUNTIMES, choices=[*RUNTIMES, "cuda"])
     parser.add_argument("--seconds", type=float, default=1, help="for each candidate of a row (1)")
     parser.add_argument("--limit", type=float, default=0, help="leave out rows of more thousand million operations")
-    parser.add_argument("--packages", action="store_true", help="print what pip is to install (with --runtime cuda, for that), and stop")
+    parser.add_argument(
+        "--packages", action="store_true", help="print what pip is to install (with --runtime cuda, for that), and stop"
+    )
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.packages:
@@ -111,8 +122,20 @@ def main():
     merged = {"versions": {}, "results": [], "skipped": []}
     for threads in arguments.threads:
         for runtime in arguments.runtime:
-            command = [sys.executable, __file__, "--only", runtime, "--threads", str(threads), "--seconds", str(arguments.seconds),
-                       "--limit", str(arguments.limit), "--weights", *arguments.weights]
+            command = [
+                sys.executable,
+                __file__,
+                "--only",
+                runtime,
+                "--threads",
+                str(threads),
+                "--seconds",
+                str(arguments.seconds),
+                "--limit",
+                str(arguments.limit),
+                "--weights",
+                *arguments.weights,
+            ]
             for name in arguments.shape:
                 command += ["--shape", name]
             environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}

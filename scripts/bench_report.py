@@ -25,8 +25,16 @@ from peers.layer import read_shapes
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "src" / "bench"
 OURS = ["libtorch, frozen", "libtorch, module", "libtorch, folded"]
-NAMES = {"libtorch, eager": "LibTorch, eager", "libtorch, sdpa": "LibTorch, SDPA", "libtorch, mha": "LibTorch, MultiheadAttention",
-         "pytorch": "PyTorch", "compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "cuda": "PyTorch"}
+NAMES = {
+    "libtorch, eager": "LibTorch, eager",
+    "libtorch, sdpa": "LibTorch, SDPA",
+    "libtorch, mha": "LibTorch, MultiheadAttention",
+    "pytorch": "PyTorch",
+    "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "cuda": "PyTorch",
+}
 
 
 def rounded(x):
@@ -65,8 +73,10 @@ def dump(store):
     text = json.dumps(store, indent=1)[:-2] + ',\n "rows": {'
     lines = []
     for row, by_weights in rows.items():
-        inner = [f"   {json.dumps(w)}: {{" + ",".join(f"\n    {json.dumps(t)}: {json.dumps(c)}" for t, c in by_threads.items()) + "}"
-                 for w, by_threads in by_weights.items()]
+        inner = [
+            f"   {json.dumps(w)}: {{" + ",".join(f"\n    {json.dumps(t)}: {json.dumps(c)}" for t, c in by_threads.items()) + "}"
+            for w, by_threads in by_weights.items()
+        ]
         lines.append(f"\n  {json.dumps(row)}: {{\n" + ",\n".join(inner) + "}")
     store["rows"] = rows
     return text + ",".join(lines) + "}\n}\n"
@@ -118,7 +128,7 @@ def ratio_text(peer, ours, spread=False):
     middle, least, most = ratio(peer, ours)
     text = f"{middle:.3g}" if middle >= 10 else f"{middle:.2f}"
     text = f"**{text}** ▼" if middle < 1 else text
-    digits = (lambda x: f"{x:.3g}" if x >= 10 else f"{x:.2f}")
+    digits = lambda x: f"{x:.3g}" if x >= 10 else f"{x:.2f}"
     return f"{text} ({digits(least)}–{digits(most)})" if spread else text
 
 
@@ -191,8 +201,10 @@ def write_readme(store, shapes):
     machine, versions = store["machine"], store["versions"]
     peaks = ", ".join(f"{p:.0f} GFLOP/s with {t}" for t, p in sorted(store.get("peaks", {}).items()))
     software = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-    note = (f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB; peak in float32, measured: {peaks} threads. "
-            f"{software}. {store['date']}.")
+    note = (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB; peak in float32, measured: {peaks} threads. "
+        f"{software}. {store['date']}."
+    )
     block = f"{note}\n\n{summary(store, shapes)}\n\n{table(store, shapes)}"
     pattern = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.S)
     if not pattern.search(text):
@@ -222,8 +234,11 @@ def plot_ratios(store, shapes):
     threads = sorted(store["peaks"], key=int)
     rows = [s for s in shapes if store["rows"].get(s["name"], {}).get("none")]
     figure, axes = new_figure(11, 1 + 0.2 * len(rows), ncols=len(threads), sharex=True, sharey=True, squeeze=False)
-    kinds = [("libtorch, frozen", "frozen", "o", "#1b6ca8"), ("libtorch, module", "module", "s", "#888888"),
-             ("libtorch, folded", "by hand", "x", "#d1802b")]
+    kinds = [
+        ("libtorch, frozen", "frozen", "o", "#1b6ca8"),
+        ("libtorch, module", "module", "s", "#888888"),
+        ("libtorch, folded", "by hand", "x", "#d1802b"),
+    ]
     for axis, t in zip(axes[0], threads):
         for name, text, marker, colour in kinds:
             places, values, errors = [], [], []
@@ -236,7 +251,17 @@ def plot_ratios(store, shapes):
                     values.append(middle)
                     errors.append((middle - least, most - middle))
             bars = [[max(0, e[i]) for e in errors] for i in (0, 1)] if name == kinds[0][0] else None
-            axis.errorbar(values, places, xerr=bars, fmt=marker, markersize=4, color=colour, label=text, elinewidth=1, zorder=3 if bars else 2)
+            axis.errorbar(
+                values,
+                places,
+                xerr=bars,
+                fmt=marker,
+                markersize=4,
+                color=colour,
+                label=text,
+                elinewidth=1,
+                zorder=3 if bars else 2,
+            )
         axis.axvline(1, color="black", linewidth=1)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
@@ -269,7 +294,9 @@ def plot_crossover(store):
             best = min(ORDERS, key=lambda order: cell["us"][order])
             grids["measured"][at] = ORDERS.index(best)
             for chain, name in zip(("logits", "values"), cell["chosen"]):
-                grids[chain][at] = {"prefold": 1, "prefold_into_context": 2}.get(name, ORDERS.index(name) if name in ORDERS else 0)
+                grids[chain][at] = {"prefold": 1, "prefold_into_context": 2}.get(
+                    name, ORDERS.index(name) if name in ORDERS else 0
+                )
             grids["lost"][at] = cell["us"]["automatic"] / cell["us"][best] - 1
         axis.imshow(grids["measured"], origin="lower", cmap=ListedColormap(colours), vmin=0, vmax=2, aspect="auto")
         for chain, style in (("logits", "-"), ("values", ":")):
@@ -289,8 +316,13 @@ def plot_crossover(store):
         axis.set_title(f"{t} thread{'s' * (t != '1')}; the plan loses {100 * grids['lost'].clip(0).mean():.1f} % in the mean")
     handles = [axes[0][0].plot([], [], "s", color=c)[0] for c in colours]
     handles += [axes[0][0].plot([], [], "k" + style)[0] for style in ("-", ":")]
-    texts = ["fastest: standard", "fastest: folded into the query", "fastest: folded into the context", "the plan's border, logits",
-             "the plan's border, values"]
+    texts = [
+        "fastest: standard",
+        "fastest: folded into the query",
+        "fastest: folded into the context",
+        "the plan's border, logits",
+        "the plan's border, values",
+    ]
     figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     save(figure, "crossover.svg")
 
@@ -300,9 +332,17 @@ def plot_maps(store, shapes):
     rows = [s for s in shapes if {"none", "mean", "per-head"} <= store["rows"].get(s["name"], {}).keys()]
     if not rows:
         return
-    kinds = [("frozen", lambda n: n == "libtorch, frozen", "#1b6ca8"), ("module", lambda n: n == "libtorch, module", "#85c1e9"),
-             ("PyTorch", lambda n: n.split(", ")[0] in ("pytorch", "compile") or n in ("libtorch, eager", "libtorch, sdpa", "libtorch, mha"), "#888888"),
-             ("ONNX Runtime", lambda n: n.startswith("onnxruntime"), "#d1802b"), ("OpenVINO", lambda n: n.startswith("openvino"), "#7d3c98")]
+    kinds = [
+        ("frozen", lambda n: n == "libtorch, frozen", "#1b6ca8"),
+        ("module", lambda n: n == "libtorch, module", "#85c1e9"),
+        (
+            "PyTorch",
+            lambda n: n.split(", ")[0] in ("pytorch", "compile") or n in ("libtorch, eager", "libtorch, sdpa", "libtorch, mha"),
+            "#888888",
+        ),
+        ("ONNX Runtime", lambda n: n.startswith("onnxruntime"), "#d1802b"),
+        ("OpenVINO", lambda n: n.startswith("openvino"), "#7d3c98"),
+    ]
     figure, axes = new_figure(11, 1.2 + 0.24 * len(rows), ncols=2, sharey=True, sharex=True)
     for axis, weights in zip(axes, ("mean", "per-head")):
         for k, (text, belongs, colour) in enumerate(kinds):

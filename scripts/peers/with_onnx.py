@@ -57,7 +57,11 @@ def onnx_model(layer, wanted, operator):
     inputs, feeds = [], {}
 
     def given(name, array):
-        inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT if array.dtype == numpy.float32 else TensorProto.INT32, array.shape))
+        inputs.append(
+            helper.make_tensor_value_info(
+                name, TensorProto.FLOAT if array.dtype == numpy.float32 else TensorProto.INT32, array.shape
+            )
+        )
         feeds[name] = array
         return name
 
@@ -94,7 +98,10 @@ def onnx_model(layer, wanted, operator):
     outputs = [linear(mixed, "o")]
     if wanted != "none":
         outputs.append(node("ReduceMean", weights, shape(1), keepdims=0) if wanted == "mean" else weights)
-    sizes = [[layer.B, layer.Lq, layer.Eo], [layer.B, layer.Lq, layer.Lk] if wanted == "mean" else [layer.B, layer.H, layer.Lq, layer.Lk]]
+    sizes = [
+        [layer.B, layer.Lq, layer.Eo],
+        [layer.B, layer.Lq, layer.Lk] if wanted == "mean" else [layer.B, layer.H, layer.Lq, layer.Lk],
+    ]
     infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in zip(outputs, sizes)]
     graph = helper.make_graph(nodes, "attention", inputs, infos, constants)
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
@@ -104,8 +111,10 @@ def onnx_model(layer, wanted, operator):
 def numpy_context(layer):
     """Projected k and v of a row without norms, [B, G, Lk, size]."""
     assert layer.norm == "-"
-    return [numpy.ascontiguousarray((x @ w.T + b).reshape(layer.B, layer.Lk, layer.G, -1).transpose(0, 2, 1, 3))
-            for x, w, b in ((layer.key, layer.wk, layer.bk), (layer.value, layer.wv, layer.bv))]
+    return [
+        numpy.ascontiguousarray((x @ w.T + b).reshape(layer.B, layer.Lk, layer.G, -1).transpose(0, 2, 1, 3))
+        for x, w, b in ((layer.key, layer.wk, layer.bk), (layer.value, layer.wv, layer.bv))
+    ]
 
 
 def write_model(model, folder):

@@ -29,7 +29,9 @@ def candidates_openvino(layer, wanted, threads):
             feeds.append(array)
             return parameters[-1]
 
-        linear = lambda x, name: ops.add(ops.matmul(x, constant(getattr(layer, "w" + name)), False, True), constant(getattr(layer, "b" + name)))
+        linear = lambda x, name: ops.add(
+            ops.matmul(x, constant(getattr(layer, "w" + name)), False, True), constant(getattr(layer, "b" + name))
+        )
         split = lambda x, n: ops.transpose(ops.reshape(x, ints(0, 0, n, -1), True), ints(0, 2, 1, 3))
         q = split(linear(constant(layer.query) if layer.learned else given(layer.query), "q"), layer.H)
         if layer.learned and layer.B > 1:
@@ -54,9 +56,17 @@ def candidates_openvino(layer, wanted, threads):
                 graph, named, _ = onnx_model(layer, wanted, False)
                 model = core.read_model(write_model(graph, folder))
                 feeds = [named[x.any_name] for x in model.inputs]
-            compiled = core.compile_model(model, "CPU", {
-                "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1,
-                "INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"})
+            compiled = core.compile_model(
+                model,
+                "CPU",
+                {
+                    "PERFORMANCE_HINT": "LATENCY",
+                    "INFERENCE_NUM_THREADS": threads,
+                    "NUM_STREAMS": 1,
+                    "INFERENCE_PRECISION_HINT": "f32",
+                    "EXECUTION_MODE_HINT": "ACCURACY",
+                },
+            )
         request = compiled.create_infer_request()
         for i, array in enumerate(feeds):
             request.set_input_tensor(i, ov.Tensor(array, shared_memory=True))

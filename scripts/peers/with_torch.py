@@ -71,11 +71,13 @@ class Steps:
 def exact(layer, wanted):
     """Places of queries, and what every candidate must give there, in float64."""
     most = 128  # as many as do not take long
-    wide = torch_layer(layer, dtype=torch.float64)
-    steps = Steps(wide)
     places = torch.arange(layer.Lq) if layer.Lq <= most else torch.arange(most) * (layer.Lq - 1) // (most - 1)
+    part = copy.copy(layer)
+    part.query = layer.query[:, places.numpy()]
+    wide = torch_layer(part, dtype=torch.float64)
+    steps = Steps(wide)
     with torch.no_grad():
-        return places, steps.eager(wide.query[:, places], *steps.context(wide.key, wide.value, wide), wide, wanted)
+        return places, steps.eager(wide.query, *steps.context(wide.key, wide.value, wide), wide, wanted)
 
 
 def check(name, found, truth, allowed):
@@ -107,7 +109,9 @@ def torch_calls(layer, wanted, transform=None, device="cpu", dtype=None):
             self.attend = attend
             for name in Layer.WEIGHTS + (["query"] if layer.learned else []):
                 tensor = getattr(w, name)
-                self.register_parameter(name, None if tensor is None else torch.nn.Parameter(tensor.clone(), requires_grad=train))
+                self.register_parameter(
+                    name, None if tensor is None else torch.nn.Parameter(tensor.clone(), requires_grad=train)
+                )
             self.bias = w.bias
 
         def forward(self, *inputs):
@@ -129,8 +133,10 @@ def torch_calls(layer, wanted, transform=None, device="cpu", dtype=None):
         inputs = [x.clone().requires_grad_(train) for x in inputs]
         run = transform(module, inputs) if transform else module
         if not train:
+
             def call():
                 return run(*inputs)
+
         else:
             leaves = inputs + list(module.parameters())
 
@@ -138,6 +144,7 @@ def torch_calls(layer, wanted, transform=None, device="cpu", dtype=None):
                 output = run(*inputs)[0]
                 torch.autograd.grad(output, leaves, w.grad)
                 return (output,)
+
         return call
 
     result = {"eager": lambda: make(steps.eager)}
@@ -176,7 +183,9 @@ def mha_call(layer, wanted, batch_first):
         asked = query
         if layer.learned:
             asked = query.expand(layer.B, -1, -1) if batch_first else query.expand(-1, layer.B, -1)
-        output, weights = module(asked, key, value, ignored, need_weights=wanted != "none", average_attn_weights=wanted != "per-head")
+        output, weights = module(
+            asked, key, value, ignored, need_weights=wanted != "none", average_attn_weights=wanted != "per-head"
+        )
         if train:
             torch.autograd.grad(output, leaves, w.grad if batch_first else w.grad.transpose(0, 1))
         output = output if batch_first else output.transpose(0, 1)
@@ -201,8 +210,11 @@ def candidates_compile(layer, wanted, threads):
     wrapped = {"cpp_wrapper": True}
     tuned = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
     # Where lengths may change, linears with frozen weights are oneDNN's, otherwise MKL's; autotuning has kernels of its own besides.
-    settings = {"dynamic, C++ wrapper": (True, wrapped), "max-autotune, C++ wrapper": (False, wrapped | tuned),
-                "dynamic, max-autotune": (True, tuned)}
+    settings = {
+        "dynamic, C++ wrapper": (True, wrapped),
+        "max-autotune, C++ wrapper": (False, wrapped | tuned),
+        "dynamic, max-autotune": (True, tuned),
+    }
     if train:
         settings = {"": (False, {})}
 
@@ -213,10 +225,14 @@ def candidates_compile(layer, wanted, threads):
                 if dynamic and tensor.shape[axis] > 1:
                     torch._dynamo.maybe_mark_dynamic(tensor, axis)
             return torch.compile(module, fullgraph=True, options=options)
+
         return apply
 
     name = "sdpa" if wanted == "none" else "eager"
-    return {f"{name}, {text}".rstrip(", "): torch_calls(layer, wanted, transform(*setting))[name] for text, setting in settings.items()}
+    return {
+        f"{name}, {text}".rstrip(", "): torch_calls(layer, wanted, transform(*setting))[name]
+        for text, setting in settings.items()
+    }
 
 
 def candidates_cuda(layer, wanted, threads):
@@ -231,13 +247,18 @@ def candidates_cuda(layer, wanted, threads):
         def run():
             with sdpa_kernel(backend):
                 return call()
+
         return run
 
     calls = torch_calls(layer, wanted, None, "cuda", torch.bfloat16)
     for name, make in torch_calls(layer, wanted, compiled, "cuda", torch.bfloat16).items():
         calls["torch.compile, " + name] = make
     if wanted == "none":
-        for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("efficient", SDPBackend.EFFICIENT_ATTENTION),
-                              ("cudnn", SDPBackend.CUDNN_ATTENTION), ("math", SDPBackend.MATH)):
+        for name, backend in (
+            ("flash", SDPBackend.FLASH_ATTENTION),
+            ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+            ("cudnn", SDPBackend.CUDNN_ATTENTION),
+            ("math", SDPBackend.MATH),
+        ):
             calls["sdpa, " + name] = lambda backend=backend: with_backend(backend)
     return calls

@@ -17,16 +17,16 @@ using torch::Tensor;
 
 Exact exact(const Layer& layer) {
   constexpr int64_t kPlaces = 128;  // as many as do not take long in float64
-  auto wide = layer.in_double();
   Exact result;
   const auto Lq = layer.shape.Lq;
   const bool all = Lq <= kPlaces || layer.shape.timed == Timed::backward;
   result.places = torch::arange(all ? Lq : kPlaces, torch::dtype(at::kLong).device(layer.query.device()));
+  auto part = layer;
   if (!all) {
-    result.places = result.places * (Lq - 1) / (kPlaces - 1);
-    result.places = result.places.to(at::kLong);
-    wide.query = wide.query.index_select(1, result.places);
+    result.places = result.places.mul(Lq - 1).div(kPlaces - 1, "floor");
+    part.query = layer.query.index_select(1, result.places);
   }
+  const auto wide = part.in_double();
   const Eager definition{wide};
   const torch::AutoGradMode grad_mode(layer.grad.defined());
   std::tie(result.output, result.weights) = definition.attend(definition.context());
