@@ -5,7 +5,6 @@
 #include <ATen/core/ivalue.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
 #include <ATen/ops/dropout.h>
-#include <ATen/ops/matmul.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -18,6 +17,7 @@
 #include <utility>
 
 #include "check.h"
+#include "product.h"
 #include "softmax.h"
 
 namespace xattn {
@@ -25,6 +25,7 @@ namespace xattn {
 using at::Tensor;
 using detail::check_type;
 using detail::check_value;
+using detail::matrix_product;
 using detail::shape_of;
 using detail::softmax_over_keys;
 using detail::type_of;
@@ -69,10 +70,10 @@ AttentionResult define(const Tensor& q, const Tensor& k, const Tensor& v, const 
   const auto G = k.size(1), Lk = k.size(2), e = v.size(3);
   // The H/G heads that share a key/value head are rows of one product.
   const auto rows = (q * scale_of(q, options)).reshape({B, G, H / G * Lq, d});
-  const auto products = at::matmul(rows, k.transpose(-2, -1)).view({B, H, Lq, Lk});
+  const auto products = matrix_product(rows, k.transpose(-2, -1)).view({B, H, Lq, Lk});
   const auto [weights, log_sum_exp, empty_rows] = softmax_over_keys(products, options.mask, options.log_sum_exp);
   const auto dropped = options.dropout > 0 ? at::dropout(weights, options.dropout, /*train=*/true) : weights;
-  const auto mixed = at::matmul(dropped.to(v.scalar_type()).reshape({B, G, H / G * Lq, Lk}), v);
+  const auto mixed = matrix_product(dropped.to(v.scalar_type()).reshape({B, G, H / G * Lq, Lk}), v);
 
   return {mixed.view({B, H, Lq, e}), wanted_weights(weights, options, products), log_sum_exp};
 }

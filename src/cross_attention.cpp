@@ -106,6 +106,11 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::forward(const Tensor& query,
   detail::check_key_value(kCaller, key, value, mask, key_linear, value_linear, options.num_heads());
   const bool is_batched = key.dim() == 3;
   detail::check_query(kCaller, query, is_batched, is_batched ? key.size(0) : 1, query_linear);
+  const auto Lk = key.size(-2), keys = options.bias_kv() ? Lk : mask.needed_keys(Lk);
+  if (keys < Lk) {
+    const auto [output, weights] = forward(query, key.narrow(-2, 0, keys), value.narrow(-2, 0, keys), mask.first_keys(keys));
+    return {output, detail::with_zeros(weights, Lk - keys)};
+  }
   const auto Xq = batched(query), Xk = batched(key), Xv = batched(value);
   const auto orders = orders_for(Xq, Xk, Xv, mask);
   const detail::LayerWeights weights(*this);

@@ -179,24 +179,30 @@ bool is_folded(Order order) {
 
 // ---- The key/value side ----------------------------------------------------------------------------------------------------
 
-// f(b, first key, keys) for blocks of the keys that count, of whole panels except at the end.
+// Rows of a panel with so many columns, with zeros.
+void fill_up(float* rows, int64_t n, int64_t columns) {
+  const auto panel = kernels().panel;
+  for (int64_t row = 0; columns < panel && row < n; ++row) std::fill(rows + row * panel + columns, rows + (row + 1) * panel, 0.0f);
+}
+
+// f(b, first key, keys) for blocks of the keys that count, of whole panels except at the end; as many panels for each thread.
 template <class F>
 void each_block(const EngineSide& side, const F& f) {
+  constexpr int64_t kMostPanels = 4;
   const auto panel = kernels().panel;
-  int64_t total = 0;
-  for (const auto length : side.lengths) total += length;
-  const auto block = std::clamp(round_up(total / (2 * threads()) + 1, panel), panel, 4 * panel);
-  struct Block {
-    int64_t b, first, keys;
-  };
-  std::vector<Block> blocks;
-  for (int64_t b = 0; b < side.B; ++b) {
-    const auto length = side.lengths[static_cast<size_t>(b)];
-    for (int64_t first = 0; first < length; first += block) blocks.push_back({b, first, std::min(block, length - first)});
-  }
-  each(static_cast<int64_t>(blocks.size()), [&](int64_t i) {
-    const auto& [b, first, keys] = blocks[static_cast<size_t>(i)];
-    f(b, first, keys);
+  const auto panels_of = [panel](int64_t length) { return (length + panel - 1) / panel; };
+  int64_t panels = 0;
+  for (const auto length : side.lengths) panels += panels_of(length);
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = 0; b < side.B && begin < end; ++b) {
+      const auto length = side.lengths[static_cast<size_t>(b)], its_panels = panels_of(length), stop = std::min(end, its_panels);
+      for (int64_t at = begin; at < stop; at += kMostPanels) {
+        const auto first = at * panel;
+        f(b, first, std::min(length, std::min(stop, at + kMostPanels) * panel) - first);
+      }
+      begin = std::max<int64_t>(0, begin - its_panels);
+      end -= its_panels;
+    }
   });
 }
 
@@ -241,6 +247,32 @@ Tensor project(const EngineSide& side, const Tensor& x, const Packed& weight, co
   return projected;
 }
 
+// V of each head, packed: [B, G, Lk x e].
+Tensor project_values(const EngineWeights& w, const EngineSide& side, const Tensor& value) {
+  const auto& run = kernels();
+  const auto size = run.packed_size(side.Lk, w.e);
+  const auto values = at::empty({side.B, w.G, size}, value.options());
+  each_block(side, [&](int64_t b, int64_t first, int64_t n) {
+    for (int64_t g = 0; g < w.G; ++g) {
+      for (int64_t column = 0; column < w.e; column += run.panel) {
+        auto* c = mutable_data(values) + (b * w.G + g) * size + column * side.Lk + first * run.panel;
+        const auto columns = std::min(run.panel, w.e - column);
+        multiply({.m = n,
+                  .n = columns,
+                  .k = w.Ev,
+                  .a = data(value) + (b * side.Lk + first) * w.Ev,
+                  .a_stride = w.Ev,
+                  .b = packed(w.value_fold, g).from_panel(column / run.panel),
+                  .c = c,
+                  .c_stride = run.panel,
+                  .bias = data(w.value_bias) + g * w.e + column});
+        fill_up(c, n, columns);
+      }
+    }
+  });
+  return values.to(w.query.data.scalar_type());
+}
+
 // Xk', packed: [B, Ek x Lk].
 Tensor transpose_keys(const EngineWeights& w, const EngineSide& side, const Tensor& key) {
   const auto size = kernels().packed_size(w.Ek, side.Lk);
@@ -260,8 +292,8 @@ void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
   const auto features = projected.size(2), terms = by_product ? w.Ek : w.d, columns = w.H * side.Lk;
   const auto rows = at::empty({side.B, columns, w.Eq}, key.options());
   side.key_bias = at::empty({side.B, columns}, key.options());
-  each(side.B * w.H, [&](int64_t i) {
-    const auto b = i / w.H, h = i % w.H, n = side.lengths[static_cast<size_t>(b)], first = b * columns + h * n;
+  each(w.H * side.B, [&](int64_t i) {  // of one head after the other, as its weights are then in the cache
+    const auto h = i / side.B, b = i % side.B, n = side.lengths[static_cast<size_t>(b)], first = b * columns + h * n;
     const auto* x = data(projected) + b * side.Lk * features + (by_product ? 0 : h * w.G / w.H * w.d);
     multiply({.m = n,
               .n = w.Eq,
@@ -299,8 +331,8 @@ Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor&
   const auto features = projected.size(2), size = run.packed_size(w.H * side.Lk, w.Eo);
   const auto values = at::empty({side.B, size}, value.options());
   const auto panels = (w.Eo + run.panel - 1) / run.panel;
-  each(side.B * w.H, [&](int64_t i) {
-    const auto b = i / w.H, h = i % w.H, n = side.lengths[static_cast<size_t>(b)], rows = w.H * n;
+  each(w.H * side.B, [&](int64_t i) {
+    const auto h = i / side.B, b = i % side.B, n = side.lengths[static_cast<size_t>(b)], rows = w.H * n;
     const auto* a = data(projected) + b * side.Lk * features;
     const auto weight = by_product ? packed(w.values_product_of_heads, h) : packed(w.output).from_row(h * w.e);
     for (int64_t panel = 0; panel < panels; ++panel) {
@@ -315,9 +347,7 @@ Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor&
                 .c = c,
                 .c_stride = run.panel,
                 .bias = by_product ? data(w.values_product_bias) + h * w.Eo + panel * run.panel : nullptr});
-      for (int64_t row = 0; columns < run.panel && row < n; ++row) {
-        std::fill(c + row * run.panel + columns, c + (row + 1) * run.panel, 0.0f);
-      }
+      fill_up(c, n, columns);
     }
   });
   return values.to(w.query.data.scalar_type());
@@ -538,14 +568,13 @@ class Attend {
   }
 
   void mix_head(const Segment& s, int64_t h, const float* weights, int64_t stride) const {
-    const auto inner = w_.G * w_.e;
-    const auto first = s.b * side_.Lk * inner + h * w_.G / w_.H * w_.e;
+    const auto g = h * w_.G / w_.H, size = side_.values.size(2);
     multiply({.m = s.n,
               .n = w_.e,
               .k = s.keys,
               .a = weights,
               .a_stride = stride,
-              .b = plain_rows(side_.values, first, inner),
+              .b = packed(side_.values, (s.b * w_.G + g) * size, side_.Lk),
               .c = s.mixed + h * w_.e,
               .c_stride = w_.H * w_.e});
   }
@@ -806,7 +835,7 @@ EngineSide make_side(const Orders& orders,
     case Order::prefold_into_context: fold_keys(w, side, Xk); break;
   }
   switch (orders.values) {
-    case Order::standard: side.values = project(side, Xv, w.value, w.value_bias).to(w.query.data.scalar_type()); break;
+    case Order::standard: side.values = project_values(w, side, Xv); break;
     case Order::fold_into_query:
     case Order::prefold: side.values = Xv; break;
     case Order::fold_into_context:

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -45,6 +46,12 @@ std::pair<std::vector<int64_t>, Mask> split_lengths(const Mask& mask, int64_t B,
   if (lengths.empty()) return {std::vector<int64_t>(static_cast<size_t>(B), Lk), mask};
   if (lengths.size() == 1) lengths.resize(static_cast<size_t>(B), lengths.front());
   return {lengths, mask.without_lengths()};
+}
+
+// What a plan is made for: these keys are all that is looked at.
+int64_t mean_length(const std::vector<int64_t>& lengths) {
+  const auto count = static_cast<int64_t>(lengths.size()), sum = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
+  return count == 0 ? 1 : std::max<int64_t>(1, (sum + count - 1) / count);
 }
 
 bool uses_product(Order order) {
@@ -168,6 +175,19 @@ FrozenContext FrozenContext::slice(int64_t begin, int64_t end) const {
   return FrozenContext(std::move(sliced));
 }
 
+FrozenContext FrozenContext::to(at::Device device) const {
+  auto moved = std::make_shared<State>(*state_);
+  moved->mask = state_->mask.to(device);
+  std::visit(
+      [device](auto& side) {
+        for (auto* x : {&side.keys, &side.key_bias, &side.values}) {
+          if (x->defined()) *x = x->to(device);
+        }
+      },
+      moved->side);
+  return FrozenContext(std::move(moved));
+}
+
 FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
   check_value(!contexts.empty(), kCaller, "contexts must be at least one, but are none.");
   const auto& first = *contexts.front().state_;
@@ -277,11 +297,17 @@ std::tuple<Tensor, Tensor> Frozen::forward_with(const Tensor& query,
   const auto& module = *state_->module;
   detail::check_key_value(kCaller, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
   const auto Xk = batched(key), Xv = batched(value);
-  const auto Lq = query.defined() ? query.size(1) : state_->query.size(0);
-  const auto orders = this->orders(Xk.size(0), Lq, Xk.size(1));
-  if (!state_->engine) return attend_with(query, make_context(orders, Xk, Xv, mask, key.dim() == 3, Lq));
-  mask.check(kCaller, Xk.size(0), options().num_heads(), Lq, Xk.size(1), key.device());
-  const auto [lengths, rest] = split_lengths(mask, Xk.size(0), Xk.size(1));
+  const auto B = Xk.size(0), Lq = query.defined() ? query.size(1) : state_->query.size(0), Lk = Xk.size(1);
+  mask.check(kCaller, B, options().num_heads(), Lq, Lk, key.device());
+  if (!state_->engine) {
+    const auto keys = options().bias_kv() ? Lk : mask.needed_keys(Lk);
+    const auto cut_mask = mask.first_keys(keys);
+    const auto context = make_context(orders(B, Lq, keys), Xk.narrow(1, 0, keys), Xv.narrow(1, 0, keys), cut_mask, key.dim() == 3, Lq);
+    const auto [output, weights] = attend_with(query, context);
+    return {output, detail::with_zeros(weights, Lk - keys)};
+  }
+  const auto [lengths, rest] = split_lengths(mask, B, Lk);
+  const auto orders = this->orders(B, Lq, mean_length(lengths));
   return as_given(detail::forward(orders, *state_->engine, Xk, Xv, lengths, state_->call(orders, query, rest)), key.dim() == 3);
 }
 
@@ -293,7 +319,8 @@ FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask
               expected);
   detail::check_key_value(kCaller, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
   const auto Xk = batched(key);
-  const auto orders = state_->choose(state_->request_for_context(Xk.size(0), Xk.size(1), expected));
+  const auto keys = mean_length(split_lengths(mask, Xk.size(0), Xk.size(1)).first);
+  const auto orders = state_->choose(state_->request_for_context(Xk.size(0), keys, expected));
   const auto rows = expected == ContextOptions::kMany ? std::numeric_limits<int32_t>::max() : expected;
   return make_context(orders, Xk, batched(value), mask, key.dim() == 3, rows);
 }
@@ -338,6 +365,9 @@ std::tuple<Tensor, Tensor> Frozen::attend(const FrozenContext& context) const {
 // The query has been checked; undefined stands for the constant one.
 std::tuple<Tensor, Tensor> Frozen::attend_with(const Tensor& query, const FrozenContext& context) const {
   const auto& c = *context.state_;
+  const auto device = std::visit([](const auto& side) { return side.keys.device(); }, c.side);
+  detail::check_type(device == state_->weights.query.device(), kCaller, "context must be on {}, as the weights, but is on {}.",
+                     state_->weights.query.device().str(), device.str());
   const auto wanted = options().attention_weights();
   const auto Xq = query.defined() ? batched(query) : Tensor();
   const auto Lq = query.defined() ? Xq.size(1) : state_->query.size(0);

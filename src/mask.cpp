@@ -223,6 +223,26 @@ Mask Mask::without_lengths() const {
   return rest;
 }
 
+int64_t Mask::needed_keys(int64_t Lk) const {
+  const auto lengths = host_lengths();
+  if (lengths.empty() || lower_right_) return Lk;
+  return std::max<int64_t>(1, *std::ranges::max_element(lengths));
+}
+
+Mask Mask::first_keys(int64_t Lk) const {
+  Mask cut = *this;
+  std::erase_if(cut.keep_, [Lk](const Part& part) {  // says nothing of them
+    return !part.lengths.empty() && std::ranges::all_of(part.lengths, [Lk](int64_t length) { return length >= Lk; });
+  });
+  for (auto* parts : {&cut.keep_, &cut.bias_}) {
+    for (auto& part : *parts) {
+      part.tensor = part.tensor.narrow(3, 0, Lk);
+      for (auto& length : part.lengths) length = std::min(length, Lk);
+    }
+  }
+  return cut;
+}
+
 Mask Mask::slice(int64_t begin, int64_t end) const {
   Mask sliced = *this;
   for (auto* parts : {&sliced.keep_, &sliced.bias_}) {

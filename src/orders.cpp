@@ -2,16 +2,14 @@
 #include "orders.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/dropout.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/logical_not.h>
 #include <ATen/ops/matmul.h>
-#include <torch/nn/functional/linear.h>
 
 #include <optional>
 
+#include "product.h"
 #include "projection.h"
 #include "softmax.h"
 
@@ -25,11 +23,6 @@ bool uses_product(Order order) {
   return order == Order::prefold || order == Order::prefold_into_context;
 }
 
-// What torch::nn::Linear computes, bit by bit.
-Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  return torch::nn::functional::linear(x, weight, bias);
-}
-
 // [G, a, b] -> [H, a, b]: the H/G heads that share a key/value head have the same.
 Tensor for_every_head(const Tensor& x, int64_t H) {
   const auto G = x.size(0);
@@ -39,15 +32,15 @@ Tensor for_every_head(const Tensor& x, int64_t H) {
 // x [B, H, L, a], w [H, a, b] -> [B, H, L, b]: all rows of a head are rows of one product.
 Tensor times_each_head(const Tensor& x, const Tensor& w) {
   const auto B = x.size(0), H = x.size(1), L = x.size(2);
-  return at::bmm(x.transpose(0, 1).reshape({H, B * L, x.size(3)}), w).view({H, B, L, w.size(2)}).transpose(0, 1);
+  return matrix_product(x.transpose(0, 1).reshape({H, B * L, x.size(3)}), w).view({H, B, L, w.size(2)}).transpose(0, 1);
 }
 
 // x [B, H, Lq, a], y [B, a, b] -> [B, H, Lq, b]: all heads are rows of one product, in the order in which they lie in memory.
 Tensor times_shared(const Tensor& x, const Tensor& y) {
   const auto H = x.size(1), Lq = x.size(2);
   const auto rows_first = x.transpose(1, 2);  // [B, Lq, H, a]
-  if (!rows_first.is_contiguous()) return at::matmul(x.flatten(1, 2), y).unflatten(1, {H, Lq});
-  return at::matmul(rows_first.flatten(1, 2), y).unflatten(1, {Lq, H}).transpose(1, 2);
+  if (!rows_first.is_contiguous()) return matrix_product(x.flatten(1, 2), y).unflatten(1, {H, Lq});
+  return matrix_product(rows_first.flatten(1, 2), y).unflatten(1, {Lq, H}).transpose(1, 2);
 }
 
 // A parameter that the result does not depend on has the gradient zero, which an optimizer does not take for none.
@@ -76,12 +69,12 @@ Tensor value_bias_heads(const LayerWeights& w) {
 
 Tensor project_query(const LayerWeights& w, const Tensor& query) {
   auto norm = w.query_norm;
-  return split_heads(linear(query, w.query, w.query_bias), w.H, w.d, w.norm_scope, norm);  // [B, H, Lq, d]
+  return split_heads(project(query, w.query, w.query_bias), w.H, w.d, w.norm_scope, norm);  // [B, H, Lq, d]
 }
 
 Tensor project_key(const LayerWeights& w, const Tensor& key) {
   auto norm = w.key_norm;
-  return split_heads(linear(key, w.key, w.key_bias), w.G, w.d, w.norm_scope, norm);  // [B, G, Lk, d]
+  return split_heads(project(key, w.key, w.key_bias), w.G, w.d, w.norm_scope, norm);  // [B, G, Lk, d]
 }
 
 // [B, G, Lk, size], [1, 1, G * size] -> [B, G, Lk + 1, size].
@@ -99,7 +92,7 @@ Tensor fold_into_query(const LayerWeights& w, const Tensor& query) {
 
 // Xq (Wq Wk')
 Tensor times_product(const LayerWeights& w, const Folded& product, const Tensor& query) {
-  const auto rows = linear(query, product.weight.flatten(0, 1), product.bias.defined() ? product.bias.flatten() : Tensor());
+  const auto rows = project(query, product.weight.flatten(0, 1), product.bias.defined() ? product.bias.flatten() : Tensor());
   return with_zero_gradient(split_heads(rows, w.H, w.key.size(1)), w.key_bias);  // [B, H, Lq, Ek]
 }
 
@@ -116,15 +109,15 @@ std::pair<Tensor, Tensor> fold_into_context(const LayerWeights& w, const Tensor&
 std::pair<Tensor, Tensor> product_times(const LayerWeights& w, const Folded& product, const Tensor& key) {
   const auto B = key.size(0), Lk = key.size(1);
   const auto flat = product.weight.transpose(1, 2).flatten(0, 1);  // [H * Eq, Ek]
-  const auto keys = split_heads(at::linear(key, flat), w.H, w.query.size(1)).reshape({B, w.H * Lk, -1});
+  const auto keys = split_heads(project(key, flat, {}), w.H, w.query.size(1)).reshape({B, w.H * Lk, -1});
   Tensor bias;
-  if (product.bias.defined()) bias = at::linear(key, product.bias).transpose(1, 2).reshape({B, 1, w.H * Lk});
+  if (product.bias.defined()) bias = project(key, product.bias, {}).transpose(1, 2).reshape({B, 1, w.H * Lk});
   return {with_zero_gradient(keys, w.key_bias), bias};
 }
 
 // query [B, Lq, Eq], keys [B, H * Lk, Eq] -> [B, H, Lq, Lk]
 Tensor meet_folded(const LayerWeights& w, const Tensor& query, const Side& side) {
-  auto logits = at::matmul(query, side.keys.transpose(1, 2));  // [B, Lq, H * Lk]
+  auto logits = matrix_product(query, side.keys.transpose(1, 2));  // [B, Lq, H * Lk]
   if (side.key_bias.defined()) logits = logits + side.key_bias;
   return logits.unflatten(2, {w.H, -1}).transpose(1, 2);
 }
@@ -134,7 +127,7 @@ Tensor logits_of(Order order, const LayerWeights& w, const Products& products, c
     case Order::standard: {
       const auto B = query.size(0), Lq = query.size(1), Lk = side.keys.size(2);
       const auto rows = (project_query(w, query) * w.scale).reshape({B, w.G, w.H / w.G * Lq, w.d});
-      return at::matmul(rows, side.keys.transpose(-2, -1)).view({B, w.H, Lq, Lk});
+      return matrix_product(rows, side.keys.transpose(-2, -1)).view({B, w.H, Lq, Lk});
     }
     case Order::fold_into_query: return times_shared(fold_into_query(w, query), side.keys.transpose(1, 2));
     case Order::prefold: return times_shared(times_product(w, products.logits, query), side.keys.transpose(1, 2));
@@ -147,7 +140,7 @@ Tensor logits_of(Order order, const LayerWeights& w, const Products& products, c
 // ---- Values ----------------------------------------------------------------------------------------------------------------
 
 Tensor project_value(const LayerWeights& w, const Tensor& value) {
-  return split_heads(linear(value, w.value, w.value_bias), w.G, w.e);  // [B, G, Lk, e]
+  return split_heads(project(value, w.value, w.value_bias), w.G, w.e);  // [B, G, Lk, e]
 }
 
 // (Xv Wv) Wo
@@ -159,7 +152,7 @@ Tensor fold_values_into_context(const LayerWeights& w, const Tensor& value) {
 // Xv (Wv Wo)
 Tensor value_times_product(const LayerWeights& w, const Folded& product, const Tensor& value) {
   const auto bias = product.bias.defined() ? product.bias.flatten() : Tensor();
-  return split_heads(linear(value, product.weight.flatten(0, 1), bias), w.H, w.output.size(0)).flatten(1, 2);
+  return split_heads(project(value, product.weight.flatten(0, 1), bias), w.H, w.output.size(0)).flatten(1, 2);
 }
 
 // bv follows the sum of a row's weights: one, unless the row has no keys or some of its weights were dropped. Undefined is one.
@@ -178,17 +171,17 @@ Tensor output_of(Order order,
   const auto B = weights.size(0), Lq = weights.size(2), Lk = weights.size(3);
   switch (order) {
     case Order::standard: {
-      const auto mixed = at::matmul(weights.reshape({B, w.G, w.H / w.G * Lq, Lk}), values).view({B, w.H, Lq, w.e});
-      return linear(merge_heads(mixed), w.output, w.output_bias);
+      const auto mixed = matrix_product(weights.reshape({B, w.G, w.H / w.G * Lq, Lk}), values).view({B, w.H, Lq, w.e});
+      return project(merge_heads(mixed), w.output, w.output_bias);
     }
     case Order::fold_into_query: {
       auto mixed = times_each_head(times_shared(weights, values), for_every_head(value_heads(w), w.H).transpose(1, 2));
       if (w.value_bias.defined()) mixed = mixed + (sums.defined() ? sums * value_bias_heads(w) : value_bias_heads(w));
-      return linear(merge_heads(mixed), w.output, w.output_bias);
+      return project(merge_heads(mixed), w.output, w.output_bias);
     }
     case Order::prefold: {
       const auto flat = products.values.weight.transpose(0, 1).flatten(1);                          // [Eo, H * Ev]
-      const auto output = linear(merge_heads(times_shared(weights, values)), flat, w.output_bias);  // [B, Lq, Eo]
+      const auto output = project(merge_heads(times_shared(weights, values)), flat, w.output_bias);  // [B, Lq, Eo]
       if (!w.value_bias.defined()) return output;
       if (!sums.defined()) return output + products.values.bias.sum(0);
       return output + at::matmul(sums.squeeze(3).expand({-1, w.H, -1}).transpose(1, 2), products.values.bias);
@@ -196,7 +189,7 @@ Tensor output_of(Order order,
     case Order::fold_into_context:
     case Order::prefold_into_context: break;
   }
-  const auto output = at::matmul(merge_heads(weights), values);  // [B, Lq, H * Lk] [B, H * Lk, Eo]
+  const auto output = matrix_product(merge_heads(weights), values);  // [B, Lq, H * Lk] [B, H * Lk, Eo]
   return w.output_bias.defined() ? output + w.output_bias : output;
 }
 
@@ -224,15 +217,15 @@ LayerWeights::LayerWeights(const CrossAttentionImpl& m)
 
 Folded fold_logits(const LayerWeights& w) {
   const auto k = for_every_head(key_heads(w), w.H).transpose(1, 2) * w.scale;  // [H, Ek, d]
-  Folded folded{at::bmm(k, query_heads(w)), {}};
-  if (w.query_bias.defined()) folded.bias = at::bmm(k, w.query_bias.view({w.H, w.d, 1})).squeeze(2);
+  Folded folded{matrix_product(k, query_heads(w)), {}};
+  if (w.query_bias.defined()) folded.bias = matrix_product(k, w.query_bias.view({w.H, w.d, 1})).squeeze(2);
   return folded;
 }
 
 Folded fold_values(const LayerWeights& w) {
   const auto o = output_heads(w);  // [H, Eo, e]
-  Folded folded{at::bmm(o, for_every_head(value_heads(w), w.H)), {}};
-  if (w.value_bias.defined()) folded.bias = at::bmm(o, value_bias_heads(w).transpose(1, 2)).squeeze(2);
+  Folded folded{matrix_product(o, for_every_head(value_heads(w), w.H)), {}};
+  if (w.value_bias.defined()) folded.bias = matrix_product(o, value_bias_heads(w).transpose(1, 2)).squeeze(2);
   return folded;
 }
 
@@ -266,7 +259,7 @@ AttentionResult attend(const Orders& orders,
     auto how = options;
     if (w.bias_k.defined()) how.mask = options.mask.with_free_key(query.size(1), side.Lk, query.device());
     auto result = attention(project_query(w, query), side.keys, side.values, how);
-    result.output = linear(merge_heads(result.output), w.output, w.output_bias);
+    result.output = project(merge_heads(result.output), w.output, w.output_bias);
     return result;
   }
   const auto logits = logits_of(orders.logits, w, products, query, side);  // [B, H, Lq, Lk]

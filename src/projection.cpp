@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "check.h"
+#include "product.h"
 
 namespace xattn::detail {
 
@@ -66,6 +67,10 @@ Tensor batched(const Tensor& x) {
   return x.size(0) == 1 ? x.select(0, 0).unsqueeze(0) : x;
 }
 
+Tensor project(const torch::nn::Linear& module, const Tensor& x) {
+  return project(x, module->weight, module->bias);
+}
+
 Tensor split_heads(const Tensor& x, int64_t n, int64_t size) {
   return x.view({x.size(0), x.size(1), n, size}).transpose(1, 2);
 }
@@ -74,6 +79,10 @@ Tensor split_heads(const Tensor& x, int64_t n, int64_t size, NormScope scope, No
   if (!norm) return split_heads(x, n, size);
   if (scope == NormScope::across_heads) return split_heads(norm(x), n, size);
   return norm(x.view({x.size(0), x.size(1), n, size})).transpose(1, 2);
+}
+
+Tensor with_zeros(const Tensor& x, int64_t n) {
+  return x.defined() && n > 0 ? at::constant_pad_nd(x, {0, n}) : x;
 }
 
 Tensor merge_heads(const Tensor& x) {

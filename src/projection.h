@@ -42,9 +42,15 @@ void check_query(std::string_view caller,
 /// [L, E] -> [1, L, E]; anything else stays as it is.
 torch::Tensor batched(const torch::Tensor& x);
 
+/// As the module does it: [..., in] -> [..., out].
+torch::Tensor project(const torch::nn::Linear& module, const torch::Tensor& x);
+
 /// [B, L, n * size] -> [B, n, L, size], normalised on the way if there is a norm.
 torch::Tensor split_heads(const torch::Tensor& x, int64_t n, int64_t size, NormScope scope, Norm& norm);
 torch::Tensor split_heads(const torch::Tensor& x, int64_t n, int64_t size);
+
+/// With n more columns of zeros; an undefined tensor stays so.
+torch::Tensor with_zeros(const torch::Tensor& x, int64_t n);
 
 /// [B, n, L, size] -> [B, L, n * size].
 torch::Tensor merge_heads(const torch::Tensor& x);

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/softmax.h>
 #include <xattn/attention.h>
@@ -16,6 +14,7 @@
 #include <string_view>
 
 #include "kernels/kernels.h"
+#include "product.h"
 
 namespace xattn {
 namespace {
@@ -38,8 +37,7 @@ double least_seconds(const F& call) {
 // The speed of a product [m, k] [k, n].
 double product_speed(int64_t m, int64_t k, int64_t n) {
   const auto a = at::ones({m, k}), b = at::ones({k, n});
-  auto c = at::empty({m, n});
-  return 2.0 * static_cast<double>(m * k * n) / least_seconds([&] { at::mm_out(c, a, b); });
+  return 2.0 * static_cast<double>(m * k * n) / least_seconds([&] { detail::matrix_product(a, b); });
 }
 
 // speed = flops * size / (size + half), solved for half.
@@ -63,19 +61,19 @@ Rates with_threads(Rates one, int threads) {
 }  // namespace
 
 Rates Rates::cpu(int threads) {
-  const std::string_view set = at::get_cpu_capability();
-  const double flops = set == "AVX512" ? 150e9 : set == "AVX2" ? 80e9 : 20e9;
+  const std::string_view set = detail::kernels().name;
+  const double flops = set == "avx512" ? 200e9 : set == "avx2" ? 90e9 : 20e9;
   return with_threads({.flops = flops,
                        .memory = 14e9,
                        .cache = 40e9,
                        .cache_size = 16e6,
-                       .half_rows = 3,
-                       .half_columns = 16,
-                       .half_depth = 12,
-                       .start_product = 1.5e-6,
-                       .start_small = 0.3e-6,
+                       .half_rows = 6,
+                       .half_columns = 12,
+                       .half_depth = 8,
+                       .start_product = 2.5e-6,
+                       .start_small = 0.5e-6,
                        .softmax = 0.6e9,
-                       .fused = 0.6 * flops},
+                       .fused = 0.45 * flops},
                       threads);
 }
 
@@ -129,9 +127,9 @@ Rates Rates::measure() {
   rates.cache_size = 16e6;
 
   const auto tiny = at::ones({1, 1, 1});
-  rates.start_product = least_seconds([&] { tiny.bmm(tiny); });
+  rates.start_product = least_seconds([&] { detail::matrix_product(tiny, tiny); });
   const auto small = at::ones({256, 1, 1});
-  rates.start_small = std::max(0.0, (least_seconds([&] { small.bmm(small); }) - rates.start_product) / 256);
+  rates.start_small = std::max(0.0, (least_seconds([&] { detail::matrix_product(small, small); }) - rates.start_product) / 256);
 
   const auto logits = at::ones({8, 256, 512});
   rates.softmax = static_cast<double>(logits.numel()) / least_seconds([&] { at::softmax(logits, -1); });

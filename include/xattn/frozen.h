@@ -38,6 +38,9 @@ class XATTN_API FrozenContext {
   /// Batch entries [begin, end), without a copy. The mask must not differ between batch entries unless they are lengths.
   FrozenContext slice(int64_t begin, int64_t end) const;
 
+  /// The same on another device, as one that waits there for its next use. Attending takes one on the device of the weights.
+  FrozenContext to(at::Device device) const;
+
   /// One batch of several: contexts of one Frozen, of one length and made in the same orders.
   static FrozenContext cat(const std::vector<FrozenContext>& contexts);
 

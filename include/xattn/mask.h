@@ -99,6 +99,13 @@ class XATTN_API Mask {
   /// What the mask says besides these lengths.
   Mask without_lengths() const;
 
+  /// How many of Lk keys any batch entry may need, as far as the host knows: the greatest of `host_lengths`, at least one; all,
+  /// where there are none or where `causal` counts from the last key.
+  int64_t needed_keys(int64_t Lk) const;
+
+  /// For contexts that are cut behind their first Lk keys.
+  Mask first_keys(int64_t Lk) const;
+
   /// For batch entries [begin, end) alone.
   Mask slice(int64_t begin, int64_t end) const;
 

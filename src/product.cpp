@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "product.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/matmul.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/nn/functional/linear.h>
+
+#include <algorithm>
+#include <optional>
+#include <string_view>
+
+#include "kernels/kernels.h"
+
+namespace xattn::detail {
+
+using at::Tensor;
+
+namespace {
+
+constexpr int64_t kPackedBytes = 1 << 19;   // of a right side at a time: what a core's cache holds beside the left one
+constexpr int64_t kRowsOfATile = 14;
+constexpr int64_t kRowsNotToPackFor = 24;   // up to these, packing takes longer than it saves
+constexpr int64_t kOperationsOfATask = 1 << 18;  // fewer are done before another thread has woken
+
+bool runs_on_kernels(const Tensor& x) {
+  return x.defined() && x.is_cpu() && x.scalar_type() == at::kFloat && x.layout() == at::kStrided &&
+         !at::isTensorSubclassLike(x) && !x._fw_grad(/*level=*/0).defined();
+}
+
+bool run_on_kernels(const Tensor& a, const Tensor& b) {
+  static const bool kHasVectors = std::string_view(kernels().name) != "plain";
+  return kHasVectors && runs_on_kernels(a) && runs_on_kernels(b) && !at::autocast::is_autocast_enabled(at::kCPU);
+}
+
+int64_t divided_up(int64_t n, int64_t by) {
+  return (n + by - 1) / by;
+}
+
+// Rows of consecutive elements, or as the left side of a product may not be, columns.
+Tensor with_rows(const Tensor& x) {
+  return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
+}
+
+Tensor with_four_axes(Tensor x) {
+  while (x.dim() < 4) x = x.unsqueeze(0);
+  return x;
+}
+
+// Part of a product: rows and columns of one of its matrices.
+struct Part {
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t b_stride;
+  bool b_is_transposed;
+  const float* bias;
+  float* c;
+  int64_t c_stride;
+  int64_t m, n, k;
+};
+
+// packed: room for its right side; null if it stays as it is.
+void multiply(const Part& p, float* packed) {
+  const auto& run = kernels();
+  Product product{.m = p.m,
+                  .n = p.n,
+                  .k = p.k,
+                  .a = p.a,
+                  .a_stride = p.a_stride,
+                  .b = {p.b, p.b_stride, run.panel},
+                  .c = p.c,
+                  .c_stride = p.c_stride,
+                  .bias = p.bias};
+  if (!packed) return p.b_is_transposed ? run.product_transposed(product) : run.product(product);
+  (p.b_is_transposed ? run.pack_transposed : run.pack)(p.b, p.b_stride, p.k, p.n, packed);
+  product.b = run.packed(packed, p.k);
+  run.product(product);
+}
+
+// a [..., m, k] b [..., k, n] + bias [n].
+Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
+  const auto a = with_four_axes(with_rows(left));
+  const bool is_transposed = right.size(-2) > 1 && right.stride(-2) == 1 && right.size(-1) > 1;
+  const auto b = with_four_axes(is_transposed ? right : with_rows(right));
+  const auto m = a.size(2), k = a.size(3), n = b.size(3), panel = kernels().panel;
+  auto sizes = left.sizes().vec();
+  sizes.back() = n;
+  const auto result = at::empty(sizes, left.options());
+  const auto c = with_four_axes(result);
+  if (result.numel() == 0) return result;
+
+  // Tasks are columns, of which each packs its own; where these are not enough for all threads, rows besides.
+  const auto batches = a.size(0) * a.size(1), panels = divided_up(n, panel);
+  const auto operations = 2 * batches * m * n * k;
+  const auto threads = at::in_parallel_region() ? 1 : std::clamp<int64_t>(operations / kOperationsOfATask, 1, at::get_num_threads());
+  auto of_columns = divided_up(panels, std::max<int64_t>(1, kPackedBytes / (4 * panel * std::max<int64_t>(1, k))));
+  if (batches % threads != 0) of_columns = std::min(panels, divided_up(of_columns, threads) * threads);
+  const auto of_rows = std::min(divided_up(m, kRowsOfATile), divided_up(threads, batches * of_columns));
+  const auto task_panels = divided_up(panels, of_columns), task_rows = divided_up(m, of_rows);
+  const auto scratch = m > kRowsNotToPackFor ? at::empty({threads, task_panels * panel * k}, result.options()) : Tensor();
+
+  const auto run_task = [&](int64_t task, int64_t thread) {
+    const auto batch = task / (of_columns * of_rows), first = task / of_rows % of_columns * task_panels * panel;
+    const auto top = task % of_rows * task_rows;
+    const auto i = batch / a.size(1), j = batch % a.size(1);
+    if (first >= n || top >= m) return;
+    multiply({.a = a.const_data_ptr<float>() + i * a.stride(0) + j * a.stride(1) + top * a.stride(2),
+              .a_stride = a.stride(2),
+              .b = b.const_data_ptr<float>() + i * b.stride(0) + j * b.stride(1) + first * b.stride(3),
+              .b_stride = is_transposed ? b.stride(3) : b.stride(2),
+              .b_is_transposed = is_transposed,
+              .bias = bias.defined() ? bias.const_data_ptr<float>() + first : nullptr,
+              .c = c.mutable_data_ptr<float>() + batch * m * n + top * n + first,
+              .c_stride = n,
+              .m = std::min(task_rows, m - top),
+              .n = std::min(task_panels * panel, n - first),
+              .k = k},
+             scratch.defined() ? scratch.mutable_data_ptr<float>() + thread * scratch.stride(0) : nullptr);
+  };
+  const auto tasks = batches * of_columns * of_rows;
+  if (threads == 1) {
+    for (int64_t task = 0; task < tasks; ++task) run_task(task, 0);
+  } else {
+    at::parallel_for(0, tasks, divided_up(tasks, threads), [&](int64_t begin, int64_t end) {
+      for (auto task = begin; task < end; ++task) run_task(task, at::get_thread_num());
+    });
+  }
+  return result;
+}
+
+// Its gradients are products of the same kind, and so have gradients themselves.
+struct MatrixProductFunction : torch::autograd::Function<MatrixProductFunction> {
+  static Tensor forward(torch::autograd::AutogradContext* context,
+                        const Tensor& a,
+                        const Tensor& b,
+                        const std::optional<Tensor>& bias) {
+    context->save_for_backward({a, b});
+    context->saved_data["has_bias"] = bias.has_value();
+    return compute(a, b, bias.value_or(Tensor()));
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context, torch::autograd::variable_list grads) {
+    const auto saved = context->get_saved_variables();
+    const auto &a = saved[0], &b = saved[1], &grad = grads[0];
+    torch::autograd::variable_list result(3);
+    if (!grad.defined()) return result;
+    if (context->needs_input_grad(0)) result[0] = matrix_product(grad, b.transpose(-2, -1));
+    if (context->needs_input_grad(1)) {  // laid out as b is
+      result[1] = b.stride(-1) == 1 ? matrix_product(a.transpose(-2, -1), grad)
+                                    : matrix_product(grad.transpose(-2, -1), a).transpose(-2, -1);
+    }
+    if (context->saved_data["has_bias"].toBool() && context->needs_input_grad(2)) result[2] = grad.flatten(0, -2).sum(0);
+    return result;
+  }
+};
+
+Tensor multiply_and_add(const Tensor& a, const Tensor& b, const Tensor& bias) {
+  const auto requires_grad = [](const Tensor& x) { return x.defined() && x.requires_grad(); };
+  if (at::GradMode::is_enabled() && (requires_grad(a) || requires_grad(b) || requires_grad(bias))) {
+    return MatrixProductFunction::apply(a, b, bias.defined() ? std::optional(bias) : std::nullopt);
+  }
+  return compute(a, b, bias);
+}
+
+}  // namespace
+
+Tensor matrix_product(const Tensor& a, const Tensor& b) {
+  return run_on_kernels(a, b) ? multiply_and_add(a, b, {}) : at::matmul(a, b);
+}
+
+Tensor project(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  const bool bias_fits = !bias.defined() || (runs_on_kernels(bias) && bias.is_contiguous());
+  if (!bias_fits || !run_on_kernels(x, weight)) return torch::nn::functional::linear(x, weight, bias);
+  auto sizes = x.sizes().vec();
+  sizes.back() = weight.size(0);
+  return multiply_and_add(x.reshape({-1, x.size(-1)}), weight.t(), bias).view(sizes);
+}
+
+}  // namespace xattn::detail

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+// The matrix products of modules, differentiable to any order: in float32 on the CPU by this library's kernels (with AVX2 or
+// AVX-512), elsewhere by LibTorch's operators. An element's bits do not depend on the number of threads.
+namespace xattn::detail {
+
+/// a [..., m, k], b [..., k, n] -> [..., m, n]; two to four axes, of equal sizes but for the last two.
+at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);
+
+/// x [..., in], weight [out, in], bias [out] or undefined -> [..., out].
+at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);
+
+}  // namespace xattn::detail
