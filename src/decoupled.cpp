@@ -133,8 +133,9 @@ Context DecoupledCrossAttentionImpl::added_context(size_t index, const Tensor& k
   const auto& heads = attention->options;
   detail::check_key_value(caller_of(index), key, value, mask, side->key_linear, side->value_linear, heads.num_heads());
   const auto G = *heads.kv_heads(), d = *heads.head_dim(), e = *heads.value_head_dim();
-  const auto k = split_heads(project(side->key_linear, batched(key)), G, d, heads.qk_norm_scope(), side->key_norm);  // [B, G, Lk, d]
-  const auto v = split_heads(project(side->value_linear, batched(value)), G, e);                                     // [B, G, Lk, e]
+  const auto k =
+      split_heads(project(side->key_linear, batched(key)), G, d, heads.qk_norm_scope(), side->key_norm);  // [B, G, Lk, d]
+  const auto v = split_heads(project(side->value_linear, batched(value)), G, e);                          // [B, G, Lk, e]
   return Context(k, v, mask, key.dim() == 3, weights_of(side));
 }
 
@@ -153,8 +154,9 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& que
   }
 
   const auto& heads = first.options;
-  const auto q = split_heads(project(first.query_linear, batched(query)), heads.num_heads(), *heads.head_dim(), heads.qk_norm_scope(),
-                             first.query_norm);                                                          // [B, H, Lq, d]
+  const auto q =
+      split_heads(project(first.query_linear, batched(query)), heads.num_heads(), *heads.head_dim(), heads.qk_norm_scope(),
+                  first.query_norm);                                                                     // [B, H, Lq, d]
   auto [mixed, weights, log_sum_exp] = detail::attend_heads(kCaller, q, context, heads, is_training());  // [B, H, Lq, e]
   auto quiet = heads;
   quiet.bias_kv(false).attention_weights(AttentionWeights::none);

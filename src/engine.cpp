@@ -182,7 +182,8 @@ bool is_folded(Order order) {
 // Rows of a panel with so many columns, with zeros.
 void fill_up(float* rows, int64_t n, int64_t columns) {
   const auto panel = kernels().panel;
-  for (int64_t row = 0; columns < panel && row < n; ++row) std::fill(rows + row * panel + columns, rows + (row + 1) * panel, 0.0f);
+  for (int64_t row = 0; columns < panel && row < n; ++row)
+    std::fill(rows + row * panel + columns, rows + (row + 1) * panel, 0.0f);
 }
 
 // f(b, first key, keys) for blocks of the keys that count, of whole panels except at the end; as many panels for each thread.
@@ -195,7 +196,8 @@ void each_block(const EngineSide& side, const F& f) {
   for (const auto length : side.lengths) panels += panels_of(length);
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = 0; b < side.B && begin < end; ++b) {
-      const auto length = side.lengths[static_cast<size_t>(b)], its_panels = panels_of(length), stop = std::min(end, its_panels);
+      const auto length = side.lengths[static_cast<size_t>(b)], its_panels = panels_of(length),
+                 stop = std::min(end, its_panels);
       for (int64_t at = begin; at < stop; at += kMostPanels) {
         const auto first = at * panel;
         f(b, first, std::min(length, std::min(stop, at + kMostPanels) * panel) - first);

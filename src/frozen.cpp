@@ -302,7 +302,8 @@ std::tuple<Tensor, Tensor> Frozen::forward_with(const Tensor& query,
   if (!state_->engine) {
     const auto keys = options().bias_kv() ? Lk : mask.needed_keys(Lk);
     const auto cut_mask = mask.first_keys(keys);
-    const auto context = make_context(orders(B, Lq, keys), Xk.narrow(1, 0, keys), Xv.narrow(1, 0, keys), cut_mask, key.dim() == 3, Lq);
+    const auto context =
+        make_context(orders(B, Lq, keys), Xk.narrow(1, 0, keys), Xv.narrow(1, 0, keys), cut_mask, key.dim() == 3, Lq);
     const auto [output, weights] = attend_with(query, context);
     return {output, detail::with_zeros(weights, Lk - keys)};
   }

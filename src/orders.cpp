@@ -180,7 +180,7 @@ Tensor output_of(Order order,
       return project(merge_heads(mixed), w.output, w.output_bias);
     }
     case Order::prefold: {
-      const auto flat = products.values.weight.transpose(0, 1).flatten(1);                          // [Eo, H * Ev]
+      const auto flat = products.values.weight.transpose(0, 1).flatten(1);                           // [Eo, H * Ev]
       const auto output = project(merge_heads(times_shared(weights, values)), flat, w.output_bias);  // [B, Lq, Eo]
       if (!w.value_bias.defined()) return output;
       if (!sums.defined()) return output + products.values.bias.sum(0);

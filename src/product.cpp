@@ -22,9 +22,9 @@ using at::Tensor;
 
 namespace {
 
-constexpr int64_t kPackedBytes = 1 << 19;   // of a right side at a time: what a core's cache holds beside the left one
+constexpr int64_t kPackedBytes = 1 << 19;  // of a right side at a time: what a core's cache holds beside the left one
 constexpr int64_t kRowsOfATile = 14;
-constexpr int64_t kRowsNotToPackFor = 24;   // up to these, packing takes longer than it saves
+constexpr int64_t kRowsNotToPackFor = 24;        // up to these, packing takes longer than it saves
 constexpr int64_t kOperationsOfATask = 1 << 18;  // fewer are done before another thread has woken
 
 bool runs_on_kernels(const Tensor& x) {
@@ -97,7 +97,8 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   // Tasks are columns, of which each packs its own; where these are not enough for all threads, rows besides.
   const auto batches = a.size(0) * a.size(1), panels = divided_up(n, panel);
   const auto operations = 2 * batches * m * n * k;
-  const auto threads = at::in_parallel_region() ? 1 : std::clamp<int64_t>(operations / kOperationsOfATask, 1, at::get_num_threads());
+  const auto threads =
+      at::in_parallel_region() ? 1 : std::clamp<int64_t>(operations / kOperationsOfATask, 1, at::get_num_threads());
   auto of_columns = divided_up(panels, std::max<int64_t>(1, kPackedBytes / (4 * panel * std::max<int64_t>(1, k))));
   if (batches % threads != 0) of_columns = std::min(panels, divided_up(of_columns, threads) * threads);
   const auto of_rows = std::min(divided_up(m, kRowsOfATile), divided_up(threads, batches * of_columns));
@@ -144,7 +145,8 @@ struct MatrixProductFunction : torch::autograd::Function<MatrixProductFunction> 
     return compute(a, b, bias.value_or(Tensor()));
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list grads) {
     const auto saved = context->get_saved_variables();
     const auto &a = saved[0], &b = saved[1], &grad = grads[0];
     torch::autograd::variable_list result(3);

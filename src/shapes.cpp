@@ -90,4 +90,15 @@ std::vector<Shape> matching(std::string_view text) {
   return result;
 }
 
+xattn::PlanRequest plan_request(const Shape& s) {
+  xattn::PlanRequest r;
+  r.B = s.B, r.H = s.H, r.G = s.G, r.Lq = s.Lq, r.Lk = s.valid;
+  r.Eq = s.Eq, r.Ek = r.Ev = s.Ek, r.d = s.d, r.e = s.e, r.Eo = s.Eo;
+  r.query_norm = r.key_norm = s.norm != NormOver::nothing;
+  r.query_is_constant = s.learned_query;
+  r.training = s.timed == Timed::backward;
+  if (s.timed == Timed::attend) r.context_rows = xattn::PlanRequest::kKept;
+  return r;
+}
+
 }  // namespace shapes

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <xattn/plan.h>
+
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -42,5 +44,8 @@ const std::vector<Shape>& all();
 
 /// The row of this name or, if there is none, the rows with `text` in their names, whatever the case; may be none.
 std::vector<Shape> matching(std::string_view text);
+
+/// What a planner is to know of it; weights are not frozen.
+xattn::PlanRequest plan_request(const Shape& shape);
 
 }  // namespace shapes

@@ -15,14 +15,12 @@ namespace {
 
 // Without a price on anything but operations.
 PlanRequest request_of(const shapes::Shape& s) {
-  PlanRequest r;
-  r.B = s.B, r.H = s.H, r.G = s.G, r.Lq = s.Lq, r.Lk = s.Lk;
-  r.Eq = s.Eq, r.Ek = r.Ev = s.Ek, r.d = s.d, r.e = s.e, r.Eo = s.Eo;
-  r.query_norm = r.key_norm = s.norm != shapes::NormOver::nothing;
-  if (s.timed == shapes::Timed::attend) r.context_rows = PlanRequest::kKept;
-  r.weights_are_frozen = true;
-  r.rates = {.flops = 1e9, .memory = 1e18, .softmax = 1e18};
-  return r;
+  auto request = shapes::plan_request(s);
+  request.Lk = s.Lk;
+  request.query_is_constant = request.training = false;
+  request.weights_are_frozen = true;
+  request.rates = {.flops = 1e9, .memory = 1e18, .softmax = 1e18};
+  return request;
 }
 
 Order order_of(char letter) {

@@ -240,6 +240,42 @@ TEST_F(FrozenTest, AContextServesBeamsSlicesAndBatches) {
   });
 }
 
+TEST_F(FrozenTest, AContextMovesBetweenDevicesAndIsAskedForWhereTheWeightsAre) {
+  const auto& layer = kLayers[0];
+  const auto frozen = make(layer)->freeze();
+  const auto x = inputs_of(layer, 2, 3, 5);
+  const auto context = frozen.context(x.key, x.value, Mask::lengths(torch::tensor({5, 2}), 5));
+  const auto expected = std::get<0>(frozen.attend(x.query, context));
+  for (const auto& device : devices()) {
+    const auto moved = context.to(device);
+    EXPECT_EQ(moved.bytes(), context.bytes());
+    EXPECT_TRUE(torch::equal(std::get<0>(frozen.attend(x.query, moved.to(torch::kCPU))), expected));
+  }
+  EXPECT_EQ(error_of<c10::TypeError>([&] { frozen.attend(x.query, context.to(torch::kMeta)); }),
+            "[frozen] context must be on cpu, as the weights, but is on meta.");
+}
+
+TEST_F(FrozenTest, KeysBehindHostLengthsAreNeverRead) {
+  for (const auto& layer : {kLayers[0], kLayers[1]}) {
+    auto module = make(layer);
+    const auto x = inputs_of(layer, 2, 3, 9);
+    const auto mask = Mask::lengths(torch::tensor({4, 2}), 9);
+    const auto [output, weights] = exact(module, x, mask);
+    const auto spoilt = [](const Tensor& t) {
+      auto copy = t.clone();
+      copy.narrow(1, 4, 5).fill_(std::numeric_limits<float>::quiet_NaN());
+      return copy;
+    };
+    const auto key = spoilt(x.key), value = spoilt(x.value);
+    const auto [y, p] = module->forward(x.query, key, value, mask);
+    expect_close(y, output, allowed(layer), "module");
+    expect_close(p, weights, allowed(layer), "weights");
+    const auto [y_frozen, p_frozen] = module->freeze().forward(x.query, key, value, mask);
+    expect_close(y_frozen, output, allowed(layer), "frozen");
+    expect_close(p_frozen, weights, allowed(layer), "weights of frozen");
+  }
+}
+
 TEST_F(FrozenTest, ThreadsShareOneAndItsContextAndGetTheSameBits) {
   const OneThread one_thread;
   const auto& layer = kLayers[2];

@@ -177,6 +177,21 @@ TEST(MaskTest, RefusesWrongShapesByName) {
             "[mask] num_heads must be at least 1, but is 0.");
 }
 
+TEST(MaskTest, HostLengthsSayWhichKeysNobodyNeeds) {
+  const auto lengths = Mask::lengths(torch::tensor({2, 4}), 6);
+  EXPECT_EQ(lengths.needed_keys(6), 4);
+  EXPECT_EQ(Mask::lengths(torch::tensor({0, 0}), 6).needed_keys(6), 1);
+  EXPECT_EQ(Mask().needed_keys(6), 6);
+  EXPECT_EQ(Mask::key_padding(torch::ones({2, 6}, torch::kBool)).needed_keys(6), 6);
+  EXPECT_EQ((lengths & Mask::causal(CausalAlignment::upper_left)).needed_keys(6), 4);
+  EXPECT_EQ((lengths & Mask::causal(CausalAlignment::lower_right)).needed_keys(6), 6);
+
+  const auto both = lengths & Mask::bias(torch::randn({3, 6})) & Mask::causal(CausalAlignment::upper_left);
+  EXPECT_TRUE(both.first_keys(4).keep(3, 4, torch::kCPU).equal(both.keep(3, 6, torch::kCPU).narrow(3, 0, 4)));
+  EXPECT_TRUE(both.first_keys(4).additive().equal(both.additive().narrow(3, 0, 4)));
+  EXPECT_TRUE(lengths.first_keys(2).is_none());  // all that are left are needed
+}
+
 TEST(MaskTest, CheckNamesThePartThatDoesNotFit) {
   const auto mask = Mask::causal(CausalAlignment::upper_left) & Mask::lengths(torch::tensor({1, 2}), 3);
   mask.check("caller", 2, 4, 5, 3, torch::kCPU);

@@ -133,12 +133,6 @@ Candidate folded(const Layer& layer) {
       [folded](const auto& context) { return folded->attend(context); });
 }
 
-xattn::Mask mask_of(const Layer& layer) {
-  const auto& s = layer.shape;
-  if (!layer.keep.defined()) return {};
-  return xattn::Mask::lengths(torch::full({s.B}, s.valid, torch::dtype(at::kLong).device(layer.key.device())), s.Lk);
-}
-
 Candidate module(const Layer& layer) {
   const auto module = layer.module.ptr();
   const auto mask = mask_of(layer);

@@ -72,4 +72,10 @@ double gigabytes_needed(const shapes::Shape& s, bool logits, double element) {
   return 1e-9 * element * (rows + weights + maps) * (s.timed == Timed::backward ? 2.5 : 1);
 }
 
+xattn::Mask mask_of(const Layer& layer) {
+  const auto& s = layer.shape;
+  if (!layer.keep.defined()) return {};
+  return xattn::Mask::lengths(torch::full({s.B}, s.valid, torch::dtype(at::kLong).device(layer.key.device())), s.Lk);
+}
+
 }  // namespace bench

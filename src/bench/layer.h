@@ -38,4 +38,7 @@ Layer make_layer(const shapes::Shape& shape, const torch::TensorOptions& options
 /// What a candidate holds at a time, at most, in 1e9 bytes; `logits` tells whether it has those of all heads in memory.
 double gigabytes_needed(const shapes::Shape& shape, bool logits, double element);
 
+/// Of its padding.
+xattn::Mask mask_of(const Layer& layer);
+
 }  // namespace bench

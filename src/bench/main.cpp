@@ -13,6 +13,7 @@
 #include "layer.h"
 #include "measure.h"
 #include "program.h"
+#include "regret.h"
 #include "report.h"
 #include "shapes.h"
 
@@ -35,7 +36,8 @@ processor's measured peak counts the operations of the standard order: above 100
   results    list of {row, weights, threads, type, runtime, candidate, error, us, low, high, least, samples}: the largest error
              relative to the largest element; median, quartiles and least of the times of a call
   skipped    list of {row, weights, threads, type, runtime, candidate, reason}
-  crossover  {threads: list of {Lq, Lk, chosen, us}}, with --crossover)";
+  crossover  {threads: list of {Lq, Lk, chosen, us}}, with --crossover
+  regret     {threads: list of {row, chosen, us, best, best_us, left_out}}, with --regret)";
 
 struct Arguments {
   std::vector<std::string> names;
@@ -45,6 +47,7 @@ struct Arguments {
   double seconds = 1;
   double limit = 0;
   bool crossover = false;
+  bool regret = false;
   bool json = false;
   bool list = false;
 };
@@ -128,6 +131,10 @@ void run(Arguments arguments) {
       continue;
     }
     for (const auto& shape : rows) {
+      if (arguments.regret) {
+        if (too_large(shape, false, device).empty()) report.regret(measure_regret(shape, arguments.seconds));
+        continue;
+      }
       for (const auto& weights : arguments.weights) {
         const bool wanted = weights == "none" || (shape.maps && shape.timed != Timed::backward);
         if (wanted) run_row(shape, weights, device, arguments.seconds, report);
@@ -161,6 +168,7 @@ int main(int argc, char** argv) {
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   program.add_flag("--crossover", arguments.crossover, "Time pinned orders over a grid of lengths, in place of the rows");
+  program.add_flag("--regret", arguments.regret, "Time all orders of a frozen layer against those that it chooses");
   program.add_flag("--list", arguments.list, "Name all rows, and do nothing");
   program.add_flag("--json", arguments.json, "Print JSON, as described below");
   program.footer(bench::kFooter);

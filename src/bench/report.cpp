@@ -102,6 +102,12 @@ void Report::crossover(const Json& cells) {
   for (const auto& cell : cells) std::cout << cell.dump() << "\n";
 }
 
+void Report::regret(const Json& row) {
+  if (row.is_null()) return;
+  json_["regret"][std::to_string(threads_)].push_back(row);
+  if (!as_json_) std::cout << row.dump() << "\n";
+}
+
 void Report::end() const {
   if (as_json_) std::cout << json_.dump(1) << "\n";
 }

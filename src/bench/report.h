@@ -20,6 +20,7 @@ class Report {
   void result(const Candidate& candidate, double error, const Times& times);
   void skipped(const std::string& candidate, const std::string& reason);
   void crossover(const nlohmann::ordered_json& cells);
+  void regret(const nlohmann::ordered_json& row);  ///< nothing if it is null
   void end() const;
 
  private:

@@ -36,17 +36,6 @@ struct Arguments {
   int threads = at::get_num_threads();
 };
 
-PlanRequest request_of(const shapes::Shape& s) {
-  PlanRequest r;
-  r.B = s.B, r.H = s.H, r.G = s.G, r.Lq = s.Lq, r.Lk = s.valid;
-  r.Eq = s.Eq, r.Ek = r.Ev = s.Ek, r.d = s.d, r.e = s.e, r.Eo = s.Eo;
-  r.query_norm = r.key_norm = s.norm != shapes::NormOver::nothing;
-  r.query_is_constant = s.learned_query;
-  r.training = s.timed == shapes::Timed::backward;
-  if (s.timed == shapes::Timed::attend) r.context_rows = PlanRequest::kKept;
-  return r;
-}
-
 // B,H,Lq,Lk,Eq,Ek,INNER_QK[,INNER_V[,EO]]
 PlanRequest request_of(const std::vector<int64_t>& sizes) {
   PlanRequest r;
@@ -77,7 +66,7 @@ PlanRequest request_of(const Arguments& arguments) {
       throw CLI::ValidationError("--shape",
                                  fmt::format("must name one row of {}, but is '{}'", fmt::join(names, "; "), arguments.shape));
     }
-    request = request_of(rows.front());
+    request = shapes::plan_request(rows.front());
   }
   if (arguments.kv_heads) request.G = *arguments.kv_heads;
   if (arguments.qk_norm) request.query_norm = request.key_norm = true;
