@@ -5,15 +5,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
   cat <<'END'
-usage: scripts/bench.sh [--quick] [--shape NAME]... [--passes N] [--seconds S] [--device cpu|cuda]
+usage: scripts/bench.sh [--quick] [--shape NAME]... [--limit GFLOP] [--passes N] [--seconds S] [--compile all] [--device cpu|cuda]
 
 Measures this library beside other runtimes on layers of real models, and writes what it finds: src/bench/results.json, the table
 in README.md and the plots in src/bench.
 
   --quick        one short pass over the smaller rows; no maps, no map of crossovers
   --shape NAME   only rows with this in their names; repeatable. The other rows keep what was measured before
+  --limit GFLOP  leave out rows of more operations, in 1e9; no limit if not given, but 500 after the first pass, as a call of these
+                 takes seconds
   --passes N     passes over everything; their spread is reported (3)
   --seconds S    for each candidate of a row (0.5)
+  --compile all  torch.compile, which takes a quarter of a minute a row, on all rows, and not on those with a goal only
   --device cuda  in bfloat16 against LibTorch's and PyTorch's kernels on a GPU: prints a table and writes results-cuda.json
   -h, --help     show this
 
@@ -24,12 +27,14 @@ example: scripts/bench.sh --quick --shape "SD1.5 16x16"
 END
 }
 
-quick=0 passes=3 seconds=0.5 device=cpu shapes=()
+quick=0 passes=3 seconds=0.5 device=cpu limit=0 compile=goals shapes=()
 while (($#)); do
   case $1 in
     -h | --help) usage; exit ;;
-    --quick) quick=1 passes=1 seconds=0.2 ;;
+    --quick) quick=1 passes=1 seconds=0.2 limit=20 ;;
     --shape) shapes+=(--shape "${2:?"--shape needs a name"}"); shift ;;
+    --limit) limit=${2:?"--limit needs a number"}; shift ;;
+    --compile) compile=${2:?"--compile needs a word"}; shift ;;
     --passes) passes=${2:?"--passes needs a number"}; shift ;;
     --seconds) seconds=${2:?"--seconds needs a number"}; shift ;;
     --device) device=${2:?"--device needs a name"}; shift ;;
@@ -70,25 +75,26 @@ if [[ $device == cpu ]] && (($(nproc) > 1)); then threads=(1 2); fi
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
 for ((pass = 1; pass <= passes; ++pass)); do
-  options=("${shapes[@]}" --seconds "$seconds")
-  if ((quick)); then
-    options+=(--limit 20)
-  elif ((pass > 1)); then
-    options+=(--limit 500)  # a call of a larger row takes seconds
-  fi
+  if ((pass > 1 && limit == 0)); then limit=500; fi
+  options=("${shapes[@]}" --seconds "$seconds" --limit "$limit")
   for count in "${threads[@]}"; do
     # What maps cost is measured once, with one thread.
     weights=(--weights none)
     if ((pass == 1 && count == 1 && !quick)); then weights+=(mean per-head); fi
     build/xattn_bench --json --device $device --threads "$count" "${options[@]}" "${weights[@]}" > "$results/$pass.libtorch.$count.json"
     for runtime in "${runtimes[@]}"; do
-      # Compiling takes longer than all else together.
-      if [[ $runtime == compile ]] && ((pass > 1)); then continue; fi
-      $python scripts/bench_peers.py --runtime "$runtime" --threads "$count" "${options[@]}" "${weights[@]}" \
+      chosen=("${options[@]}" "${weights[@]}")
+      if [[ $runtime == compile ]]; then
+        if ((pass > 1)); then continue; fi
+        chosen=("${options[@]}")
+        if [[ $compile == goals && ${#shapes[@]} == 0 ]]; then chosen+=(--goals); fi
+      fi
+      $python scripts/bench_peers.py --runtime "$runtime" --threads "$count" "${chosen[@]}" \
         > "$results/$pass.$runtime.$count.json"
     done
     if ((pass == 1 && !quick)) && [[ $device == cpu && ${#shapes[@]} == 0 ]]; then
       build/xattn_bench --json --crossover --threads "$count" > "$results/crossover.$count.json"
+      build/xattn_bench --json --regret --threads "$count" --limit 20 --seconds 0.2 > "$results/regret.$count.json"
     fi
   done
 done

@@ -73,7 +73,8 @@ def run_one(arguments):
 
     for row in choose(read_shapes(), arguments.shape):
         train = row["timed"] == "backward"
-        if arguments.limit and float(row["gflop"]) > arguments.limit:
+        too_long = arguments.limit and float(row["gflop"]) > arguments.limit
+        if too_long or (arguments.goals and not row["goal"]):
             continue
         for wanted in arguments.weights:
             if wanted != "none" and (train or row["maps"] in ("-", "thrown away")):
@@ -110,6 +111,7 @@ def main():
     parser.add_argument("--runtime", nargs="+", default=RUNTIMES, choices=[*RUNTIMES, "cuda"])
     parser.add_argument("--seconds", type=float, default=1, help="for each candidate of a row (1)")
     parser.add_argument("--limit", type=float, default=0, help="leave out rows of more thousand million operations")
+    parser.add_argument("--goals", action="store_true", help="leave out rows without a goal")
     parser.add_argument(
         "--packages", action="store_true", help="print what pip is to install (with --runtime cuda, for that), and stop"
     )
@@ -135,6 +137,7 @@ def main():
                 str(arguments.limit),
                 "--weights",
                 *arguments.weights,
+                *(["--goals"] if arguments.goals else []),
             ]
             for name in arguments.shape:
                 command += ["--shape", name]

@@ -60,7 +60,8 @@ def merge(store, files):
     for part in parts:
         store.setdefault("versions", {}).update(part.get("versions", {}))
         store.setdefault("peaks", {}).update(part.get("peaks", {}))
-        store.setdefault("crossover", {}).update(part.get("crossover", {}))
+        for kind in ("crossover", "regret"):
+            store.setdefault(kind, {}).update(part.get(kind, {}))
         for r in part["results"]:
             name = f"{r['runtime']}, {r['candidate']}"
             passes = rows[r["row"]][r["weights"]][str(r["threads"])].setdefault(name, [])
@@ -176,6 +177,12 @@ def summary(store, shapes):
             behind = [name for name, x in ratios.items() if x < 1]
             lines.append(f"With {t} thread{'s' * (t != '1')}: faster than the fastest other in {len(ratios) - len(behind)} of {len(ratios)} rows, "
                          f"geometric mean of the ratios {mean:.2f}, least {min(ratios.values()):.2f}, most {max(ratios.values()):.3g}.")
+        regret = [row["us"] / row["best_us"] - 1 for row in store.get("regret", {}).get(t, [])]
+        if regret:
+            lines[-1] += (
+                f" The orders that a frozen layer chooses take {100 * statistics.fmean(regret):.1f} % longer in the mean than the "
+                f"fastest of all, {100 * max(regret):.1f} % at worst ({len(regret)} rows)."
+            )
     return "\n".join(lines)
 
 

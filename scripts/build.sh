@@ -51,7 +51,7 @@ missing_packages() {
   command -v ccache > /dev/null || echo ccache
   if needs_venv; then echo python3-venv; fi
   local headers=(fmt/format.h:libfmt-dev nlohmann/json.hpp:nlohmann-json3-dev CLI/CLI.hpp:libcli11-dev png.h:libpng-dev
-    gtest/gtest.h:libgtest-dev)
+    gtest/gtest.h:libgtest-dev gloo/config.h:libgloo-dev)
   if ! command -v c++ > /dev/null; then
     echo g++
     printf '%s\n' "${headers[@]#*:}"

@@ -14,7 +14,7 @@ Sets everything up (see scripts/build.sh --help), builds the tests and runs them
   -h, --help     show this
   all else       goes to ctest
 
-example: scripts/test.sh -R Mask --repeat until-fail:3
+example: scripts/test.sh -R Distributed --repeat until-fail:50
 END
 }
 

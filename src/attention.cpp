@@ -139,24 +139,35 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
     const auto output = graph->output.detach();
     ctx->save_for_backward({q, k, v});
     ctx->saved_data["graph"] = c10::IValue::make_capsule(std::move(graph));
+    ctx->set_materialize_grads(false);
     if (!log_sum_exp.defined()) return {output};
-    log_sum_exp = log_sum_exp.detach();
-    ctx->mark_non_differentiable({log_sum_exp});
-    return {output, log_sum_exp};
+    return {output, log_sum_exp.detach()};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
     const auto graph = c10::static_intrusive_pointer_cast<Graph>(ctx->saved_data["graph"].toCapsule());
     const bool recorded = at::GradMode::is_enabled();
+    const bool with_log_sum_exp = grads.size() > 1 && grads[1].defined();  // of which the kernels know no derivative
     const auto saved = ctx->get_saved_variables();  // throws if they were freed, or changed in place since
     const auto& inputs = recorded ? saved : graph->inputs;
-    const auto output = recorded ? define(inputs[0], inputs[1], inputs[2], graph->options).output : graph->output;
+    torch::autograd::variable_list outputs = {graph->output};
+    if (recorded || with_log_sum_exp) {
+      const at::AutoGradMode record(true);
+      const auto defined = define(inputs[0], inputs[1], inputs[2], graph->options);
+      outputs = {defined.output, defined.log_sum_exp};
+    }
     torch::autograd::variable_list asked;
     for (const auto& x : inputs) {
       if (x.requires_grad()) asked.push_back(x);
     }
-    const auto found = torch::autograd::grad({output}, asked, {grads[0]}, /*retain_graph=*/true, /*create_graph=*/recorded);
+    torch::autograd::variable_list given, of;
+    for (size_t i = 0; i < grads.size(); ++i) {
+      if (!grads[i].defined()) continue;
+      given.push_back(grads[i]);
+      of.push_back(outputs[i]);
+    }
+    const auto found = torch::autograd::grad(of, asked, given, /*retain_graph=*/true, /*create_graph=*/recorded);
     torch::autograd::variable_list result(4);  // q, k, v, options
     size_t next = 0;
     for (size_t i = 0; i < inputs.size(); ++i) {

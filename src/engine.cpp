@@ -21,7 +21,9 @@ using at::Tensor;
 namespace {
 
 constexpr int64_t kScratch = 3 << 16;  // floats of a task's scratch: what fits into a core's cache beside a panel of weights
-constexpr int64_t kLeastRows = 14;     // rows from which a product runs at its full speed, about
+constexpr int64_t kLeastRows = 14;     // rows from which a product runs at its full speed, about, on weights that are near
+constexpr int64_t kMostRows = 112;     // and on those that come from memory for each task anew
+constexpr int64_t kNear = 2 << 20;     // bytes
 constexpr int64_t kRowsNotToPackFor = 24;  // rows of a product with keys up to which packing these takes longer than it saves
 constexpr int64_t kRowsOfATeam = 4;        // per thread: with fewer rows all threads work on the same rows
 
@@ -177,6 +179,47 @@ bool is_folded(Order order) {
   return order == Order::fold_into_context || order == Order::prefold_into_context;
 }
 
+// ---- Norms -----------------------------------------------------------------------------------------------------------------
+
+EngineNorm engine_norm(const Norm& norm) {
+  if (!norm) return {};
+  const auto& o = norm->options;
+  return {o.kind(), o.size(), o.eps(), norm->weight.contiguous(), norm->bias.defined() ? norm->bias.contiguous() : Tensor()};
+}
+
+// The sum of f(x[i]), in as many parts as vectors have lanes.
+template <class F>
+float sum_of(const float* x, int64_t n, const F& f) {
+  constexpr int64_t kParts = 16;
+  float parts[kParts] = {};
+  const auto whole = n / kParts * kParts;
+  for (int64_t i = 0; i < whole; i += kParts) {
+    for (int64_t j = 0; j < kParts; ++j) parts[j] += f(x[i + j]);
+  }
+  for (auto i = whole; i < n; ++i) parts[i - whole] += f(x[i]);
+  float sum = 0;
+  for (const auto part : parts) sum += part;
+  return sum;
+}
+
+// Rows [n, features] of projected queries or keys, in place.
+void normalise(const EngineNorm& norm, float* rows, int64_t n, int64_t features) {
+  if (norm.kind == NormKind::none) return;
+  const auto size = norm.size;
+  const auto* weight = data(norm.weight);
+  const auto* bias = norm.bias.defined() ? data(norm.bias) : nullptr;
+  for (auto* x = rows; x < rows + n * features; x += size) {
+    float mean = 0;
+    if (norm.kind == NormKind::layer) {
+      mean = sum_of(x, size, [](float value) { return value; }) / static_cast<float>(size);
+    }
+    const auto squares = sum_of(x, size, [mean](float value) { return (value - mean) * (value - mean); });
+    const auto factor = static_cast<float>(1 / std::sqrt(squares / static_cast<double>(size) + norm.eps));
+    for (int64_t i = 0; i < size; ++i) x[i] = (x[i] - mean) * factor * weight[i];
+    for (int64_t i = 0; bias && i < size; ++i) x[i] += bias[i];
+  }
+}
+
 // ---- The key/value side ----------------------------------------------------------------------------------------------------
 
 // Rows of a panel with so many columns, with zeros.
@@ -224,6 +267,7 @@ Tensor project_keys(const EngineWeights& w, const EngineSide& side, const Tensor
               .c = mutable_data(k),
               .c_stride = inner,
               .bias = data(w.key_bias)});
+    normalise(w.key_norm, mutable_data(k), n, inner);
     for (int64_t g = 0; g < w.G; ++g) {
       pack_transposed(data(k) + g * w.d, inner, w.d, n, keys, (b * w.G + g) * size + first * w.d);
     }
@@ -402,7 +446,8 @@ class Attend {
     const auto rows = side_.B * rows_, workers = threads();
     if (rows == 0) return;
     const Team team{workers > 1 && rows < kRowsOfATeam * workers};
-    const auto most = std::max(kLeastRows, kScratch / floats_of_a_row());
+    const auto least = std::clamp(kLeastRows * bytes_of_a_task() / kNear, kLeastRows, kMostRows);
+    const auto most = std::max(least, kScratch / floats_of_a_row());
     const auto rounds = (rows + most * workers - 1) / (most * workers);
     const auto share = team.all ? rows : (rows + rounds * workers - 1) / (rounds * workers);
     const auto tasks = (rows + share - 1) / share;
@@ -422,6 +467,20 @@ class Attend {
   }
 
  private:
+  // What every task reads besides its rows: weights, and a context.
+  int64_t bytes_of_a_task() const {
+    const auto bytes = [](const Tensor& x) { return static_cast<int64_t>(x.nbytes()); };
+    int64_t total = (bytes(side_.keys) + bytes(side_.values)) / std::max<int64_t>(1, side_.B);
+    const auto order = side_.orders.logits;
+    if (query_.defined() && !is_folded(order)) {
+      total += order == Order::prefold ? bytes(w_.logits_product.data) : bytes(w_.query.data);
+      if (order == Order::fold_into_query) total += bytes(w_.key_fold.data);
+    }
+    if (is_folded(side_.orders.values)) return total;
+    if (side_.orders.values == Order::prefold) return total + bytes(w_.values_product.data);
+    return total + bytes(w_.output.data) + (side_.orders.values == Order::standard ? 0 : bytes(w_.value_fold.data));
+  }
+
   // What run_rows takes for each row.
   int64_t floats_of_a_row() const {
     const auto& w = w_;
@@ -494,6 +553,7 @@ class Attend {
                    .c = projected,
                    .c_stride = inner,
                    .bias = data(w.query_bias)});
+    team.parts(n, [&](int64_t from, int64_t to) { normalise(w.query_norm, projected + from * inner, to - from, inner); });
     if (order == Order::standard) return rows;
     team.each(w.H, [&](int64_t h) {
       multiply({.m = n,
@@ -789,6 +849,8 @@ EngineWeights::EngineWeights(const LayerWeights& l, const Products& products, at
   key_bias = or_zeros(l.key_bias, l.key, G * d);
   value_bias = or_zeros(l.value_bias, l.value, G * e);
   output_bias = or_zeros(l.output_bias, l.output, Eo);
+  query_norm = engine_norm(l.query_norm);
+  key_norm = engine_norm(l.key_norm);
   const auto value_bias_of_heads = value_bias.view({G, 1, e}).expand({G, H / G, e}).reshape({H * e});
   output_bias_after_value =
       output_bias.to(at::kDouble).addmv(l.output.to(at::kDouble), value_bias_of_heads.to(at::kDouble)).to(at::kFloat);
@@ -860,6 +922,7 @@ Tensor fold_query(const Orders& orders, const EngineWeights& w, const Tensor& qu
             .c = mutable_data(projected),
             .c_stride = inner,
             .bias = data(w.query_bias)});
+  normalise(w.query_norm, mutable_data(projected), n, inner);
   if (orders.logits == Order::standard) return projected;
   const auto folded = at::empty({n, width}, query.options());
   for (int64_t h = 0; h < w.H; ++h) {

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <xattn/attention.h>
 #include <xattn/mask.h>
+#include <xattn/norm.h>
 #include <xattn/plan.h>
 
 #include <vector>
@@ -21,6 +22,14 @@ struct Packed {
   int64_t k = 0, n = 0;  ///< of each of the matrices that lie one behind the other
 };
 
+/// A norm of projected rows, of which each head or the whole row is one vector.
+struct EngineNorm {
+  NormKind kind = NormKind::none;
+  int64_t size = 0;  ///< of a vector
+  double eps = 0;
+  at::Tensor weight, bias;  ///< [size]; no bias where undefined
+};
+
 /// The weights of a layer as the engine multiplies by them. Immutable; safe to share between threads.
 struct EngineWeights {
   /// Products as far as they are defined, computed without the scale. Throws unless all are float32 on the CPU.
@@ -32,6 +41,7 @@ struct EngineWeights {
   at::Tensor query_bias, key_bias, value_bias, output_bias;  ///< zeros where the layer has none
   at::Tensor output_bias_after_value;                        ///< bo + bv Wo: exact where a row's weights sum to one
   bool has_query_bias, has_value_bias;
+  EngineNorm query_norm, key_norm;
 
   Packed query, key, value, output;  ///< [Eq, H * d], [Ek, G * d], [Ev, G * e], [H * e, Eo]
   Packed query_fold, key_fold;       ///< Wq and Wk of each head, [d, Eq] and [d, Ek], one below the other

@@ -249,13 +249,13 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& options) {
   }
 
   const bool no_norm = o.qk_norm() == NormKind::none && !o.bias_kv();
-  const bool kernels = no_norm && weights.query.is_cpu() && weights.query.scalar_type() == at::kFloat;
+  const bool kernels = !o.bias_kv() && weights.query.is_cpu() && weights.query.scalar_type() == at::kFloat;
   if (options.storage) {
     check_value(*options.storage == at::kFloat || *options.storage == at::kBFloat16, kCaller,
                 "storage must be float32 or bfloat16, but is {}.", c10::getDtypeNames(*options.storage).first);
     check_value(kernels, kCaller,
                 "storage must be left out where the kernels do not run, but is given: they need float32 on the "
-                "CPU, no query/key norm and no bias_kv.");
+                "CPU and no bias_kv.");
   }
   auto exact = in_double(weights);
   if (kernels) exact.scale = 1;  // the kernels scale in the softmax

@@ -9,6 +9,7 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/eq.h>
 #include <ATen/ops/gt.h>
+#include <ATen/ops/le.h>
 #include <ATen/ops/logical_and.h>
 #include <ATen/ops/logical_not.h>
 #include <ATen/ops/lt.h>
@@ -241,6 +242,22 @@ Mask Mask::first_keys(int64_t Lk) const {
     }
   }
   return cut;
+}
+
+Mask Mask::shard(int64_t first, int64_t n, int64_t Lq, int64_t Lk, at::Device device) const {
+  Mask part = *this;
+  part.upper_left_ = part.lower_right_ = false;
+  for (auto* parts : {&part.keep_, &part.bias_}) {
+    for (auto& each : *parts) {
+      each.tensor = each.tensor.narrow(3, first, n);
+      for (auto& length : each.lengths) length = std::clamp<int64_t>(length - first, 0, n);
+    }
+  }
+  const auto diagonal = this->diagonal(Lq, Lk);
+  if (!diagonal || first + n - 1 <= *diagonal) return part;  // every query sees all of them
+  const auto options = at::dtype(at::kLong).device(device);
+  const auto last = at::arange(*diagonal, *diagonal + Lq, options).unsqueeze(1);
+  return part & dense(at::le(at::arange(first, first + n, options), last));
 }
 
 Mask Mask::slice(int64_t begin, int64_t end) const {

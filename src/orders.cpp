@@ -161,36 +161,63 @@ Tensor row_sums(const Tensor& weights, const Tensor& empty_rows, double dropout)
   return empty_rows.defined() ? at::logical_not(empty_rows).to(weights.scalar_type()) : Tensor();
 }
 
-// weights [B, H, Lq, Lk], sums [B, H, Lq, 1] -> [B, Lq, Eo]
+bool ends_in_heads(Order values) {
+  return values == Order::standard || values == Order::fold_into_query;
+}
+
+// weights [B, H, Lq, Lk], sums [B, H, Lq, 1] -> [B, H, Lq, e]
+Tensor mixed_of(Order order, const LayerWeights& w, const Tensor& weights, const Tensor& sums, const Tensor& values) {
+  const auto B = weights.size(0), Lq = weights.size(2), Lk = weights.size(3);
+  if (order == Order::standard) {
+    return matrix_product(weights.reshape({B, w.G, w.H / w.G * Lq, Lk}), values).view({B, w.H, Lq, w.e});
+  }
+  const auto mixed = times_each_head(times_shared(weights, values), for_every_head(value_heads(w), w.H).transpose(1, 2));
+  if (!w.value_bias.defined()) return mixed;
+  return mixed + (sums.defined() ? sums * value_bias_heads(w) : value_bias_heads(w));
+}
+
+// The orders that do not end in heads: weights [B, H, Lq, Lk], sums [B, H, Lq, 1] -> [B, Lq, Eo]
 Tensor output_of(Order order,
                  const LayerWeights& w,
                  const Products& products,
                  const Tensor& weights,
                  const Tensor& sums,
                  const Tensor& values) {
-  const auto B = weights.size(0), Lq = weights.size(2), Lk = weights.size(3);
-  switch (order) {
-    case Order::standard: {
-      const auto mixed = matrix_product(weights.reshape({B, w.G, w.H / w.G * Lq, Lk}), values).view({B, w.H, Lq, w.e});
-      return project(merge_heads(mixed), w.output, w.output_bias);
-    }
-    case Order::fold_into_query: {
-      auto mixed = times_each_head(times_shared(weights, values), for_every_head(value_heads(w), w.H).transpose(1, 2));
-      if (w.value_bias.defined()) mixed = mixed + (sums.defined() ? sums * value_bias_heads(w) : value_bias_heads(w));
-      return project(merge_heads(mixed), w.output, w.output_bias);
-    }
-    case Order::prefold: {
-      const auto flat = products.values.weight.transpose(0, 1).flatten(1);                           // [Eo, H * Ev]
-      const auto output = project(merge_heads(times_shared(weights, values)), flat, w.output_bias);  // [B, Lq, Eo]
-      if (!w.value_bias.defined()) return output;
-      if (!sums.defined()) return output + products.values.bias.sum(0);
-      return output + at::matmul(sums.squeeze(3).expand({-1, w.H, -1}).transpose(1, 2), products.values.bias);
-    }
-    case Order::fold_into_context:
-    case Order::prefold_into_context: break;
+  if (order == Order::prefold) {
+    const auto flat = products.values.weight.transpose(0, 1).flatten(1);                           // [Eo, H * Ev]
+    const auto output = project(merge_heads(times_shared(weights, values)), flat, w.output_bias);  // [B, Lq, Eo]
+    if (!w.value_bias.defined()) return output;
+    if (!sums.defined()) return output + products.values.bias.sum(0);
+    return output + at::matmul(sums.squeeze(3).expand({-1, w.H, -1}).transpose(1, 2), products.values.bias);
   }
   const auto output = matrix_product(merge_heads(weights), values);  // [B, Lq, H * Lk] [B, H * Lk, Eo]
   return w.output_bias.defined() ? output + w.output_bias : output;
+}
+
+// q bk of each head and row, [B, H, Lq]: what a fold into the query leaves out of all logits of a row.
+Tensor logits_of_key_bias(const LayerWeights& w, const Tensor& query) {
+  const auto bias = for_every_head(w.key_bias.view({w.G, 1, w.d}), w.H);  // [H, 1, d]
+  return (project_query(w, query) * bias).sum(-1) * w.scale;
+}
+
+// Orders of which one at least is not the standard one -> output [B, H, Lq, e], or [B, Lq, Eo] from those that do not end in heads.
+AttentionResult attend_apart(const Orders& orders,
+                             const LayerWeights& w,
+                             const Products& products,
+                             const Tensor& query,
+                             const Side& side,
+                             const AttentionOptions& options) {
+  const auto logits = logits_of(orders.logits, w, products, query, side);  // [B, H, Lq, Lk]
+  auto [weights, log_sum_exp, empty_rows] = softmax_over_keys(logits, options.mask, options.log_sum_exp);
+  if (log_sum_exp.defined() && w.key_bias.defined() && orders.logits == Order::fold_into_query) {
+    log_sum_exp = log_sum_exp + logits_of_key_bias(w, query);
+  }
+  const auto dropped = options.dropout > 0 ? at::dropout(weights, options.dropout, /*train=*/true) : weights;
+  const auto mixing = dropped.to(logits.scalar_type());
+  const auto sums = row_sums(mixing, empty_rows, options.dropout);
+  const auto output = ends_in_heads(orders.values) ? mixed_of(orders.values, w, mixing, sums, side.values)
+                                                   : output_of(orders.values, w, products, mixing, sums, side.values);
+  return {output, wanted_weights(weights, options, logits), log_sum_exp};
 }
 
 }  // namespace
@@ -249,26 +276,30 @@ Side make_side(const Orders& orders, const LayerWeights& w, const Products& prod
   return side;
 }
 
+AttentionResult attend_heads(const Orders& orders,
+                             const LayerWeights& w,
+                             const Products& products,
+                             const Tensor& query,
+                             const Side& side,
+                             const AttentionOptions& options) {
+  if (orders == Orders{}) {
+    auto how = options;
+    if (w.bias_k.defined()) how.mask = options.mask.with_free_key(query.size(1), side.Lk, query.device());
+    return attention(project_query(w, query), side.keys, side.values, how);
+  }
+  return attend_apart(orders, w, products, query, side, options);
+}
+
 AttentionResult attend(const Orders& orders,
                        const LayerWeights& w,
                        const Products& products,
                        const Tensor& query,
                        const Side& side,
                        const AttentionOptions& options) {
-  if (orders == Orders{}) {
-    auto how = options;
-    if (w.bias_k.defined()) how.mask = options.mask.with_free_key(query.size(1), side.Lk, query.device());
-    auto result = attention(project_query(w, query), side.keys, side.values, how);
-    result.output = project(merge_heads(result.output), w.output, w.output_bias);
-    return result;
-  }
-  const auto logits = logits_of(orders.logits, w, products, query, side);  // [B, H, Lq, Lk]
-  const auto [weights, log_sum_exp, empty_rows] = softmax_over_keys(logits, options.mask, options.log_sum_exp);
-  const auto dropped = options.dropout > 0 ? at::dropout(weights, options.dropout, /*train=*/true) : weights;
-  const auto mixing = dropped.to(logits.scalar_type());
-  const auto sums = row_sums(mixing, empty_rows, options.dropout);
-  return {output_of(orders.values, w, products, mixing, sums, side.values), wanted_weights(weights, options, logits),
-          log_sum_exp};
+  if (!ends_in_heads(orders.values)) return attend_apart(orders, w, products, query, side, options);
+  auto result = attend_heads(orders, w, products, query, side, options);
+  result.output = project(merge_heads(result.output), w.output, w.output_bias);
+  return result;
 }
 
 }  // namespace xattn::detail

@@ -54,8 +54,12 @@ SoftmaxResult softmax_over_keys(const Tensor& products, const Mask& mask, bool l
 
   // A row of -inf alone would become NaN, in backward too: it is opened before softmax and closed after.
   const auto opened = with_rows_filled(logits, empty_rows, 0);
-  return {with_rows_filled(softmax_in_place_of(opened), empty_rows, 0),
-          log_sum_exp ? at::logsumexp(logits.detach(), -1) : Tensor(), empty_rows};
+  SoftmaxResult result{with_rows_filled(softmax_in_place_of(opened), empty_rows, 0), {}, empty_rows};
+  if (log_sum_exp) {
+    const auto rows = empty_rows.defined() ? empty_rows.squeeze(-1) : empty_rows;
+    result.log_sum_exp = with_rows_filled(at::logsumexp(opened, -1), rows, kMinusInfinity);
+  }
+  return result;
 }
 
 Tensor wanted_weights(const Tensor& weights, const AttentionOptions& options, const Tensor& products) {

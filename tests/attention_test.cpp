@@ -128,8 +128,14 @@ TEST_P(AttentionTest, FusedEqualsDefinitionInOutputLogSumExpAndGradients) {
         expect_close(fused.output, exact.output, limit, what + " output");
         if (options.log_sum_exp) {
           EXPECT_EQ(fused.log_sum_exp.scalar_type(), type == torch::kDouble ? torch::kDouble : torch::kFloat);
-          EXPECT_FALSE(fused.log_sum_exp.requires_grad());
           expect_close(fused.log_sum_exp.exp(), exact.log_sum_exp.exp(), 10 * limit, what + " log-sum-exp");
+          const auto direction = torch::randn({kB, kH, kLq}, fused.log_sum_exp.options());
+          const auto of_both =
+              torch::autograd::grad({fused.output, fused.log_sum_exp}, {q, k, v}, {cotangent, direction}, true);
+          const auto exact_of_both =
+              torch::autograd::grad({exact.output, exact.log_sum_exp}, exact_inputs,
+                                    {cotangent.to(torch::kDouble), direction.to(torch::kDouble)}, /*retain_graph=*/true);
+          for (size_t i = 0; i < 3; ++i) expect_close(of_both[i], exact_of_both[i], 4 * limit, what + " gradient of both");
         }
         const auto gradients = torch::autograd::grad({fused.output}, {q, k, v}, {cotangent});
         const auto expected = torch::autograd::grad({exact.output}, exact_inputs, {cotangent.to(torch::kDouble)});
@@ -165,10 +171,13 @@ TEST_P(AttentionTest, FusedGivesGradientsOnlyToThoseThatAsk) {
 TEST_P(AttentionTest, GradientsEqualDifferencesForEveryMaskInFirstAndSecondOrder) {
   const auto q = random({kB, kH, kLq, 2}), k = random({kB, 2, kLk, 2}), v = random({kB, 2, kLk, 2});
   const auto output_direction = random({kB, kH, kLq, 2}).detach(), weights_direction = random({kB, kH, kLq, kLk}).detach();
+  const auto row_direction = random({kB, kH, kLq}).detach();
   for (const auto& [name, mask] : masks(device_)) {
     const auto f = [&, &mask = mask](const std::vector<torch::Tensor>& x) {
-      const auto result = attention(x[0], x[1], x[2], {.mask = mask, .weights = AttentionWeights::per_head});
-      return (result.output * output_direction).sum() + (result.weights * weights_direction).sum();
+      const auto result =
+          attention(x[0], x[1], x[2], {.mask = mask, .weights = AttentionWeights::per_head, .log_sum_exp = true});
+      return (result.output * output_direction).sum() + (result.weights * weights_direction).sum() +
+             (result.log_sum_exp.exp() * row_direction).sum();
     };
     expect_gradient(f, {q, k, v}, name);
     expect_second_gradient(f, {q, k, v}, name);

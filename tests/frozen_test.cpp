@@ -310,17 +310,35 @@ TEST_F(FrozenTest, AFrozenCopyDoesNotFollowTheModule) {
 }
 
 TEST_F(FrozenTest, WhatTheKernelsCannotDoRunsOnOperators) {
-  for (const auto& options : {CrossAttentionOptions(8, 12, 10, 16).num_heads(4).qk_norm(NormKind::rms),
-                              CrossAttentionOptions(8, 12, 10, 16).num_heads(4).bias_kv(true)}) {
-    CrossAttention module(options);
-    const Inputs x = {torch::randn({2, 3, 8}), torch::randn({2, 5, 12}), torch::randn({2, 5, 10})};
-    const auto frozen = module->freeze();
-    EXPECT_FALSE(frozen.uses_kernels());
-    const auto mask = Mask::lengths(torch::tensor({5, 2}), 5);
-    const auto [output, weights] = exact(module, x, mask);
-    const auto [y, p] = frozen.forward(x.query, x.key, x.value, mask);
-    expect_close(y, output, 1e-5, "output");
-    expect_close(p, weights, 1e-5, "weights");
+  CrossAttention module(CrossAttentionOptions(8, 12, 10, 16).num_heads(4).bias_kv(true));
+  const Inputs x = {torch::randn({2, 3, 8}), torch::randn({2, 5, 12}), torch::randn({2, 5, 10})};
+  const auto frozen = module->freeze();
+  EXPECT_FALSE(frozen.uses_kernels());
+  const auto mask = Mask::lengths(torch::tensor({5, 2}), 5);
+  const auto [output, weights] = exact(module, x, mask);
+  const auto [y, p] = frozen.forward(x.query, x.key, x.value, mask);
+  expect_close(y, output, 1e-5, "output");
+  expect_close(p, weights, 1e-5, "weights");
+}
+
+TEST_F(FrozenTest, NormsRunOnTheKernelsInEveryOrderTheyAllow) {
+  for (const auto kind : {NormKind::rms, NormKind::layer}) {
+    for (const auto scope : {NormScope::per_head, NormScope::across_heads}) {
+      CrossAttention module(CrossAttentionOptions(9, 33, 17, 22).num_heads(4).kv_heads(2).head_dim(6).value_head_dim(5).qk_norm(kind)
+                                .qk_norm_scope(scope).attention_weights(AttentionWeights::per_head));
+      const torch::NoGradGuard no_grad;
+      for (auto& parameter : module->parameters()) parameter.uniform_(-1, 1);  // norms start as ones and zeros
+      const Inputs x = {torch::randn({2, 40, 9}), torch::randn({2, 21, 33}), torch::randn({2, 21, 17})};
+      const auto mask = Mask::lengths(torch::tensor({21, 4}), 21);
+      const auto [output, weights] = exact(module, x, mask);
+      for (const auto values : kAllOrders) {
+        const auto frozen = module->freeze({.plan = PlanMode::pin({Order::standard, values})});
+        EXPECT_TRUE(frozen.uses_kernels());
+        const auto [y, p] = frozen.forward(x.query, x.key, x.value, mask);
+        expect_close(y, output, 2e-5, "output");
+        expect_close(p, weights, 2e-5, "weights");
+      }
+    }
   }
 }
 

@@ -65,6 +65,22 @@ TEST_P(OrdersTest, LogSumExpIsThatOfTheDefinitionWithoutTheBiasOfTheKeys) {
   });
 }
 
+TEST_P(OrdersTest, LogSumExpHoldsTheBiasOfTheKeysUnlessProductsWereMadeAhead) {
+  auto module = make(options_);
+  const LayerWeights weights(*module);
+  AttentionOptions how;
+  how.mask = mask_;
+  how.log_sum_exp = true;
+  how.path = AttentionPath::definition;
+  const auto of = [&](Order logits) {
+    const Orders orders{logits, Order::standard};
+    return attend_heads(orders, weights, {}, query_, make_side(orders, weights, {}, key_, value_), how).log_sum_exp[0];
+  };
+  for (const auto order : {Order::fold_into_query, Order::fold_into_context}) {
+    expect_close(of(order), of(Order::standard), tolerance(torch::kDouble, 100), std::string(name_of(order)));
+  }
+}
+
 TEST_P(OrdersTest, DroppedWeightsCarryTheBiasOfTheValuesByWhatIsLeftOfThem) {
   // Without anything but the bias of the values, the output tells the sum of the weights that were kept.
   auto module = make(CrossAttentionOptions(8, 12, 10, 4).output_bias(false));

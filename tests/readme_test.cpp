@@ -7,6 +7,8 @@
 #include <cmath>
 #include <sstream>
 #include <string>
+#include <torch/csrc/distributed/c10d/HashStore.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 #include "test_util.h"
@@ -49,6 +51,18 @@ TEST(ReadmeTest, Example) {
   std::cout << "Output shape: " << output.sizes() << "\n";
   std::cout << "Attention weights shape: " << weights.sizes() << "\n";
   EXPECT_EQ(testing::internal::GetCapturedStdout(), "Output shape: [2, 4, 512]\nAttention weights shape: [2, 4, 6]\n");
+}
+
+TEST(ReadmeTest, ContextParallel) {
+  const auto group = c10::make_intrusive<c10d::ProcessGroup>(c10::make_intrusive<c10d::HashStore>(), /*rank=*/0, /*size=*/1);
+  xattn::CrossAttention attention(16, 16, 16, 16);
+  auto query = torch::randn({2, 3, 16}), own_key = torch::randn({2, 5, 16}), own_value = torch::randn({2, 5, 16});
+  // On every rank, with its own keys and values, and the same weights:
+  xattn::ContextParallel parallel(attention, group);
+  auto [output, weights] = parallel.forward(query, own_key, own_value);  // the output of the whole context, on all ranks
+  output.sum().backward();                                               // and its gradients
+  EXPECT_TRUE(torch::allclose(output, std::get<0>(attention->forward(query, own_key, own_value)), 1e-5, 1e-6));
+  EXPECT_TRUE(attention->key_linear->weight.grad().defined());
 }
 
 TEST(ReadmeTest, Masks) {

@@ -43,7 +43,7 @@ struct AttentionOptions {
 struct AttentionResult {
   at::Tensor output;       ///< [B, H, Lq, e]
   at::Tensor weights;      ///< undefined, [B, Lq, Lk] or [B, H, Lq, Lk], as asked; differentiable
-  at::Tensor log_sum_exp;  ///< [B, H, Lq], at least float32, -inf for a row without keys; carries no gradient
+  at::Tensor log_sum_exp;  ///< [B, H, Lq], at least float32, -inf for a row without keys; differentiable
 };
 
 /// Scaled dot-product attention over heads:
@@ -54,7 +54,8 @@ struct AttentionResult {
 /// heads share one: Ainslie et al., GQA, 2023, https://arxiv.org/abs/2305.13245.
 ///
 /// q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e], one floating point type and one device; any strides; any axis may be 0.
-/// Differentiable in q, k, v and the mask's bias, twice on both paths. Throws c10::ValueError or c10::TypeError on bad input.
+/// Differentiable in q, k, v and the mask's bias, twice on both paths. (Gradients through the log-sum-exp of a fused kernel are
+/// those of the definition, and hold all logits.) Throws c10::ValueError or c10::TypeError on bad input.
 /// No state; safe to call from several threads.
 XATTN_API AttentionResult attention(const at::Tensor& q,
                                     const at::Tensor& k,

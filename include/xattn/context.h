@@ -32,6 +32,7 @@ class XATTN_API Context {
  private:
   friend class CrossAttentionImpl;
   friend class DecoupledCrossAttentionImpl;
+  friend class ContextParallel;
 
   // One weight as it was when the context was made. Holding the tensor keeps its address from being used again.
   struct Stamp {

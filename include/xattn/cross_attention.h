@@ -170,6 +170,7 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
   FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(Mask())})
 
  private:
+  friend class ContextParallel;
   std::vector<torch::Tensor> context_weights() const;
   PlanRequest request(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask, bool inputs_train) const;
   Orders orders_for(const torch::Tensor& query, const torch::Tensor& key, const torch::Tensor& value, const Mask& mask) const;

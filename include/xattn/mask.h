@@ -106,6 +106,9 @@ class XATTN_API Mask {
   /// For contexts that are cut behind their first Lk keys.
   Mask first_keys(int64_t Lk) const;
 
+  /// For keys [first, first + n) of Lk alone, with `causal` counted over all of them.
+  Mask shard(int64_t first, int64_t n, int64_t Lq, int64_t Lk, at::Device device) const;
+
   /// For batch entries [begin, end) alone.
   Mask slice(int64_t begin, int64_t end) const;
 

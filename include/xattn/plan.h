@@ -63,13 +63,13 @@ struct XATTN_API Rates {
   double softmax = 0;        ///< elements a second through scale, mask and softmax
   double fused = 0;          ///< operations a second in the fused attention kernel; 0 if there is none
 
-  /// Of LibTorch's operators on the CPU: built-in values for the processor's instruction set and this number of threads.
+  /// Of modules on the CPU: built-in values for the processor's instruction set and this number of threads.
   static Rates cpu(int threads);
   /// Of LibTorch's operators on CUDA devices.
   static Rates cuda();
   /// Of this library's own kernels on the CPU, which run in `Frozen`.
   static Rates kernels(int threads);
-  /// Those of LibTorch's operators on this machine with the threads that it has now. Takes some seconds; keep what it returns.
+  /// Those of modules on this machine with the threads that it has now. Takes some seconds; keep what it returns.
   static Rates measure();
 };
 

@@ -10,6 +10,7 @@
 #include <xattn/context.h>
 #include <xattn/cross_attention.h>
 #include <xattn/decoupled.h>
+#include <xattn/distributed.h>
 #include <xattn/file_error.h>
 #include <xattn/frozen.h>
 #include <xattn/layouts.h>

@@ -50,7 +50,9 @@ void TrainingRun::run(Trainer& trainer, const Trainer::Forward& forward) const {
   constexpr std::chrono::seconds kBetweenSaves(30);
   auto described = metadata;
   described["training"] = nlohmann::json({{"steps", trainer.options().steps}, {"seed", trainer.options().seed}}).dump();
+  const bool leads = trainer.team().leads();
   const auto save_state = [&] {
+    if (!leads) return;
     auto tensors = trainer.state();
     tensors.insert(extra.begin(), extra.end());
     xattn::save_safetensors(state_path(), tensors, described);
@@ -66,12 +68,18 @@ void TrainingRun::run(Trainer& trainer, const Trainer::Forward& forward) const {
     }
     return interrupt.asked();
   };
-  if (!trainer.run(forward, [&bar](const Progress& progress) { bar.show(progress); }, stop)) {
+  if (!trainer.run(
+          forward,
+          [&](const Progress& progress) {
+            if (leads) bar.show(progress);
+          },
+          stop)) {
     save_state();
     throw program::Interrupted(fmt::format("stopped after step {} and saved in {}; go on with: {} train --resume --output {}",
                                            trainer.step(), state_path(), program, output));
   }
 
+  if (!leads) return;
   auto tensors = pack(trainer.curves());
   tensors.insert(extra.begin(), extra.end());
   for (const auto& [name, tensor] : trainer.state()) {

@@ -42,7 +42,8 @@ struct TrainingRun {
   std::string state_path() const { return output + ".training"; }
 
   /// Trains to the end with a progress bar, writes the checkpoint and removes the state. Saves the state twice a minute, and
-  /// when Ctrl-C asks to stop; then throws program::Interrupted, which says how to go on.
+  /// when Ctrl-C asks to stop; then throws program::Interrupted, which says how to go on. Of a team only the leader shows and
+  /// writes anything.
   void run(Trainer& trainer, const Trainer::Forward& forward) const;
 };
 

@@ -2,9 +2,10 @@
 #include "image_encoder.h"
 
 #include <torch/nn/modules/activation.h>
-#include <torch/nn/modules/batchnorm.h>
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/pooling.h>
+
+#include "batch_norm.h"
 
 namespace examples {
 namespace {
@@ -16,12 +17,12 @@ torch::nn::Conv2dOptions convolution(int64_t in, int64_t out, int64_t size) {
 }  // namespace
 
 void ImageEncoderImpl::reset() {
-  using namespace torch::nn;
+  using torch::nn::Conv2d, torch::nn::MaxPool2d, torch::nn::ReLU, torch::nn::Sequential;
   layers = register_module(
-      "layers", Sequential(Conv2d(convolution(1, 32, 3).padding(1)), BatchNorm2d(32), ReLU(), MaxPool2d(2),   // [B, 32, 12, 12]
-                           Conv2d(convolution(32, 64, 3).padding(1)), BatchNorm2d(64), ReLU(), MaxPool2d(2),  // [B, 64, 6, 6]
-                           Conv2d(convolution(64, features_, 2).stride(2)), BatchNorm2d(features_), ReLU(),   // [B, C, 3, 3]
-                           Conv2d(convolution(features_, features_, 3).padding(1)), BatchNorm2d(features_), ReLU()));
+      "layers", Sequential(Conv2d(convolution(1, 32, 3).padding(1)), BatchNorm(32), ReLU(), MaxPool2d(2),   // [B, 32, 12, 12]
+                           Conv2d(convolution(32, 64, 3).padding(1)), BatchNorm(64), ReLU(), MaxPool2d(2),  // [B, 64, 6, 6]
+                           Conv2d(convolution(64, features_, 2).stride(2)), BatchNorm(features_), ReLU(),   // [B, C, 3, 3]
+                           Conv2d(convolution(features_, features_, 3).padding(1)), BatchNorm(features_), ReLU()));
 }
 
 torch::Tensor ImageEncoderImpl::forward(const torch::Tensor& boards) {

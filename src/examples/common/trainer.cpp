@@ -10,7 +10,10 @@
 #include <chrono>
 #include <cmath>
 #include <numbers>
+#include <torch/csrc/distributed/c10d/reducer.hpp>
 #include <utility>
+
+#include "batch_norm.h"
 
 namespace examples {
 namespace {
@@ -52,19 +55,58 @@ torch::optim::AdamWParamState& state_of(torch::optim::AdamW& optimizer, const to
   return static_cast<torch::optim::AdamWParamState&>(*state);
 }
 
+// Gradients travel in buckets, in about the order in which backward makes them.
+std::unique_ptr<c10d::Reducer> make_reducer(const torch::nn::Module& model, const Team& team) {
+  if (team.size() == 1) return nullptr;
+  std::vector<torch::Tensor> parameters;
+  for (const auto& parameter : model.parameters()) {
+    if (parameter.requires_grad()) parameters.push_back(parameter);
+  }
+  auto [buckets, limits] =
+      c10d::compute_bucket_assignment_by_size(parameters, {c10d::kDefaultFirstBucketBytes, c10d::kDefaultBucketBytesCap});
+  std::ranges::reverse(buckets);
+  const auto count = parameters.size();
+  return std::make_unique<c10d::Reducer>(std::move(parameters), std::move(buckets), team.group(),
+                                         std::vector<bool>(count, false), c10d::kDefaultBucketBytesCap,
+                                         /*find_unused_parameters=*/true,
+                                         /*gradient_as_bucket_view=*/false, std::unordered_map<size_t, std::string>{},
+                                         c10d::kDefaultFirstBucketBytes, /*skip_all_reduce_unused_params=*/false,
+                                         /*use_python_reducer=*/false, std::vector<int64_t>{});
+}
+
 }  // namespace
 
-Trainer::Trainer(std::shared_ptr<torch::nn::Module> model, const TrainerOptions& options)
+Trainer::Trainer(std::shared_ptr<torch::nn::Module> model, const TrainerOptions& options, const Team& team)
     : model_(std::move(model)),
       options_(options),
       optimizer_(model_->parameters(), adamw_options(options)),
-      random_(options.seed) {}
+      random_(options.seed),
+      team_(team),
+      reducer_(make_reducer(*model_, team)) {
+  set_team(*model_, team);
+}
+
+Trainer::~Trainer() = default;
+
+// The gradients of the mean over the examples of all; `step` becomes theirs.
+void Trainer::backward(Step& step) {
+  if (!reducer_) return step.loss.backward();
+  const auto own = torch::tensor(static_cast<double>(step.examples), torch::dtype(torch::kFloat64).device(step.loss.device()));
+  const auto all = team_.sum(own);
+  const auto share = (own / all).to(step.loss.scalar_type());
+  const auto loss = step.loss * share * team_.size();  // the reducer divides by their number
+  reducer_->prepare_for_backward({loss});
+  loss.backward();
+  step.loss = team_.sum(step.loss.detach() * share);
+  step.accuracy = team_.sum(step.accuracy * share);
+  step.examples = static_cast<int64_t>(all.item<double>());
+}
 
 Step Trainer::learn(const Forward& forward) {
   for (auto& group : optimizer_.param_groups()) group.options().set_lr(learning_rate(options_, step_));
-  const auto step = forward(random_);
+  auto step = forward(random_);
   optimizer_.zero_grad();
-  step.loss.backward();
+  backward(step);
   torch::nn::utils::clip_grad_norm_(model_->parameters(), options_.largest_gradient);
   optimizer_.step();
   ++step_;
@@ -98,7 +140,7 @@ bool Trainer::run(const Forward& forward,
       report({step_, options_.steps, loss, accuracy, static_cast<double>(examples) / passed.count(),
               per_step * static_cast<double>(options_.steps - step_)});
     }
-    if (!last && stop()) return false;
+    if (!last && team_.any(stop())) return false;
   }
   return true;
 }

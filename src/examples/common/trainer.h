@@ -14,12 +14,17 @@
 
 #include "random.h"
 #include "report.h"
+#include "team.h"
+
+namespace c10d {
+class Reducer;
+}
 
 namespace examples {
 
 /// What one step found on its batch.
 struct Step {
-  torch::Tensor loss;      ///< a scalar with its graph
+  torch::Tensor loss;      ///< a scalar with its graph, the mean over the examples
   torch::Tensor accuracy;  ///< a scalar from 0 to 1
   int64_t examples;        ///< questions, or sentences
 };
@@ -44,19 +49,23 @@ struct Progress {
 };
 
 /// Trains a module by AdamW, and can stop and go on: a trainer made in the same way, with the state of one that stopped, comes
-/// on one thread to the same bits as if there had been no stop.
+/// on one thread to the same bits as if there had been no stop. The processes of a team train as one: each step is that of all
+/// their examples together, and only their number may differ where a training goes on.
 class Trainer {
  public:
-  /// Draws a batch and runs the model on it. Everything random in it must come from the generator given.
+  /// Draws a batch and runs the model on it. Everything random in it must come from the generator given, which draws the same in
+  /// all processes of a team; each runs the model on its part of the batch.
   using Forward = std::function<Step(Random&)>;
 
-  Trainer(std::shared_ptr<torch::nn::Module> model, const TrainerOptions& options);
+  Trainer(std::shared_ptr<torch::nn::Module> model, const TrainerOptions& options, const Team& team = {});
+  ~Trainer();
 
   /// Goes on to the last step, or until `stop` says so after a step. True if the last step is done.
   bool run(const Forward& forward, const std::function<void(const Progress&)>& report, const std::function<bool()>& stop);
 
   int64_t step() const { return step_; }
   const TrainerOptions& options() const { return options_; }
+  const Team& team() const { return team_; }
 
   /// Loss and accuracy, about a hundred points each.
   const std::vector<Curve>& curves() const { return curves_; }
@@ -69,11 +78,14 @@ class Trainer {
 
  private:
   Step learn(const Forward& forward);
+  void backward(Step& step);
 
   std::shared_ptr<torch::nn::Module> model_;
   TrainerOptions options_;
   torch::optim::AdamW optimizer_;
   Random random_;
+  Team team_;
+  std::unique_ptr<c10d::Reducer> reducer_;  // averages gradients over the team while they are made; none alone
   int64_t step_ = 0;
   std::vector<Curve> curves_ = {{"loss", {}, {}}, {"accuracy", {}, {}}};
 };

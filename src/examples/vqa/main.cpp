@@ -129,7 +129,7 @@ vqa::Trained make_model(const Options& options) {
 }
 
 void train(const Options& options) {
-  const auto device = program::apply(options);
+  const auto device = examples::Team::device_of(program::apply(options));
   examples::check_folder(options.output);
   examples::check_folder(options.report);
   const auto digits = examples::load_digits(options.digits);
@@ -142,14 +142,18 @@ void train(const Options& options) {
   const auto training =
       state ? examples::training_of(*state) : examples::TrainerOptions{.steps = options.steps, .seed = options.seed};
   trained.model->to(device);
-  examples::Trainer trainer(trained.model.ptr(), training);
+  const auto team = examples::Team::from_environment(device);
+  examples::Trainer trainer(trained.model.ptr(), training, team);
   if (state) trainer.load_state(state->tensors);
 
   run.metadata = vqa::metadata_of(trained.model, trained.grammar);
   run.extra = vqa::pretrained_of(trained.model);
-  std::cout << fmt::format("Training on boards of {} handwritten digits; {} others are held out.\n",
-                           digits.training.labels.size(0), digits.held_out.labels.size(0));
-  run.run(trainer, vqa::training_step(trained.model, digits.training, trained.grammar, device));
+  if (team.leads()) {
+    std::cout << fmt::format("Training on boards of {} handwritten digits; {} others are held out.\n",
+                             digits.training.labels.size(0), digits.held_out.labels.size(0));
+  }
+  run.run(trainer, vqa::training_step(trained.model, digits.training, trained.grammar, device, team));
+  if (!team.leads()) return;
   std::cout << "Trained; the checkpoint is " << options.output << ". On boards of held-out digits:\n";
   trained.curves = trainer.curves();
   print(evaluate(trained, digits.held_out, device, options));

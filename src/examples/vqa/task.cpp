@@ -41,12 +41,14 @@ examples::Step learn_from(Model& model, const Tensors& batch) {
   return {loss, scores.argmax(-1).eq(batch.answers).to(torch::kFloat32).mean(), batch.answers.numel()};
 }
 
-examples::Trainer::Forward training_step(Model model, const Digits& digits, const Grammar& grammar, torch::Device device) {
+examples::Trainer::Forward training_step(
+    Model model, const Digits& digits, const Grammar& grammar, torch::Device device, const examples::Team& team) {
   constexpr int64_t kBoards = 16;
   return [=, vocabulary = Vocabulary(grammar.vocabulary())](Random& random) mutable {
     const auto batch = draw_batch(digits, grammar, kBoards, random, kMoreRelations);
     const auto [boards, words, answers] = encode(batch, digits, vocabulary, &random);
-    return learn_from(model, {boards.to(device), words.to(device), answers.to(device)});
+    const auto own = [&](const torch::Tensor& x) { return team.part_of(x).to(device); };
+    return learn_from(model, {own(boards), own(words), own(answers)});
   };
 }
 

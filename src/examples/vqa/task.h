@@ -32,8 +32,10 @@ Tensors encode(const Batch& batch, const Digits& digits, const Vocabulary& vocab
 /// The loss of the model on a batch, the mean over its questions.
 examples::Step learn_from(Model& model, const Tensors& batch);
 
-/// What `examples::Trainer` does in each step: a new batch of boards, other hands.
-examples::Trainer::Forward training_step(Model model, const Digits& digits, const Grammar& grammar, torch::Device device);
+/// What `examples::Trainer` does in each step: a new batch of boards, other hands; each process of a team
+/// learns from its part of them.
+examples::Trainer::Forward training_step(
+    Model model, const Digits& digits, const Grammar& grammar, torch::Device device, const examples::Team& team = {});
 
 /// How well the model answers.
 struct Score {

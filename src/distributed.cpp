@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <xattn/distributed.h>
+
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/exp.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <numeric>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "collectives.h"
+#include "orders.h"
+#include "product.h"
+#include "projection.h"
+
+namespace xattn {
+
+using at::Tensor;
+using detail::batched;
+using detail::check_value;
+using detail::LayerWeights;
+
+namespace {
+
+constexpr auto kCaller = "context_parallel";
+constexpr int64_t kRowsOfACall = 64;  // what a call is taken to have where a context is made
+
+// The tensors of one side of a layer, for the ranks to add up their gradients.
+std::vector<Tensor> of_query(const LayerWeights& w) {
+  return {w.query, w.query_bias, w.query_norm ? w.query_norm->weight : Tensor(), w.query_norm ? w.query_norm->bias : Tensor()};
+}
+std::vector<Tensor> of_context(const LayerWeights& w) {
+  return {w.key,
+          w.key_bias,
+          w.value,
+          w.value_bias,
+          w.key_norm ? w.key_norm->weight : Tensor(),
+          w.key_norm ? w.key_norm->bias : Tensor()};
+}
+
+Norm with_parameters(const Norm& norm, const Tensor& weight, const Tensor& bias) {
+  if (!norm) return norm;
+  Norm other(norm->options);
+  other->weight = weight;
+  other->bias = bias;
+  return other;
+}
+
+void set_query(LayerWeights& w, const std::vector<Tensor>& x) {
+  w.query = x[0], w.query_bias = x[1];
+  w.query_norm = with_parameters(w.query_norm, x[2], x[3]);
+}
+void set_context(LayerWeights& w, const std::vector<Tensor>& x) {
+  w.key = x[0], w.key_bias = x[1], w.value = x[2], w.value_bias = x[3];
+  w.key_norm = with_parameters(w.key_norm, x[4], x[5]);
+}
+
+// The cheapest for one rank: the output projection comes after the ranks have met, and folds with nothing.
+Orders cheapest(const PlanRequest& request) {
+  std::optional<Orders> best;
+  for (const auto logits : {Order::standard, Order::fold_into_query}) {
+    for (const auto values : {Order::standard, Order::fold_into_query}) {
+      const Orders orders{logits, values};
+      if (!illegal_for_logits(logits, request).empty() || !illegal_for_values(values, request).empty()) continue;
+      if (!best || cost_of(orders, request).seconds < cost_of(*best, request).seconds) best = orders;
+    }
+  }
+  return best.value_or(Orders{});
+}
+
+// What every rank knows of every other: batch and length.
+std::vector<int64_t> exchange_lengths(const Tensor& x, const char* name, detail::Ranks& ranks) {
+  const auto own = at::tensor({x.size(0), x.size(1)}, at::dtype(at::kLong)).to(x.device());
+  std::vector<int64_t> lengths;
+  for (const auto& each : ranks.gather(own)) {
+    const auto sizes = each.cpu();
+    const auto B = sizes.const_data_ptr<int64_t>()[0];
+    check_value(B == x.size(0), kCaller, "{} must have one batch size on all ranks, but has {} on rank {} and {} on rank {}.",
+                name, x.size(0), ranks.rank(), B, lengths.size());
+    lengths.push_back(sizes.const_data_ptr<int64_t>()[1]);
+  }
+  return lengths;
+}
+
+}  // namespace
+
+struct ContextParallel::State {
+  CrossAttention module;
+  detail::RanksPtr ranks;
+  Queries queries;
+};
+
+struct SharedContext::State {
+  std::shared_ptr<const ContextParallel::State> owner;
+  Orders orders;
+  detail::Side side;
+  std::vector<Tensor> weights;  // of_context, as the side was made with them
+  Context stamp;                // of the parameters
+  Mask mask;                    // of the whole context
+  int64_t first, own, length;
+};
+
+int64_t SharedContext::batch_size() const {
+  return state_->side.keys.size(0);
+}
+int64_t SharedContext::length() const {
+  return state_->length;
+}
+int64_t SharedContext::first() const {
+  return state_->first;
+}
+int64_t SharedContext::own_length() const {
+  return state_->own;
+}
+const Orders& SharedContext::orders() const {
+  return state_->orders;
+}
+int64_t SharedContext::bytes() const {
+  const auto& [keys, key_bias, values, Lk] = state_->side;
+  const bool one = keys.is_same(values);  // neither is projected
+  return static_cast<int64_t>(keys.nbytes() + (one ? 0 : values.nbytes()));
+}
+
+ContextParallel::ContextParallel(CrossAttention module, c10::intrusive_ptr<c10d::ProcessGroup> group, Queries queries) {
+  check_value(!module.is_empty(), kCaller, "module must be a CrossAttention, but is empty.");
+  check_value(group.defined(), kCaller, "group must be a process group, but is null.");
+  check_value(!module->options.bias_kv(), kCaller,
+              "module must have no bias_kv, whose free key belongs to no rank, but has one.");
+  state_ = std::make_shared<State>(State{std::move(module), c10::make_intrusive<detail::Ranks>(std::move(group)), queries});
+}
+
+int64_t ContextParallel::bytes_exchanged() const {
+  return state_->ranks->bytes();
+}
+
+std::tuple<Tensor, Tensor> ContextParallel::forward(const Tensor& query,
+                                                    const Tensor& key,
+                                                    const Tensor& value,
+                                                    const Mask& mask) {
+  const auto rows = query.defined() && query.dim() >= 2 ? query.size(-2) : 1;
+  const auto all = state_->queries == Queries::own ? rows * state_->ranks->size() : rows;
+  return attend(query, context(key, value, mask, {.expected_queries = all}));
+}
+
+SharedContext ContextParallel::context(const Tensor& key,
+                                       const Tensor& value,
+                                       const Mask& mask,
+                                       const ContextOptions& options) {
+  auto& module = *state_->module;
+  const auto& o = module.options;
+  const auto expected = options.expected_queries;
+  check_value(expected >= 0 || expected == ContextOptions::kMany, kCaller, "expected_queries must not be negative, but is {}.",
+              expected);
+  detail::check_key_value(kCaller, key, value, {}, module.key_linear, module.value_linear, o.num_heads());
+  auto Xk = batched(key), Xv = batched(value);
+  const auto lengths = exchange_lengths(Xk, "key", *state_->ranks);
+  const auto rank = state_->ranks->rank(), own = Xk.size(1);
+  const auto first = std::accumulate(lengths.begin(), lengths.begin() + rank, int64_t{0});
+  const auto length = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
+  mask.check(kCaller, Xk.size(0), o.num_heads(), std::nullopt, length, Xk.device());
+
+  const bool many = expected == ContextOptions::kMany;
+  auto request = module.request(Xk.size(0), many ? kRowsOfACall : std::clamp<int64_t>(expected, 1, kRowsOfACall),
+                                std::max<int64_t>(1, own), {}, Xk.requires_grad() || Xv.requires_grad());
+  request.context_rows = many ? PlanRequest::kKept : std::max<int64_t>(1, expected);
+  const auto orders = cheapest(request);
+
+  // A share without keys is one key that nobody sees: its rank takes all steps of the others.
+  if (own == 0) {
+    const bool one = Xk.is_same(Xv);
+    Xk = at::constant_pad_nd(Xk, {0, 0, 0, 1});
+    Xv = one ? Xk : at::constant_pad_nd(Xv, {0, 0, 0, 1});
+  }
+  LayerWeights weights(module);
+  const auto summed = detail::with_summed_gradients(of_context(weights), state_->ranks);
+  set_context(weights, summed);
+  auto side = detail::make_side(orders, weights, {}, Xk, Xv);
+  Context stamp(side.keys, side.values, {}, key.dim() == 3, module.context_weights());
+  return SharedContext(std::make_shared<SharedContext::State>(
+      SharedContext::State{state_, orders, std::move(side), summed, std::move(stamp), mask, first, own, length}));
+}
+
+std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const SharedContext& context) {
+  auto& module = *state_->module;
+  const auto& o = module.options;
+  const auto& c = *context.state_;
+  const auto& ranks = state_->ranks;
+  check_value(c.owner == state_, kCaller, "context must be made by the ContextParallel that attends to it, but is another's.");
+  detail::check_query(kCaller, query, c.stamp.is_batched(), context.batch_size(), module.query_linear);
+  c.stamp.check_made_from(kCaller, module.context_weights());
+  const auto own = batched(query);
+  const bool apart = state_->queries == Queries::own;
+  const auto lengths = apart ? exchange_lengths(own, "query", *ranks) : std::vector<int64_t>{};
+  const auto all = apart ? detail::all_rows(own, lengths, ranks) : own;
+  const auto Lq = all.size(1);
+  c.mask.check(kCaller, context.batch_size(), o.num_heads(), Lq, c.length, all.device());
+
+  LayerWeights weights(module);
+  auto replicated = of_query(weights);
+  replicated.push_back(all);
+  auto summed = detail::with_summed_gradients(replicated, ranks);
+  const auto Xq = summed.back();
+  set_query(weights, summed);
+  set_context(weights, c.weights);
+
+  AttentionOptions how;
+  how.mask = c.own > 0 ? c.mask.shard(c.first, c.own, Lq, c.length, all.device())
+                       : Mask::key_padding(at::zeros({1, 1}, at::dtype(at::kBool).device(all.device())));
+  how.scale = o.scale();
+  how.dropout = module.is_training() ? o.dropout() : 0;
+  how.weights = o.attention_weights() == AttentionWeights::none ? AttentionWeights::none : AttentionWeights::per_head;
+  how.weight_heads = o.weight_heads();
+  how.log_sum_exp = true;
+  const auto part = detail::attend_heads(c.orders, weights, {}, Xq, c.side, how);
+  const auto merged = detail::merge(part.output, part.log_sum_exp, ranks);
+
+  auto mixed = detail::merge_heads(merged.output.to(all.scalar_type()));  // [B, Lq, H * e]
+  std::vector<Tensor> last = {weights.output, weights.output_bias};
+  if (apart) {
+    mixed = detail::own_rows(mixed, lengths, ranks);
+    last = detail::with_summed_gradients(last, ranks);
+  }
+  const auto output = detail::project(mixed, last[0], last[1]);
+
+  Tensor map;
+  if (part.weights.defined()) {
+    const at::NoGradGuard no_grad;
+    const auto whole = merged.log_sum_exp.masked_fill(at::isneginf(merged.log_sum_exp), 0);
+    auto share = at::exp(part.log_sum_exp - whole).unsqueeze(-1);  // [B, H, Lq, 1]
+    if (!how.weight_heads.empty())
+      share = share.index_select(1, at::tensor(how.weight_heads, at::dtype(at::kLong)).to(share.device()));
+    map = (part.weights.detach() * share).narrow(-1, 0, c.own).to(part.weights.scalar_type());
+    if (o.attention_weights() == AttentionWeights::mean) map = map.mean(1);
+  }
+  if (c.stamp.is_batched()) return {output, map};
+  return {output.squeeze(0), map.defined() ? map.squeeze(0) : map};
+}
+
+}  // namespace xattn

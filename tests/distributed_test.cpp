@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <xattn/load.h>
+
+#include <chrono>
+#include <csignal>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <vector>
+
+// Several processes on loopback, each of which compares what it gets with one process alone: see ranks/rank.cpp.
+namespace xattn::test {
+namespace {
+
+namespace fs = std::filesystem;
+
+class DistributedTest : public testing::TestWithParam<int> {
+ protected:
+  DistributedTest() : folder_(fs::temp_directory_path() / ("xattn_ranks." + std::to_string(getpid()))) {
+    fs::create_directories(folder_);
+  }
+  ~DistributedTest() override { fs::remove_all(folder_); }
+
+  void run(const std::string& scenario, int size, std::chrono::seconds limit = std::chrono::seconds(120)) {
+    start_all({XATTN_RANK_PATH, scenario}, size, limit);
+  }
+
+  // The processes find a store that is there already, as torchrun's agent has one, so that no port can be taken.
+  void start_all(const std::vector<std::string>& command, int size, std::chrono::seconds limit) {
+    c10d::TCPStoreOptions options;
+    options.port = 0;
+    options.isServer = true;
+    options.waitWorkers = false;
+    const c10d::TCPStore store("127.0.0.1", options);
+    std::vector<pid_t> processes;
+    for (int rank = 0; rank < size; ++rank) {
+      processes.push_back(start(command, rank,
+                                {"RANK=" + std::to_string(rank), "WORLD_SIZE=" + std::to_string(size), "MASTER_ADDR=127.0.0.1",
+                                 "MASTER_PORT=" + std::to_string(store.getPort()), "TORCHELASTIC_USE_AGENT_STORE=True"}));
+    }
+    wait(command.back(), processes, limit);
+  }
+
+  pid_t start(std::vector<std::string> command, int rank, std::vector<std::string> variables) {
+    for (char** each = environ; *each; ++each) variables.emplace_back(*each);
+    const auto pointers = [](std::vector<std::string>& strings) {
+      std::vector<char*> result;
+      for (auto& string : strings) result.push_back(string.data());
+      result.push_back(nullptr);
+      return result;
+    };
+    const auto arguments = pointers(command), environment = pointers(variables);
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, "/dev/null", O_WRONLY, 0);
+    posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, said_by(rank).c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    pid_t process = 0;
+    EXPECT_EQ(posix_spawn(&process, command.front().c_str(), &actions, nullptr, arguments.data(), environment.data()), 0);
+    posix_spawn_file_actions_destroy(&actions);
+    return process;
+  }
+
+  void wait(const std::string& scenario, std::vector<pid_t> processes, std::chrono::seconds limit) {
+    const auto end = std::chrono::steady_clock::now() + limit;
+    for (size_t rank = 0; rank < processes.size(); ++rank) {
+      int status = 0;
+      while (waitpid(processes[rank], &status, WNOHANG) == 0) {
+        if (std::chrono::steady_clock::now() > end) {
+          kill(processes[rank], SIGKILL);
+          ADD_FAILURE() << scenario << ": rank " << rank << " hangs";
+        }
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      }
+      std::ostringstream said;
+      said << std::ifstream(said_by(static_cast<int>(rank))).rdbuf();
+      EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << scenario << ", rank " << rank << ": " << said.str();
+    }
+  }
+
+  fs::path said_by(int rank) const { return folder_ / std::to_string(rank); }
+
+  fs::path folder_;
+};
+
+TEST_P(DistributedTest, OutputWeightsAndGradientsAreThoseOfOneProcess) {
+  run("equal", GetParam());
+}
+
+TEST_P(DistributedTest, EachRanksOwnQueriesGetWhatOneProcessGivesThem) {
+  run("own-queries", GetParam());
+}
+
+TEST_P(DistributedTest, WhatIsExchangedDoesNotGrowWithTheContext) {
+  run("traffic", GetParam());
+}
+
+TEST_P(DistributedTest, RefusesBadInputOnAllRanksAlike) {
+  run("errors", GetParam());
+}
+
+TEST_P(DistributedTest, ARankThatDiesMakesTheOthersFailInTime) {
+  if (GetParam() > 1) run("death", GetParam(), std::chrono::seconds(60));
+}
+
+#ifdef XATTN_VQA_PATH
+// A program that trains: started as several processes it goes through the same losses as one, and comes to the same model.
+TEST_P(DistributedTest, ProcessesTrainAsOne) {
+  const auto train = [this](int size) {
+    const auto file = folder_ / ("trained." + std::to_string(size));
+    start_all({XATTN_VQA_PATH, "train", "--device", "cpu", "--steps", "8", "--boards", "1", "--output", file.string()}, size,
+              std::chrono::seconds(200));
+    return load_tensors(file.string());
+  };
+  if (GetParam() == 1) return;  // that is the other side
+  const auto alone = train(1), together = train(GetParam());
+  ASSERT_EQ(alone.size(), together.size());
+  for (const auto& [name, expected] : alone) {
+    ASSERT_TRUE(together.contains(name)) << name;
+    const auto a = together.at(name).to(torch::kDouble), b = expected.to(torch::kDouble);
+    // Adam divides gradients by their size: one that is all rounding still moves its parameter by a step, 8 of at most 2e-3.
+    const bool follows_rounding = name.starts_with("model.") && (a - b).abs().max().item<double>() < 1e-3;
+    EXPECT_TRUE(torch::allclose(a, b, 1e-3, 1e-4) || follows_rounding) << name << ": off by " << (a - b).abs().max();
+  }
+}
+#endif
+
+INSTANTIATE_TEST_SUITE_P(Ranks, DistributedTest, testing::Values(1, 2, 3, 4));
+
+}  // namespace
+}  // namespace xattn::test

@@ -1,0 +1,320 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+#include <torch/torch.h>
+#include <xattn/distributed.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <functional>
+#include <iostream>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "launch.h"
+
+// One process of those that distributed_test.cpp starts: runs a scenario, and fails unless this rank found what one process finds
+// by itself. All ranks draw the same inputs from the same seed.
+namespace {
+
+using namespace xattn;
+using torch::Tensor;
+
+constexpr auto kTimeout = std::chrono::seconds(60);
+
+int failures = 0;
+
+void expect(bool ok, const std::string& what) {
+  if (ok) return;
+  std::cerr << what << "\n";
+  ++failures;
+}
+
+void expect_close(const Tensor& found, const Tensor& expected, double allowed, const std::string& what) {
+  if (found.defined() != expected.defined()) return expect(false, what + ": one is undefined");
+  if (!found.defined()) return;
+  if (found.sizes() != expected.sizes()) return expect(false, fmt::format("{}: other sizes", what));
+  if (found.numel() == 0) return;
+  const auto difference = (found.to(torch::kDouble) - expected.to(torch::kDouble)).abs().max().item<double>();
+  const auto largest = expected.to(torch::kDouble).abs().max().item<double>();
+  expect(difference <= allowed * largest, fmt::format("{}: off by {} of {}", what, difference, largest));
+}
+
+struct Ranks {
+  launch::Place place;
+  c10::intrusive_ptr<c10d::ProcessGroup> group;
+
+  // Where rank r's keys begin, with shares as they come: uneven, and empty ones.
+  std::vector<int64_t> borders(int64_t Lk, bool with_empty) const {
+    std::vector<int64_t> result = {0};
+    for (int r = 1; r < place.size; ++r) {
+      const auto fair = Lk * r / place.size;
+      result.push_back(with_empty && r == place.size - 1 ? Lk : std::min(Lk, fair + r % 2 * 2));
+    }
+    result.push_back(Lk);
+    return result;
+  }
+};
+
+struct Case {
+  std::string name;
+  CrossAttentionOptions options;
+  Mask mask;
+  at::ScalarType type = torch::kDouble;
+  bool with_empty = false;
+};
+
+constexpr int64_t kB = 2, kLq = 5, kLk = 13;
+
+std::vector<Case> cases() {
+  const auto plain = CrossAttentionOptions(6, 10, 9, 16).num_heads(4).kv_heads(2);
+  auto mean = plain, chosen = plain, normed = plain, free = plain, per_head = plain;
+  mean.attention_weights(AttentionWeights::mean);
+  per_head.attention_weights(AttentionWeights::per_head);
+  chosen.attention_weights(AttentionWeights::per_head).weight_heads({3, 1});
+  normed.qk_norm(NormKind::rms);
+  free.attention_weights(AttentionWeights::none).key_bias(false);
+  const auto dense = torch::rand({kB, kLq, kLk}) < 0.6;
+  const auto bias = torch::randn({1, 4, kLq, kLk}, torch::kDouble);
+  return {
+      {"plain", plain, {}},
+      {"without a key's bias", free, {}},
+      {"an empty share", plain, {}, torch::kDouble, true},
+      {"lengths that leave shares without keys", per_head, Mask::lengths(torch::tensor({2, 0}), kLk)},
+      {"a dense mask", chosen, Mask::dense(dense)},
+      {"a bias", mean, Mask::bias(bias)},
+      {"causal from the first key", per_head, Mask::causal(CausalAlignment::upper_left)},
+      {"causal from the last key, and padding", mean,
+       Mask::causal(CausalAlignment::lower_right) & Mask::lengths(torch::tensor({13, 7}), kLk), torch::kDouble, true},
+      {"norms", normed, Mask::lengths(torch::tensor({13, 4}), kLk)},
+      {"float32", mean, {}, torch::kFloat},
+      {"bfloat16", per_head, Mask::lengths(torch::tensor({13, 7}), kLk), torch::kBFloat16},
+  };
+}
+
+double allowed(at::ScalarType type) {
+  return type == torch::kDouble ? 1e-12 : type == torch::kFloat ? 1e-5 : 1.5e-2;
+}
+
+// Output, weights and all gradients of one process.
+struct Results {
+  Tensor output, weights, query, key, value;
+  std::vector<Tensor> parameters;
+};
+
+Results differentiate(CrossAttention module,
+                      const Tensor& query,
+                      const Tensor& key,
+                      const Tensor& value,
+                      const std::function<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>& call,
+                      const Tensor& grad) {
+  Results r;
+  std::vector<Tensor> leaves = {query.detach().clone().requires_grad_(), key.detach().clone().requires_grad_(),
+                                value.detach().clone().requires_grad_()};
+  module->zero_grad();
+  std::tie(r.output, r.weights) = call(leaves[0], leaves[1], leaves[2]);
+  r.output.backward(grad);
+  const auto gradient = [](const Tensor& x) { return x.grad().defined() ? x.grad().clone() : torch::zeros_like(x); };
+  r.query = gradient(leaves[0]), r.key = gradient(leaves[1]), r.value = gradient(leaves[2]);
+  for (const auto& parameter : module->parameters()) r.parameters.push_back(gradient(parameter));
+  return r;
+}
+
+void equal(const Ranks& ranks) {
+  torch::manual_seed(0);
+  for (const auto& each : cases()) {
+    torch::manual_seed(1);
+    CrossAttention module(each.options);
+    module->to(each.type);
+    const auto query = torch::randn({kB, kLq, 6}).to(each.type), key = torch::randn({kB, kLk, 10}).to(each.type);
+    const auto value = torch::randn({kB, kLk, 9}).to(each.type), grad = torch::randn({kB, kLq, 16}).to(each.type);
+    // The truth in float64, which types that are less wide come near.
+    CrossAttention exact(std::dynamic_pointer_cast<CrossAttentionImpl>(module->clone()));
+    exact->to(torch::kDouble);
+    exact->options.plan(PlanMode::standard);
+    const auto wide = [](const Tensor& x) { return x.to(torch::kDouble); };
+    const auto whole = differentiate(
+        exact, wide(query), wide(key), wide(value), [&](const auto&... x) { return exact->forward(x..., each.mask); },
+        wide(grad));
+
+    const auto borders = ranks.borders(kLk, each.with_empty);
+    const auto first = borders[static_cast<size_t>(ranks.place.rank)],
+               n = borders[static_cast<size_t>(ranks.place.rank) + 1] - first;
+    const auto own = [&](const Tensor& x, int64_t axis) { return x.defined() ? x.narrow(axis, first, n) : x; };
+    ContextParallel parallel(module, ranks.group);
+    // Kept for many queries the context is projected; for few of a long one it stays as it is.
+    for (const int64_t expected : {ContextOptions::kMany, int64_t{1}}) {
+      const auto what = fmt::format("rank {} of {}, {}, {} queries", ranks.place.rank, ranks.place.size, each.name, expected);
+      const auto part = differentiate(
+          module, query, own(key, 1), own(value, 1),
+          [&](const Tensor& q, const Tensor& k, const Tensor& v) {
+            const auto context = parallel.context(k, v, each.mask, {.expected_queries = expected});
+            expect(context.length() == kLk && context.first() == first && context.own_length() == n, what + ": lengths");
+            return parallel.attend(q, context);
+          },
+          grad);
+      const auto limit = allowed(each.type);
+      expect_close(part.output, whole.output, limit, what + ", output");
+      expect_close(part.weights, own(whole.weights, -1), limit, what + ", weights");
+      expect_close(part.query, whole.query, limit, what + ", gradient of the query");
+      // Relative to the largest gradient of all keys: those of one rank may all be next to nothing.
+      const auto with_all = [&](const Tensor& x, const Tensor& of_all) {
+        auto padded = of_all.to(torch::kDouble).clone();
+        padded.narrow(1, first, n).copy_(x);
+        return padded;
+      };
+      expect_close(with_all(part.key, whole.key), whole.key, limit, what + ", gradient of the keys");
+      expect_close(with_all(part.value, whole.value), whole.value, limit, what + ", gradient of the values");
+      const auto names = module->named_parameters().keys();
+      for (size_t i = 0; i < names.size(); ++i) {
+        if (names[i] == "key_linear.bias" && each.options.qk_norm() == NormKind::none) {  // exactly zero: rounding is all there is to compare
+          expect(part.parameters[i].abs().max().item<double>() <= limit * whole.query.abs().max().item<double>() * 10,
+                 what + ", " + names[i]);
+          continue;
+        }
+        expect_close(part.parameters[i], whole.parameters[i], limit, what + ", gradient of " + names[i]);
+      }
+    }
+  }
+}
+
+// Queries of each rank's own: the gradient is that of the sum of all losses.
+void own_queries(const Ranks& ranks) {
+  torch::manual_seed(2);
+  const auto rank = ranks.place.rank, size = ranks.place.size;
+  CrossAttention module(CrossAttentionOptions(6, 10, 9, 16).num_heads(4).attention_weights(AttentionWeights::per_head));
+  module->to(torch::kDouble);
+  std::vector<Tensor> queries, grads;
+  int64_t before = 0;
+  for (int r = 0; r < size; ++r) {
+    if (r < rank) before += r + 1;
+    queries.push_back(torch::randn({kB, r + 1, 6}, torch::kDouble));
+    grads.push_back(torch::randn({kB, r + 1, 16}, torch::kDouble));
+  }
+  const auto key = torch::randn({kB, kLk, 10}, torch::kDouble), value = torch::randn({kB, kLk, 9}, torch::kDouble);
+  const auto whole = differentiate(
+      module, torch::cat(queries, 1), key, value, [&](const auto&... x) { return module->forward(x...); },
+      torch::cat(grads, 1));
+  const auto borders = ranks.borders(kLk, false);
+  const auto at = static_cast<size_t>(rank);
+  const auto first = borders[at], n = borders[at + 1] - first;
+  ContextParallel parallel(module, ranks.group, Queries::own);
+  const auto part = differentiate(
+      module, queries[at], key.narrow(1, first, n), value.narrow(1, first, n),
+      [&](const auto&... x) { return parallel.forward(x...); }, grads[at]);
+  expect_close(part.output, whole.output.narrow(1, before, rank + 1), 1e-12, "output of own queries");
+  expect_close(part.weights, whole.weights.narrow(-1, first, n), 1e-12, "weights of own queries");
+  expect_close(part.query, whole.query.narrow(1, before, rank + 1), 1e-12, "gradient of own queries");
+  expect_close(part.key, whole.key.narrow(1, first, n), 1e-12, "gradient of the keys");
+  const auto names = module->named_parameters().keys();
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (names[i] != "key_linear.bias") expect_close(part.parameters[i], whole.parameters[i], 1e-12, "gradient of " + names[i]);
+  }
+}
+
+// What a call exchanges does not grow with the context.
+void traffic(const Ranks& ranks) {
+  CrossAttention module(CrossAttentionOptions(6, 10, 10, 16).num_heads(4));
+  ContextParallel parallel(module, ranks.group);
+  const torch::NoGradGuard no_grad;
+  const auto query = torch::randn({kB, kLq, 6});
+  std::vector<int64_t> exchanged;
+  for (const int64_t n : {3, 3000}) {
+    const auto x = torch::randn({kB, n, 10});
+    const auto context = parallel.context(x, x);
+    const auto before = parallel.bytes_exchanged();
+    parallel.attend(query, context);
+    exchanged.push_back(parallel.bytes_exchanged() - before);
+  }
+  const auto rows = kB * 4 * kLq;
+  const auto expected =
+      ranks.place.size == 1 ? 0 : 4 * (rows + rows * (4 + 1));  // the greatest, and the sums of e numbers and one
+  expect(exchanged[0] == expected && exchanged[1] == expected,
+         fmt::format("{} and {} bytes exchanged, not {}", exchanged[0], exchanged[1], expected));
+}
+
+void errors(const Ranks& ranks) {
+  CrossAttention module(CrossAttentionOptions(6, 10, 10, 16).num_heads(4));
+  ContextParallel parallel(module, ranks.group);
+  const auto message = [](const auto& call) -> std::string {
+    try {
+      call();
+    } catch (const c10::Error& error) {
+      const std::string text = error.what_without_backtrace();
+      return text.substr(0, text.find('\n'));
+    }
+    return "";
+  };
+  const auto rank = ranks.place.rank;
+  const auto x = torch::randn({rank == 0 ? 2 : 3, 4, 10});
+  const auto found = message([&] { parallel.context(x, x); });
+  const auto expected =
+      ranks.place.size == 1 ? ""
+      : rank == 0
+          ? "[context_parallel] key must have one batch size on all ranks, but has 2 on rank 0 and 3 on rank 1."
+          : fmt::format("[context_parallel] key must have one batch size on all ranks, but has 3 on rank {} and 2 on rank 0.",
+                        rank);
+  expect(found == expected, "batch: " + found);
+  const auto y = torch::randn({2, 4, 10});
+  const auto wrong = message([&] { parallel.context(y, y, Mask::lengths(torch::tensor({4, 4}), 5)); });
+  expect(
+      wrong == fmt::format("[context_parallel] mask (lengths) must fit [B, H, Lq, Lk] = [2, 4, Lq, {}], but has [2, 1, 1, 5].",
+                           4 * ranks.place.size),
+      "mask: " + wrong);
+  const auto context = parallel.context(y, y);
+  {
+    const torch::NoGradGuard no_grad;
+    module->key_linear->weight.add_(1);
+  }
+  expect(message([&] {
+           parallel.attend(torch::randn({2, 3, 6}), context);
+         }).starts_with("[context_parallel] context must be made with"),
+         "stale context");
+  expect(message([&] { ContextParallel(CrossAttention(CrossAttentionOptions(6, 10, 10, 16).bias_kv(true)), ranks.group); }) ==
+             "[context_parallel] module must have no bias_kv, whose free key belongs to no rank, but has one.",
+         "bias_kv");
+}
+
+// The last rank goes without a word; the others must notice, and say so.
+void death(const Ranks& ranks) {
+  CrossAttention module(CrossAttentionOptions(6, 10, 10, 16).num_heads(4));
+  ContextParallel parallel(module, ranks.group);
+  const auto x = torch::randn({2, 4, 10});
+  try {
+    const auto context = parallel.context(x, x);
+    if (ranks.place.rank == ranks.place.size - 1) std::_Exit(0);
+    for (int call = 0; call < 3; ++call) parallel.attend(torch::randn({2, 3, 6}), context);
+    expect(false, "nobody noticed");
+  } catch (const c10::DistBackendError& error) {
+    const std::string text = error.what_without_backtrace();
+    expect(
+        text.starts_with(fmt::format("[context_parallel] rank {} of {} lost the others", ranks.place.rank, ranks.place.size)),
+        text);
+  }
+  if (failures == 0) std::_Exit(0);  // the group cannot be left in order
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::map<std::string, void (*)(const Ranks&)> scenarios = {
+      {"equal", equal}, {"own-queries", own_queries}, {"traffic", traffic}, {"errors", errors}, {"death", death}};
+  try {
+    at::set_num_threads(1);
+    const auto place = launch::find_place();
+    if (argc != 2 || !scenarios.contains(argv[1]) || !place) {
+      std::cerr << "usage: rank SCENARIO, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set\n";
+      return 2;
+    }
+    const auto timeout = std::string(argv[1]) == "death" ? std::chrono::seconds(5) : kTimeout;
+    scenarios.at(argv[1])({*place, launch::join(*place, torch::kCPU, timeout)});
+  } catch (const c10::Error& error) {
+    std::cerr << error.what_without_backtrace() << "\n";
+    return 1;
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << "\n";
+    return 1;
+  }
+  return failures > 0 ? 1 : 0;
+}
