@@ -123,7 +123,7 @@ const Orders& SharedContext::orders() const {
 }
 int64_t SharedContext::bytes() const {
   const auto& [keys, key_bias, values, Lk] = state_->side;
-  const bool one = keys.is_same(values);  // neither is projected
+  const bool one = keys.const_data_ptr() == values.const_data_ptr();  // neither is projected
   return static_cast<int64_t>(keys.nbytes() + (one ? 0 : values.nbytes()));
 }
 
