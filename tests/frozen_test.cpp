@@ -324,8 +324,14 @@ TEST_F(FrozenTest, WhatTheKernelsCannotDoRunsOnOperators) {
 TEST_F(FrozenTest, NormsRunOnTheKernelsInEveryOrderTheyAllow) {
   for (const auto kind : {NormKind::rms, NormKind::layer}) {
     for (const auto scope : {NormScope::per_head, NormScope::across_heads}) {
-      CrossAttention module(CrossAttentionOptions(9, 33, 17, 22).num_heads(4).kv_heads(2).head_dim(6).value_head_dim(5).qk_norm(kind)
-                                .qk_norm_scope(scope).attention_weights(AttentionWeights::per_head));
+      CrossAttention module(CrossAttentionOptions(9, 33, 17, 22)
+                                .num_heads(4)
+                                .kv_heads(2)
+                                .head_dim(6)
+                                .value_head_dim(5)
+                                .qk_norm(kind)
+                                .qk_norm_scope(scope)
+                                .attention_weights(AttentionWeights::per_head));
       const torch::NoGradGuard no_grad;
       for (auto& parameter : module->parameters()) parameter.uniform_(-1, 1);  // norms start as ones and zeros
       const Inputs x = {torch::randn({2, 40, 9}), torch::randn({2, 21, 33}), torch::randn({2, 21, 17})};

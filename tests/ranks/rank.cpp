@@ -168,7 +168,8 @@ void equal(const Ranks& ranks) {
       expect_close(with_all(part.value, whole.value), whole.value, limit, what + ", gradient of the values");
       const auto names = module->named_parameters().keys();
       for (size_t i = 0; i < names.size(); ++i) {
-        if (names[i] == "key_linear.bias" && each.options.qk_norm() == NormKind::none) {  // exactly zero: rounding is all there is to compare
+        if (names[i] == "key_linear.bias" &&
+            each.options.qk_norm() == NormKind::none) {  // exactly zero: rounding is all there is to compare
           expect(part.parameters[i].abs().max().item<double>() <= limit * whole.query.abs().max().item<double>() * 10,
                  what + ", " + names[i]);
           continue;
