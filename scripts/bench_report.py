@@ -8,7 +8,7 @@ of README.md and the plots of src/bench. For scripts/bench.sh.
 Each FILE is the output of one process; files of one name that differ in the number before the first dot are passes of it. Rows that
 are in no file keep what results.json has. Without files, table and plots are written from results.json alone.
 
-results.json: {date, machine, versions, peaks: {threads: 1e9 operations a second}, crossover: {threads: cells},
+results.json: {date, machine, versions, peaks: {threads: 1e9 operations a second}, crossover: {threads: cells}, regret: {threads: rows},
   rows: {row: {weights: {threads: {"runtime, candidate": [passes: [us, low, high]]}}}}}; for a GPU results-cuda.json.
 """
 

@@ -15,9 +15,10 @@
 
 #include <algorithm>
 #include <exception>
-#include <limits>
 #include <numeric>
 #include <utility>
+
+#include "softmax.h"
 
 namespace xattn::detail {
 
@@ -26,12 +27,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 namespace {
-
-constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
-
-at::ScalarType wide_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 RanksPtr ranks_of(AutogradContext* context) {
   return c10::static_intrusive_pointer_cast<Ranks>(context->saved_data["ranks"].toCapsule());
@@ -78,16 +73,10 @@ void Ranks::run(const Tensor& x, const Start& start) {
   }
 }
 
-void Ranks::sum(Tensor& x) {
+void Ranks::reduce(Tensor& x, c10d::ReduceOp::RedOpType operation) {
   if (size() == 1) return;
   std::vector<Tensor> tensors = {x};
-  run(x, [&] { return group_->allreduce(tensors, {.reduceOp = c10d::ReduceOp::SUM}); });
-}
-
-void Ranks::max(Tensor& x) {
-  if (size() == 1) return;
-  std::vector<Tensor> tensors = {x};
-  run(x, [&] { return group_->allreduce(tensors, {.reduceOp = c10d::ReduceOp::MAX}); });
+  run(x, [&] { return group_->allreduce(tensors, {.reduceOp = operation}); });
 }
 
 std::vector<Tensor> Ranks::gather(const Tensor& x) {

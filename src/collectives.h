@@ -22,13 +22,14 @@ class Ranks : public torch::CustomClassHolder {
   int64_t bytes() const { return bytes_; }
 
   /// In place, over all ranks; x is contiguous.
-  void sum(at::Tensor& x);
-  void max(at::Tensor& x);
+  void sum(at::Tensor& x) { reduce(x, c10d::ReduceOp::SUM); }
+  void max(at::Tensor& x) { reduce(x, c10d::ReduceOp::MAX); }
 
   /// The tensors of all ranks, of one size.
   std::vector<at::Tensor> gather(const at::Tensor& x);
 
  private:
+  void reduce(at::Tensor& x, c10d::ReduceOp::RedOpType operation);
   template <class Start>
   void run(const at::Tensor& x, const Start& start);
 

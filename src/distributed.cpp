@@ -29,7 +29,6 @@ using detail::LayerWeights;
 namespace {
 
 constexpr auto kCaller = "context_parallel";
-constexpr int64_t kRowsOfACall = 64;  // what a call is taken to have where a context is made
 
 // The tensors of one side of a layer, for the ranks to add up their gradients.
 std::vector<Tensor> of_query(const LayerWeights& w) {
@@ -155,8 +154,6 @@ SharedContext ContextParallel::context(const Tensor& key,
   auto& module = *state_->module;
   const auto& o = module.options;
   const auto expected = options.expected_queries;
-  check_value(expected >= 0 || expected == ContextOptions::kMany, kCaller, "expected_queries must not be negative, but is {}.",
-              expected);
   detail::check_key_value(kCaller, key, value, {}, module.key_linear, module.value_linear, o.num_heads());
   auto Xk = batched(key), Xv = batched(value);
   const auto lengths = exchange_lengths(Xk, "key", *state_->ranks);
@@ -165,10 +162,9 @@ SharedContext ContextParallel::context(const Tensor& key,
   const auto length = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
   mask.check(kCaller, Xk.size(0), o.num_heads(), std::nullopt, length, Xk.device());
 
-  const bool many = expected == ContextOptions::kMany;
-  auto request = module.request(Xk.size(0), many ? kRowsOfACall : std::clamp<int64_t>(expected, 1, kRowsOfACall),
-                                std::max<int64_t>(1, own), {}, Xk.requires_grad() || Xv.requires_grad());
-  request.context_rows = many ? PlanRequest::kKept : std::max<int64_t>(1, expected);
+  const auto request = detail::for_context(
+      kCaller, module.request(Xk.size(0), 1, std::max<int64_t>(1, own), {}, Xk.requires_grad() || Xv.requires_grad()),
+      expected);
   const auto orders = cheapest(request);
 
   // A share without keys is one key that nobody sees: its rank takes all steps of the others.

@@ -27,7 +27,6 @@ using detail::check_value;
 namespace {
 
 constexpr auto kCaller = "frozen";
-constexpr int64_t kRowsOfACall = 64;  // what a call is taken to have where a context is made
 
 detail::Folded in_type_of(const Tensor& weight, const detail::Folded& folded) {
   return {folded.weight.to(weight.scalar_type()), folded.bias.defined() ? folded.bias.to(weight.scalar_type()) : Tensor()};
@@ -96,10 +95,7 @@ struct Frozen::State {
   }
 
   PlanRequest request_for_context(int64_t B, int64_t Lk, int64_t expected) const {
-    const bool many = expected == ContextOptions::kMany;
-    auto request = this->request(B, many ? kRowsOfACall : std::clamp<int64_t>(expected, 1, kRowsOfACall), Lk);
-    request.context_rows = many ? PlanRequest::kKept : std::max<int64_t>(expected, 1);
-    return request;
+    return detail::for_context(kCaller, request(B, 1, Lk), expected);
   }
 
   // query [B, Lq, Eq], or undefined for the constant one.
@@ -316,8 +312,6 @@ FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask
   const auto& module = *state_->module;
   const at::NoGradGuard no_grad;
   const auto expected = options.expected_queries;
-  check_value(expected >= 0 || expected == ContextOptions::kMany, kCaller, "expected_queries must not be negative, but is {}.",
-              expected);
   detail::check_key_value(kCaller, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
   const auto Xk = batched(key);
   const auto keys = mean_length(split_lengths(mask, Xk.size(0), Xk.size(1)).first);

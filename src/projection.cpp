@@ -3,6 +3,7 @@
 
 #include <ATen/autocast_mode.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 
@@ -134,6 +135,15 @@ PlanRequest request_of(const CrossAttentionOptions& o, int64_t B, int64_t Lq, in
   request.Eo = o.dim_output();
   request.query_norm = request.key_norm = o.qk_norm() != NormKind::none;
   request.free_key = o.bias_kv();
+  return request;
+}
+
+PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t expected_queries) {
+  constexpr int64_t kRowsOfACall = 64;  // what a call is taken to have where a context is made
+  const bool many = expected_queries == ContextOptions::kMany;
+  check_value(expected_queries >= 0 || many, caller, "expected_queries must not be negative, but is {}.", expected_queries);
+  request.Lq = many ? kRowsOfACall : std::clamp<int64_t>(expected_queries, 1, kRowsOfACall);
+  request.context_rows = many ? PlanRequest::kKept : std::max<int64_t>(expected_queries, 1);
   return request;
 }
 

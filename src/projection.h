@@ -6,6 +6,7 @@
 #include <xattn/attention.h>
 #include <xattn/context.h>
 #include <xattn/cross_attention.h>
+#include <xattn/frozen.h>
 #include <xattn/mask.h>
 #include <xattn/norm.h>
 #include <xattn/plan.h>
@@ -75,6 +76,9 @@ Norm make_qk_norm(const CrossAttentionOptions& options, int64_t heads);
 
 /// What the planner must know of a layer; its rates, types and purpose are the caller's to add.
 PlanRequest request_of(const CrossAttentionOptions& resolved, int64_t B, int64_t Lq, int64_t Lk);
+
+/// The same for a context that serves so many query rows in all (ContextOptions::expected_queries). Throws if they are negative.
+PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t expected_queries);
 
 /// What a user would type to have these options, as in "CrossAttentionOptions(8, 12, 10, 16).num_heads(2)".
 std::string printed(const CrossAttentionOptions& resolved);

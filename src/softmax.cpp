@@ -18,11 +18,6 @@ namespace {
 
 constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 
-// The type softmax works in: half types keep too few digits of a logit.
-at::ScalarType wide_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // The type of returned weights: that of the logits, unless autocast makes every softmax float32, as it does on CUDA.
 at::ScalarType weights_type(const Tensor& logits) {
   const bool widened = logits.is_cuda() && at::autocast::is_autocast_enabled(at::kCUDA);
@@ -37,6 +32,10 @@ Tensor softmax_in_place_of(const Tensor& logits) {
 }
 
 }  // namespace
+
+at::ScalarType wide_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 Tensor with_rows_filled(const Tensor& x, const Tensor& rows, double value) {
   return rows.defined() ? x.masked_fill(rows, value) : x;

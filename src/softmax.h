@@ -15,6 +15,9 @@ struct SoftmaxResult {
       empty_rows;  ///< the rows without keys, [B|1, H|1, Lq|1, 1]; undefined if the mask's kind shows that there are none
 };
 
+/// The type that softmax, and what is added up over ranks, works in: half types keep too few digits of a logit.
+at::ScalarType wide_type(const at::Tensor& x);
+
 /// products [B, H, Lq, Lk], scaled already, in any strides: the weights lie in memory as they do.
 SoftmaxResult softmax_over_keys(const at::Tensor& products, const Mask& mask, bool log_sum_exp);
 

@@ -70,8 +70,9 @@ struct FreezeOptions {
 ///   auto prepared = frozen.context(text, text, {}, {.expected_queries = 50 * 4096});   // once
 ///   auto [output, weights] = frozen.attend(latent, prepared);                          // for every step
 ///
-/// In float32 on the CPU it runs on this library's own kernels, unless the layer has bias_kv; elsewhere on LibTorch's operators. Nothing takes part in autograd; results are ordinary tensors. Types, shapes, masks and errors are those
-/// of CrossAttention. Equal bits for any number of threads with a pinned plan; an automatic plan may depend on their number.
+/// In float32 on the CPU it runs on this library's own kernels, unless the layer has bias_kv; elsewhere on LibTorch's
+/// operators. Nothing takes part in autograd; results are ordinary tensors. Types, shapes, masks and errors are those of
+/// CrossAttention. Equal bits for any number of threads with a pinned plan; an automatic plan may depend on their number.
 ///
 /// Immutable: any number of threads may share one, without locks. Copies share everything.
 class XATTN_API Frozen {
