@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "check.h"
+#include "huge_pages.h"
 #include "kernels/kernels.h"
 
 namespace xattn::detail {
@@ -78,12 +79,22 @@ struct Step {
   Right b;
   float* c = nullptr;
   int64_t c_stride = 0;
+  int64_t c_panel_stride = 0;
   const float* bias = nullptr;
 };
 
 template <class Element>
 ProductOf<Element> as_product(const Step& s, const Element* b) {
-  return {s.m, s.n, s.k, s.a, s.a_stride, {b, s.b.row_stride, s.b.panel_stride}, s.c, s.c_stride, s.bias, false};
+  return {.m = s.m,
+          .n = s.n,
+          .k = s.k,
+          .a = s.a,
+          .a_stride = s.a_stride,
+          .b = {b, s.b.row_stride, s.b.panel_stride},
+          .c = s.c,
+          .c_stride = s.c_stride,
+          .c_panel_stride = s.c_panel_stride,
+          .bias = s.bias};
 }
 
 void multiply(const Step& s) {
@@ -109,7 +120,7 @@ void pack_transposed(const float* b, int64_t stride, int64_t k, int64_t n, const
 Packed pack_weights(const Tensor& weights, at::ScalarType storage) {
   const auto w = weights.contiguous();
   const auto count = w.size(0), n = w.size(1), k = w.size(2), size = kernels().packed_size(k, n);
-  Packed result{at::empty({count * size}, w.options().dtype(storage)), k, n};
+  Packed result{in_huge_pages(at::empty({count * size}, w.options().dtype(storage))), k, n};
   for (int64_t i = 0; i < count; ++i) pack_transposed(data(w) + i * n * k, k, k, n, result.data, i * size);
   return result;
 }
@@ -148,7 +159,7 @@ struct Team {
     at::parallel_for(0, n, 1, f);
   }
 
-  // A product by ranges of whole panels.
+  // A product by ranges of whole panels, into plain rows.
   void multiply(const Step& step) const {
     const auto panel = kernels().panel;
     parts((step.n + panel - 1) / panel, [&](int64_t begin, int64_t end) {
@@ -222,17 +233,18 @@ void normalise(const EngineNorm& norm, float* rows, int64_t n, int64_t features)
 
 // ---- The key/value side ----------------------------------------------------------------------------------------------------
 
-// Rows of a panel with so many columns, with zeros.
-void fill_up(float* rows, int64_t n, int64_t columns) {
-  const auto panel = kernels().panel;
-  for (int64_t row = 0; columns < panel && row < n; ++row)
-    std::fill(rows + row * panel + columns, rows + (row + 1) * panel, 0.0f);
+// The last panel of a matrix that has so many columns, n rows of it, behind these with zeros.
+void fill_up(float* panels, int64_t panel_stride, int64_t n, int64_t columns) {
+  const auto panel = kernels().panel, used = columns % panel;
+  if (used == 0) return;
+  auto* last = panels + columns / panel * panel_stride;
+  for (int64_t row = 0; row < n; ++row) std::fill(last + row * panel + used, last + (row + 1) * panel, 0.0f);
 }
 
 // f(b, first key, keys) for blocks of the keys that count, of whole panels except at the end; as many panels for each thread.
 template <class F>
 void each_block(const EngineSide& side, const F& f) {
-  constexpr int64_t kMostPanels = 4;
+  constexpr int64_t kMostPanels = 7;
   const auto panel = kernels().panel;
   const auto panels_of = [panel](int64_t length) { return (length + panel - 1) / panel; };
   int64_t panels = 0;
@@ -255,7 +267,7 @@ void each_block(const EngineSide& side, const F& f) {
 Tensor project_keys(const EngineWeights& w, const EngineSide& side, const Tensor& key) {
   const auto& run = kernels();
   const auto inner = w.G * w.d, size = run.packed_size(w.d, side.Lk);
-  const auto keys = at::empty({side.B, w.G, size}, w.query.data.options());
+  const auto keys = in_huge_pages(at::empty({side.B, w.G, size}, w.query.data.options()));
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
     const auto k = at::empty({n, inner}, key.options());
     multiply({.m = n,
@@ -277,7 +289,7 @@ Tensor project_keys(const EngineWeights& w, const EngineSide& side, const Tensor
 
 // Xk Wk or Xv Wv, [B, Lk, n].
 Tensor project(const EngineSide& side, const Tensor& x, const Packed& weight, const Tensor& bias) {
-  const auto projected = at::empty({side.B, side.Lk, weight.n}, x.options());
+  const auto projected = in_huge_pages(at::empty({side.B, side.Lk, weight.n}, x.options()));
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
     const auto row = b * side.Lk + first;
     multiply({.m = n,
@@ -297,23 +309,23 @@ Tensor project(const EngineSide& side, const Tensor& x, const Packed& weight, co
 Tensor project_values(const EngineWeights& w, const EngineSide& side, const Tensor& value) {
   const auto& run = kernels();
   const auto size = run.packed_size(side.Lk, w.e);
-  const auto values = at::empty({side.B, w.G, size}, value.options());
+  const auto values = in_huge_pages(at::empty({side.B, w.G, size}, value.options()));
+  // Heads of whole panels are one product.
+  const auto products = w.e % run.panel == 0 ? 1 : w.G, columns = w.G / products * w.e;
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
-    for (int64_t g = 0; g < w.G; ++g) {
-      for (int64_t column = 0; column < w.e; column += run.panel) {
-        auto* c = mutable_data(values) + (b * w.G + g) * size + column * side.Lk + first * run.panel;
-        const auto columns = std::min(run.panel, w.e - column);
-        multiply({.m = n,
-                  .n = columns,
-                  .k = w.Ev,
-                  .a = data(value) + (b * side.Lk + first) * w.Ev,
-                  .a_stride = w.Ev,
-                  .b = packed(w.value_fold, g).from_panel(column / run.panel),
-                  .c = c,
-                  .c_stride = run.panel,
-                  .bias = data(w.value_bias) + g * w.e + column});
-        fill_up(c, n, columns);
-      }
+    for (int64_t i = 0; i < products; ++i) {
+      auto* c = mutable_data(values) + (b * w.G + i) * size + first * run.panel;
+      multiply({.m = n,
+                .n = columns,
+                .k = w.Ev,
+                .a = data(value) + (b * side.Lk + first) * w.Ev,
+                .a_stride = w.Ev,
+                .b = products == 1 ? packed(w.value) : packed(w.value_fold, i),
+                .c = c,
+                .c_stride = run.panel,
+                .c_panel_stride = side.Lk * run.panel,
+                .bias = data(w.value_bias) + i * w.e});
+      fill_up(c, side.Lk * run.panel, n, columns);
     }
   });
   return values.to(w.query.data.scalar_type());
@@ -322,7 +334,7 @@ Tensor project_values(const EngineWeights& w, const EngineSide& side, const Tens
 // Xk', packed: [B, Ek x Lk].
 Tensor transpose_keys(const EngineWeights& w, const EngineSide& side, const Tensor& key) {
   const auto size = kernels().packed_size(w.Ek, side.Lk);
-  const auto keys = at::empty({side.B, size}, key.options());
+  const auto keys = in_huge_pages(at::empty({side.B, size}, key.options()));
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
     pack_transposed(data(key) + (b * side.Lk + first) * w.Ek, w.Ek, w.Ek, n, keys, b * size + first * w.Ek);
   });
@@ -336,7 +348,7 @@ void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
   const auto projected = by_product ? key : project(side, key, w.key, w.key_bias);
   const auto& bias = by_product ? w.logits_product_bias : w.query_bias;
   const auto features = projected.size(2), terms = by_product ? w.Ek : w.d, columns = w.H * side.Lk;
-  const auto rows = at::empty({side.B, columns, w.Eq}, key.options());
+  const auto rows = in_huge_pages(at::empty({side.B, columns, w.Eq}, key.options()));
   side.key_bias = at::empty({side.B, columns}, key.options());
   each(w.H * side.B, [&](int64_t i) {  // of one head after the other, as its weights are then in the cache
     const auto h = i / side.B, b = i % side.B, n = side.lengths[static_cast<size_t>(b)], first = b * columns + h * n;
@@ -359,7 +371,7 @@ void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
                          .c_stride = n});
   });
   const auto size = run.packed_size(w.Eq, columns);
-  side.keys = at::empty({side.B, size}, w.query.data.options());
+  side.keys = in_huge_pages(at::empty({side.B, size}, w.query.data.options()));
   const auto block = 2 * run.panel, blocks = (columns + block - 1) / block;
   each(side.B * blocks, [&](int64_t i) {
     const auto b = i / blocks, first = i % blocks * block;
@@ -375,26 +387,23 @@ Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor&
   const bool by_product = side.orders.values == Order::prefold_into_context;
   const auto projected = by_product ? value : project(side, value, w.value, w.value_bias);
   const auto features = projected.size(2), size = run.packed_size(w.H * side.Lk, w.Eo);
-  const auto values = at::empty({side.B, size}, value.options());
-  const auto panels = (w.Eo + run.panel - 1) / run.panel;
+  const auto values = in_huge_pages(at::empty({side.B, size}, value.options()));
   each(w.H * side.B, [&](int64_t i) {
     const auto h = i / side.B, b = i % side.B, n = side.lengths[static_cast<size_t>(b)], rows = w.H * n;
     const auto* a = data(projected) + b * side.Lk * features;
     const auto weight = by_product ? packed(w.values_product_of_heads, h) : packed(w.output).from_row(h * w.e);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      auto* c = mutable_data(values) + b * size + (panel * rows + h * n) * run.panel;
-      const auto columns = std::min(run.panel, w.Eo - panel * run.panel);
-      multiply({.m = n,
-                .n = columns,
-                .k = by_product ? w.Ev : w.e,
-                .a = by_product ? a : a + h * w.G / w.H * w.e,
-                .a_stride = features,
-                .b = weight.from_panel(panel),
-                .c = c,
-                .c_stride = run.panel,
-                .bias = by_product ? data(w.values_product_bias) + h * w.Eo + panel * run.panel : nullptr});
-      fill_up(c, n, columns);
-    }
+    auto* c = mutable_data(values) + b * size + h * n * run.panel;
+    multiply({.m = n,
+              .n = w.Eo,
+              .k = by_product ? w.Ev : w.e,
+              .a = by_product ? a : a + h * w.G / w.H * w.e,
+              .a_stride = features,
+              .b = weight,
+              .c = c,
+              .c_stride = run.panel,
+              .c_panel_stride = rows * run.panel,
+              .bias = by_product ? data(w.values_product_bias) + h * w.Eo : nullptr});
+    fill_up(c, rows * run.panel, n, w.Eo);
   });
   return values.to(w.query.data.scalar_type());
 }
@@ -447,11 +456,11 @@ class Attend {
     if (rows == 0) return;
     const Team team{workers > 1 && rows < kRowsOfATeam * workers};
     const auto least = std::clamp(kLeastRows * bytes_of_a_task() / kNear, kLeastRows, kMostRows);
-    const auto most = std::max(least, kScratch / floats_of_a_row());
+    const auto most = std::max(least, kScratch / floats_of_a_row(team));
     const auto rounds = (rows + most * workers - 1) / (most * workers);
     const auto share = team.all ? rows : (rows + rounds * workers - 1) / (rounds * workers);
     const auto tasks = (rows + share - 1) / share;
-    const auto size = share * floats_of_a_row() + (team.all ? rows * w_.H * side_.Lk : share * side_.Lk) + 16 * 16;
+    const auto size = share * floats_of_a_row(team) + 16 * 16;
     const auto slots = team.all ? 1 : std::min(tasks, workers);
     const auto scratch = at::empty({slots, size}, at::kFloat);
     const auto work = [&](int64_t task, int64_t slot) {
@@ -481,14 +490,19 @@ class Attend {
     return total + bytes(w_.output.data) + (side_.orders.values == Order::standard ? 0 : bytes(w_.value_fold.data));
   }
 
+  // Whether one head after the other is done from logits to mixed values.
+  bool by_heads() const { return side_.orders == Orders{}; }
+
+  // Whether the mixed values of a head take the place of its projected query, which nobody reads any more.
+  bool in_place() const { return by_heads() && w_.d == w_.e && query_.defined(); }
+
   // What run_rows takes for each row.
-  int64_t floats_of_a_row() const {
+  int64_t floats_of_a_row(const Team& team) const {
     const auto& w = w_;
-    const bool per_head = side_.orders.logits == Order::standard && side_.orders.values == Order::standard;
-    int64_t floats = per_head ? 0 : w.H * side_.Lk;
+    int64_t floats = by_heads() && !team.all ? side_.Lk : w.H * side_.Lk;
     if (!is_folded(side_.orders.logits) && query_.defined())
       floats += w.H * w.d + (is_raw(side_.orders.logits) ? w.H * w.Ek : 0);
-    if (!is_folded(side_.orders.values)) floats += w.H * w.e + (is_raw(side_.orders.values) ? w.H * w.Ev : 0);
+    if (!is_folded(side_.orders.values) && !in_place()) floats += w.H * w.e + (is_raw(side_.orders.values) ? w.H * w.Ev : 0);
     return floats + w.H + 16;
   }
 
@@ -498,12 +512,11 @@ class Attend {
     const auto n = end - begin;
     auto* output = output_ + begin * w.Eo;
     int64_t stride = 0;
-    const auto* rows = query_.defined() ? logits_rows(begin, n, scratch, team, stride) : nullptr;
-    if (!rows) stride = folded_.size(1);
-
     const bool raw = is_raw(side_.orders.values), folded = is_folded(side_.orders.values);
     const auto width = w.H * (raw ? w.Ev : w.e);
     auto* mixed = folded ? nullptr : scratch.take(n * width);
+    const auto* rows = query_.defined() ? logits_rows(begin, n, in_place() ? mixed : nullptr, scratch, team, stride) : nullptr;
+    if (!rows) stride = folded_.size(1);
     auto* log_sum_exp = all_have_keys_ || !raw ? nullptr : scratch.take(n * w.H);
     for (int64_t first = begin; first < end;) {  // the part of each context
       const auto b = first / rows_, last = std::min(end, (b + 1) * rows_);
@@ -521,15 +534,15 @@ class Attend {
     if (!folded) finish(mixed, log_sum_exp, n, output, scratch, team);
   }
 
-  // What meets the keys: projected, folded, or the query itself.
-  const float* logits_rows(int64_t begin, int64_t n, Scratch& scratch, const Team& team, int64_t& stride) const {
+  // What meets the keys: projected, in `place` if that is given, folded, or the query itself.
+  const float* logits_rows(int64_t begin, int64_t n, float* place, Scratch& scratch, const Team& team, int64_t& stride) const {
     const auto& w = w_;
     const auto* query = data(query_) + begin * w.Eq;
     const auto order = side_.orders.logits;
     stride = w.Eq;
     if (is_folded(order)) return query;
     stride = w.H * (order == Order::standard ? w.d : w.Ek);
-    auto* rows = scratch.take(n * stride);
+    auto* rows = place ? place : scratch.take(n * stride);
     if (order == Order::prefold) {
       team.multiply({.m = n,
                      .n = stride,
@@ -579,7 +592,7 @@ class Attend {
 
   void run_segment(const Segment& s, Scratch scratch, const Team& team) const {
     if (s.keys == 0) return clear(s);
-    if (side_.orders == Orders{}) return run_heads(s, scratch, team);
+    if (by_heads()) return run_heads(s, scratch, team);
     auto* logits = scratch.take(s.n * w_.H * s.keys);  // [n, H, keys]
     meet(s, logits, team);
     team.parts(s.n * w_.H, [&](int64_t begin, int64_t end) { softmax(s, logits, begin, end); });
@@ -944,10 +957,11 @@ namespace {
 AttentionResult empty_result(const EngineWeights& w, int64_t B, int64_t Lq, int64_t Lk, bool all_keys, const EngineCall& call) {
   const auto heads = call.weight_heads.empty() ? w.H : static_cast<int64_t>(call.weight_heads.size());
   AttentionResult result;
-  result.output = at::empty({B, Lq, w.Eo}, at::kFloat);
+  result.output = in_huge_pages(at::empty({B, Lq, w.Eo}, at::kFloat));
   if (call.weights == AttentionWeights::mean) result.weights = at::zeros({B, Lq, Lk}, at::kFloat);
   if (call.weights == AttentionWeights::per_head) {
-    result.weights = all_keys ? at::empty({B, heads, Lq, Lk}, at::kFloat) : at::zeros({B, heads, Lq, Lk}, at::kFloat);
+    result.weights =
+        all_keys ? in_huge_pages(at::empty({B, heads, Lq, Lk}, at::kFloat)) : at::zeros({B, heads, Lq, Lk}, at::kFloat);
   }
   return result;
 }

@@ -230,6 +230,33 @@ TEST_P(KernelsProductTest, IsBiasOrZeroOverNoTerms) {
   }
 }
 
+TEST_P(KernelsProductTest, WritesTheSameBitsIntoPanels) {
+  const int64_t panel = kernels_.panel, n = 13 * panel + 5;
+  for (const auto& [m, k] : {std::pair<int64_t, int64_t>{1, 40}, {3, 40}, {15, 40}, {20, 1100}}) {
+    const auto a = random_matrix(m, k), b = random_matrix(k, n);
+    const auto packed_b = packed(b);
+    const auto compute = [&](Matrix& c, int64_t c_stride, int64_t c_panel_stride) {
+      kernels_.product({.m = m,
+                        .n = n,
+                        .k = k,
+                        .a = a.data.get(),
+                        .a_stride = k,
+                        .b = kernels_.packed(packed_b.data(), k),
+                        .c = c.data.get(),
+                        .c_stride = c_stride,
+                        .c_panel_stride = c_panel_stride});
+    };
+    Matrix plain(m, n), panels(14 * m, panel);  // of which the last one is not filled
+    compute(plain, n, 0);
+    compute(panels, panel, m * panel);
+    Matrix back(m, n);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) back.at(i, j) = panels.at(j / panel * m + i, j % panel);
+    }
+    expect_equal_bits(back, plain, std::to_string(m) + " rows");
+  }
+}
+
 TEST_P(KernelsProductTest, GivesEqualBitsHoweverItIsDivided) {
   const int64_t m = 127, n = 9 * kernels_.panel + 3, k = 1700;
   const auto a = random_matrix(m, k), b = random_matrix(k, n), bias = random_matrix(1, n);

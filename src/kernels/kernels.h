@@ -36,6 +36,7 @@ struct ProductOf {
   RightSideOf<Element> b;
   float* c = nullptr;
   int64_t c_stride = 0;
+  int64_t c_panel_stride = 0;   ///< from panel to panel of a c that lies in panels, as b may; 0: c lies in plain rows
   const float* bias = nullptr;  ///< [n]; none if null
   bool accumulate = false;
 };

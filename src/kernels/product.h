@@ -9,10 +9,11 @@ namespace {
 
 constexpr int kPanel = 2 * kLanes;
 
-// The largest block of a that is multiplied with one panel of b after the other: for AVX-512 it and a panel together, 900 and 256
-// KB, are about what an L2 cache holds. Each block of k reads and writes c once more.
-constexpr int64_t kDepth = 2048;
+// The largest block of a that is multiplied with one panel of b after the other, and the columns of c for which that is done
+// before the next block of k: for AVX-512 these blocks of a and c and two panels, 450, 110 and 2 x 130 KB, fit into an L2 cache.
+constexpr int64_t kDepth = 1024;
 constexpr int64_t kHeight = 8 * kTileRows;
+constexpr int64_t kWidth = 8 * kPanel;
 
 // A tile of c, a few rows by a few vectors, whose sums live in registers while k runs.
 template <class Element>
@@ -22,7 +23,7 @@ struct Tile {
   int64_t a_stride;
   RightSideOf<Element> b;
   float* c;
-  int64_t c_stride;
+  int64_t c_stride, c_panel_stride;
   const float* bias;
   bool accumulate;
   int64_t last;                 // lanes of the last vector, where it is partial
@@ -35,6 +36,7 @@ constexpr int64_t kLine = 64;  // bytes
 template <class Element, int kRows, int kVectors, bool kPartial>
 void compute_tile(const Tile<Element>& tile) {
   const int64_t last = tile.last, row_stride = tile.b.row_stride, panel_stride = tile.b.panel_stride;
+  const auto c_at = [&tile](int r, int v) { return tile.c + r * tile.c_stride + v / 2 * tile.c_panel_stride + v % 2 * kLanes; };
   const auto is_partial = [](int v) { return kPartial && v == kVectors - 1; };
   const auto load_at = [=](const auto* from, int v) { return is_partial(v) ? load_first(from, last) : load(from); };
 
@@ -49,7 +51,7 @@ void compute_tile(const Tile<Element>& tile) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += load_at(tile.c + r * tile.c_stride + v * kLanes, v);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += load_at(c_at(r, v), v);
     }
   }
 
@@ -74,8 +76,7 @@ void compute_tile(const Tile<Element>& tile) {
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
-      float* to = tile.c + r * tile.c_stride + v * kLanes;
-      is_partial(v) ? store_first(to, sums[r][v], last) : store(to, sums[r][v]);
+      is_partial(v) ? store_first(c_at(r, v), sums[r][v], last) : store(c_at(r, v), sums[r][v]);
     }
   }
 }
@@ -122,7 +123,7 @@ void compute_column(Tile<Element> tile, int64_t m, int64_t tiles, int64_t panels
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t rows = m / tiles + (i < m % tiles);  // 16 rows are 8 + 8 rather than 14 + 2: a low tile is a slow one
     const int64_t fetched = i * tile.k * kLine;
-    tile.ahead = reinterpret_cast<const char*>(tile.b.data) + (fetched < size ? size + fetched : 0);
+    tile.ahead = reinterpret_cast<const char*>(tile.b.data + panels * tile.b.panel_stride) + (fetched < size ? fetched : 0);
     tile.ahead_step = fetched < size ? kLine : 0;
     compute[rows](tile);
     tile.a += rows * tile.a_stride;
@@ -147,35 +148,54 @@ void compute_block(Tile<Element> tile, int64_t m, int64_t n) {
     }
     n -= columns;
     tile.b.data += (1 << step) * tile.b.panel_stride;
-    tile.c += columns;
+    tile.c += (1 << step) * tile.c_panel_stride;
     if (tile.bias) tile.bias += columns;
   }
+}
+
+// The larger of as few parts of n as are at most `most`, and equal but for rounding.
+inline int64_t equal_part(int64_t n, int64_t most) {
+  const int64_t parts = n > most ? (n + most - 1) / most : 1;
+  return (n + parts - 1) / parts;
+}
+
+// A block of c, for one block of k after the other.
+template <class Element>
+void compute_blocks(Tile<Element> tile, int64_t m, int64_t n, int64_t k, int64_t depth) {
+  do {
+    tile.k = k < depth ? k : depth;
+    compute_block(tile, m, n);
+    tile.a += depth;
+    tile.b.data += depth * tile.b.row_stride;
+    tile.bias = nullptr;
+    tile.accumulate = true;
+    k -= depth;
+  } while (k > 0);
 }
 
 // See Kernels::product. The sum of an element of c runs from the first of k to the last, whatever the tiles and blocks are: a sum
 // that is stored and loaded again between two blocks is the same.
 template <class Element>
 void product(const ProductOf<Element>& p) {
-  const int64_t depths = p.k > kDepth ? (p.k + kDepth - 1) / kDepth : 1;
-  const int64_t depth = (p.k + depths - 1) / depths;
-  for (int64_t top = 0; top < p.m; top += kHeight) {
-    const int64_t m = p.m - top < kHeight ? p.m - top : kHeight;
-    Tile<Element> tile{.k = 0,
-                       .a = p.a + top * p.a_stride,
-                       .a_stride = p.a_stride,
-                       .b = p.b,
-                       .c = p.c + top * p.c_stride,
-                       .c_stride = p.c_stride,
-                       .bias = p.bias,
-                       .accumulate = p.accumulate,
-                       .last = 0};
-    for (int64_t i = 0; i < depths; ++i) {
-      tile.k = p.k - i * depth < depth ? p.k - i * depth : depth;
-      compute_block(tile, m, p.n);
-      tile.a += depth;
-      tile.b.data += depth * p.b.row_stride;
-      tile.bias = nullptr;
-      tile.accumulate = true;
+  const bool divide = p.k > kDepth && p.m > kTileRows;
+  const int64_t height = equal_part(p.m, kHeight), depth = divide ? equal_part(p.k, kDepth) : p.k,
+                width = divide ? kWidth : p.n;
+  const int64_t c_panel_stride = p.c_panel_stride ? p.c_panel_stride : kPanel;
+  for (int64_t top = 0; top < p.m; top += height) {
+    for (int64_t left = 0; left < p.n; left += width) {
+      const int64_t panel = left / kPanel;
+      const Tile<Element> tile{.k = 0,
+                               .a = p.a + top * p.a_stride,
+                               .a_stride = p.a_stride,
+                               .b = {p.b.data + panel * p.b.panel_stride, p.b.row_stride, p.b.panel_stride},
+                               .c = p.c + top * p.c_stride + panel * c_panel_stride,
+                               .c_stride = p.c_stride,
+                               .c_panel_stride = c_panel_stride,
+                               .bias = p.bias ? p.bias + left : nullptr,
+                               .accumulate = p.accumulate,
+                               .last = 0};
+      const int64_t m = p.m - top < height ? p.m - top : height, n = p.n - left < width ? p.n - left : width;
+      compute_blocks(tile, m, n, p.k, depth);
     }
   }
 }

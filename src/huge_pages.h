@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace xattn::detail {
+
+/// x, a fresh tensor on the CPU, with memory that comes in huge pages as far as the system grants them (Linux, madvise(2) with
+/// MADV_HUGEPAGE), where it is of several megabytes: the first touch of a result is then one fault for 2 MB and not for 4 KB, and
+/// a product that goes through a large matrix by panels finds the addresses of its rows in the processor's table of them.
+at::Tensor in_huge_pages(at::Tensor x);
+
+}  // namespace xattn::detail
