@@ -162,43 +162,51 @@ def best_of_ours(shape, cell):
     return cell.get("libtorch, module" if shape["timed"] == "backward" else "libtorch, frozen")
 
 
+def ratios(store, shapes, threads):
+    """{row: how many times faster than the fastest other runtime}, for the rows that both were measured on."""
+    found = {}
+    for shape in shapes:
+        cell = store["rows"].get(shape["name"], {}).get("none", {}).get(threads, {})
+        peer, ours = fastest_peer(cell), best_of_ours(shape, cell)
+        if peer and ours:
+            found[shape["name"]] = ratio(peer[1], ours)[0]
+    return found
+
+
+def goals(store, shapes):
+    """{threads: list of (row, what it reached, its goal in shapes.csv)}."""
+    found = {}
+    for i, threads in enumerate(("1", "2")):
+        reached = ratios(store, shapes, threads)
+        found[threads] = [
+            (shape["name"], reached[shape["name"]], float(shape["goal"].split("/")[i]))
+            for shape in shapes
+            if shape["goal"] and shape["name"] in reached
+        ]
+    return found
+
+
 def summary(store, shapes):
-    """How often, how far: of `frozen`, in both directions."""
+    """How often, how far: of `frozen`, in both directions, and against the goals."""
     lines = []
     for t in sorted(store.get("peaks", {}) or {"1": 0}, key=int):
-        ratios = {}
-        for shape in shapes:
-            cell = store["rows"].get(shape["name"], {}).get("none", {}).get(t, {})
-            peer, ours = fastest_peer(cell), best_of_ours(shape, cell)
-            if peer and ours:
-                ratios[shape["name"]] = ratio(peer[1], ours)[0]
-        if ratios:
-            mean = math.exp(statistics.fmean(math.log(x) for x in ratios.values()))
-            behind = [name for name, x in ratios.items() if x < 1]
-            lines.append(f"With {t} thread{'s' * (t != '1')}: faster than the fastest other in {len(ratios) - len(behind)} of {len(ratios)} rows, "
-                         f"geometric mean of the ratios {mean:.2f}, least {min(ratios.values()):.2f}, most {max(ratios.values()):.3g}.")
+        reached = ratios(store, shapes, t)
+        if reached:
+            mean = math.exp(statistics.fmean(math.log(x) for x in reached.values()))
+            ahead = sum(x >= 1 for x in reached.values())
+            lines.append(f"With {t} thread{'s' * (t != '1')}: faster than the fastest other in {ahead} of {len(reached)} rows, "
+                         f"geometric mean of the ratios {mean:.2f}, least {min(reached.values()):.2f}, most {max(reached.values()):.3g}.")
+        wanted = goals(store, shapes).get(t, [])
+        if wanted:
+            missed = [f"{name} ({x:.2f} of {goal:.2f})" for name, x, goal in wanted if x < goal]
+            lines[-1] += f" Goals reached: {len(wanted) - len(missed)} of {len(wanted)}"
+            lines[-1] += f"; missed: {', '.join(missed)}." if missed else "."
         regret = [row["us"] / row["best_us"] - 1 for row in store.get("regret", {}).get(t, [])]
         if regret:
             lines[-1] += (
                 f" The orders that a frozen layer chooses take {100 * statistics.fmean(regret):.1f} % longer in the mean than the "
                 f"fastest of all, {100 * max(regret):.1f} % at worst ({len(regret)} rows)."
             )
-    return "\n".join(lines)
-
-
-def goals(store, shapes):
-    """Rows that miss the goal of shapes.csv, as lines for the terminal."""
-    lines = []
-    for shape in shapes:
-        if not shape["goal"]:
-            continue
-        for t, goal in zip(("1", "2"), shape["goal"].split("/")):
-            cell = store["rows"].get(shape["name"], {}).get("none", {}).get(t, {})
-            peer, ours = fastest_peer(cell), best_of_ours(shape, cell)
-            if peer and ours:
-                reached = ratio(peer[1], ours)[0]
-                state = "reached" if reached >= float(goal) else "missed "
-                lines.append(f"{state} {reached:7.2f} of {float(goal):5.2f}, {t} thread{' s'[t != '1']} {shape['name']}")
     return "\n".join(lines)
 
 
@@ -395,7 +403,6 @@ def main():
     plot_maps(store, shapes)
     if store.get("crossover"):
         plot_crossover(store)
-    print(goals(store, shapes))
     print(summary(store, shapes))
 
 

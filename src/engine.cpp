@@ -244,7 +244,7 @@ void fill_up(float* panels, int64_t panel_stride, int64_t n, int64_t columns) {
 // f(b, first key, keys) for blocks of the keys that count, of whole panels except at the end; as many panels for each thread.
 template <class F>
 void each_block(const EngineSide& side, const F& f) {
-  constexpr int64_t kMostPanels = 7;
+  constexpr int64_t kMostPanels = 7;  // with AVX-512 two blocks of the rows that a product works on at a time
   const auto panel = kernels().panel;
   const auto panels_of = [panel](int64_t length) { return (length + panel - 1) / panel; };
   int64_t panels = 0;
