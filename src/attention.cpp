@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/ivalue.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/where.h>
@@ -17,15 +18,18 @@
 #include <utility>
 
 #include "check.h"
+#include "engine/heads.h"
 #include "product.h"
 #include "softmax.h"
 
 namespace xattn {
 
 using at::Tensor;
+using detail::attend_on_kernels;
 using detail::check_type;
 using detail::check_value;
 using detail::matrix_product;
+using detail::run_on_kernels;
 using detail::shape_of;
 using detail::softmax_over_keys;
 using detail::type_of;
@@ -78,6 +82,19 @@ AttentionResult define(const Tensor& q, const Tensor& k, const Tensor& v, const 
   return {mixed.view({B, H, Lq, e}), wanted_weights(weights, options, products), log_sum_exp};
 }
 
+// Whether a derivative of the result may be asked for.
+bool is_differentiated(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+  const auto bias = options.mask.additive();
+  return at::GradMode::is_enabled() &&
+         (q.requires_grad() || k.requires_grad() || v.requires_grad() || (bias.defined() && bias.requires_grad()));
+}
+
+// Whether this library's kernels do all that is asked.
+bool is_for_kernels(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+  return run_on_kernels({q, k, v}) && options.dropout == 0 && q.numel() > 0 && k.numel() > 0 &&
+         !is_differentiated(q, k, v, options);
+}
+
 // Why the fused kernels cannot do what is asked; empty if they can. Depends on sizes and kinds alone, never on values.
 std::string refusal_of_fused(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   if (options.weights != AttentionWeights::none) return "attention weights are wanted";
@@ -95,31 +112,49 @@ Tensor with_unit_stride(const Tensor& x) {
   return x.stride(-1) == 1 ? x : x.contiguous();
 }
 
-// One call of a fused kernel. Empty rows are opened, as in `define`, and closed by the caller.
-std::tuple<Tensor, Tensor> call_kernel(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
-  const auto Lq = q.size(2), Lk = k.size(2);
-  const bool is_causal = options.mask.is_causal_only(Lq, Lk);
+// A mask as the fused kernels take it. Empty rows are opened, as in `define`, and closed by the caller.
+struct KernelMask {
+  bool is_causal;
   std::optional<Tensor> additive;
-  if (!is_causal && !options.mask.is_none()) {
-    const auto keep = options.mask.keep(Lq, Lk, q.device());
-    auto bias = options.mask.additive();
+
+  KernelMask(const Mask& mask, const Tensor& q, const Tensor& k) : is_causal(mask.is_causal_only(q.size(2), k.size(2))) {
+    if (is_causal || mask.is_none()) return;
+    const auto Lq = q.size(2), Lk = k.size(2);
+    const auto keep = mask.keep(Lq, Lk, q.device());
+    auto bias = mask.additive();
     if (!bias.defined()) bias = at::zeros({}, q.options());
-    const auto mask = keep.defined() ? at::where(keep, bias.to(q.scalar_type()), kMinusInfinity) : bias.to(q.scalar_type());
-    additive = with_unit_stride(with_rows_filled(mask, options.mask.empty_rows(Lq, Lk, q.device()), 0));
+    const auto all = keep.defined() ? at::where(keep, bias.to(q.scalar_type()), kMinusInfinity) : bias.to(q.scalar_type());
+    additive = with_unit_stride(with_rows_filled(all, mask.empty_rows(Lq, Lk, q.device()), 0));
   }
-  if (q.is_cpu()) {
-    return at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, additive, scale_of(q, options));
+
+  Mask as_mask() const {
+    if (is_causal) return Mask::causal(CausalAlignment::upper_left);
+    return additive ? Mask::bias(*additive) : Mask();
   }
-  const bool grouped = q.size(1) != k.size(1);
-  return {at::scaled_dot_product_attention(q, k, v, additive, 0.0, is_causal, scale_of(q, options), grouped), Tensor()};
+};
+
+// One call of a fused kernel on the CPU -> output and log-sum-exp.
+std::tuple<Tensor, Tensor> run_on_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const KernelMask& mask, double scale) {
+  if (!run_on_kernels({q, k, v})) {
+    return at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask.is_causal, mask.additive, scale);
+  }
+  const auto result = attend_on_kernels(q, k, v, {.mask = mask.as_mask(), .scale = scale, .log_sum_exp = true});
+  return {result.output, result.log_sum_exp};
 }
 
-// The fused kernels have a first derivative only. This node holds a kernel's own graph and differentiates that; when its backward
-// pass is itself recorded, it differentiates the definition instead.
+Tensor run_elsewhere(const Tensor& q, const Tensor& k, const Tensor& v, const KernelMask& mask, double scale) {
+  return at::scaled_dot_product_attention(q, k, v, mask.additive, 0.0, mask.is_causal, scale, q.size(1) != k.size(1));
+}
+
+// The fused kernels have a first derivative only. On the CPU it is LibTorch's, whoever has computed the output; elsewhere this node
+// holds a kernel's own graph and differentiates that. When the backward pass is itself recorded, or gets a gradient of the
+// log-sum-exp, it differentiates the definition instead.
 struct FusedKernel : torch::autograd::Function<FusedKernel> {
-  struct Graph : torch::CustomClassHolder {
+  struct State : torch::CustomClassHolder {
+    State(const AttentionOptions& o, KernelMask m) : options(o), mask(std::move(m)) {}
     AttentionOptions options;
-    std::vector<Tensor> inputs;  // detached q, k, v
+    KernelMask mask;
+    std::vector<Tensor> inputs;  // of a kernel's own graph: detached q, k, v
     Tensor output;
   };
 
@@ -128,65 +163,93 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
                                                 const Tensor& k,
                                                 const Tensor& v,
                                                 const AttentionOptions& options) {
-    auto graph = c10::make_intrusive<Graph>();
-    graph->options = options;
-    for (const auto& x : {q, k, v}) graph->inputs.push_back(x.detach().requires_grad_(x.requires_grad()));
-    Tensor log_sum_exp;
-    {
-      const at::AutoGradMode record(true);
-      std::tie(graph->output, log_sum_exp) = call_kernel(graph->inputs[0], graph->inputs[1], graph->inputs[2], options);
-    }
-    const auto output = graph->output.detach();
-    ctx->save_for_backward({q, k, v});
-    ctx->saved_data["graph"] = c10::IValue::make_capsule(std::move(graph));
+    auto state = c10::make_intrusive<State>(options, KernelMask(options.mask, q, k));
+    const auto scale = scale_of(q, options);
     ctx->set_materialize_grads(false);
-    if (!log_sum_exp.defined()) return {output};
-    return {output, log_sum_exp.detach()};
+    torch::autograd::variable_list results;
+    if (q.is_cpu()) {
+      const auto [output, log_sum_exp] = run_on_cpu(q, k, v, state->mask, scale);
+      ctx->save_for_backward({q, k, v, output, log_sum_exp});
+      results = {output, log_sum_exp};
+    } else {
+      for (const auto& x : {q, k, v}) state->inputs.push_back(x.detach().requires_grad_(x.requires_grad()));
+      const at::AutoGradMode record(true);
+      state->output = run_elsewhere(state->inputs[0], state->inputs[1], state->inputs[2], state->mask, scale);
+      ctx->save_for_backward({q, k, v});
+      results = {state->output.detach()};
+    }
+    ctx->saved_data["state"] = c10::IValue::make_capsule(std::move(state));
+    return results;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    const auto graph = c10::static_intrusive_pointer_cast<Graph>(ctx->saved_data["graph"].toCapsule());
-    const bool recorded = at::GradMode::is_enabled();
-    const bool with_log_sum_exp = grads.size() > 1 && grads[1].defined();  // of which the kernels know no derivative
+    const auto state = c10::static_intrusive_pointer_cast<State>(ctx->saved_data["state"].toCapsule());
     const auto saved = ctx->get_saved_variables();  // throws if they were freed, or changed in place since
-    const auto& inputs = recorded ? saved : graph->inputs;
-    torch::autograd::variable_list outputs = {graph->output};
-    if (recorded || with_log_sum_exp) {
-      const at::AutoGradMode record(true);
-      const auto defined = define(inputs[0], inputs[1], inputs[2], graph->options);
-      outputs = {defined.output, defined.log_sum_exp};
+    const auto &q = saved[0], &k = saved[1], &v = saved[2];
+    torch::autograd::variable_list result(4);  // q, k, v, options
+    if (at::GradMode::is_enabled() || (grads.size() > 1 && grads[1].defined())) {
+      differentiate_definition(*state, {q, k, v}, grads, result);
+    } else if (saved.size() > 3) {
+      std::tie(result[0], result[1], result[2]) = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+          grads[0], q, k, v, saved[3], saved[4], 0.0, state->mask.is_causal, state->mask.additive, scale_of(q, state->options));
+    } else {
+      differentiate({state->output}, state->inputs, grads, /*recorded=*/false, result);
     }
-    torch::autograd::variable_list asked;
+    return result;
+  }
+
+ private:
+  static void differentiate_definition(const State& state,
+                                       const torch::autograd::variable_list& saved,
+                                       const torch::autograd::variable_list& grads,
+                                       torch::autograd::variable_list& result) {
+    const bool recorded = at::GradMode::is_enabled();
+    auto inputs = saved;
+    for (auto& x : inputs) {
+      if (!recorded) x = x.detach().requires_grad_(x.requires_grad());
+    }
+    const at::AutoGradMode record(true);
+    const auto defined = define(inputs[0], inputs[1], inputs[2], state.options);
+    differentiate({defined.output, defined.log_sum_exp}, inputs, grads, recorded, result);
+  }
+
+  static void differentiate(const torch::autograd::variable_list& outputs,
+                            const torch::autograd::variable_list& inputs,
+                            const torch::autograd::variable_list& grads,
+                            bool recorded,
+                            torch::autograd::variable_list& result) {
+    torch::autograd::variable_list asked, given, of;
     for (const auto& x : inputs) {
       if (x.requires_grad()) asked.push_back(x);
     }
-    torch::autograd::variable_list given, of;
     for (size_t i = 0; i < grads.size(); ++i) {
       if (!grads[i].defined()) continue;
       given.push_back(grads[i]);
       of.push_back(outputs[i]);
     }
     const auto found = torch::autograd::grad(of, asked, given, /*retain_graph=*/true, /*create_graph=*/recorded);
-    torch::autograd::variable_list result(4);  // q, k, v, options
-    size_t next = 0;
-    for (size_t i = 0; i < inputs.size(); ++i) {
+    for (size_t i = 0, next = 0; i < inputs.size(); ++i) {
       if (inputs[i].requires_grad()) result[i] = found[next++];
     }
-    return result;
   }
 };
 
 AttentionResult fuse(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   const auto rows = with_unit_stride(q), keys = with_unit_stride(k), values = with_unit_stride(v);
-  const bool differentiate = at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
   Tensor output, log_sum_exp;
-  if (differentiate) {
+  if (is_differentiated(q, k, v, options)) {
     const auto both = FusedKernel::apply(rows, keys, values, options);
     output = both.front();
     if (both.size() > 1) log_sum_exp = both.back();
   } else {
-    std::tie(output, log_sum_exp) = call_kernel(rows, keys, values, options);
+    const KernelMask mask(options.mask, rows, keys);
+    const auto scale = scale_of(q, options);
+    if (q.is_cpu()) {
+      std::tie(output, log_sum_exp) = run_on_cpu(rows, keys, values, mask, scale);
+    } else {
+      output = run_elsewhere(rows, keys, values, mask, scale);
+    }
   }
   const auto empty_rows = options.mask.empty_rows(q.size(2), k.size(2), q.device());  // [B|1, H|1, Lq|1, 1]
   AttentionResult result;
@@ -203,6 +266,7 @@ AttentionResult fuse(const Tensor& q, const Tensor& k, const Tensor& v, const At
 AttentionResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   check_inputs(q, k, v, options);
   if (options.path == AttentionPath::definition) return define(q, k, v, options);
+  if (is_for_kernels(q, k, v, options)) return attend_on_kernels(q, k, v, options);
   const auto refusal = refusal_of_fused(q, k, v, options);
   check_value(options.path != AttentionPath::fused || refusal.empty(), "attention", "path must not be fused here, because {}.",
               refusal);

@@ -14,7 +14,7 @@
 #include <variant>
 
 #include "check.h"
-#include "engine.h"
+#include "engine/engine.h"
 #include "orders.h"
 #include "projection.h"
 

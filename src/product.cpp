@@ -32,11 +32,6 @@ bool runs_on_kernels(const Tensor& x) {
          !at::isTensorSubclassLike(x) && !x._fw_grad(/*level=*/0).defined();
 }
 
-bool run_on_kernels(const Tensor& a, const Tensor& b) {
-  static const bool kHasVectors = std::string_view(kernels().name) != "plain";
-  return kHasVectors && runs_on_kernels(a) && runs_on_kernels(b) && !at::autocast::is_autocast_enabled(at::kCPU);
-}
-
 int64_t divided_up(int64_t n, int64_t by) {
   return (n + by - 1) / by;
 }
@@ -171,13 +166,18 @@ Tensor multiply_and_add(const Tensor& a, const Tensor& b, const Tensor& bias) {
 
 }  // namespace
 
+bool run_on_kernels(std::initializer_list<Tensor> all) {
+  static const bool kHasVectors = std::string_view(kernels().name) != "plain";
+  return kHasVectors && std::ranges::all_of(all, runs_on_kernels) && !at::autocast::is_autocast_enabled(at::kCPU);
+}
+
 Tensor matrix_product(const Tensor& a, const Tensor& b) {
-  return run_on_kernels(a, b) ? multiply_and_add(a, b, {}) : at::matmul(a, b);
+  return run_on_kernels({a, b}) ? multiply_and_add(a, b, {}) : at::matmul(a, b);
 }
 
 Tensor project(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const bool bias_fits = !bias.defined() || (runs_on_kernels(bias) && bias.is_contiguous());
-  if (!bias_fits || !run_on_kernels(x, weight)) return torch::nn::functional::linear(x, weight, bias);
+  if (!bias_fits || !run_on_kernels({x, weight})) return torch::nn::functional::linear(x, weight, bias);
   auto sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
   return multiply_and_add(x.reshape({-1, x.size(-1)}), weight.t(), bias).view(sizes);

@@ -3,9 +3,14 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <initializer_list>
+
 // The matrix products of modules, differentiable to any order: in float32 on the CPU by this library's kernels (with AVX2 or
 // AVX-512), elsewhere by LibTorch's operators. An element's bits do not depend on the number of threads.
 namespace xattn::detail {
+
+/// Whether what is computed of these runs on the library's kernels.
+bool run_on_kernels(std::initializer_list<at::Tensor> all);
 
 /// a [..., m, k], b [..., k, n] -> [..., m, n]; two to four axes, of equal sizes but for the last two.
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);

@@ -9,6 +9,7 @@
 
 #include <vector>
 
+#include "engine/products.h"
 #include "orders.h"
 
 // Attention in any order of its products, in float32 on the CPU, by this library's own kernels: what `Frozen` runs there. A call
@@ -16,11 +17,13 @@
 // its results and one scratch tensor. A row's bits depend neither on the number of threads nor on the rows beside it.
 namespace xattn::detail {
 
-/// A right side of products, laid out for the kernels.
-struct Packed {
-  at::Tensor data;
-  int64_t k = 0, n = 0;  ///< of each of the matrices that lie one behind the other
-};
+/// Whether the context stays as it came, and whether it takes in all of the weights.
+inline bool is_raw(Order order) {
+  return order == Order::fold_into_query || order == Order::prefold;
+}
+inline bool is_folded(Order order) {
+  return order == Order::fold_into_context || order == Order::prefold_into_context;
+}
 
 /// A norm of projected rows, of which each head or the whole row is one vector.
 struct EngineNorm {

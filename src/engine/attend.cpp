@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "engine/heads.h"
+#include "engine/norm.h"
+#include "engine/team.h"
+#include "huge_pages.h"
+
+namespace xattn::detail {
+
+using at::Tensor;
+using namespace engine;
+
+namespace {
+
+class Attend {
+ public:
+  Attend(const EngineWeights& w, const EngineSide& side, const EngineCall& call)
+      : w_(w),
+        side_(side),
+        query_(call.query.defined() ? call.query.contiguous() : Tensor()),
+        folded_(call.folded_query),
+        queries_(query_.defined() && side.B > 0 ? query_.size(0) / side.B : 1),
+        Lq_(query_.defined() ? query_.size(1) : folded_.size(0)),
+        rows_(queries_ * Lq_),
+        heads_{w.H, w.G, w.d, w.e, side.Lk, side.keys, side.values},
+        weighing_(call.mask, w.H, Lq_, side.Lk, w.scale, call.weights, call.weight_heads),
+        all_have_keys_(weighing_.all_have_keys() &&
+                       std::ranges::all_of(side.lengths, [](int64_t length) { return length > 0; })) {}
+
+  // Into a result of its sizes.
+  void run(const AttentionResult& result) {
+    output_ = mutable_data(result.output);
+    weighing_.write_to(result.weights, {});
+    const auto floats = [this](const Team& team) { return floats_of_a_row(team); };
+    each_share_of_rows(side_.B * rows_, bytes_of_a_task(), floats,
+                       [this](auto begin, auto end, auto scratch, const auto& team) { run_rows(begin, end, scratch, team); });
+  }
+
+ private:
+  // What every task reads besides its rows: weights, and a context.
+  int64_t bytes_of_a_task() const {
+    const auto bytes = [](const Tensor& x) { return static_cast<int64_t>(x.nbytes()); };
+    int64_t total = (bytes(side_.keys) + bytes(side_.values)) / std::max<int64_t>(1, side_.B);
+    const auto order = side_.orders.logits;
+    if (query_.defined() && !is_folded(order)) {
+      total += order == Order::prefold ? bytes(w_.logits_product.data) : bytes(w_.query.data);
+      if (order == Order::fold_into_query) total += bytes(w_.key_fold.data);
+    }
+    if (is_folded(side_.orders.values)) return total;
+    if (side_.orders.values == Order::prefold) return total + bytes(w_.values_product.data);
+    return total + bytes(w_.output.data) + (side_.orders.values == Order::standard ? 0 : bytes(w_.value_fold.data));
+  }
+
+  // Whether one head after the other is done from logits to mixed values.
+  bool by_heads() const { return side_.orders == Orders{}; }
+
+  // Whether the mixed values of a head take the place of its projected query, which nobody reads any more.
+  bool in_place() const { return by_heads() && w_.d == w_.e && query_.defined(); }
+
+  // What run_rows takes for each row.
+  int64_t floats_of_a_row(const Team& team) const {
+    const auto& w = w_;
+    int64_t floats = by_heads() ? scratch_of_heads(heads_, team) : w.H * side_.Lk;
+    if (!is_folded(side_.orders.logits) && query_.defined())
+      floats += w.H * w.d + (is_raw(side_.orders.logits) ? w.H * w.Ek : 0);
+    if (!is_folded(side_.orders.values) && !in_place()) floats += w.H * w.e + (is_raw(side_.orders.values) ? w.H * w.Ev : 0);
+    return floats + w.H + 16;
+  }
+
+  // The whole chain for rows [begin, end) of all B * n * Lq.
+  void run_rows(int64_t begin, int64_t end, Scratch scratch, const Team& team) const {
+    const auto& w = w_;
+    const auto n = end - begin;
+    auto* output = output_ + begin * w.Eo;
+    int64_t stride = 0;
+    const bool raw = is_raw(side_.orders.values), folded = is_folded(side_.orders.values);
+    const auto width = w.H * (raw ? w.Ev : w.e);
+    auto* mixed = folded ? nullptr : scratch.take(n * width);
+    const auto* rows = query_.defined() ? logits_rows(begin, n, in_place() ? mixed : nullptr, scratch, team, stride) : nullptr;
+    if (!rows) stride = folded_.size(1);
+    auto* log_sum_exp = all_have_keys_ || !raw ? nullptr : scratch.take(n * w.H);
+    for (int64_t first = begin; first < end;) {  // the part of each context
+      const auto b = first / rows_, last = std::min(end, (b + 1) * rows_);
+      const Segment segment{.b = b,
+                            .first = first,
+                            .n = last - first,
+                            .keys = side_.lengths[static_cast<size_t>(b)],
+                            .rows = rows ? rows + (first - begin) * stride : data(folded_) + first % rows_ * stride,
+                            .stride = stride,
+                            .head_stride = w.d,
+                            .mixed = folded ? output + (first - begin) * w.Eo : mixed + (first - begin) * width,
+                            .log_sum_exp = log_sum_exp ? log_sum_exp + (first - begin) * w.H : nullptr};
+      run_segment(segment, scratch, team);
+      first = last;
+    }
+    if (!folded) finish(mixed, log_sum_exp, n, output, scratch, team);
+  }
+
+  // What meets the keys: projected, in `place` if that is given, folded, or the query itself.
+  const float* logits_rows(int64_t begin, int64_t n, float* place, Scratch& scratch, const Team& team, int64_t& stride) const {
+    const auto& w = w_;
+    const auto* query = data(query_) + begin * w.Eq;
+    const auto order = side_.orders.logits;
+    stride = w.Eq;
+    if (is_folded(order)) return query;
+    stride = w.H * (order == Order::standard ? w.d : w.Ek);
+    auto* rows = place ? place : scratch.take(n * stride);
+    if (order == Order::prefold) {
+      team.multiply({.m = n,
+                     .n = stride,
+                     .k = w.Eq,
+                     .a = query,
+                     .a_stride = w.Eq,
+                     .b = packed(w.logits_product),
+                     .c = rows,
+                     .c_stride = stride,
+                     .bias = data(w.logits_product_bias)});
+      return rows;
+    }
+    const auto inner = w.H * w.d;
+    auto* projected = order == Order::standard ? rows : scratch.take(n * inner);
+    team.multiply({.m = n,
+                   .n = inner,
+                   .k = w.Eq,
+                   .a = query,
+                   .a_stride = w.Eq,
+                   .b = packed(w.query),
+                   .c = projected,
+                   .c_stride = inner,
+                   .bias = data(w.query_bias)});
+    team.parts(n, [&](int64_t from, int64_t to) { normalise(w.query_norm, projected + from * inner, to - from, inner); });
+    if (order == Order::standard) return rows;
+    team.each(w.H, [&](int64_t h) {
+      multiply({.m = n,
+                .n = w.Ek,
+                .k = w.d,
+                .a = projected + h * w.d,
+                .a_stride = inner,
+                .b = packed(w.key_fold).from_row(h * w.G / w.H * w.d),
+                .c = rows + h * w.Ek,
+                .c_stride = stride});
+    });
+    return rows;
+  }
+
+  void run_segment(const Segment& s, Scratch scratch, const Team& team) const {
+    if (s.keys == 0) return clear(s);
+    if (by_heads()) return attend_heads(heads_, weighing_, s, scratch, team);
+    auto* logits = scratch.take(s.n * w_.H * s.keys);  // [n, H, keys]
+    meet(s, logits, team);
+    team.parts(s.n * w_.H, [&](int64_t begin, int64_t end) { weighing_.soften_rows(s, logits, begin, end); });
+    if (weighing_.gives_weights()) {
+      for (int64_t h = 0; h < w_.H; ++h) weighing_.give(s, h, logits + h * s.keys, w_.H * s.keys);
+    }
+    mix(s, logits, team);
+  }
+
+  // logits [n, H, keys]
+  void meet(const Segment& s, float* logits, const Team& team) const {
+    const auto& w = w_;
+    const auto order = side_.orders.logits;
+    if (order == Order::standard) {
+      return team.each(w.H, [&](int64_t h) { meet_head(heads_, s, h, logits + h * s.keys, w.H * s.keys); });
+    }
+    const auto first = s.b * side_.keys.stride(0);
+    if (side_.keys_are_rows) {
+      return team.parts(s.keys, [&](int64_t begin, int64_t end) {
+        multiply_transposed({.m = s.n * w.H,
+                             .n = end - begin,
+                             .k = w.Ek,
+                             .a = s.rows,
+                             .a_stride = w.Ek,
+                             .b = right(side_.keys, first + begin * w.Ek, w.Ek, 0),
+                             .c = logits + begin,
+                             .c_stride = s.keys});
+      });
+    }
+    if (is_raw(order)) {
+      return team.multiply({.m = s.n * w.H,
+                            .n = s.keys,
+                            .k = w.Ek,
+                            .a = s.rows,
+                            .a_stride = w.Ek,
+                            .b = packed(side_.keys, first, w.Ek),
+                            .c = logits,
+                            .c_stride = s.keys});
+    }
+    team.multiply({.m = s.n,
+                   .n = w.H * s.keys,
+                   .k = w.Eq,
+                   .a = s.rows,
+                   .a_stride = s.stride,
+                   .b = packed(side_.keys, first, w.Eq),
+                   .c = logits,
+                   .c_stride = w.H * s.keys,
+                   .bias = data(side_.key_bias) + s.b * w.H * side_.Lk});
+  }
+
+  void mix(const Segment& s, const float* weights, const Team& team) const {
+    const auto& w = w_;
+    const auto order = side_.orders.values;
+    if (order == Order::standard) {
+      return team.each(w.H, [&](int64_t h) { mix_head(heads_, s, h, weights + h * s.keys, w.H * s.keys); });
+    }
+    if (is_raw(order)) {
+      return team.multiply({.m = s.n * w.H,
+                            .n = w.Ev,
+                            .k = s.keys,
+                            .a = weights,
+                            .a_stride = s.keys,
+                            .b = plain_rows(side_.values, s.b * side_.Lk * w.Ev, w.Ev),
+                            .c = s.mixed,
+                            .c_stride = w.Ev});
+    }
+    const auto rows = w.H * s.keys;
+    team.multiply({.m = s.n,
+                   .n = w.Eo,
+                   .k = rows,
+                   .a = weights,
+                   .a_stride = rows,
+                   .b = packed(side_.values, s.b * side_.values.size(1), rows),
+                   .c = s.mixed,
+                   .c_stride = w.Eo,
+                   .bias = data(w.output_bias)});
+  }
+
+  // From what the weights mixed to the output.
+  void finish(float* mixed, const float* log_sum_exp, int64_t n, float* output, Scratch& scratch, const Team& team) const {
+    const auto& w = w_;
+    const auto order = side_.orders.values;
+    const bool bias_is_in = order == Order::standard;
+    const auto* bias = data(bias_is_in || log_sum_exp ? w.output_bias : w.output_bias_after_value);
+    if (order == Order::prefold) {
+      const auto inner = w.H * w.Ev;
+      team.multiply({.m = n,
+                     .n = w.Eo,
+                     .k = inner,
+                     .a = mixed,
+                     .a_stride = inner,
+                     .b = packed(w.values_product),
+                     .c = output,
+                     .c_stride = w.Eo,
+                     .bias = bias});
+      if (log_sum_exp) add_bias(log_sum_exp, n, data(w.values_product_bias), w.Eo, output, 0);
+      return;
+    }
+    const auto inner = w.H * w.e;
+    if (order == Order::fold_into_query) {
+      const auto* raw = mixed;
+      mixed = scratch.take(n * inner);
+      team.each(w.H, [&](int64_t h) {
+        multiply({.m = n,
+                  .n = w.e,
+                  .k = w.Ev,
+                  .a = raw + h * w.Ev,
+                  .a_stride = w.H * w.Ev,
+                  .b = packed(w.value_fold, h * w.G / w.H),
+                  .c = mixed + h * w.e,
+                  .c_stride = inner});
+      });
+      if (log_sum_exp) add_bias(log_sum_exp, n, data(w.value_bias), w.e, mixed, w.e);
+    }
+    team.multiply({.m = n,
+                   .n = w.Eo,
+                   .k = inner,
+                   .a = mixed,
+                   .a_stride = inner,
+                   .b = packed(w.output),
+                   .c = output,
+                   .c_stride = w.Eo,
+                   .bias = bias});
+  }
+
+  // To each row, the bias of every head that has a key there: at `step` from the head before, or all in one place.
+  void add_bias(const float* log_sum_exp, int64_t n, const float* bias, int64_t size, float* x, int64_t step) const {
+    for (int64_t row = 0; row < n; ++row) {
+      for (int64_t h = 0; h < w_.H; ++h) {
+        if (std::isinf(log_sum_exp[row * w_.H + h])) continue;
+        const auto* from = bias + (step == 0 ? h : h * w_.G / w_.H) * size;
+        auto* to = x + row * (step == 0 ? size : w_.H * size) + h * step;
+        for (int64_t j = 0; j < size; ++j) to[j] += from[j];
+      }
+    }
+  }
+
+  // A context without keys.
+  void clear(const Segment& s) const {
+    if (is_folded(side_.orders.values)) {
+      for (int64_t i = 0; i < s.n; ++i) std::copy_n(data(w_.output_bias), w_.Eo, s.mixed + i * w_.Eo);
+      return;
+    }
+    std::fill_n(s.mixed, s.n * w_.H * (is_raw(side_.orders.values) ? w_.Ev : w_.e), 0.0f);
+    if (s.log_sum_exp) std::fill_n(s.log_sum_exp, s.n * w_.H, -std::numeric_limits<float>::infinity());
+  }
+
+  const EngineWeights& w_;
+  const EngineSide& side_;
+  Tensor query_, folded_;
+  int64_t queries_, Lq_, rows_;  // queries for a context, rows of one, rows for a context
+  Heads heads_;                  // of standard orders
+  Weighing weighing_;
+  bool all_have_keys_;
+  float* output_ = nullptr;
+};
+
+// For B queries in all, of Lq rows; zeros where keys may be left out.
+AttentionResult empty_result(const EngineWeights& w, int64_t B, int64_t Lq, int64_t Lk, bool all_keys, const EngineCall& call) {
+  return {in_huge_pages(at::empty({B, Lq, w.Eo}, at::kFloat)),
+          empty_weights(call.weights, call.weight_heads, B, w.H, Lq, Lk, all_keys),
+          {}};
+}
+
+bool all_are(const std::vector<int64_t>& lengths, int64_t Lk) {
+  return std::ranges::all_of(lengths, [Lk](int64_t length) { return length == Lk; });
+}
+
+int64_t rows_of(const EngineCall& call) {
+  return call.query.defined() ? call.query.size(1) : call.folded_query.size(0);
+}
+
+// Operations that are done before threads have met.
+bool is_little(const EngineWeights& w, int64_t B, int64_t Lq, int64_t Lk) {
+  constexpr int64_t kLittle = 20'000'000;
+  return 2 * B * (Lq * w.H * (w.Eq * w.d + w.e * w.Eo) + Lk * w.G * (w.Ek * w.d + w.Ev * w.e)) < kLittle;
+}
+
+}  // namespace
+
+AttentionResult attend(const EngineWeights& weights, const EngineSide& side, const EngineCall& call) {
+  const auto B = call.query.defined() ? call.query.size(0) : side.B;
+  const auto result = empty_result(weights, B, rows_of(call), side.Lk, all_are(side.lengths, side.Lk), call);
+  Attend(weights, side, call).run(result);
+  return result;
+}
+
+AttentionResult forward(const Orders& orders,
+                        const EngineWeights& w,
+                        const Tensor& key,
+                        const Tensor& value,
+                        const std::vector<int64_t>& lengths,
+                        const EngineCall& call) {
+  const auto B = key.size(0), Lk = key.size(1), Lq = rows_of(call);
+  const auto result = empty_result(w, B, Lq, Lk, all_are(lengths, Lk), call);
+  if (threads() == 1 || B < threads() || !is_little(w, B, Lq, Lk)) {
+    Attend(w, make_side(orders, w, key, value, lengths, Lq), call).run(result);
+    return result;
+  }
+  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+    const at::NoGradGuard no_grad;
+    const auto part = [&](const Tensor& x) { return x.defined() ? x.narrow(0, begin, end - begin) : x; };
+    auto its_call = call;
+    its_call.query = part(call.query);
+    its_call.mask = call.mask.slice(begin, end);
+    const auto side = make_side(orders, w, part(key), part(value), {lengths.begin() + begin, lengths.begin() + end}, Lq);
+    Attend(w, side, its_call).run({part(result.output), part(result.weights), {}});
+  });
+  return result;
+}
+
+}  // namespace xattn::detail

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/heads.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "huge_pages.h"
+
+namespace xattn::detail {
+
+using at::Tensor;
+
+namespace engine {
+
+Tensor empty_weights(
+    AttentionWeights wanted, const std::vector<int64_t>& heads, int64_t B, int64_t H, int64_t Lq, int64_t Lk, bool all_keys) {
+  if (wanted == AttentionWeights::none) return {};
+  if (wanted == AttentionWeights::mean) return at::zeros({B, Lq, Lk}, at::kFloat);
+  const auto count = heads.empty() ? H : static_cast<int64_t>(heads.size());
+  return all_keys ? in_huge_pages(at::empty({B, count, Lq, Lk}, at::kFloat)) : at::zeros({B, count, Lq, Lk}, at::kFloat);
+}
+
+Weighing::Weighing(
+    const Mask& mask, int64_t H, int64_t Lq, int64_t Lk, float scale, AttentionWeights wanted, std::vector<int64_t> heads)
+    : H_(H),
+      Lq_(Lq),
+      Lk_(Lk),
+      scale_(scale),
+      keep_tensor_(mask.keep(Lq, Lk, at::kCPU)),
+      bias_tensor_(mask.additive()),
+      all_have_keys_(!mask.empty_rows(Lq, Lk, at::kCPU).defined()),
+      wanted_(wanted),
+      heads_(std::move(heads)) {
+  if (keep_tensor_.defined()) keep_tensor_ = keep_tensor_.contiguous();
+  if (bias_tensor_.defined()) bias_tensor_ = bias_tensor_.to(at::kFloat).contiguous();
+  keep_ = MaskRows<bool>(keep_tensor_);
+  bias_ = MaskRows<float>(bias_tensor_);
+}
+
+void Weighing::write_to(const Tensor& weights, const Tensor& log_sum_exp) {
+  weights_ = weights.defined() ? mutable_data(weights) : nullptr;
+  log_sum_exp_ = log_sum_exp.defined() ? mutable_data(log_sum_exp) : nullptr;
+}
+
+void Weighing::soften_head(const Segment& s, int64_t h, float* logits, int64_t stride) const {
+  for (int64_t row = 0, n = 0; row < s.n; row += n) {  // of one query after the other
+    const auto query = (s.first + row) / Lq_, i = (s.first + row) % Lq_;
+    n = std::min(s.n - row, Lq_ - i);
+    kernels().softmax({.rows = n,
+                       .n = s.keys,
+                       .x = logits + row * stride,
+                       .x_stride = stride,
+                       .scale = scale_,
+                       .bias = bias_.at(s.b, h, i),
+                       .bias_stride = bias_.i,
+                       .keep = keep_.at(s.b, h, i),
+                       .keep_stride = keep_.i,
+                       .log_sum_exp = log_sum_exp_ ? log_sum_exp_ + (query * H_ + h) * Lq_ + i : nullptr});
+  }
+}
+
+void Weighing::soften_rows(const Segment& s, float* logits, int64_t begin, int64_t end) const {
+  const bool alike = bias_.h == 0 && bias_.i == 0 && keep_.h == 0 && keep_.i == 0;
+  const auto step = alike ? end - begin : 1;
+  for (auto row = begin; row < end; row += step) {
+    const auto h = row % H_, i = (s.first + row / H_) % Lq_;
+    kernels().softmax({.rows = step,
+                       .n = s.keys,
+                       .x = logits + row * s.keys,
+                       .x_stride = s.keys,
+                       .scale = scale_,
+                       .bias = bias_.at(s.b, h, i),
+                       .keep = keep_.at(s.b, h, i),
+                       .log_sum_exp = s.log_sum_exp ? s.log_sum_exp + row : nullptr});
+  }
+}
+
+void Weighing::give(const Segment& s, int64_t h, const float* weights, int64_t stride) const {
+  if (wanted_ == AttentionWeights::mean) return add_to_mean(s, weights, stride);
+  if (heads_.empty()) return copy_weights(s, h, H_, weights, stride);
+  const auto count = static_cast<int64_t>(heads_.size());
+  for (int64_t i = 0; i < count; ++i) {
+    if (heads_[static_cast<size_t>(i)] == h) copy_weights(s, i, count, weights, stride);
+  }
+}
+
+void Weighing::copy_weights(const Segment& s, int64_t place, int64_t places, const float* weights, int64_t stride) const {
+  for (int64_t i = 0; i < s.n; ++i) {
+    const auto row = s.first + i;
+    std::copy_n(weights + i * stride, s.keys, weights_ + ((row / Lq_ * places + place) * Lq_ + row % Lq_) * Lk_);
+  }
+}
+
+void Weighing::add_to_mean(const Segment& s, const float* weights, int64_t stride) const {
+  const auto share = 1.0f / static_cast<float>(H_);
+  for (int64_t i = 0; i < s.n; ++i) {
+    auto* to = weights_ + (s.first + i) * Lk_;
+    for (int64_t j = 0; j < s.keys; ++j) to[j] += share * weights[i * stride + j];
+  }
+}
+
+// x [B, G, ...]: of this context and of the key/value head that query head h shares.
+static int64_t place_of(const Tensor& x, const Heads& heads, int64_t b, int64_t h) {
+  return b * x.stride(0) + h * heads.G / heads.H * x.stride(1);
+}
+
+void meet_head(const Heads& heads, const Segment& s, int64_t h, float* logits, int64_t stride) {
+  const auto place = place_of(heads.keys, heads, s.b, h);
+  const bool are_rows = heads.keys.dim() == 4;
+  (are_rows ? multiply_transposed : multiply)(
+      {.m = s.n,
+       .n = s.keys,
+       .k = heads.d,
+       .a = s.rows + h * s.head_stride,
+       .a_stride = s.stride,
+       .b = are_rows ? plain_rows(heads.keys, place, heads.keys.stride(2)) : packed(heads.keys, place, heads.d),
+       .c = logits,
+       .c_stride = stride});
+}
+
+void mix_head(const Heads& heads, const Segment& s, int64_t h, const float* weights, int64_t stride) {
+  const auto place = place_of(heads.values, heads, s.b, h);
+  const bool are_rows = heads.values.dim() == 4;
+  multiply({.m = s.n,
+            .n = heads.e,
+            .k = s.keys,
+            .a = weights,
+            .a_stride = stride,
+            .b = are_rows ? plain_rows(heads.values, place, heads.values.stride(2)) : packed(heads.values, place, heads.Lk),
+            .c = s.mixed + h * heads.e,
+            .c_stride = heads.H * heads.e});
+}
+
+int64_t scratch_of_heads(const Heads& heads, const Team& team) {
+  return team.all ? heads.H * heads.Lk : heads.Lk;
+}
+
+void attend_heads(const Heads& heads, const Weighing& weighing, const Segment& s, Scratch scratch, const Team& team) {
+  const auto size = s.n * s.keys;
+  auto* all = scratch.take(team.all ? heads.H * size : size);
+  const bool give_later = team.all && weighing.gives_mean();  // several heads add to one place
+  team.each(heads.H, [&](int64_t h) {
+    auto* logits = team.all ? all + h * size : all;
+    meet_head(heads, s, h, logits, s.keys);
+    weighing.soften_head(s, h, logits, s.keys);
+    if (weighing.gives_weights() && !give_later) weighing.give(s, h, logits, s.keys);
+    mix_head(heads, s, h, logits, s.keys);
+  });
+  for (int64_t h = 0; give_later && h < heads.H; ++h) weighing.give(s, h, all + h * size, s.keys);
+}
+
+}  // namespace engine
+
+namespace {
+
+constexpr int64_t kRowsNotToPackFor = 24;  // rows of a product up to which packing its right side takes longer than it saves
+
+Tensor with_rows(const Tensor& x) {
+  return x.size(3) == 1 || x.stride(3) == 1 ? x : x.contiguous();
+}
+
+// k and v [B, G, Lk, ...] as they are for a few rows, else packed.
+engine::Heads heads_of(const Tensor& q, const Tensor& k, const Tensor& v) {
+  using namespace engine;
+  const auto& run = kernels();
+  const auto B = k.size(0), G = k.size(1), Lk = k.size(2), d = k.size(3), e = v.size(3);
+  Heads heads{.H = q.size(1), .G = G, .d = d, .e = e, .Lk = Lk, .keys = with_rows(k), .values = with_rows(v)};
+  if (q.size(2) * heads.H / G <= kRowsNotToPackFor) return heads;
+  const auto keys = heads.keys, values = heads.values;
+  heads.keys = in_huge_pages(at::empty({B, G, run.packed_size(d, Lk)}, k.options()));
+  heads.values = in_huge_pages(at::empty({B, G, run.packed_size(Lk, e)}, v.options()));
+  each(2 * B * G, [&](int64_t i) {
+    const auto b = i / 2 / G, g = i / 2 % G;
+    const auto source = [b, g](const Tensor& x) { return data(x) + b * x.stride(0) + g * x.stride(1); };
+    const auto target = [b, g](const Tensor& x) { return mutable_data(x) + b * x.stride(0) + g * x.stride(1); };
+    if (i % 2 == 0) {
+      run.pack_transposed(source(keys), keys.stride(2), d, Lk, target(heads.keys));
+    } else {
+      run.pack(source(values), values.stride(2), Lk, e, target(heads.values));
+    }
+  });
+  return heads;
+}
+
+}  // namespace
+
+AttentionResult attend_on_kernels(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+  using namespace engine;
+  const auto B = q.size(0), H = q.size(1), Lq = q.size(2), Lk = k.size(2), e = v.size(3);
+  const auto queries = with_rows(q);
+  const auto heads = heads_of(queries, k, v);
+  const auto scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
+  Weighing weighing(options.mask, H, Lq, Lk, static_cast<float>(scale), options.weights, options.weight_heads);
+
+  const auto mixed = in_huge_pages(at::empty({B, Lq, H, e}, q.options()));
+  AttentionResult result{
+      mixed.transpose(1, 2), empty_weights(options.weights, options.weight_heads, B, H, Lq, Lk, /*all_keys=*/true), {}};
+  if (options.log_sum_exp) result.log_sum_exp = at::empty({B, H, Lq}, q.options());
+  weighing.write_to(result.weights, result.log_sum_exp);
+
+  const auto bytes = static_cast<int64_t>(heads.keys.nbytes() + heads.values.nbytes()) / B;
+  const auto scratch_of_a_row = [&](const Team& team) { return scratch_of_heads(heads, team) + 16; };
+  each_share_of_rows(B * Lq, bytes, scratch_of_a_row, [&](int64_t begin, int64_t end, Scratch scratch, const Team& team) {
+    for (int64_t first = begin, last = begin; first < end; first = last) {
+      const auto b = first / Lq, i = first % Lq;
+      last = std::min(end, (b + 1) * Lq);
+      const Segment segment{.b = b,
+                            .first = first,
+                            .n = last - first,
+                            .keys = Lk,
+                            .rows = data(queries) + b * queries.stride(0) + i * queries.stride(2),
+                            .stride = queries.stride(2),
+                            .head_stride = queries.stride(1),
+                            .mixed = mutable_data(mixed) + first * H * e,
+                            .log_sum_exp = nullptr};
+      attend_heads(heads, weighing, segment, scratch, team);
+    }
+  });
+  return result;
+}
+
+}  // namespace xattn::detail

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "engine/products.h"
+
+// Who does the steps of a call, and in which pieces of memory.
+namespace xattn::detail::engine {
+
+inline int64_t threads() {
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
+template <class F>
+void each(int64_t n, const F& f) {
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// Who does the steps of a task: one thread, or all of them together.
+struct Team {
+  bool all;
+
+  template <class F>
+  void each(int64_t n, const F& f) const {
+    if (all) return engine::each(n, f);
+    for (int64_t i = 0; i < n; ++i) f(i);
+  }
+
+  // f(begin, end) for parts of [0, n).
+  template <class F>
+  void parts(int64_t n, const F& f) const {
+    if (!all) return f(0, n);
+    at::parallel_for(0, n, 1, f);
+  }
+
+  // A product by ranges of whole panels, into plain rows.
+  void multiply(const Step& step) const {
+    const auto panel = kernels().panel;
+    parts((step.n + panel - 1) / panel, [&](int64_t begin, int64_t end) {
+      auto part = step;
+      part.n = std::min(step.n, end * panel) - begin * panel;
+      part.b = step.b.from_panel(begin);
+      part.c += begin * panel;
+      if (step.bias) part.bias += begin * panel;
+      engine::multiply(part);
+    });
+  }
+};
+
+inline int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
+
+// A piece of memory, given out from its front.
+class Scratch {
+ public:
+  explicit Scratch(float* memory) : next_(memory) {}
+  float* take(int64_t floats) { return std::exchange(next_, next_ + round_up(floats, 16)); }
+
+ private:
+  float* next_;
+};
+
+/// f(begin, end, scratch, team) for shares of rows [0, n), of which each goes through `bytes` besides its rows, as a rule the same
+/// as the others; with scratch for its rows.
+template <class FloatsOfARow, class F>
+void each_share_of_rows(int64_t n, int64_t bytes, const FloatsOfARow& floats_of_a_row, const F& f) {
+  constexpr int64_t kScratch = 3 << 16;  // floats of a task's scratch: what fits into a core's cache beside a panel of weights
+  constexpr int64_t kLeastRows = 14;     // rows from which a product runs at its full speed, about, on weights that are near
+  constexpr int64_t kMostRows = 112;     // and on those that come from memory for each task anew
+  constexpr int64_t kNear = 2 << 20;     // bytes
+  constexpr int64_t kRowsOfATeam = 4;    // per thread: with fewer rows all threads work on the same rows
+
+  if (n == 0) return;
+  const auto workers = threads();
+  const Team team{workers > 1 && n < kRowsOfATeam * workers};
+  const int64_t floats = floats_of_a_row(team);
+  const auto least = std::clamp(kLeastRows * bytes / kNear, kLeastRows, kMostRows);
+  const auto most = std::max(least, kScratch / floats);
+  const auto rounds = (n + most * workers - 1) / (most * workers);
+  const auto share = team.all ? n : (n + rounds * workers - 1) / (rounds * workers);
+  const auto tasks = (n + share - 1) / share;
+  const auto size = share * floats + 16 * 16;
+  const auto slots = team.all ? 1 : std::min(tasks, workers);
+  const auto memory = at::empty({slots, size}, at::kFloat);
+  const auto work = [&](int64_t task, int64_t slot) {
+    f(task * share, std::min(n, (task + 1) * share), Scratch(mutable_data(memory) + slot * size), team);
+  };
+  if (tasks == 1) return work(0, 0);
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) work(task, slots == 1 ? 0 : at::get_thread_num());
+  });
+}
+
+}  // namespace xattn::detail::engine
