@@ -3,7 +3,7 @@
 # Finds LibTorch and gives its imported target `torch`. Serves the build and, installed beside xattn-config.cmake, the package.
 
 set(XATTN_TORCH_OLDEST 2.7)   # wheels before it use the old string ABI
-set(XATTN_TORCH_TESTED 2.13)  # a list: the minors on which the suite has run
+set(XATTN_TORCH_TESTED 2.12 2.13)  # a list: the minors on which the suite has run
 
 # Looks for LibTorch, unless the project already has a target `torch`, in this order:
 #   1. Torch_DIR and CMAKE_PREFIX_PATH, as variables of CMake or of the environment

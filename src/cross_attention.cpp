@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "orders.h"
+#include "product.h"
 #include "projection.h"
 
 namespace xattn {
@@ -166,9 +167,11 @@ PlanRequest CrossAttentionImpl::request(int64_t B, int64_t Lq, int64_t Lk, const
   request.element = static_cast<int64_t>(weight.element_size());
   request.training = at::GradMode::is_enabled() && (inputs_train || weight.requires_grad());
   request.rates = weight.is_cuda() ? Rates::cuda() : Rates::cpu(at::get_num_threads());
-  request.unfused = options.attention_weights() != AttentionWeights::none ? "attention weights are wanted"
-                    : is_training() && options.dropout() > 0              ? "dropout is above 0"
-                    : bias.defined() && bias.requires_grad()              ? "the mask's bias asks for its gradient"
+  const bool own = !request.training && detail::run_on_kernels({weight});  // which leave nothing to be desired but gradients
+  request.unfused = is_training() && options.dropout() > 0                  ? "dropout is above 0"
+                    : own                                                   ? ""
+                    : options.attention_weights() != AttentionWeights::none ? "attention weights are wanted"
+                    : bias.defined() && bias.requires_grad()                ? "the mask's bias asks for its gradient"
                     : weight.is_cpu() && request.d != request.e ? "heads of values are not of the size of heads of keys"
                                                                 : "";
   return request;

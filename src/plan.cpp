@@ -282,10 +282,10 @@ std::string explain(const PlanRequest& request) {
   text += fmt::format("in all{}: {} operations, {}; in the standard order {}, {}\n", request.training ? ", with backward" : "",
                       engineering(plan.operations, ""), engineering(plan.seconds, "s"), engineering(standard.operations, ""),
                       engineering(standard.seconds, "s"));
-  text += plan.fused ? "attention: LibTorch's fused kernel\n"
+  text += plan.fused ? "attention: a fused kernel\n"
                      : fmt::format("attention: logits in memory, because {}\n",
                                    plan.orders != Orders{}   ? "the order is not the standard one"
-                                   : request.unfused.empty() ? "there is no fused kernel here"
+                                   : request.unfused.empty() ? "these rates know of no fused kernel"
                                                              : request.unfused);
   return text;
 }

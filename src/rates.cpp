@@ -73,7 +73,7 @@ Rates Rates::cpu(int threads) {
                        .start_product = 2.5e-6,
                        .start_small = 0.5e-6,
                        .softmax = 0.6e9,
-                       .fused = 0.45 * flops},
+                       .fused = 0.75 * flops},
                       threads);
 }
 

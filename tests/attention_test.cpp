@@ -9,6 +9,7 @@
 #include <map>
 
 #include "compare.h"
+#include "engine/heads.h"
 #include "test_util.h"
 
 namespace xattn::test {
@@ -19,24 +20,24 @@ constexpr int64_t kB = 2, kH = 4, kLq = 5, kLk = 7, kD = 8;
 
 const std::vector<at::ScalarType> kTypes = {torch::kDouble, torch::kFloat, torch::kBFloat16, torch::kHalf};
 
-// Every kind of mask, by name, for the sizes above. Two of them leave rows without keys.
-std::map<std::string, Mask> masks(torch::Device device) {
+// Every kind of mask, by name. Two of them leave rows without keys.
+std::map<std::string, Mask> masks(torch::Device device, int64_t Lq = kLq, int64_t Lk = kLk) {
   const auto floats = torch::dtype(torch::kDouble);
-  const auto holes = torch::zeros({kLq, kLk}, floats).masked_fill(torch::rand({kLq, kLk}) > 0.7, -kInfinity);
-  auto dense = torch::rand({kB, kH, kLq, kLk}) > 0.3;
-  dense[0][1][2].fill_(false);
+  const auto holes = torch::zeros({Lq, Lk}, floats).masked_fill(torch::rand({Lq, Lk}) > 0.7, -kInfinity);
+  auto dense = torch::rand({kB, kH, Lq, Lk}) > 0.3;
+  dense[0][1][Lq / 2].fill_(false);
   std::map<std::string, Mask> all = {
       {"none", Mask()},
-      {"key_padding", Mask::key_padding(torch::rand({kB, kLk}) > 0.3)},
-      {"lengths", Mask::lengths(torch::tensor({0, 4}), kLk)},
+      {"key_padding", Mask::key_padding(torch::rand({kB, Lk}) > 0.3)},
+      {"lengths", Mask::lengths(torch::tensor({0, 4}), Lk)},
       {"dense", Mask::dense(dense)},
-      {"dense_per_query", Mask::dense(torch::rand({kLq, kLk}) > 0.3)},
-      {"bias", Mask::bias(torch::randn({kB, 1, kLq, kLk}, floats))},
+      {"dense_per_query", Mask::dense(torch::rand({Lq, Lk}) > 0.3)},
+      {"bias", Mask::bias(torch::randn({kB, 1, Lq, Lk}, floats))},
       {"bias_with_holes", Mask::bias(holes)},
       {"upper_left", Mask::causal(CausalAlignment::upper_left)},
       {"lower_right", Mask::causal(CausalAlignment::lower_right)},
-      {"joined", Mask::causal(CausalAlignment::lower_right) & Mask::lengths(torch::tensor({3, 7}), kLk) &
-                     Mask::bias(torch::randn({1, kH, 1, kLk}, floats))},
+      {"joined", Mask::causal(CausalAlignment::lower_right) & Mask::lengths(torch::tensor({3, 7}), Lk) &
+                     Mask::bias(torch::randn({1, kH, 1, Lk}, floats))},
   };
   for (auto& [name, mask] : all) mask = mask.to(device);
   return all;
@@ -349,6 +350,102 @@ TEST_P(AttentionTest, RefusesBadInputByName) {
             "[attention] mask (dense) must fit [B, H, Lq, Lk] = [2, 4, 3, 5], but has [1, 1, 3, 4].");
   if (!device_.is_cpu()) {
     EXPECT_EQ(type_error(q, k.cpu(), v), "[attention] k must be on " + device_.str() + ", as q, but is on cpu.");
+  }
+}
+
+// ---- The library's own kernels -----------------------------------------------------------------------------------------------
+
+class AttentionOnKernelsTest : public testing::Test {
+ protected:
+  AttentionOnKernelsTest() { torch::manual_seed(0); }
+  ~AttentionOnKernelsTest() override { at::set_num_threads(threads_); }
+
+  // Compares all that is returned with the definition in float64.
+  static void expect_the_definition(const torch::Tensor& q,
+                                    const torch::Tensor& k,
+                                    const torch::Tensor& v,
+                                    AttentionOptions options,
+                                    const std::string& what) {
+    options.log_sum_exp = true;
+    const auto result = detail::attend_on_kernels(q, k, v, options);
+    options.path = AttentionPath::definition;
+    const auto exact = attention(q.to(torch::kDouble), k.to(torch::kDouble), v.to(torch::kDouble), options);
+    const auto limit = tolerance(torch::kFloat, q.size(3) + k.size(2));
+    expect_close(result.output, exact.output, limit, what + " output");
+    expect_close(result.log_sum_exp.exp(), exact.log_sum_exp.exp(), 10 * limit, what + " log-sum-exp");
+    ASSERT_EQ(result.weights.defined(), exact.weights.defined()) << what;
+    if (exact.weights.defined()) expect_close(result.weights, exact.weights, limit, what + " weights");
+  }
+
+  int threads_ = at::get_num_threads();
+};
+
+TEST_F(AttentionOnKernelsTest, GiveWhatTheDefinitionGivesForEveryMaskAndRequest) {
+  const std::vector<AttentionOptions> requests = {{},
+                                                  {.scale = 0.3, .weights = AttentionWeights::mean},
+                                                  {.weights = AttentionWeights::per_head},
+                                                  {.weights = AttentionWeights::per_head, .weight_heads = {2, 0}}};
+  for (const int64_t Lq : {1, 5, 33}) {  // on 1 to 132 rows of a head: with rows of keys as they are, and packed
+    for (const int64_t G : {1, 2, 4}) {
+      const auto q = torch::randn({kB, kH, Lq, kD}), k = torch::randn({kB, G, 19, kD}), v = torch::randn({kB, G, 19, 3});
+      for (const auto& [name, mask] : masks(torch::kCPU, Lq, 19)) {
+        for (auto request : requests) {
+          request.mask = mask;
+          expect_the_definition(q, k, v, request, name);
+        }
+      }
+    }
+  }
+}
+
+// Parts are of 2,048 keys: here the first may have none, and with `upper_left` no other one has.
+TEST_F(AttentionOnKernelsTest, GoThroughALongContextInParts) {
+  const int64_t Lk = 3 * 2048 + 37;
+  const auto only_last = torch::arange(Lk).ge(Lk - 3).view({1, Lk}).expand({kB, Lk}).contiguous();
+  for (const int64_t Lq : {3, 29}) {
+    const auto q = torch::randn({kB, kH, Lq, kD}), k = torch::randn({kB, 2, Lk, kD}), v = torch::randn({kB, 2, Lk, 24});
+    auto all = masks(torch::kCPU, Lq, Lk);
+    all["only_last"] = Mask::key_padding(only_last);
+    all["all_but_last"] = Mask::key_padding(only_last.logical_not());
+    for (const auto& [name, mask] : all) {
+      expect_the_definition(q, k, v, {.mask = mask}, name);
+      const auto alone = detail::attend_on_kernels(q, k, v, {.mask = mask}).output;
+      const auto with_weights = detail::attend_on_kernels(q, k, v, {.mask = mask, .weights = AttentionWeights::mean}).output;
+      expect_close(alone, with_weights, tolerance(torch::kFloat, Lk), name + " with weights");
+    }
+  }
+}
+
+TEST_F(AttentionOnKernelsTest, GiveTheSameBitsWithOneThreadAndTwoAndWithWeightsOrNone) {
+  for (const int64_t Lq : {1, 6, 70}) {
+    for (const int64_t Lk : {50, 5000}) {
+      const auto q = torch::randn({3, 4, Lq, 16}), k = torch::randn({3, 2, Lk, 16}), v = torch::randn({3, 2, Lk, 16});
+      const auto run = [&](int threads, AttentionWeights weights) {
+        at::set_num_threads(threads);
+        return detail::attend_on_kernels(q, k, v, {.weights = weights});
+      };
+      for (const auto weights : {AttentionWeights::none, AttentionWeights::mean, AttentionWeights::per_head}) {
+        const auto one = run(1, weights), two = run(2, weights);
+        EXPECT_TRUE(torch::equal(one.output, two.output)) << Lq << ", " << Lk;
+        EXPECT_TRUE(!one.weights.defined() || torch::equal(one.weights, two.weights)) << Lq << ", " << Lk;
+        EXPECT_TRUE(Lk > 4096 || torch::equal(one.output, run(1, AttentionWeights::none).output)) << Lq;
+      }
+    }
+  }
+}
+
+TEST_F(AttentionOnKernelsTest, KeepANaNInItsRow) {
+  for (const int64_t Lk : {50, 5000}) {
+    const auto q = torch::randn({1, 2, 30, 8}), k = torch::randn({1, 2, Lk, 8});
+    const auto clean = detail::attend_on_kernels(q, k, k, {.log_sum_exp = true});
+    auto spoilt = q.clone();
+    spoilt[0][1][7][0] = std::numeric_limits<float>::quiet_NaN();
+    const auto result = detail::attend_on_kernels(spoilt, k, k, {.log_sum_exp = true});
+    auto expected = clean.output.clone();
+    expected[0][1][7].fill_(std::numeric_limits<float>::quiet_NaN());
+    EXPECT_TRUE(torch::allclose(result.output, expected, 0, 0, /*equal_nan=*/true)) << Lk;
+    EXPECT_TRUE(std::isnan(result.log_sum_exp[0][1][7].item<float>())) << Lk;
+    EXPECT_EQ(result.log_sum_exp.isnan().sum().item<int64_t>(), 1) << Lk;
   }
 }
 

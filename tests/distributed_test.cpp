@@ -131,6 +131,24 @@ TEST_P(DistributedTest, ProcessesTrainAsOne) {
     EXPECT_TRUE(torch::allclose(a, b, 1e-3, 1e-4) || follows_rounding) << name << ": off by " << (a - b).abs().max();
   }
 }
+
+// A training that stopped goes on with any number of processes: its losses are those of one that never stopped, and its state is.
+TEST_P(DistributedTest, ATrainingGoesOnWithAnotherNumberOfProcesses) {
+  const auto train = [this](const std::string& name, int size, int last) {
+    start_all({XATTN_TRAINEE_PATH, (folder_ / name).string(), std::to_string(last)}, size, std::chrono::seconds(60));
+  };
+  train("alone", 1, 24);
+  train("stopped", GetParam(), 9);
+  train("stopped", GetParam() % 4 + 1, 17);
+  train("stopped", 1, 24);
+  const auto expected = load_tensors((folder_ / "alone").string()), found = load_tensors((folder_ / "stopped").string());
+  ASSERT_EQ(found.size(), expected.size());
+  EXPECT_EQ(expected.at("curve.loss").size(1), 24);
+  for (const auto& [name, tensor] : expected) {
+    ASSERT_TRUE(found.contains(name)) << name;
+    EXPECT_TRUE(torch::allclose(found.at(name).to(torch::kDouble), tensor.to(torch::kDouble), 1e-8, 1e-10)) << name;
+  }
+}
 #endif
 
 INSTANTIATE_TEST_SUITE_P(Ranks, DistributedTest, testing::Values(1, 2, 3, 4));

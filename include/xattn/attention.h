@@ -25,9 +25,9 @@ enum class AttentionWeights {
 
 /// Which implementation runs. Both give the same result; every test compares them.
 enum class AttentionPath {
-  automatic,   ///< fused where it is legal, otherwise the definition
+  automatic,   ///< fused where it can be, otherwise the definition
   definition,  ///< plain tensor operations: the documentation that cannot rot
-  fused,  ///< LibTorch's fused kernels; c10::ValueError says why where they cannot do what is asked (weights, dropout, ...)
+  fused,  ///< a fused kernel; c10::ValueError says why where there is none for what is asked (dropout, gradients of weights, ...)
 };
 
 struct AttentionOptions {
@@ -54,8 +54,9 @@ struct AttentionResult {
 /// heads share one: Ainslie et al., GQA, 2023, https://arxiv.org/abs/2305.13245.
 ///
 /// q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e], one floating point type and one device; any strides; any axis may be 0.
-/// Differentiable in q, k, v and the mask's bias, twice on both paths. (Gradients through the log-sum-exp of a fused kernel are
-/// those of the definition, and hold all logits.) Throws c10::ValueError or c10::TypeError on bad input.
+/// Fused kernels are this library's own for float32 on the CPU (with AVX2 or AVX-512), which return weights from the same pass, and
+/// LibTorch's elsewhere and for gradients. Differentiable in q, k, v and the mask's bias, twice on both paths. (Gradients through the
+/// log-sum-exp of a fused kernel are those of the definition, and hold all logits.) Throws c10::ValueError or c10::TypeError on bad input.
 /// No state; safe to call from several threads.
 XATTN_API AttentionResult attention(const at::Tensor& q,
                                     const at::Tensor& k,

@@ -52,7 +52,7 @@ struct XATTN_API CrossAttentionOptions {
   TORCH_ARG(std::optional<int64_t>, kv_heads);
   /// Features of one query/key head, d. Default: dim_output / num_heads.
   TORCH_ARG(std::optional<int64_t>, head_dim);
-  /// Features of one value head, e. Default: head_dim. A size of its own gives up LibTorch's fused kernel on the CPU.
+  /// Features of one value head, e. Default: head_dim. A size of its own gives up the fused kernel in training on the CPU.
   TORCH_ARG(std::optional<int64_t>, value_head_dim);
 
   /// Whether the four projections have a bias. Default: true.

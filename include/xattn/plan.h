@@ -89,7 +89,7 @@ struct PlanRequest {
   bool logits_product = true;       ///< Wq Wk' is there if weights are frozen
   bool values_product = true;       ///< Wv Wo likewise
   bool training = false;            ///< a backward pass follows
-  std::string_view unfused = {};    ///< why LibTorch's fused attention kernel cannot run after standard orders; empty if it can
+  std::string_view unfused = {};    ///< why no fused attention kernel can run after standard orders; empty if one can
 
   /// Query rows of one batch entry that the context serves in all, over every call; those of this call if it is not more. What
   /// is made of the context is charged by the share of this call. kKept if it has been made already.
@@ -113,7 +113,7 @@ struct Plan {
   double operations = 0;
   double bytes = 0;
   double seconds = 0;
-  bool fused = false;                     ///< LibTorch's fused attention kernel can run
+  bool fused = false;                     ///< a fused attention kernel can run: this library's own, or LibTorch's
   std::array<OrderCost, kOrders> logits;  ///< of every order, in the order of the enum
   std::array<OrderCost, kOrders> values;
 };

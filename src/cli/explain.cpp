@@ -26,7 +26,7 @@ constexpr auto kFooter = R"(Example: xattn explain 1,12,1,1500,768,768,768 --fro
                   the reason
   chosen          {logits, values, operations, bytes, seconds}
   standard        the same for the standard order
-  fused           whether LibTorch's fused attention kernel would run)";
+  fused           whether a fused attention kernel would run)";
 
 struct Arguments {
   std::vector<int64_t> sizes;
@@ -75,7 +75,6 @@ PlanRequest request_of(const Arguments& arguments) {
   request.rates = arguments.cuda                            ? Rates::cuda()
                   : arguments.frozen && !request.query_norm ? Rates::kernels(arguments.threads)
                                                             : Rates::cpu(arguments.threads);
-  if (!arguments.cuda && request.d != request.e) request.unfused = "heads of values are not of the size of heads of keys";
   return request;
 }
 

@@ -67,7 +67,7 @@ class Attend {
   // What run_rows takes for each row.
   int64_t floats_of_a_row(const Team& team) const {
     const auto& w = w_;
-    int64_t floats = by_heads() ? scratch_of_heads(heads_, team) : w.H * side_.Lk;
+    int64_t floats = by_heads() ? scratch_of_heads(heads_, weighing_, team) : w.H * side_.Lk;
     if (!is_folded(side_.orders.logits) && query_.defined())
       floats += w.H * w.d + (is_raw(side_.orders.logits) ? w.H * w.Ek : 0);
     if (!is_folded(side_.orders.values) && !in_place()) floats += w.H * w.e + (is_raw(side_.orders.values) ? w.H * w.Ev : 0);

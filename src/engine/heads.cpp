@@ -46,20 +46,20 @@ void Weighing::write_to(const Tensor& weights, const Tensor& log_sum_exp) {
   log_sum_exp_ = log_sum_exp.defined() ? mutable_data(log_sum_exp) : nullptr;
 }
 
-void Weighing::soften_head(const Segment& s, int64_t h, float* logits, int64_t stride) const {
+void Weighing::soften_head(const Segment& s, int64_t h, float* logits, int64_t stride, float* log_sum_exp) const {
   for (int64_t row = 0, n = 0; row < s.n; row += n) {  // of one query after the other
-    const auto query = (s.first + row) / Lq_, i = (s.first + row) % Lq_;
+    const auto i = (s.first + row) % Lq_;
     n = std::min(s.n - row, Lq_ - i);
     kernels().softmax({.rows = n,
                        .n = s.keys,
                        .x = logits + row * stride,
                        .x_stride = stride,
                        .scale = scale_,
-                       .bias = bias_.at(s.b, h, i),
+                       .bias = bias_.at(s.b, h, i, s.first_key),
                        .bias_stride = bias_.i,
-                       .keep = keep_.at(s.b, h, i),
+                       .keep = keep_.at(s.b, h, i, s.first_key),
                        .keep_stride = keep_.i,
-                       .log_sum_exp = log_sum_exp_ ? log_sum_exp_ + (query * H_ + h) * Lq_ + i : nullptr});
+                       .log_sum_exp = log_sum_exp ? log_sum_exp + row : place_of_log_sum_exp(s, h, row)});
   }
 }
 
@@ -77,6 +77,15 @@ void Weighing::soften_rows(const Segment& s, float* logits, int64_t begin, int64
                        .keep = keep_.at(s.b, h, i),
                        .log_sum_exp = s.log_sum_exp ? s.log_sum_exp + row : nullptr});
   }
+}
+
+float* Weighing::place_of_log_sum_exp(const Segment& s, int64_t h, int64_t row) const {
+  const auto at = s.first + row;
+  return log_sum_exp_ ? log_sum_exp_ + (at / Lq_ * H_ + h) * Lq_ + at % Lq_ : nullptr;
+}
+
+void Weighing::give_log_sum_exp(const Segment& s, int64_t h, const float* log_sum_exp) const {
+  for (int64_t row = 0; log_sum_exp_ && row < s.n; ++row) *place_of_log_sum_exp(s, h, row) = log_sum_exp[row];
 }
 
 void Weighing::give(const Segment& s, int64_t h, const float* weights, int64_t stride) const {
@@ -103,48 +112,107 @@ void Weighing::add_to_mean(const Segment& s, const float* weights, int64_t strid
   }
 }
 
+namespace {
+
+constexpr int64_t kKeysAtATime = 2048;
+
+// Whether a call goes through its keys in parts.
+bool in_parts(const Heads& heads, const Weighing& weighing) {
+  return heads.Lk > 2 * kKeysAtATime && !weighing.gives_weights();
+}
+
 // x [B, G, ...]: of this context and of the key/value head that query head h shares.
-static int64_t place_of(const Tensor& x, const Heads& heads, int64_t b, int64_t h) {
+int64_t place_of(const Tensor& x, const Heads& heads, int64_t b, int64_t h) {
   return b * x.stride(0) + h * heads.G / heads.H * x.stride(1);
 }
 
-void meet_head(const Heads& heads, const Segment& s, int64_t h, float* logits, int64_t stride) {
-  const auto place = place_of(heads.keys, heads, s.b, h);
-  const bool are_rows = heads.keys.dim() == 4;
-  (are_rows ? multiply_transposed : multiply)(
-      {.m = s.n,
-       .n = s.keys,
-       .k = heads.d,
-       .a = s.rows + h * s.head_stride,
-       .a_stride = s.stride,
-       .b = are_rows ? plain_rows(heads.keys, place, heads.keys.stride(2)) : packed(heads.keys, place, heads.d),
-       .c = logits,
-       .c_stride = stride});
-}
-
-void mix_head(const Heads& heads, const Segment& s, int64_t h, const float* weights, int64_t stride) {
+// weights v of head h into rows of c, or in addition to them.
+void mix_head_into(const Heads& heads,
+                   const Segment& s,
+                   int64_t h,
+                   const float* weights,
+                   int64_t stride,
+                   float* c,
+                   int64_t c_stride,
+                   bool add) {
   const auto place = place_of(heads.values, heads, s.b, h);
   const bool are_rows = heads.values.dim() == 4;
+  const auto values =
+      are_rows ? plain_rows(heads.values, place, heads.values.stride(2)) : packed(heads.values, place, heads.Lk);
   multiply({.m = s.n,
             .n = heads.e,
             .k = s.keys,
             .a = weights,
             .a_stride = stride,
-            .b = are_rows ? plain_rows(heads.values, place, heads.values.stride(2)) : packed(heads.values, place, heads.Lk),
-            .c = s.mixed + h * heads.e,
-            .c_stride = heads.H * heads.e});
+            .b = values.from_row(s.first_key),
+            .c = c,
+            .c_stride = c_stride,
+            .accumulate = add});
 }
 
-int64_t scratch_of_heads(const Heads& heads, const Team& team) {
-  return team.all ? heads.H * heads.Lk : heads.Lk;
+void scale(float* x, int64_t n, float factor) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+}
+
+// One head, a part of its keys after the other. mixed [n, e] and log_sum_exp [n] are those of the parts so far: a new part is
+// weighed against them by what its keys have of the sum of all.
+void attend_head_in_parts(const Heads& heads, const Weighing& weighing, const Segment& s, int64_t h, float* scratch) {
+  auto* logits = scratch;
+  auto* mixed = logits + s.n * kKeysAtATime;
+  auto* log_sum_exp = mixed + s.n * heads.e;
+  auto* of_part = log_sum_exp + s.n;
+  for (int64_t first = 0; first < s.keys; first += kKeysAtATime) {
+    auto part = s;
+    part.first_key = first;
+    part.keys = std::min(kKeysAtATime, s.keys - first);
+    meet_head(heads, part, h, logits, part.keys);
+    weighing.soften_head(part, h, logits, part.keys, first == 0 ? log_sum_exp : of_part);
+    for (int64_t row = 0; first > 0 && row < s.n; ++row) {
+      const auto most = std::max(log_sum_exp[row], of_part[row]);
+      if (std::isinf(most) && most < 0) continue;  // no key so far: all weights are zero
+      const auto all = most + std::log(std::exp(log_sum_exp[row] - most) + std::exp(of_part[row] - most));
+      scale(mixed + row * heads.e, heads.e, std::exp(log_sum_exp[row] - all));
+      scale(logits + row * part.keys, part.keys, std::exp(of_part[row] - all));
+      log_sum_exp[row] = all;
+    }
+    mix_head_into(heads, part, h, logits, part.keys, mixed, heads.e, /*add=*/first > 0);
+  }
+  for (int64_t row = 0; row < s.n; ++row) std::copy_n(mixed + row * heads.e, heads.e, s.mixed + (row * heads.H + h) * heads.e);
+  weighing.give_log_sum_exp(s, h, log_sum_exp);
+}
+
+}  // namespace
+
+void meet_head(const Heads& heads, const Segment& s, int64_t h, float* logits, int64_t stride) {
+  const auto place = place_of(heads.keys, heads, s.b, h);
+  const bool are_rows = heads.keys.dim() == 4;
+  (are_rows ? multiply_transposed
+            : multiply)({.m = s.n,
+                         .n = s.keys,
+                         .k = heads.d,
+                         .a = s.rows + h * s.head_stride,
+                         .a_stride = s.stride,
+                         .b = are_rows ? plain_rows(heads.keys, place, heads.keys.stride(2)).from_row(s.first_key)
+                                       : packed(heads.keys, place, heads.d).from_panel(s.first_key / kernels().panel),
+                         .c = logits,
+                         .c_stride = stride});
+}
+
+void mix_head(const Heads& heads, const Segment& s, int64_t h, const float* weights, int64_t stride) {
+  mix_head_into(heads, s, h, weights, stride, s.mixed + h * heads.e, heads.H * heads.e, /*add=*/false);
+}
+
+int64_t scratch_of_heads(const Heads& heads, const Weighing& weighing, const Team& team) {
+  return (team.all ? heads.H : 1) * (in_parts(heads, weighing) ? kKeysAtATime + heads.e + 2 : heads.Lk);
 }
 
 void attend_heads(const Heads& heads, const Weighing& weighing, const Segment& s, Scratch scratch, const Team& team) {
-  const auto size = s.n * s.keys;
+  const auto size = s.n * (in_parts(heads, weighing) ? kKeysAtATime + heads.e + 2 : s.keys);
   auto* all = scratch.take(team.all ? heads.H * size : size);
   const bool give_later = team.all && weighing.gives_mean();  // several heads add to one place
   team.each(heads.H, [&](int64_t h) {
     auto* logits = team.all ? all + h * size : all;
+    if (in_parts(heads, weighing)) return attend_head_in_parts(heads, weighing, s, h, logits);
     meet_head(heads, s, h, logits, s.keys);
     weighing.soften_head(s, h, logits, s.keys);
     if (weighing.gives_weights() && !give_later) weighing.give(s, h, logits, s.keys);
@@ -203,7 +271,7 @@ AttentionResult attend_on_kernels(const Tensor& q, const Tensor& k, const Tensor
   weighing.write_to(result.weights, result.log_sum_exp);
 
   const auto bytes = static_cast<int64_t>(heads.keys.nbytes() + heads.values.nbytes()) / B;
-  const auto scratch_of_a_row = [&](const Team& team) { return scratch_of_heads(heads, team) + 16; };
+  const auto scratch_of_a_row = [&](const Team& team) { return scratch_of_heads(heads, weighing, team) + 16; };
   each_share_of_rows(B * Lq, bytes, scratch_of_a_row, [&](int64_t begin, int64_t end, Scratch scratch, const Team& team) {
     for (int64_t first = begin, last = begin; first < end; first = last) {
       const auto b = first / Lq, i = first % Lq;

@@ -14,12 +14,13 @@ namespace xattn::detail::engine {
 /// Rows of one context among all B * n * Lq of a call, and where their results go.
 struct Segment {
   int64_t b, first, n;
-  int64_t keys;         ///< those of the context that count
+  int64_t keys;         ///< of the context: those that count, or those of one part of them
   const float* rows;    ///< what meets the keys
   int64_t stride;       ///< from row to row
   int64_t head_stride;  ///< from head to head, where the rows are projected queries
   float* mixed;         ///< [n, H, e], or whatever the order of the values leaves
   float* log_sum_exp;   ///< [n, H]; null if not wanted
+  int64_t first_key = 0;
 };
 
 /// One restriction of a mask, [B|1, H|1, Lq|1, Lk], with strides of 0 for axes of one.
@@ -34,7 +35,9 @@ struct MaskRows {
     const auto stride = [&x](int64_t axis) { return x.size(axis) == 1 ? 0 : x.stride(axis); };
     b = stride(0), h = stride(1), i = stride(2);
   }
-  const T* at(int64_t batch, int64_t head, int64_t row) const { return data ? data + batch * b + head * h + row * i : nullptr; }
+  const T* at(int64_t batch, int64_t head, int64_t row, int64_t key = 0) const {
+    return data ? data + batch * b + head * h + row * i + key : nullptr;
+  }
 };
 
 /// Room for the weights that are wanted: undefined, [B, Lq, Lk] of zeros, or [B, H, Lq, Lk], zeros unless `all_keys` are written.
@@ -55,14 +58,17 @@ class Weighing {
   bool gives_weights() const { return weights_ != nullptr; }
   bool gives_mean() const { return weights_ && wanted_ == AttentionWeights::mean; }
 
-  /// Softmax of one head's logits [n, keys], rows `stride` apart, in place.
-  void soften_head(const Segment& s, int64_t h, float* logits, int64_t stride) const;
+  /// Softmax of one head's logits [n, keys], rows `stride` apart, in place; log_sum_exp [n], or null: as `write_to` says.
+  void soften_head(const Segment& s, int64_t h, float* logits, int64_t stride, float* log_sum_exp = nullptr) const;
   /// Of rows [begin, end) of logits [n * H, keys].
   void soften_rows(const Segment& s, float* logits, int64_t begin, int64_t end) const;
+  /// One head's log-sum-exp [n] to the caller, if he wants it.
+  void give_log_sum_exp(const Segment& s, int64_t h, const float* log_sum_exp) const;
   /// One head's weights to the caller, as far as he wants them; adds to the mean.
   void give(const Segment& s, int64_t h, const float* weights, int64_t stride) const;
 
  private:
+  float* place_of_log_sum_exp(const Segment& s, int64_t h, int64_t row) const;
   void copy_weights(const Segment& s, int64_t place, int64_t places, const float* weights, int64_t stride) const;
   void add_to_mean(const Segment& s, const float* weights, int64_t stride) const;
 
@@ -90,10 +96,12 @@ void meet_head(const Heads& heads, const Segment& s, int64_t h, float* logits, i
 /// weights v of head h, [n, keys] -> its part of s.mixed.
 void mix_head(const Heads& heads, const Segment& s, int64_t h, const float* weights, int64_t stride);
 
-/// From projected queries to mixed values, one head after the other, so that its logits stay in the cache.
+/// From projected queries to mixed values, one head after the other, so that its logits stay in the cache. Where no weights are
+/// wanted, a long context is gone through in parts, which are merged by their log-sum-exp: Milakov and Gimelshein, Online normalizer
+/// calculation for softmax, 2018, https://arxiv.org/abs/1805.02867.
 void attend_heads(const Heads& heads, const Weighing& weighing, const Segment& s, Scratch scratch, const Team& team);
 /// The floats of scratch that it takes for each row.
-int64_t scratch_of_heads(const Heads& heads, const Team& team);
+int64_t scratch_of_heads(const Heads& heads, const Weighing& weighing, const Team& team);
 
 }  // namespace xattn::detail::engine
 

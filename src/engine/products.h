@@ -65,6 +65,7 @@ struct Step {
   int64_t c_stride = 0;
   int64_t c_panel_stride = 0;
   const float* bias = nullptr;
+  bool accumulate = false;
 };
 
 template <class Element>
@@ -78,7 +79,8 @@ ProductOf<Element> as_product(const Step& s, const Element* b) {
           .c = s.c,
           .c_stride = s.c_stride,
           .c_panel_stride = s.c_panel_stride,
-          .bias = s.bias};
+          .bias = s.bias,
+          .accumulate = s.accumulate};
 }
 
 inline void multiply(const Step& s) {

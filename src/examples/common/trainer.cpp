@@ -55,7 +55,7 @@ torch::optim::AdamWParamState& state_of(torch::optim::AdamW& optimizer, const to
   return static_cast<torch::optim::AdamWParamState&>(*state);
 }
 
-// Gradients travel in buckets, in about the order in which backward makes them.
+// Gradients travel in buckets, in about the order in which backward makes them. Every parameter must take part in every step.
 std::unique_ptr<c10d::Reducer> make_reducer(const torch::nn::Module& model, const Team& team) {
   if (team.size() == 1) return nullptr;
   std::vector<torch::Tensor> parameters;
@@ -68,7 +68,7 @@ std::unique_ptr<c10d::Reducer> make_reducer(const torch::nn::Module& model, cons
   const auto count = parameters.size();
   return std::make_unique<c10d::Reducer>(std::move(parameters), std::move(buckets), team.group(),
                                          std::vector<bool>(count, false), c10d::kDefaultBucketBytesCap,
-                                         /*find_unused_parameters=*/true,
+                                         /*find_unused_parameters=*/false,
                                          /*gradient_as_bucket_view=*/false, std::unordered_map<size_t, std::string>{},
                                          c10d::kDefaultFirstBucketBytes, /*skip_all_reduce_unused_params=*/false,
                                          /*use_python_reducer=*/false, std::vector<int64_t>{});

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+#include <torch/torch.h>
+#include <xattn/load.h>
+#include <xattn/safetensors.h>
+
+#include <exception>
+#include <filesystem>
+#include <iostream>
+#include <string>
+
+#include "common/trainer.h"
+
+// One process of those that distributed_test.cpp starts: takes up the training whose state lies in a file, if it is there, goes on
+// to a step, and writes the state back. In float64, where the rounding of another order of sums stays far from any threshold.
+int main(int argc, char** argv) {
+  try {
+    if (argc != 3) {
+      std::cerr << "usage: trainee STATE STEP\n";
+      return 2;
+    }
+    const std::string file = argv[1];
+    const auto last = std::stoll(argv[2]);
+    torch::set_num_threads(1);
+    torch::manual_seed(1);
+    torch::nn::Sequential model(torch::nn::Linear(4, 16), torch::nn::Tanh(), torch::nn::Linear(16, 1));
+    model->to(torch::kDouble);
+    const auto team = examples::Team::from_environment(torch::kCPU);
+    examples::Trainer trainer(model.ptr(), {.steps = 24, .warm_up = 4, .seed = 7}, team);
+    if (std::filesystem::exists(file)) trainer.load_state(xattn::load_tensors(file));
+    const auto forward = [&](examples::Random& random) -> examples::Step {
+      const auto x = team.part_of(torch::rand({11, 4}, random.generator(), torch::kDouble));
+      const auto error = model->forward(x).squeeze(1) - x.sum(1);
+      return {error.square().mean(), error.abs().lt(0.5).to(torch::kDouble).mean(), x.size(0)};
+    };
+    trainer.run(forward, [](const auto&) {}, [&] { return trainer.step() == last; });
+    if (trainer.step() != last) throw std::runtime_error(fmt::format("stands at step {}", trainer.step()));
+    if (team.leads()) xattn::save_safetensors(file, trainer.state());
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << "\n";
+    return 1;
+  }
+  return 0;
+}
