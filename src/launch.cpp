@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <csignal>
 #include <cstdlib>
 #include <limits>
 #include <stdexcept>
@@ -70,6 +71,13 @@ c10::intrusive_ptr<c10d::Backend> nccl([[maybe_unused]] const Place& place,
 #endif
 }
 
+// Gloo may write to a process that has just died. That sends SIGPIPE, which ends a program without a word unless it is ignored (as
+// Python does): then it is an error as any other.
+void ignore_broken_pipes() {
+  struct sigaction found = {};
+  if (sigaction(SIGPIPE, nullptr, &found) == 0 && found.sa_handler == SIG_DFL) std::signal(SIGPIPE, SIG_IGN);
+}
+
 }  // namespace
 
 std::optional<Place> find_place() {
@@ -90,6 +98,7 @@ std::optional<Place> find_place() {
 }
 
 c10::intrusive_ptr<c10d::ProcessGroup> join(const Place& place, c10::Device device, std::chrono::milliseconds timeout) {
+  ignore_broken_pipes();
   c10d::TCPStoreOptions options;
   options.port = place.port;
   options.isServer = place.rank == 0 && !place.store_is_there;

@@ -22,7 +22,9 @@ using at::Tensor;
 
 namespace {
 
-constexpr int64_t kPackedBytes = 1 << 19;  // of a right side at a time: what a core's cache holds beside the left one
+constexpr int64_t kPackedBytes = 1 << 19;      // of a right side at a time: what a core's cache holds beside the left one,
+constexpr int64_t kNear = 1 << 20;             // if that has no more bytes than these
+constexpr int64_t kMorePackedBytes = 4 << 20;  // else: the left side comes from memory for each time anew
 constexpr int64_t kRowsOfATile = 14;
 constexpr int64_t kRowsNotToPackFor = 24;        // up to these, packing takes longer than it saves
 constexpr int64_t kOperationsOfATask = 1 << 18;  // fewer are done before another thread has woken
@@ -94,7 +96,8 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   const auto operations = 2 * batches * m * n * k;
   const auto threads =
       at::in_parallel_region() ? 1 : std::clamp<int64_t>(operations / kOperationsOfATask, 1, at::get_num_threads());
-  auto of_columns = divided_up(panels, std::max<int64_t>(1, kPackedBytes / (4 * panel * std::max<int64_t>(1, k))));
+  const auto packed_bytes = 4 * m * k <= kNear ? kPackedBytes : kMorePackedBytes;
+  auto of_columns = divided_up(panels, std::max<int64_t>(1, packed_bytes / (4 * panel * std::max<int64_t>(1, k))));
   if (batches % threads != 0) of_columns = std::min(panels, divided_up(of_columns, threads) * threads);
   const auto of_rows = std::min(divided_up(m, kRowsOfATile), divided_up(threads, batches * of_columns));
   const auto task_panels = divided_up(panels, of_columns), task_rows = divided_up(m, of_rows);

@@ -82,6 +82,7 @@ class DistributedTest : public testing::TestWithParam<int> {
       }
       std::ostringstream said;
       said << std::ifstream(said_by(static_cast<int>(rank))).rdbuf();
+      EXPECT_FALSE(WIFSIGNALED(status)) << scenario << ", rank " << rank << " ended by signal " << WTERMSIG(status);
       EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << scenario << ", rank " << rank << ": " << said.str();
     }
   }

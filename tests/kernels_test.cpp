@@ -257,6 +257,32 @@ TEST_P(KernelsProductTest, WritesTheSameBitsIntoPanels) {
   }
 }
 
+// Rows that are pages apart are copied first.
+TEST_P(KernelsProductTest, TheDistanceOfRowsChangesNoBit) {
+  for (const auto& [m, n, k] : {std::array<int64_t, 3>{8, 200, 64},
+                                {9, 200, 64},
+                                {30, 60, 64},
+                                {30, 65, 5},
+                                {115, 200, 1024},
+                                {300, 97, 1023},
+                                {30, 300, 3100},
+                                {14, 97, 1100}}) {
+    Problem p{.a = random_matrix(m, k, 3),
+              .b = random_matrix(k, n),
+              .c = random_matrix(m, n),
+              .bias = random_matrix(1, n),
+              .has_bias = true,
+              .accumulate = m == 30};
+    const auto panels = packed(p.b);
+    const auto expected = p.compute(kernels_.product, kernels_.packed(panels.data(), k));
+    const int64_t page = 1024;
+    Matrix apart(m, k, (k + page - 1) / page * page - k);
+    for (int64_t i = 0; i < m; ++i) std::copy_n(&p.a.at(i, 0), k, &apart.at(i, 0));
+    p.a = std::move(apart);
+    expect_equal_bits(p.compute(kernels_.product, kernels_.packed(panels.data(), k)), expected, std::to_string(m) + " rows");
+  }
+}
+
 TEST_P(KernelsProductTest, GivesEqualBitsHoweverItIsDivided) {
   const int64_t m = 127, n = 9 * kernels_.panel + 3, k = 1700;
   const auto a = random_matrix(m, k), b = random_matrix(k, n), bias = random_matrix(1, n);

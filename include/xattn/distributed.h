@@ -64,6 +64,8 @@ class XATTN_API SharedContext {
 ///
 /// All methods are collective: each rank calls them in the same order, with gradients asked for alike. Where a rank dies or does
 /// not answer within the group's timeout, they throw c10::DistBackendError on the others, and the group is of no more use.
+/// With Gloo the program must ignore SIGPIPE (`std::signal(SIGPIPE, SIG_IGN)`, as Python does): Gloo may write to a process that has just
+/// died, and the signal would end this one too.
 /// Tensors are on the CPU (Gloo) or on CUDA devices (NCCL), as the group is made. Not thread-safe, as its group is not.
 class XATTN_API ContextParallel {
  public:

@@ -31,6 +31,16 @@ std::span<const Kernels* const> all_kernels() {
   return all;
 }
 
+float* thread_memory(int64_t floats) {
+  struct alignas(64) Line {
+    float numbers[16];
+  };
+  static thread_local std::vector<Line> memory;
+  const auto lines = static_cast<size_t>(floats + 15) / 16;
+  if (memory.size() < lines) memory.resize(lines);
+  return memory.data()->numbers;
+}
+
 const Kernels& kernels() {
   return *all_kernels().front();
 }

@@ -91,6 +91,9 @@ struct Kernels {
   void (*softmax)(const Softmax&);
 };
 
+/// At least so many floats that belong to this thread, until it asks again: for the kernels' own copies.
+float* thread_memory(int64_t floats);
+
 /// The fastest that this processor runs. Chosen at the first call; thread-safe.
 const Kernels& kernels();
 

@@ -9,8 +9,8 @@ namespace {
 
 constexpr int kPanel = 2 * kLanes;
 
-// The largest block of a that is multiplied with one panel of b after the other, and the columns of c for which that is done
-// before the next block of k: for AVX-512 these blocks of a and c and two panels, 450, 110 and 2 x 130 KB, fit into an L2 cache.
+// The largest block of a that is multiplied with one panel of b after the other, and the columns of c that are done at a time: for
+// AVX-512 these blocks of a and c and two panels, 450, 110 and 2 x 130 KB, fit into an L2 cache.
 constexpr int64_t kDepth = 1024;
 constexpr int64_t kHeight = 8 * kTileRows;
 constexpr int64_t kWidth = 8 * kPanel;
@@ -159,18 +159,24 @@ inline int64_t equal_part(int64_t n, int64_t most) {
   return (n + parts - 1) / parts;
 }
 
-// A block of c, for one block of k after the other.
-template <class Element>
-void compute_blocks(Tile<Element> tile, int64_t m, int64_t n, int64_t k, int64_t depth) {
-  do {
-    tile.k = k < depth ? k : depth;
-    compute_block(tile, m, n);
-    tile.a += depth;
-    tile.b.data += depth * tile.b.row_stride;
-    tile.bias = nullptr;
-    tile.accumulate = true;
-    k -= depth;
-  } while (k > 0);
+// Whether the rows of a tile of a, a whole number of pages apart, want more lines of one set of the L1 cache than its ways (8 and up).
+inline bool share_a_set(int64_t rows, int64_t stride) {
+  constexpr int64_t kPage = 1024;  // floats
+  return kTileRows > 8 && rows > 8 && stride % kPage == 0;
+}
+
+// Copies a block of a to where its rows are an odd number of lines apart, and so share no set. Returns their distance.
+inline int64_t gather(const float* a, int64_t stride, int64_t m, int64_t k, float* to) {
+  const int64_t to_stride = ((k + kLanes - 1) / kLanes | 1) * kLanes;
+  for (int64_t r = 0; r < m; ++r, a += stride, to += to_stride) {
+    int64_t i = 0;
+    for (; i + kLanes <= k; i += kLanes) {
+      __builtin_prefetch(a + stride + i);
+      store(to + i, load(a + i));
+    }
+    if (i < k) store_first(to + i, load_first(a + i, k - i), k - i);
+  }
+  return to_stride;
 }
 
 // See Kernels::product. The sum of an element of c runs from the first of k to the last, whatever the tiles and blocks are: a sum
@@ -181,22 +187,33 @@ void product(const ProductOf<Element>& p) {
   const int64_t height = equal_part(p.m, kHeight), depth = divide ? equal_part(p.k, kDepth) : p.k,
                 width = divide ? kWidth : p.n;
   const int64_t c_panel_stride = p.c_panel_stride ? p.c_panel_stride : kPanel;
+  float* const gathered = p.n > 2 * kPanel && depth <= kDepth && share_a_set(p.m, p.a_stride)
+                              ? thread_memory(kHeight * (kDepth + kLanes))
+                              : nullptr;
   for (int64_t top = 0; top < p.m; top += height) {
-    for (int64_t left = 0; left < p.n; left += width) {
-      const int64_t panel = left / kPanel;
-      const Tile<Element> tile{.k = 0,
-                               .a = p.a + top * p.a_stride,
-                               .a_stride = p.a_stride,
-                               .b = {p.b.data + panel * p.b.panel_stride, p.b.row_stride, p.b.panel_stride},
-                               .c = p.c + top * p.c_stride + panel * c_panel_stride,
-                               .c_stride = p.c_stride,
-                               .c_panel_stride = c_panel_stride,
-                               .bias = p.bias ? p.bias + left : nullptr,
-                               .accumulate = p.accumulate,
-                               .last = 0};
-      const int64_t m = p.m - top < height ? p.m - top : height, n = p.n - left < width ? p.n - left : width;
-      compute_blocks(tile, m, n, p.k, depth);
-    }
+    const int64_t m = p.m - top < height ? p.m - top : height;
+    int64_t first = 0;
+    do {  // once where k is 0
+      const int64_t k = p.k - first < depth ? p.k - first : depth;
+      const float* a = p.a + top * p.a_stride + first;
+      const int64_t a_stride = gathered ? gather(a, p.a_stride, m, k, gathered) : p.a_stride;
+      for (int64_t left = 0; left < p.n; left += width) {
+        const int64_t panel = left / kPanel;
+        const Tile<Element> tile{
+            .k = k,
+            .a = gathered ? gathered : a,
+            .a_stride = a_stride,
+            .b = {p.b.data + panel * p.b.panel_stride + first * p.b.row_stride, p.b.row_stride, p.b.panel_stride},
+            .c = p.c + top * p.c_stride + panel * c_panel_stride,
+            .c_stride = p.c_stride,
+            .c_panel_stride = c_panel_stride,
+            .bias = p.bias && first == 0 ? p.bias + left : nullptr,
+            .accumulate = p.accumulate || first > 0,
+            .last = 0};
+        compute_block(tile, m, p.n - left < width ? p.n - left : width);
+      }
+      first += depth;
+    } while (first < p.k);
   }
 }
 

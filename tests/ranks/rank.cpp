@@ -5,6 +5,7 @@
 #include <xattn/distributed.h>
 
 #include <chrono>
+#include <csignal>
 #include <cstdlib>
 #include <functional>
 #include <iostream>
@@ -279,6 +280,9 @@ void errors(const Ranks& ranks) {
 
 // The last rank goes without a word; the others must notice, and say so.
 void death(const Ranks& ranks) {
+  struct sigaction broken_pipe = {};
+  sigaction(SIGPIPE, nullptr, &broken_pipe);
+  expect(broken_pipe.sa_handler == SIG_IGN, "who writes to the dead rank dies too");
   CrossAttention module(CrossAttentionOptions(6, 10, 10, 16).num_heads(4));
   ContextParallel parallel(module, ranks.group);
   const auto x = torch::randn({2, 4, 10});

@@ -20,6 +20,7 @@
 #include "common/report.h"
 #include "common/tiles.h"
 #include "common/write_file.h"
+#include "launch.h"
 #include "program.h"
 
 namespace {
@@ -86,6 +87,9 @@ caption::Score evaluate(caption::Trained& trained,
 
 void train(const Options& options) {
   const auto device = program::apply(options);
+  if (const auto place = launch::find_place(); place && place->size > 1) {
+    throw std::runtime_error(fmt::format("the captions are learned in one process, but {} were started", place->size));
+  }
   examples::check_folder(options.output);
   examples::check_folder(options.report);
   const auto digits = examples::load_digits(options.digits);
