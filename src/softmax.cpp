@@ -6,9 +6,10 @@
 #include <ATen/ops/logical_not.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/softmax.h>
-#include <ATen/ops/tensor.h>
+#include <ATen/ops/stack.h>
 
 #include <limits>
+#include <vector>
 
 namespace xattn::detail {
 
@@ -67,8 +68,9 @@ Tensor wanted_weights(const Tensor& weights, const AttentionOptions& options, co
   if (options.weights == AttentionWeights::mean) {
     wanted = weights.size(1) == 1 ? weights.squeeze(1) : weights.mean(1);
   } else if (!options.weight_heads.empty()) {
-    const auto heads = at::tensor(options.weight_heads, at::TensorOptions(at::kLong).device(weights.device()));
-    wanted = weights.index_select(1, heads);
+    std::vector<Tensor> chosen;  // no tensor of indices, for which a call on CUDA would have to wait
+    for (const auto head : options.weight_heads) chosen.push_back(weights.select(1, head));
+    wanted = at::stack(chosen, 1);
   }
   return wanted.to(weights_type(products));
 }
