@@ -27,6 +27,13 @@ std::string value_of(const char* path, const std::string& key) {
   return {};
 }
 
+// Its name alone tells little where machines are rented.
+std::string processor() {
+  const auto* const path = "/proc/cpuinfo";
+  const auto name = value_of(path, "model name"), family = value_of(path, "cpu family"), model = value_of(path, "model\t");
+  return family.empty() ? name : fmt::format("{} (family {}, model {})", name, family, model);
+}
+
 double gigabytes(const std::string& kibibytes) {
   return kibibytes.empty() ? 1e9 : 1.024e-6 * std::stod(kibibytes);
 }
@@ -38,7 +45,7 @@ double gigabytes_free() {
 }
 
 Report::Report(bool json, const std::string& device) : as_json_(json), cpu_(device == "cpu") {
-  json_["machine"] = {{"processor", value_of("/proc/cpuinfo", "model name")},
+  json_["machine"] = {{"processor", processor()},
                       {"cores", at::get_num_threads()},
                       {"memory_gb", std::round(gigabytes(value_of("/proc/meminfo", "MemTotal")))},
                       {"device", device}};
