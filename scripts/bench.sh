@@ -74,23 +74,34 @@ threads=(1)
 if [[ $device == cpu ]] && (($(nproc) > 1)); then threads=(1 2); fi
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
+turn=6  # rows; then it is another runtime's: what else the machine does changes over minutes, and is to meet all of them
 for ((pass = 1; pass <= passes; ++pass)); do
   if ((pass > 1 && limit == 0)); then limit=500; fi
-  options=("${shapes[@]}" --seconds "$seconds" --limit "$limit")
+  list=$(build/xattn_bench --list --limit "$limit" "${shapes[@]}" | sed 's/  .*//')
+  if [[ -z $list ]]; then
+    if ((pass > 1)); then break; fi
+    echo "scripts/bench.sh: --limit $limit leaves no row" >&2
+    exit 2
+  fi
+  mapfile -t rows <<< "$list"
   for count in "${threads[@]}"; do
     # What maps cost is measured once, with one thread.
     weights=(--weights none)
     if ((pass == 1 && count == 1 && !quick)); then weights+=(mean per-head); fi
-    build/xattn_bench --json --device $device --threads "$count" "${options[@]}" "${weights[@]}" > "$results/$pass.libtorch.$count.json"
-    for runtime in "${runtimes[@]}"; do
-      chosen=("${options[@]}" "${weights[@]}")
-      if [[ $runtime == compile ]]; then
-        if ((pass > 1)); then continue; fi
-        chosen=("${options[@]}")
-        if [[ $compile == goals && ${#shapes[@]} == 0 ]]; then chosen+=(--goals); fi
-      fi
-      $python scripts/bench_peers.py --runtime "$runtime" --threads "$count" "${chosen[@]}" \
-        > "$results/$pass.$runtime.$count.json"
+    for ((first = 0; first < ${#rows[@]}; first += turn)); do
+      options=(--seconds "$seconds" --threads "$count")
+      for row in "${rows[@]:first:turn}"; do options+=(--shape "$row"); done
+      part=$results/$pass.$count.$first
+      build/xattn_bench --json --device $device "${options[@]}" "${weights[@]}" > "$part.libtorch.json"
+      for runtime in "${runtimes[@]}"; do
+        chosen=("${weights[@]}")
+        if [[ $runtime == compile ]]; then
+          if ((pass > 1)); then continue; fi
+          chosen=()
+          if [[ $compile == goals && ${#shapes[@]} == 0 ]]; then chosen+=(--goals); fi
+        fi
+        $python scripts/bench_peers.py --runtime "$runtime" "${options[@]}" "${chosen[@]}" > "$part.$runtime.json"
+      done
     done
     if ((pass == 1 && !quick)) && [[ $device == cpu && ${#shapes[@]} == 0 ]]; then
       build/xattn_bench --json --crossover --threads "$count" > "$results/crossover.$count.json"

@@ -133,6 +133,12 @@ const std::string& Checkpoint::path() const {
   return contents_->path;
 }
 
+std::vector<std::string> Checkpoint::files() const {
+  std::vector<std::string> paths;
+  for (const auto& file : contents_->files) paths.push_back(file->path());
+  return paths;
+}
+
 FileFormat Checkpoint::format() const {
   return contents_->format;
 }

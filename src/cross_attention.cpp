@@ -57,12 +57,7 @@ CrossAttentionOptions resolved(CrossAttentionOptions options) {
   check_value(options.qk_norm_eps() >= 0, kCaller, "qk_norm_eps must not be negative, but is {}.", options.qk_norm_eps());
   check_value(options.qk_norm() != NormKind::none || options.qk_norm_scope() == NormScope::per_head, kCaller,
               "qk_norm must be rms or layer for a qk_norm_scope of across_heads, but is none.");
-  const auto request = detail::request_of(options, 1, 1, 1);
-  const auto& [logits, values] = options.plan().orders;
-  for (const auto reason : {illegal_for_logits(logits, request), illegal_for_values(values, request)}) {
-    check_value(reason.empty(), kCaller, "plan must be of legal orders, but {}, {} is not: {}.", name_of(logits),
-                name_of(values), reason);
-  }
+  detail::check_plan(kCaller, options.plan(), detail::request_of(options, 1, 1, 1));
   return options;
 }
 
@@ -166,7 +161,7 @@ PlanRequest CrossAttentionImpl::request(int64_t B, int64_t Lq, int64_t Lk, const
   const auto bias = mask.additive();
   request.element = static_cast<int64_t>(weight.element_size());
   request.training = at::GradMode::is_enabled() && (inputs_train || weight.requires_grad());
-  request.rates = weight.is_cuda() ? Rates::cuda() : Rates::cpu(at::get_num_threads());
+  request.rates = options.plan().rates.value_or(weight.is_cuda() ? Rates::cuda() : Rates::cpu(at::get_num_threads()));
   const bool own = !request.training && detail::run_on_kernels({weight});  // which leave nothing to be desired but gradients
   request.unfused = is_training() && options.dropout() > 0                  ? "dropout is above 0"
                     : own                                                   ? ""

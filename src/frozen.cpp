@@ -89,7 +89,10 @@ struct Frozen::State {
     request.query_is_constant = query.defined();
     request.element = static_cast<int64_t>(weights.query.element_size());
     const int threads = at::get_num_threads();
-    request.rates = engine ? Rates::kernels(threads) : weights.query.is_cuda() ? Rates::cuda() : Rates::cpu(threads);
+    request.rates = plan.rates                ? *plan.rates
+                    : engine                  ? Rates::kernels(threads)
+                    : weights.query.is_cuda() ? Rates::cuda()
+                                              : Rates::cpu(threads);
     if (module->options.attention_weights() != AttentionWeights::none) request.unfused = "attention weights are wanted";
     return request;
   }
@@ -233,10 +236,7 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& options) {
 
   const auto request = detail::request_of(o, 1, 1, 1);
   const auto& [logits, values] = state->plan.orders;
-  for (const auto reason : {illegal_for_logits(logits, request), illegal_for_values(values, request)}) {
-    check_value(reason.empty(), kCaller, "plan must be of legal orders, but {}, {} is not: {}.", name_of(logits),
-                name_of(values), reason);
-  }
+  detail::check_plan(kCaller, state->plan, request);
   if (options.query.defined()) {
     check_value(options.query.dim() == 2 && options.query.size(1) == o.dim_query(), kCaller,
                 "query must have shape [Lq, {}], but has {}.", o.dim_query(), detail::shape_of(options.query));
@@ -262,6 +262,7 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& options) {
   if (is_wanted(values, !o.bias_kv() && values_product_pays(request))) {
     state->products.values = in_type_of(weights.query, fold_values(exact));
   }
+  if (kernels && !options.plan) state->plan.rates.reset();  // those of the module are not of its engine
   if (kernels) state->engine.emplace(weights, state->products, options.storage.value_or(at::kFloat));
   for (int i = 0; kernels && state->query.defined() && i < kOrders; ++i) {
     state->folded_query[static_cast<size_t>(i)] = fold_query({static_cast<Order>(i), {}}, *state->engine, state->query);

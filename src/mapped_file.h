@@ -23,6 +23,7 @@ class MappedFile {
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
 
+  const std::string& path() const { return path_; }
   Bytes bytes() const { return bytes_; }
 
   /// Throws FileError if the file has another size, or was written to, since it was mapped: behind a new end there is no memory.

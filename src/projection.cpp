@@ -147,6 +147,17 @@ PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t ex
   return request;
 }
 
+void check_plan(std::string_view caller, const PlanMode& plan, PlanRequest request) {
+  const auto& [logits, values] = plan.orders;
+  for (const auto reason : {illegal_for_logits(logits, request), illegal_for_values(values, request)}) {
+    check_value(reason.empty(), caller, "plan must be of legal orders, but {}, {} is not: {}.", name_of(logits),
+                name_of(values), reason);
+  }
+  if (!plan.rates) return;
+  request.rates = *plan.rates;
+  make_plan(request);  // names the rates that are wrong
+}
+
 std::string printed(const CrossAttentionOptions& resolved) {
   constexpr const char* kNorms[] = {"none", "rms", "layer"};
   constexpr const char* kWeights[] = {"none", "mean", "per_head"};
@@ -180,6 +191,8 @@ std::string printed(const CrossAttentionOptions& resolved) {
   } else if (o.plan().pinned) {
     const auto& [logits, values] = o.plan().orders;
     text += fmt::format(".plan(PlanMode::pin({{Order::{}, Order::{}}}))", name_of(logits), name_of(values));
+  } else {
+    add(o.plan().rates.has_value(), ".plan(PlanMode::by(rates))");
   }
   return text;
 }

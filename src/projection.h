@@ -80,6 +80,9 @@ PlanRequest request_of(const CrossAttentionOptions& resolved, int64_t B, int64_t
 /// The same for a context that serves so many query rows in all (ContextOptions::expected_queries). Throws if they are negative.
 PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t expected_queries);
 
+/// Refuses orders that are illegal for such a layer, and rates that cannot be.
+void check_plan(std::string_view caller, const PlanMode& plan, PlanRequest request);
+
 /// What a user would type to have these options, as in "CrossAttentionOptions(8, 12, 10, 16).num_heads(2)".
 std::string printed(const CrossAttentionOptions& resolved);
 

@@ -370,7 +370,7 @@ TEST_F(CliTest, ConvertSpellsLayersAnewAndKeepsTheRest) {
   for (const auto& [name, tensor] : before) EXPECT_TRUE(torch::equal(after.at(name), tensor)) << name;
 }
 
-TEST_F(CliTest, ConvertJoinsAShardedSet) {
+TEST_F(CliTest, ConvertJoinsAShardedSetAndWritesOverNoneOfItsFiles) {
   const NamedTensors tensors = {{"a", torch::rand({2, 3})}, {"b.c", torch::tensor({1, 2}, torch::kByte)}};
   save_safetensors(dir.file("1.safetensors"), NamedTensors{*tensors.begin()});
   save_safetensors(dir.file("2.safetensors"), NamedTensors{*tensors.rbegin()});
@@ -383,6 +383,14 @@ TEST_F(CliTest, ConvertJoinsAShardedSet) {
     for (const auto& [key, tensor] : tensors) EXPECT_TRUE(torch::equal(whole.at(key), tensor)) << key;
   }
   EXPECT_EQ(open_checkpoint(dir.file("whole.safetensors")).metadata().at("step"), "7");
+  const auto index_file = dir.file("model.safetensors.index.json");
+  std::filesystem::create_hard_link(index_file, dir.file("link.safetensors"));
+  EXPECT_EQ(error(2, "convert model.safetensors.index.json link.safetensors"),
+            "output: must not be an input, but is model.safetensors.index.json");
+  EXPECT_EQ(test::read_bytes(index_file), index.dump());
+  EXPECT_EQ(error(2, "convert model.safetensors.index.json 2.safetensors"),
+            "output: must not be an input, but is 2.safetensors");
+  EXPECT_TRUE(load_tensors(dir.file("2.safetensors")).contains("b.c"));
 }
 
 TEST_F(CliTest, ConvertRefusesToOverwriteItsInputAndLeavesNothingBehind) {

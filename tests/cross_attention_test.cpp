@@ -504,6 +504,8 @@ TEST(CrossAttentionOptionsTest, PrintsWhatBuildsItAgain) {
             ".query_bias(false).key_bias(false).value_bias(false).output_bias(false).scale(1).dropout(0.25)"
             ".qk_norm(NormKind::rms).qk_norm_scope(NormScope::across_heads).qk_norm_eps(0.5)"
             ".attention_weights(AttentionWeights::none))");
+  EXPECT_EQ(printed(CrossAttention(CrossAttentionOptions(8, 12, 10, 16).plan(PlanMode::by(Rates::cuda())))),
+            "xattn::CrossAttention(CrossAttentionOptions(8, 12, 10, 16).plan(PlanMode::by(rates)))");
 }
 
 TEST(CrossAttentionOptionsTest, ResetParametersStartsAfresh) {

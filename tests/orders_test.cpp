@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <xattn/frozen.h>
 
 #include "compare.h"
 #include "test_util.h"
@@ -18,6 +19,11 @@ using torch::Tensor;
 constexpr Order kAllOrders[] = {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context,
                                 Order::prefold_into_context};
 constexpr int64_t kB = 2, kLq = 3, kLk = 5;
+
+// The line of the order that was chosen for the logits.
+std::string chosen(const std::string& explanation) {
+  return explanation.substr(explanation.find("<- chosen") - 70, 70);
+}
 
 class OrdersTest : public testing::TestWithParam<torch::Device> {
  protected:
@@ -151,9 +157,28 @@ TEST_P(OrdersTest, AModulePlansItselfAndAPinHolds) {
   // One query row and a long context: folding wins by far.
   auto options = CrossAttentionOptions(64, 64, 64, 64).num_heads(4);
   EXPECT_NE(make(options)->explain(1, 1, 2000).find("fold_into_query"), std::string::npos);
-  const auto chosen = [](const std::string& text) { return text.substr(text.find("<- chosen") - 70, 70); };
   EXPECT_NE(chosen(make(options)->explain(1, 1, 2000)).find("fold_into_query"), std::string::npos);
   EXPECT_NE(chosen(make(options)->explain(1, 2000, 2000)).find("standard"), std::string::npos);
+}
+
+TEST_P(OrdersTest, APlanByGivenRatesIsWeighedByThem) {
+  // Where starting a product is all that costs, the standard order is the best: a fused kernel does two of its products.
+  const Rates starting{.flops = 1e18, .memory = 1e18, .start_product = 1, .softmax = 1e18, .fused = 1e18};
+  const auto by_starting = PlanMode::by(starting);
+  const auto options =
+      CrossAttentionOptions(64, 64, 64, 64).num_heads(4).attention_weights(AttentionWeights::none).plan(by_starting);
+  auto module = make(options);
+  EXPECT_NE(chosen(module->explain(1, 1, 2000)).find("standard"), std::string::npos);
+
+  // A frozen layer on the library's own kernels has rates of its own, unless it is given others.
+  module->to(torch::kFloat);
+  const auto key = random({1, 2000, 64}).to(torch::kFloat);
+  const auto orders = [&key](const Frozen& frozen) { return frozen.context(key, key, {}, {.expected_queries = 1}).orders(); };
+  EXPECT_EQ(orders(module->freeze({.plan = by_starting})), Orders{});
+  EXPECT_EQ(orders(module->freeze()) == Orders{}, !GetParam().is_cpu());
+
+  EXPECT_EQ(error_of<c10::ValueError>([&] { make(CrossAttentionOptions(options).plan(PlanMode::by({}))); }),
+            "[plan] rates must be above 0, but flops, memory and softmax are 0, 0 and 0.");
 }
 
 TEST_P(OrdersTest, ThePlanOfAModuleIsThatOfItsSizesAndRunsInEveryCase) {

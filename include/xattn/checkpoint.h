@@ -58,6 +58,8 @@ class XATTN_API Checkpoint {
   explicit Checkpoint(std::shared_ptr<const Contents> contents);
 
   const std::string& path() const;
+  /// The files that it reads from: `path` and, of a sharded set, its shards.
+  std::vector<std::string> files() const;
   FileFormat format() const;
   const std::map<std::string, TensorInfo>& tensors() const;
   const std::map<std::string, std::string>& metadata() const;

@@ -83,8 +83,9 @@ struct XATTN_API CrossAttentionOptions {
   /// Of which heads `per_head` returns the weights, in this order: [B, n, Lq, Lk]. Default: empty, which is all.
   TORCH_ARG(std::vector<int64_t>, weight_heads);
 
-  /// In which order `forward` multiplies. `PlanMode::standard` is the reference's; `PlanMode::pin` any other. Results differ by
-  /// rounding alone, and gradients do. Default: automatic, the cheapest for the sizes of each call.
+  /// In which order `forward` multiplies. `PlanMode::standard` is the reference's; `PlanMode::pin` any other; `PlanMode::by` the
+  /// cheapest by rates that were measured. Results differ by rounding alone, and gradients do. Default: automatic, the cheapest
+  /// for the sizes of each call by built-in rates.
   TORCH_ARG(PlanMode, plan) = PlanMode::automatic;
 };
 

@@ -55,7 +55,7 @@ struct FreezeOptions {
   /// A learned query that never changes, [Lq, Eq], as of attention pooling: what is made of it and of the weights alone is made now,
   /// and calls leave the query out.
   at::Tensor query = {};
-  /// In place of the module's own.
+  /// In place of the module's own. What that says of rates holds for LibTorch's operators alone.
   std::optional<PlanMode> plan = {};
   /// float32 (the default), or bfloat16 for weights and for contexts that are kept projected or folded: half the memory, and up to
   /// twice the speed where reading it is what takes the time, as with one query row a call. Inputs, sums and results stay float32;

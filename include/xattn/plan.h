@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -35,20 +36,6 @@ struct Orders {
   bool operator==(const Orders&) const = default;
 };
 
-/// Who chooses: the planner, or the caller.
-struct PlanMode {
-  bool pinned = false;
-  Orders orders = {};  ///< if pinned
-
-  static const PlanMode automatic;  ///< the cheapest that is legal
-  static const PlanMode standard;   ///< the reference's, always
-  /// These, always.
-  static constexpr PlanMode pin(Orders orders) { return {true, orders}; }
-  bool operator==(const PlanMode&) const = default;
-};
-inline constexpr PlanMode PlanMode::automatic = {};
-inline constexpr PlanMode PlanMode::standard = PlanMode::pin({});
-
 /// How fast a machine works: what the estimates weigh with. Times are in seconds.
 struct XATTN_API Rates {
   double flops = 0;          ///< operations a second in a large product
@@ -71,7 +58,26 @@ struct XATTN_API Rates {
   static Rates kernels(int threads);
   /// Those of modules on this machine with the threads that it has now. Takes some seconds; keep what it returns.
   static Rates measure();
+
+  bool operator==(const Rates&) const = default;
 };
+
+/// Who chooses: the planner, or the caller.
+struct PlanMode {
+  bool pinned = false;
+  Orders orders = {};               ///< if pinned
+  std::optional<Rates> rates = {};  ///< what the planner weighs with; the built-in ones where there are none
+
+  static const PlanMode automatic;  ///< the cheapest that is legal
+  static const PlanMode standard;   ///< the reference's, always
+  /// These, always.
+  static constexpr PlanMode pin(Orders orders) { return {true, orders, {}}; }
+  /// The cheapest that is legal, by these rates, as `Rates::measure()` gives them.
+  static constexpr PlanMode by(const Rates& rates) { return {false, {}, rates}; }
+  bool operator==(const PlanMode&) const = default;
+};
+inline constexpr PlanMode PlanMode::automatic = {};
+inline constexpr PlanMode PlanMode::standard = PlanMode::pin({});
 
 /// All that a plan depends on.
 struct PlanRequest {

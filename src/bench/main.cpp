@@ -108,15 +108,15 @@ void run_row(const Shape& shape, const std::string& weights, c10::Device device,
   for (size_t i = 0; i < ready.size(); ++i) report.result(ready[i], errors[i], times[i]);
 }
 
-void list_rows() {
-  for (const auto& s : shapes::all()) {
+void list(const std::vector<Shape>& rows) {
+  for (const auto& s : rows) {
     std::cout << fmt::format("{:<50}  B {} H {} Lq {} Lk {}, {} {} -> {}\n", s.name, s.B, s.H, s.Lq, s.Lk, s.Eq, s.Ek, s.Eo);
   }
 }
 
 void run(Arguments arguments) {
-  if (arguments.list) return list_rows();
   const auto rows = chosen_rows(arguments);
+  if (arguments.list) return list(rows);
   const auto device = program::find_device(arguments.device);
   Report report(arguments.json, arguments.device);
   if (arguments.threads.empty()) {
@@ -169,7 +169,7 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   program.add_flag("--crossover", arguments.crossover, "Time pinned orders over a grid of lengths, in place of the rows");
   program.add_flag("--regret", arguments.regret, "Time all orders of a frozen layer against those that it chooses");
-  program.add_flag("--list", arguments.list, "Name all rows, and do nothing");
+  program.add_flag("--list", arguments.list, "Name the rows, and do nothing");
   program.add_flag("--json", arguments.json, "Print JSON, as described below");
   program.footer(bench::kFooter);
   return program::run(program, argc, argv, [&] { bench::run(arguments); });

@@ -18,7 +18,8 @@ void add_inspect(CLI::App& program);
 void add_run(CLI::App& program);
 void add_verify(CLI::App& program);
 
-/// Throws CLI::ParseError if the output is one of the inputs, whether or not their names differ: a hard link is the same file.
+/// Throws CLI::ParseError if the output is one of the inputs, files of weights or tensors, or of their shards, whether or not their
+/// names differ: a hard link is the same file. An input without a name is none.
 void check_output(const std::string& output, const std::vector<std::string>& inputs);
 
 }  // namespace xattn::cli

@@ -72,9 +72,9 @@ PlanRequest request_of(const Arguments& arguments) {
   if (arguments.qk_norm) request.query_norm = request.key_norm = true;
   if (arguments.reuse) request.context_rows = *arguments.reuse;
   request.weights_are_frozen = arguments.frozen;
-  request.rates = arguments.cuda                            ? Rates::cuda()
-                  : arguments.frozen && !request.query_norm ? Rates::kernels(arguments.threads)
-                                                            : Rates::cpu(arguments.threads);
+  request.rates = arguments.cuda     ? Rates::cuda()
+                  : arguments.frozen ? Rates::kernels(arguments.threads)
+                                     : Rates::cpu(arguments.threads);
   return request;
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
+#include <xattn/checkpoint.h>
 #include <xattn/version.h>
 
 #include <CLI/CLI.hpp>
@@ -9,10 +10,14 @@
 #include "program.h"
 
 void xattn::cli::check_output(const std::string& output, const std::vector<std::string>& inputs) {
+  std::error_code ignored;
+  if (!std::filesystem::exists(output, ignored)) return;
   for (const auto& input : inputs) {
-    std::error_code ignored;
-    if (std::filesystem::equivalent(input, output, ignored)) {
-      throw CLI::ValidationError("output", "must not be an input, but is " + input);
+    if (input.empty()) continue;
+    for (const auto& file : open_checkpoint(input).files()) {
+      if (std::filesystem::equivalent(file, output, ignored)) {
+        throw CLI::ValidationError("output", "must not be an input, but is " + file);
+      }
     }
   }
 }
