@@ -25,6 +25,7 @@ from peers.layer import read_shapes
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "src" / "bench"
 OURS = ["libtorch, frozen", "libtorch, module", "libtorch, folded"]
+HALF = "libtorch, frozen, bfloat16"  # ours as well: what is kept is stored in bfloat16
 NAMES = {
     "libtorch, eager": "LibTorch, eager",
     "libtorch, sdpa": "LibTorch, SDPA",
@@ -92,7 +93,7 @@ def median(passes):
 
 def fastest_peer(cell):
     """Name and passes of the fastest candidate that is not ours; None if there is none."""
-    peers = {name: passes for name, passes in cell.items() if name not in OURS}
+    peers = {name: passes for name, passes in cell.items() if name not in (*OURS, HALF)}
     return min(peers.items(), key=lambda item: median(item[1])) if peers else None
 
 
@@ -207,6 +208,10 @@ def summary(store, shapes):
                 f" The orders that a frozen layer chooses take {100 * statistics.fmean(regret):.1f} % longer in the mean than the "
                 f"fastest of all, {100 * max(regret):.1f} % at worst ({len(regret)} rows)."
             )
+        cells = {shape["name"]: store["rows"].get(shape["name"], {}).get("none", {}).get(t, {}) for shape in shapes}
+        gains = [f"{name} {median(c[OURS[0]]) / median(c[HALF]):.2f}" for name, c in cells.items() if HALF in c]
+        if gains:
+            lines[-1] += f" Stored in bfloat16, a layer and its context are as many times faster: {'; '.join(gains)}."
     return "\n".join(lines)
 
 

@@ -147,24 +147,31 @@ Candidate module(const Layer& layer) {
       [&layer, module, query, mask](int) { return module->forward(query, layer.key, layer.value, mask); });
 }
 
-Candidate frozen(const Layer& layer) {
-  if (layer.shape.timed == Timed::backward) return without("frozen", "it has no gradients");
+Candidate frozen(const Layer& layer, const char* name = "frozen", std::optional<at::ScalarType> storage = {}) {
+  if (layer.shape.timed == Timed::backward) return without(name, "it has no gradients");
   const bool learned = layer.shape.learned_query;
-  const auto frozen = layer.module->freeze({.query = learned ? layer.query[0] : Tensor()});
+  const auto frozen = layer.module->freeze({.query = learned ? layer.query[0] : Tensor(), .storage = storage});
   const auto mask = mask_of(layer);
   if (layer.shape.timed == Timed::attend) {
     return make(
-        "frozen", layer, [&layer, frozen, mask] { return frozen.context(layer.key, layer.value, mask); },
+        name, layer, [&layer, frozen, mask] { return frozen.context(layer.key, layer.value, mask); },
         [&layer, frozen, learned](const auto& context) {
           return learned ? frozen.attend(context) : frozen.attend(layer.query, context);
         });
   }
   return make(
-      "frozen", layer, [] { return 0; },
+      name, layer, [] { return 0; },
       [&layer, frozen, learned, mask](int) {
         return learned ? frozen.forward(layer.key, layer.value, mask)
                        : frozen.forward(layer.query, layer.key, layer.value, mask);
       });
+}
+
+// What it gains from half the memory shows where a context is kept: nearly all of such a call is reading.
+Candidate stored_in_bfloat16(const Layer& layer) {
+  auto candidate = frozen(layer, "frozen, bfloat16", at::kBFloat16);
+  candidate.rounds = true;
+  return candidate;
 }
 
 // With one backend of scaled_dot_product_attention on, the others off.
@@ -189,6 +196,7 @@ Candidate with_backend(Candidate candidate, const char* name, void (at::Context:
 
 std::vector<Candidate> candidates(const Layer& layer) {
   std::vector<Candidate> result = {eager(layer), sdpa(layer), mha(layer), folded(layer), module(layer), frozen(layer)};
+  if (layer.key.is_cpu() && layer.shape.timed == Timed::attend) result.push_back(stored_in_bfloat16(layer));
   if (layer.key.is_cuda() && weights_of(layer) == AttentionWeights::none) {
     result.push_back(with_backend(sdpa(layer), "flash", &at::Context::setSDPUseFlash));
     result.push_back(with_backend(sdpa(layer), "efficient", &at::Context::setSDPUseMemEfficient));

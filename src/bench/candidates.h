@@ -16,6 +16,7 @@ struct Candidate {
   std::vector<torch::Tensor> leaves;  ///< gets gradients; those of layer.leaves() that have the same place are compared
   size_t compared = 0;                ///< how many of the leaves are those of the layer
   bool holds_logits = false;          ///< of all heads, in memory
+  bool rounds = false;                ///< numbers to a type of fewer digits than those of the layer
   std::string absent;                 ///< why it cannot run this row, or empty
 };
 
@@ -25,7 +26,7 @@ struct Candidate {
 ///   mha      torch::nn::MultiheadAttention
 ///   folded   the cheapest order of products in plain tensor operations
 ///   module   xattn::CrossAttention
-///   frozen   xattn::Frozen, made of it
+///   frozen   xattn::Frozen, made of it; on a CPU, where a context is kept, also with what it keeps stored in bfloat16
 std::vector<Candidate> candidates(const Layer& layer);
 
 }  // namespace bench

@@ -33,8 +33,20 @@ struct Tile {
 
 constexpr int64_t kLine = 64;  // bytes
 
+// Applies f to the two vectors of each row and panel.
+template <int kRows, int kVectors, class F>
+inline void each_pair(Vector (&sums)[kRows][kVectors], F f) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; v += 2) f(sums[r][v], sums[r][v + 1]);
+  }
+}
+
 template <class Element, int kRows, int kVectors, bool kPartial>
 void compute_tile(const Tile<Element>& tile) {
+  // Of a panel's sums, those of columns at even places and of those at odd places have a vector each: see load_apart.
+  constexpr bool kApart = !kPartial && sizeof(Element) == sizeof(Bfloat16);
   const int64_t last = tile.last, row_stride = tile.b.row_stride, panel_stride = tile.b.panel_stride;
   const auto c_at = [&tile](int r, int v) { return tile.c + r * tile.c_stride + v / 2 * tile.c_panel_stride + v % 2 * kLanes; };
   const auto is_partial = [](int v) { return kPartial && v == kVectors - 1; };
@@ -54,6 +66,7 @@ void compute_tile(const Tile<Element>& tile) {
       for (int v = 0; v < kVectors; ++v) sums[r][v] += load_at(c_at(r, v), v);
     }
   }
+  if constexpr (kApart) each_pair(sums, [](Vector& x, Vector& y) { take_apart(x, y, Lanes{}); });
 
   const float* a = tile.a;
   const Element* b = tile.b.data;
@@ -62,8 +75,13 @@ void compute_tile(const Tile<Element>& tile) {
   for (int64_t i = 0; i < tile.k; ++i, ++a, b += row_stride, ahead += tile.ahead_step) {
     __builtin_prefetch(ahead);
     Vector b_row[kVectors];
+    if constexpr (kApart) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) b_row[v] = load_at(b + v / 2 * panel_stride + v % 2 * kLanes, v);
+      for (int v = 0; v < kVectors; v += 2) load_apart(b + v / 2 * panel_stride, b_row[v], b_row[v + 1]);
+    } else {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) b_row[v] = load_at(b + v / 2 * panel_stride + v % 2 * kLanes, v);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const Vector a_element = broadcast(a[r * a_stride]);
@@ -72,6 +90,7 @@ void compute_tile(const Tile<Element>& tile) {
     }
   }
 
+  if constexpr (kApart) each_pair(sums, [](Vector& x, Vector& y) { put_together(x, y, Lanes{}); });
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
@@ -115,11 +134,12 @@ constexpr Tiles<Element> kTiles = [] {
   return tiles;
 }();
 
-// All rows of a block of c by the columns of one tile. The first tiles fetch the panels behind, which come from further away.
+// All rows of a block of c by the columns of one tile. The first of several tiles fetch the panels behind, which come from further
+// away; a tile that is the only one does little but read, which only takes longer when lines of other places are asked for besides.
 template <class Element>
 void compute_column(Tile<Element> tile, int64_t m, int64_t tiles, int64_t panels, const ComputeTile<Element>* compute) {
   const bool is_packed = tile.b.row_stride == kPanel;
-  const int64_t size = is_packed ? panels * tile.k * kPanel * static_cast<int64_t>(sizeof(Element)) : 0;  // bytes
+  const int64_t size = is_packed && tiles > 1 ? panels * tile.k * kPanel * static_cast<int64_t>(sizeof(Element)) : 0;  // bytes
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t rows = m / tiles + (i < m % tiles);  // 16 rows are 8 + 8 rather than 14 + 2: a low tile is a slow one
     const int64_t fetched = i * tile.k * kLine;

@@ -118,6 +118,14 @@ inline Vector load(const Bfloat16* from) {
   return load_first(from, kLanes);
 }
 
+// Two vectors of numbers that lie one behind the other: those at even places, and those at odd ones.
+inline void load_apart(const Bfloat16* from, Vector& even, Vector& odd) {
+  typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
+  const Unsigned words = *reinterpret_cast<const Words*>(from);
+  even = reinterpret_cast<Vector>(words << 16);
+  odd = reinterpret_cast<Vector>(words & 0xffff0000);
+}
+
 // Rounds to the nearest, and of two as near to the even one.
 inline void store(Bfloat16* to, Vector x) {
   const auto bits = reinterpret_cast<Unsigned>(x);
@@ -175,6 +183,22 @@ inline Vector reduce(const Vector (&x)[2 * kBit], Combine combine) {
   } else {
     return halves[0];
   }
+}
+
+// Of two vectors, one behind the other: the lanes at even places into the first, those at odd places into the second.
+template <int... kLane>
+inline void take_apart(Vector& x, Vector& y, Sequence<kLane...>) {
+  const Vector even = __builtin_shufflevector(x, y, 2 * kLane...);
+  y = __builtin_shufflevector(x, y, (2 * kLane + 1)...);
+  x = even;
+}
+
+// And back.
+template <int... kLane>
+inline void put_together(Vector& even, Vector& odd, Sequence<kLane...>) {
+  const Vector x = __builtin_shufflevector(even, odd, (kLane / 2 + kLane % 2 * kLanes)...);
+  odd = __builtin_shufflevector(even, odd, (kLanes / 2 + kLane / 2 + kLane % 2 * kLanes)...);
+  even = x;
 }
 
 template <int kBit, int... kLane>
