@@ -77,7 +77,7 @@ void each_share_of_rows(int64_t n, int64_t bytes, const FloatsOfARow& floats_of_
   constexpr int64_t kMostRows = 112;     // and on those that come from memory for each task anew
   constexpr int64_t kNear = 2 << 20;     // bytes
   constexpr int64_t kRowsOfATeam = 4;    // per thread: with fewer rows all threads work on the same rows
-  constexpr int64_t kFar = 64 << 20;     // bytes that are read once by all threads, rather than by each, up to kLeastRows of them for each
+  constexpr int64_t kFar = 64 << 20;     // bytes: from there on up to kLeastRows, so that they are read once and not by each
 
   if (n == 0) return;
   const auto workers = threads();

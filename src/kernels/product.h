@@ -68,11 +68,13 @@ void compute_tile(const Tile<Element>& tile) {
   }
   if constexpr (kApart) each_pair(sums, [](Vector& x, Vector& y) { take_apart(x, y, Lanes{}); });
 
-  const float* a = tile.a;
-  const Element* b = tile.b.data;
+  constexpr int kHalf = (kRows + 1) / 2;  // from two pointers, the distances to all rows stay in registers
   const int64_t a_stride = tile.a_stride;
+  const float* a_upper = tile.a;
+  const float* a_lower = tile.a + kHalf * a_stride;
+  const Element* b = tile.b.data;
   const char* ahead = tile.ahead;
-  for (int64_t i = 0; i < tile.k; ++i, ++a, b += row_stride, ahead += tile.ahead_step) {
+  for (int64_t i = 0; i < tile.k; ++i, ++a_upper, ++a_lower, b += row_stride, ahead += tile.ahead_step) {
     __builtin_prefetch(ahead);
     Vector b_row[kVectors];
     if constexpr (kApart) {
@@ -84,7 +86,7 @@ void compute_tile(const Tile<Element>& tile) {
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vector a_element = broadcast(a[r * a_stride]);
+      const Vector a_element = broadcast(r < kHalf ? a_upper[r * a_stride] : a_lower[(r - kHalf) * a_stride]);
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) sums[r][v] += a_element * b_row[v];
     }
