@@ -75,12 +75,13 @@ TEST(BenchTest, EveryCandidateOfTheSmallRowsIsCorrect) {
   const auto report =
       nlohmann::json::parse(bench("--limit 0.4 --seconds 1e-4 --threads 1 --weights none mean per-head --json"));
   std::set<std::string> candidates;
+  const std::string rounding = "frozen, bfloat16";  // what it keeps, to 8 bits
   for (const auto& result : report.at("results")) {
     candidates.insert(result.at("candidate"));
-    EXPECT_LT(result.at("error"), 1e-5);
+    EXPECT_LT(result.at("error"), result.at("candidate") == rounding ? 2e-2 : 1e-5) << result;
     EXPECT_GT(result.at("us"), 0);
   }
-  EXPECT_EQ(candidates, (std::set<std::string>{"eager", "folded", "frozen", "mha", "module", "sdpa"}));
+  EXPECT_EQ(candidates, (std::set<std::string>{"eager", "folded", "frozen", rounding, "mha", "module", "sdpa"}));
   EXPECT_TRUE(report.at("peaks").contains("1"));
   for (const auto& skipped : report.at("skipped")) EXPECT_NE(skipped.at("reason"), "");
 }
