@@ -5,13 +5,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
   cat <<'END'
-usage: scripts/build.sh [--tests] [-B DIR] [CMake options]
+usage: scripts/build.sh [--tests] [--target NAME] [-B DIR] [CMake options]
 
 Sets everything up and makes a release build. What is there already is not fetched again.
 
-  --tests     build the tests too
-  -B DIR      the build folder (build)
-  -h, --help  show this
+  --tests        build the tests too
+  --target NAME  build this target and what it needs, and nothing else
+  -B DIR         the build folder (build)
+  -h, --help     show this
 
 1. System packages (compiler, CMake, libraries): installed by apt where root or sudo without a password allows it.
 2. LibTorch, the first of: Torch_DIR or CMAKE_PREFIX_PATH; the torch of the active Python; .venv in the project, where
@@ -24,11 +25,13 @@ END
 
 tests=OFF
 folder=build
+target=()
 options=()
 while (($#)); do
   case $1 in
     -h | --help) usage; exit ;;
     --tests) tests=ON ;;
+    --target) target=(--target "${2:?"--target needs a name"}"); shift ;;
     -B) folder=${2:?"-B needs a folder"}; shift ;;
     -*) options+=("$1") ;;
     *) echo "scripts/build.sh: unknown argument '$1'; see --help" >&2; exit 2 ;;
@@ -75,4 +78,4 @@ export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$jobs}
 [[ -e $folder/CMakeCache.txt ]] || options+=(-G Ninja)
 cmake -S . -B "$folder" --log-level=NOTICE -DCMAKE_BUILD_TYPE=Release -DXATTN_TESTS=$tests \
   -DXATTN_TORCH_INSTALLER="$PWD/scripts/install_torch.sh" "${options[@]}"
-cmake --build "$folder"
+cmake --build "$folder" "${target[@]}"

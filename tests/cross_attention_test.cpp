@@ -8,7 +8,6 @@
 #include <cmath>
 #include <set>
 #include <sstream>
-#include <thread>
 
 #include "compare.h"
 #include "test_util.h"
@@ -345,24 +344,6 @@ TEST_P(CrossAttentionTest, TrainsInsideALargerModel) {
   }
   EXPECT_LT(last, 0.05 * first);
   for (const auto& parameter : model.named_parameters()) EXPECT_TRUE(parameter.value().grad().defined()) << parameter.key();
-}
-
-TEST_P(CrossAttentionTest, ThreadsShareAModuleAndGetTheSameBits) {
-  auto module = make(CrossAttentionOptions(options_).num_heads(2));
-  const auto context = module->context(key_, value_);
-  const auto expected = std::get<0>(module->attend(query_, context)).detach();
-  std::vector<std::thread> threads;
-  std::vector<int> equal(4, 0);
-  for (size_t i = 0; i < equal.size(); ++i) {
-    threads.emplace_back([&, i] {
-      const torch::NoGradGuard no_grad;  // per thread
-      bool all = true;
-      for (int repeat = 0; repeat < 50; ++repeat) all &= std::get<0>(module->attend(query_, context)).equal(expected);
-      equal[i] = all;
-    });
-  }
-  for (auto& thread : threads) thread.join();
-  EXPECT_EQ(equal, std::vector<int>(4, 1));
 }
 
 TEST_P(CrossAttentionTest, ClonesDeeplyAndMovesBetweenDevices) {

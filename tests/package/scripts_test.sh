@@ -23,6 +23,7 @@ for script in build test run format check; do
   expect 0 "usage: scripts/$script.sh" "scripts/$script.sh" --help
 done
 expect 2 "unknown argument 'all'" scripts/build.sh all
+expect 1 "--target needs a name" scripts/build.sh --target
 expect 2 "unknown argument '--all'" scripts/format.sh --all
 
 project=$temp/project

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// What several threads may share, in a program of its own: the thread sanitizer needs nothing else.
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/rand.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/tensor.h>
+#include <gtest/gtest.h>
+#include <xattn/cross_attention.h>
+#include <xattn/frozen.h>
+
+#include <algorithm>
+#include <functional>
+#include <optional>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "one_thread.h"
+
+namespace xattn::test {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kB = 2, kH = 4, kLq = 9, kLk = 77;
+
+struct Inputs {
+  explicit Inputs(at::ScalarType type)
+      : query(at::randn({kB, kLq, 20}, type)), key(at::randn({kB, kLk, 24}, type)), value(at::randn({kB, kLk, 12}, type)) {}
+  Tensor query, key, value;
+  Mask mask = Mask::lengths(at::tensor({77, 50}), kLk) & Mask::dense(at::rand({kB, 1, kLq, kLk}) < 0.7);
+};
+
+CrossAttentionOptions options() {
+  return CrossAttentionOptions(20, 24, 12, 40).num_heads(kH).kv_heads(kH / 2);
+}
+
+using Results = std::vector<std::tuple<Tensor, Tensor>>;  // outputs and weights
+
+bool are_equal(const Results& a, const Results& b) {
+  const auto equal = [](const auto& x, const auto& y) {
+    return std::get<0>(x).equal(std::get<0>(y)) && std::get<1>(x).equal(std::get<1>(y));
+  };
+  return std::ranges::equal(a, b, equal);
+}
+
+// What `call` gives to one thread it gives to each of several at once.
+void expect_equal_bits_on_all_threads(const std::function<Results()>& call) {
+  const OneThread one_thread;
+  const auto guarded = [&call] {
+    const at::NoGradGuard no_grad;  // of this thread
+    return call();
+  };
+  const auto expected = guarded();
+  std::vector<int> equal(4, 1);
+  std::vector<std::thread> threads;
+  for (auto& is_equal : equal) {
+    threads.emplace_back([&] {
+      for (int repeat = 0; repeat < 10; ++repeat) is_equal &= are_equal(guarded(), expected);
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  EXPECT_EQ(equal, std::vector<int>(4, 1));
+}
+
+TEST(ThreadsTest, ShareAModuleAndItsContextAndGetTheSameBits) {
+  for (const auto type : {at::kDouble, at::kFloat}) {  // on LibTorch's operators, and on this library's kernels
+    SCOPED_TRACE(type);
+    CrossAttention module(options());
+    module->to(type);
+    const Inputs x(type);
+    const auto shared = module->context(x.key, x.value, x.mask);
+    expect_equal_bits_on_all_threads([&]() -> Results {
+      const auto own = module->context(x.key, x.value, x.mask);
+      return {module->forward(x.query, x.key, x.value, x.mask), module->attend(x.query, shared), module->attend(x.query, own)};
+    });
+  }
+}
+
+TEST(ThreadsTest, ShareAFrozenLayerAndItsContextsAndGetTheSameBits) {
+  struct Case {
+    const char* name;
+    Order order = Order::standard;
+    std::optional<at::ScalarType> storage = {};
+    AttentionWeights weights = AttentionWeights::per_head;
+    bool bias_kv = false;
+  };
+  for (const auto& c :
+       {Case{.name = "standard"}, Case{.name = "fold_into_query", .order = Order::fold_into_query},
+        Case{.name = "fold_into_context", .order = Order::fold_into_context},
+        Case{.name = "bfloat16", .storage = at::kBFloat16}, Case{.name = "mean weights", .weights = AttentionWeights::mean},
+        Case{.name = "on operators", .bias_kv = true}}) {
+    SCOPED_TRACE(c.name);
+    CrossAttention module(options().attention_weights(c.weights).bias_kv(c.bias_kv));
+    const auto frozen = module->freeze({.plan = PlanMode::pin({c.order, c.order}), .storage = c.storage});
+    EXPECT_EQ(frozen.uses_kernels(), !c.bias_kv);
+    const Inputs x(at::kFloat);
+    const auto many = frozen.context(x.key, x.value, x.mask),
+               few = frozen.context(x.key, x.value, x.mask, {.expected_queries = 1});
+    expect_equal_bits_on_all_threads([&]() -> Results {
+      const auto own = frozen.context(x.key, x.value, x.mask);
+      return {frozen.forward(x.query, x.key, x.value, x.mask), frozen.attend(x.query, many), frozen.attend(x.query, few),
+              frozen.attend(x.query, own)};
+    });
+  }
+}
+
+}  // namespace
+}  // namespace xattn::test
