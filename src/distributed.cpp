@@ -3,6 +3,7 @@
 
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/exp.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -131,6 +132,11 @@ ContextParallel::ContextParallel(CrossAttention module, c10::intrusive_ptr<c10d:
   check_value(group.defined(), kCaller, "group must be a process group, but is null.");
   check_value(!module->options.bias_kv(), kCaller,
               "module must have no bias_kv, whose free key belongs to no rank, but has one.");
+  const auto& plan = module->options.plan();
+  const auto ends_in_heads = [](Order order) { return order == Order::standard || order == Order::fold_into_query; };
+  check_value(!plan.pinned || (ends_in_heads(plan.orders.logits) && ends_in_heads(plan.orders.values)), kCaller,
+              "plan must be of orders that end in heads, standard and fold_into_query, but is {}, {}.",
+              name_of(plan.orders.logits), name_of(plan.orders.values));
   state_ = std::make_shared<State>(State{std::move(module), c10::make_intrusive<detail::Ranks>(std::move(group)), queries});
 }
 
@@ -165,7 +171,7 @@ SharedContext ContextParallel::context(const Tensor& key,
   const auto request = detail::for_context(
       kCaller, module.request(Xk.size(0), 1, std::max<int64_t>(1, own), {}, Xk.requires_grad() || Xv.requires_grad()),
       expected);
-  const auto orders = cheapest(request);
+  const auto orders = o.plan().pinned ? o.plan().orders : cheapest(request);
 
   // A share without keys is one key that nobody sees: its rank takes all steps of the others.
   if (own == 0) {
@@ -211,7 +217,7 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   how.scale = o.scale();
   how.dropout = module.is_training() ? o.dropout() : 0;
   how.weights = o.attention_weights() == AttentionWeights::none ? AttentionWeights::none : AttentionWeights::per_head;
-  how.weight_heads = o.weight_heads();
+  if (o.attention_weights() == AttentionWeights::per_head) how.weight_heads = o.weight_heads();
   how.log_sum_exp = true;
   const auto part = detail::attend_heads(c.orders, weights, {}, Xq, c.side, how);
   const auto merged = detail::merge(part.output, part.log_sum_exp, ranks);
@@ -229,8 +235,11 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
     const at::NoGradGuard no_grad;
     const auto whole = merged.log_sum_exp.masked_fill(at::isneginf(merged.log_sum_exp), 0);
     auto share = at::exp(part.log_sum_exp - whole).unsqueeze(-1);  // [B, H, Lq, 1]
-    if (!how.weight_heads.empty())
-      share = share.index_select(1, at::tensor(how.weight_heads, at::dtype(at::kLong)).to(share.device()));
+    if (!how.weight_heads.empty()) {
+      std::vector<Tensor> chosen;  // no tensor of indices, for which a call on CUDA would have to wait
+      for (const auto head : how.weight_heads) chosen.push_back(share.select(1, head));
+      share = at::stack(chosen, 1);
+    }
     map = (part.weights.detach() * share).narrow(-1, 0, c.own).to(part.weights.scalar_type());
     if (o.attention_weights() == AttentionWeights::mean) map = map.mean(1);
   }

@@ -26,7 +26,8 @@ enum class Queries {
 };
 
 /// One rank's share of a context. Belongs to the ContextParallel that made it, and to the weights of that moment, as a Context does.
-/// Never changes after it is made; copies share storage.
+/// A share that is not projected (see `orders`) is the caller's own tensors, which he must not write to while it is in use. Copies
+/// share storage.
 class XATTN_API SharedContext {
  public:
   int64_t batch_size() const;
@@ -63,13 +64,16 @@ class XATTN_API SharedContext {
 /// ranks' losses. First derivatives only. The attention weights carry no gradient.
 ///
 /// All methods are collective: each rank calls them in the same order, with gradients asked for alike. Where a rank dies or does
-/// not answer within the group's timeout, they throw c10::DistBackendError on the others, and the group is of no more use.
-/// With Gloo the program must ignore SIGPIPE (`std::signal(SIGPIPE, SIG_IGN)`, as Python does): Gloo may write to a process that has just
+/// not answer within the group's timeout, they throw c10::DistBackendError on the others, and the group is of no more use. (So Gloo
+/// does. NCCL waits on the host, and can throw, with TORCH_NCCL_BLOCKING_WAIT=1 alone; else its watchdog ends the process.) An error
+/// on one rank alone, of its own sizes or types, leaves the others to their timeout. With Gloo the program must ignore SIGPIPE (`std::signal(SIGPIPE, SIG_IGN)`, as Python does): Gloo may write to a process that has just
 /// died, and the signal would end this one too.
+/// Dropout draws from each rank's default generator: give ranks seeds of their own, or equal shares lose the same places.
 /// Tensors are on the CPU (Gloo) or on CUDA devices (NCCL), as the group is made. Not thread-safe, as its group is not.
 class XATTN_API ContextParallel {
  public:
-  /// Throws c10::ValueError for a module with bias_kv, whose free key would have no rank.
+  /// Throws c10::ValueError for a module with bias_kv, whose free key would have no rank, or with a plan pinned to orders other than
+  /// standard and fold_into_query, which do not end in heads.
   ContextParallel(CrossAttention module, c10::intrusive_ptr<c10d::ProcessGroup> group, Queries queries = Queries::same);
 
   /// `attend` applied to `context`.

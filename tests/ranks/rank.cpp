@@ -75,6 +75,9 @@ std::vector<Case> cases() {
   per_head.attention_weights(AttentionWeights::per_head);
   chosen.attention_weights(AttentionWeights::per_head).weight_heads({3, 1});
   normed.qk_norm(NormKind::rms);
+  auto mean_of_all = mean, pinned = plain;
+  mean_of_all.weight_heads({3, 1});
+  pinned.plan(PlanMode::standard);
   free.attention_weights(AttentionWeights::none).key_bias(false);
   const auto dense = torch::rand({kB, kLq, kLk}) < 0.6;
   const auto bias = torch::randn({1, 4, kLq, kLk}, torch::kDouble);
@@ -88,6 +91,8 @@ std::vector<Case> cases() {
       {"causal from the first key", per_head, Mask::causal(CausalAlignment::upper_left)},
       {"causal from the last key, and padding", mean,
        Mask::causal(CausalAlignment::lower_right) & Mask::lengths(torch::tensor({13, 7}), kLk), torch::kDouble, true},
+      {"a mean, which is of all heads whichever are chosen", mean_of_all, {}},
+      {"a pinned order", pinned, {}},
       {"norms", normed, Mask::lengths(torch::tensor({13, 4}), kLk)},
       {"float32", mean, {}, torch::kFloat},
       {"bfloat16", per_head, Mask::lengths(torch::tensor({13, 7}), kLk), torch::kBFloat16},
@@ -152,12 +157,20 @@ void equal(const Ranks& ranks) {
           [&](const Tensor& q, const Tensor& k, const Tensor& v) {
             const auto context = parallel.context(k, v, each.mask, {.expected_queries = expected});
             expect(context.length() == kLk && context.first() == first && context.own_length() == n, what + ": lengths");
+            expect(!each.options.plan().pinned || context.orders() == Orders{}, what + ": orders");
             return parallel.attend(q, context);
           },
           grad);
       const auto limit = allowed(each.type);
       expect_close(part.output, whole.output, limit, what + ", output");
       expect_close(part.weights, own(whole.weights, -1), limit, what + ", weights");
+      {
+        const torch::NoGradGuard no_grad;  // in float32 other kernels run
+        const auto context = parallel.context(own(key, 1), own(value, 1), each.mask, {.expected_queries = expected});
+        const auto [output, weights] = parallel.attend(query, context);
+        expect_close(output, whole.output, limit, what + ", output without gradients");
+        expect_close(weights, own(whole.weights, -1), limit, what + ", weights without gradients");
+      }
       expect_close(part.query, whole.query, limit, what + ", gradient of the query");
       // Relative to the largest gradient of all keys: those of one rank may all be next to nothing.
       const auto with_all = [&](const Tensor& x, const Tensor& of_all) {
@@ -276,6 +289,11 @@ void errors(const Ranks& ranks) {
   expect(message([&] { ContextParallel(CrossAttention(CrossAttentionOptions(6, 10, 10, 16).bias_kv(true)), ranks.group); }) ==
              "[context_parallel] module must have no bias_kv, whose free key belongs to no rank, but has one.",
          "bias_kv");
+  const auto prefold = CrossAttentionOptions(6, 10, 10, 16).plan(PlanMode::pin({Order::prefold, Order::standard}));
+  expect(message([&] { ContextParallel(CrossAttention(prefold), ranks.group); }) ==
+             "[context_parallel] plan must be of orders that end in heads, standard and fold_into_query, but is prefold, "
+             "standard.",
+         "plan");
 }
 
 // The last rank goes without a word; the others must notice, and say so.
