@@ -149,8 +149,6 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Orders& orders,
 
 // Of `forward`, for batched inputs.
 Orders CrossAttentionImpl::orders_for(const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask) const {
-  if (at::autocast::is_autocast_enabled(query.device().type())) return {};
-  if (options.plan().pinned) return options.plan().orders;
   const bool inputs_train = query.requires_grad() || key.requires_grad() || value.requires_grad();
   return make_plan(request(key.size(0), query.size(1), key.size(1), mask, inputs_train)).orders;
 }
@@ -160,20 +158,20 @@ PlanRequest CrossAttentionImpl::request(int64_t B, int64_t Lq, int64_t Lk, const
   const auto& weight = query_linear->weight;
   const auto bias = mask.additive();
   request.element = static_cast<int64_t>(weight.element_size());
-  request.training = at::GradMode::is_enabled() && (inputs_train || weight.requires_grad());
+  request.mask_is_learned = bias.defined() && bias.requires_grad();
+  request.training = at::GradMode::is_enabled() && (inputs_train || request.mask_is_learned || weight.requires_grad() ||
+                                                    key_linear->weight.requires_grad() || value_linear->weight.requires_grad());
+  request.gives_weights = options.attention_weights() != AttentionWeights::none;
+  request.drops_weights = is_training() && options.dropout() > 0;
+  request.runs_on = detail::run_on_kernels({weight}) ? RunsOn::kernels : weight.is_cpu() ? RunsOn::cpu : RunsOn::cuda;
+  if (options.plan().pinned) request.pinned = options.plan().orders;
+  if (at::autocast::is_autocast_enabled(weight.device().type())) request.pinned = Orders{};
   request.rates = options.plan().rates.value_or(weight.is_cuda() ? Rates::cuda() : Rates::cpu(at::get_num_threads()));
-  const bool own = !request.training && detail::run_on_kernels({weight});  // which leave nothing to be desired but gradients
-  request.unfused = is_training() && options.dropout() > 0                  ? "dropout is above 0"
-                    : own                                                   ? ""
-                    : options.attention_weights() != AttentionWeights::none ? "attention weights are wanted"
-                    : bias.defined() && bias.requires_grad()                ? "the mask's bias asks for its gradient"
-                    : weight.is_cpu() && request.d != request.e ? "heads of values are not of the size of heads of keys"
-                                                                : "";
   return request;
 }
 
 std::string CrossAttentionImpl::explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask) {
-  return xattn::explain(request(B, Lq, Lk, mask, false));
+  return xattn::explain(request(B, Lq, options.bias_kv() ? Lk : mask.needed_keys(Lk), mask, false));
 }
 
 std::vector<Tensor> CrossAttentionImpl::context_weights() const {

@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <iterator>
 #include <span>
+#include <tuple>
 #include <utility>
 
 #include "check.h"
+#include "kernels/kernels.h"
 
 namespace xattn {
 namespace {
@@ -14,6 +16,8 @@ namespace {
 using detail::check_value;
 
 constexpr std::string_view kNames[] = {"standard", "fold_into_query", "prefold", "fold_into_context", "prefold_into_context"};
+constexpr std::string_view kKernelNames[] = {"tensor_operations",           "heads", "heads_in_parts", "chain", "fused_cpu",
+                                             "scaled_dot_product_attention"};
 
 // `count` products of [m, k] by [k, n], of which a call pays this share.
 struct Product {
@@ -34,8 +38,8 @@ struct Cost {
 
 // A product runs at full speed when it is large in every direction, and no faster than its operands arrive.
 Cost cost_of_product(const Product& product, const PlanRequest& request) {
-  if (product.share == 0) return {};
   const auto& [count, m, k, n, share] = product;
+  if (share * count * m * k * n == 0) return {};
   const auto& rates = request.rates;
   const auto operations = 2 * count * m * k * n;
   const auto bytes = static_cast<double>(request.element) * count * (m * k + k * n + m * n);
@@ -122,12 +126,52 @@ double saved_by_fusion(const PlanRequest& request) {
   return parts.seconds + cost_of_softmax(request).seconds - fused;
 }
 
-bool can_fuse(const Orders& orders, const PlanRequest& request) {
-  return orders == Orders{} && request.unfused.empty() && request.rates.fused > 0;
-}
-
 bool is_empty(const PlanRequest& r) {
   return r.B == 0 || r.Lq == 0 || r.Lk == 0;
+}
+
+// Kernels of this library for heads, by what engine/heads.cpp calls a long context.
+AttentionKernel kernel_of_heads(const PlanRequest& r) {
+  constexpr int64_t kLongContext = 4096;
+  const auto keys = r.Lk + (r.free_key ? 1 : 0);
+  return keys > kLongContext && !r.gives_weights ? AttentionKernel::heads_in_parts : AttentionKernel::heads;
+}
+
+// The kernel and the reason: what frozen.cpp and attention.cpp do, in the order in which they ask.
+std::pair<AttentionKernel, std::string_view> kernel_of(const Orders& orders, const PlanRequest& r) {
+  constexpr auto kPlain = AttentionKernel::tensor_operations;
+  const bool is_standard = orders == Orders{}, own = r.runs_on == RunsOn::kernels;
+  if (r.runs_on == RunsOn::engine) {
+    return is_standard ? std::pair(kernel_of_heads(r), "the layer is frozen, in float32 on the CPU")
+                       : std::pair(AttentionKernel::chain, "the layer is frozen, and the order is not the standard one");
+  }
+  if (!is_standard) return {kPlain, "the order is not the standard one"};
+  if (r.drops_weights) return {kPlain, "dropout is above 0"};
+  if (r.B == 0 || r.Lq == 0 || (r.Lk == 0 && !r.free_key)) return {kPlain, "an axis is empty"};
+  if (own && !r.training) return {kernel_of_heads(r), "the type is float32, and no gradient is wanted"};
+  if (r.gives_weights) return {kPlain, own ? "weights and gradients are wanted" : "weights are wanted"};
+  if (r.mask_is_learned) return {kPlain, "the mask's bias asks for its gradient"};
+  if (r.runs_on == RunsOn::cuda) return {AttentionKernel::scaled_dot_product_attention, "the layer is not on the CPU"};
+  if (r.d != r.e) return {kPlain, "heads of values are not of the size of heads of keys"};
+  if (own) return {kernel_of_heads(r), "the type is float32; gradients are by LibTorch's kernel"};
+  return {AttentionKernel::fused_cpu, "this library's is for float32, AVX2 or AVX-512, and no autocast"};
+}
+
+// What a kernel does with the logits, and whose it is.
+std::string_view description_of(AttentionKernel kernel) {
+  switch (kernel) {
+    case AttentionKernel::tensor_operations: return "all logits in memory";
+    case AttentionKernel::heads: return "this library's kernel, one head after the other, logits in the cache";
+    case AttentionKernel::heads_in_parts: return "this library's kernel, one head after the other, the context in parts";
+    case AttentionKernel::chain: return "this library's kernels, the whole chain for a few rows at a time";
+    case AttentionKernel::fused_cpu: return "LibTorch's fused kernel for the CPU";
+    case AttentionKernel::scaled_dot_product_attention: break;
+  }
+  return "LibTorch's choice of its kernels";
+}
+
+bool is_own(AttentionKernel kernel) {
+  return kernel == AttentionKernel::heads || kernel == AttentionKernel::heads_in_parts || kernel == AttentionKernel::chain;
 }
 
 void check(const PlanRequest& r) {
@@ -159,7 +203,7 @@ class Planner {
     check(request);
     for (int i = 0; i < kOrders; ++i) {
       const auto order = static_cast<Order>(i);
-      const auto logits = cost_of_logits(order, request), values = cost_of_values(order, request);
+      const auto logits = in_all_passes(cost_of_logits(order, request)), values = in_all_passes(cost_of_values(order, request));
       plan_.logits[static_cast<size_t>(i)] = {order, logits.operations, logits.bytes, logits.seconds,
                                               illegal_for_logits(order, request)};
       plan_.values[static_cast<size_t>(i)] = {order, values.operations, values.bytes, values.seconds,
@@ -171,17 +215,13 @@ class Planner {
     auto plan = plan_;
     const auto& logits = plan.logits[static_cast<size_t>(orders.logits)];
     const auto& values = plan.values[static_cast<size_t>(orders.values)];
-    const auto softmax = cost_of_softmax(request_);
+    const auto softmax = in_all_passes(cost_of_softmax(request_));
     plan.orders = orders;
     plan.operations = logits.operations + values.operations;
     plan.bytes = logits.bytes + values.bytes + softmax.bytes;
     plan.seconds = logits.seconds + values.seconds + softmax.seconds;
-    plan.fused = can_fuse(orders, request_);
-    if (plan.fused) plan.seconds -= saved_by_fusion(request_);
-    const double passes = request_.training ? 3 : 1;  // backward is two products for each of forward
-    plan.operations *= passes;
-    plan.bytes *= passes;
-    plan.seconds *= passes;
+    std::tie(plan.kernel, plan.kernel_reason) = kernel_of(orders, request_);
+    if (is_fused(plan.kernel) && request_.rates.fused > 0) plan.seconds -= passes_ * saved_by_fusion(request_);
     return plan;
   }
 
@@ -196,7 +236,12 @@ class Planner {
   }
 
  private:
+  Cost in_all_passes(const Cost& cost) const {
+    return {passes_ * cost.operations, passes_ * cost.bytes, passes_ * cost.seconds};
+  }
+
   const PlanRequest& request_;
+  const double passes_ = request_.training ? 3 : 1;  // backward is two products for each of forward
   Plan plan_;
 };
 
@@ -212,6 +257,18 @@ std::string engineering(double value, std::string_view unit) {
 
 std::string_view name_of(Order order) {
   return kNames[static_cast<size_t>(order)];
+}
+
+std::string_view name_of(AttentionKernel kernel) {
+  return kKernelNames[static_cast<size_t>(kernel)];
+}
+
+bool is_fused(AttentionKernel kernel) {
+  return kernel != AttentionKernel::tensor_operations && kernel != AttentionKernel::chain;
+}
+
+RunsOn modules_run_on() {
+  return std::string_view(detail::kernels().name) == "plain" ? RunsOn::cpu : RunsOn::kernels;
 }
 
 namespace {
@@ -251,6 +308,7 @@ bool values_product_pays(const PlanRequest& r) {
 
 Plan make_plan(const PlanRequest& request) {
   const Planner planner(request);
+  if (request.pinned) return planner.plan(*request.pinned);
   return planner.plan(is_empty(request) ? Orders{} : planner.cheapest());
 }
 
@@ -262,16 +320,17 @@ std::string explain(const PlanRequest& request) {
   const auto plan = make_plan(request);
   const auto& r = request;
   auto text =
-      fmt::format("B {}, heads {}{}, Lq {}, Lk {}; features: query {}, key {}, value {}, heads {} and {}, output {}\n", r.B,
-                  r.H, r.G == r.H ? "" : fmt::format(" (of keys {})", r.G), r.Lq, r.Lk, r.Eq, r.Ek, r.Ev, r.d, r.e, r.Eo);
-  const auto add_chain = [&text](std::string_view name, const std::array<OrderCost, kOrders>& costs, Order chosen) {
+      fmt::format("B {}, heads {}{}, Lq {}, Lk {}; features: query {}, key {}, value {}, heads {} and {}, output {}{}\n", r.B,
+                  r.H, r.G == r.H ? "" : fmt::format(" (of keys {})", r.G), r.Lq, r.Lk, r.Eq, r.Ek, r.Ev, r.d, r.e, r.Eo,
+                  r.training ? "; forward and backward" : "");
+  const auto add_chain = [&text, &r](std::string_view name, const std::array<OrderCost, kOrders>& costs, Order chosen) {
     text += fmt::format("{:24}{:>14}{:>12}{:>12}\n", name, "operations", "memory", "time");
     const auto least = costs[static_cast<size_t>(chosen)].seconds;
     for (const auto& cost : costs) {
-      const auto remark = cost.order == chosen    ? std::string("<- chosen")
-                          : !cost.illegal.empty() ? fmt::format("illegal: {}", cost.illegal)
-                          : cost.seconds <= least ? std::string("as fast, but not with the other chain")
-                                                  : fmt::format("{:.2f} times its time", cost.seconds / least);
+      const auto remark = cost.order == chosen                 ? std::string(r.pinned ? "<- pinned" : "<- chosen")
+                          : !cost.illegal.empty()              ? fmt::format("illegal: {}", cost.illegal)
+                          : cost.seconds <= least && !r.pinned ? std::string("as fast, but not with the other chain")
+                                                               : fmt::format("{:.2f} times its time", cost.seconds / least);
       text += fmt::format("  {:22}{:>14}{:>12}{:>12}  {}\n", name_of(cost.order), engineering(cost.operations, ""),
                           engineering(cost.bytes, "B"), engineering(cost.seconds, "s"), remark);
     }
@@ -279,14 +338,10 @@ std::string explain(const PlanRequest& request) {
   add_chain("logits", plan.logits, plan.orders.logits);
   add_chain("values", plan.values, plan.orders.values);
   const auto standard = cost_of(Orders{}, request);
-  text += fmt::format("in all{}: {} operations, {}; in the standard order {}, {}\n", request.training ? ", with backward" : "",
-                      engineering(plan.operations, ""), engineering(plan.seconds, "s"), engineering(standard.operations, ""),
-                      engineering(standard.seconds, "s"));
-  text += plan.fused ? "attention: a fused kernel\n"
-                     : fmt::format("attention: logits in memory, because {}\n",
-                                   plan.orders != Orders{}   ? "the order is not the standard one"
-                                   : request.unfused.empty() ? "these rates know of no fused kernel"
-                                                             : request.unfused);
+  text += fmt::format("in all: {} operations, {}; in the standard order {}, {}\n", engineering(plan.operations, ""),
+                      engineering(plan.seconds, "s"), engineering(standard.operations, ""), engineering(standard.seconds, "s"));
+  text += fmt::format("attention by {}: {}, because {}{}\n", name_of(plan.kernel), description_of(plan.kernel),
+                      plan.kernel_reason, r.gives_weights && is_own(plan.kernel) ? "; weights come from the same pass" : "");
   return text;
 }
 

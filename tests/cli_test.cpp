@@ -3,6 +3,7 @@
 #include <torch/torch.h>
 #include <xattn/cross_attention.h>
 #include <xattn/load.h>
+#include <xattn/plan.h>
 #include <xattn/safetensors.h>
 
 #include <algorithm>
@@ -415,6 +416,29 @@ TEST_F(CliTest, ExplainSaysWhatEveryOrderCostsAndWhy) {
   EXPECT_TRUE(json["logits"][0]["illegal"].is_null());
   EXPECT_EQ(json["logits"][1]["illegal"], "a norm of the key stands behind Wk");
   EXPECT_LT(json["chosen"]["operations"], json["standard"]["operations"]);
+}
+
+TEST_F(CliTest, ExplainNamesTheAttentionKernelAndWhy) {
+  const auto explained = [this](const std::string& options) {
+    return json::parse(xattn("explain 1,8,500,500,64,64,64 --threads 1 --json " + options).out);
+  };
+  const auto kernel = [&](const std::string& options) { return explained(options)["chosen"]["kernel"]; };
+  const auto own = modules_run_on() == RunsOn::kernels;
+  EXPECT_EQ(kernel(""), own ? "heads" : "fused_cpu");
+  EXPECT_EQ(kernel("--type bfloat16"), "fused_cpu");
+  EXPECT_EQ(kernel("--cuda"), "scaled_dot_product_attention");
+  EXPECT_EQ(kernel("--weights mean"), own ? "heads" : "tensor_operations");
+  EXPECT_EQ(kernel("--weights per-head --training"), "tensor_operations");
+  EXPECT_EQ(kernel("--dropout"), "tensor_operations");
+  EXPECT_EQ(explained("--learned-bias")["chosen"]["reason"], "the mask's bias asks for its gradient");
+  EXPECT_EQ(explained("--learned-bias")["fused"], false);
+  EXPECT_EQ(kernel("--frozen --weights mean"), "heads");
+  EXPECT_EQ(explained("--frozen")["fused"], true);
+  EXPECT_EQ(explained("--training")["standard"]["operations"], 3 * explained("")["standard"]["operations"].get<double>());
+  const auto text = xattn("explain 1,12,1,1500,768,768,768 --frozen --weights mean").out;
+  EXPECT_NE(text.find("attention by chain: "), std::string::npos) << text;
+  EXPECT_TRUE(text.ends_with("; weights come from the same pass\n")) << text;
+  EXPECT_EQ(error(2, "explain 1,8,500,500,64,64,64 --frozen --dropout"), "--frozen excludes --dropout");
 }
 
 TEST_F(CliTest, ExplainAnswersForEveryLayerOfTheBenchmark) {

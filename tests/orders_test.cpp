@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "orders.h"
 
+#include <ATen/autocast_mode.h>
+#include <ATen/record_function.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <xattn/frozen.h>
+
+#include <set>
 
 #include "compare.h"
 #include "test_util.h"
@@ -23,6 +27,30 @@ constexpr int64_t kB = 2, kLq = 3, kLk = 5;
 // The line of the order that was chosen for the logits.
 std::string chosen(const std::string& explanation) {
   return explanation.substr(explanation.find("<- chosen") - 70, 70);
+}
+
+// The attention kernel that an explanation names.
+std::string kernel_in(const std::string& explanation) {
+  const std::string before = "attention by ";
+  const auto begin = explanation.find(before) + before.size();
+  return explanation.substr(begin, explanation.find(':', begin) - begin);
+}
+
+// The one that a call runs, by the operators of LibTorch that it calls; "own" if by none that attends.
+template <class F>
+std::string kernel_of(const F& call) {
+  static std::set<std::string> called;
+  called.clear();
+  const auto handle = at::addThreadLocalCallback(
+      at::RecordFunctionCallback([](const at::RecordFunction& function) -> std::unique_ptr<at::ObserverContext> {
+        called.insert(function.name());
+        return nullptr;
+      }).scopes({at::RecordScope::FUNCTION}));
+  call();
+  at::removeCallback(handle);
+  if (called.contains("aten::scaled_dot_product_attention")) return "scaled_dot_product_attention";
+  if (called.contains("aten::_scaled_dot_product_flash_attention_for_cpu")) return "fused_cpu";
+  return called.contains("aten::softmax") ? "tensor_operations" : "own";
 }
 
 class OrdersTest : public testing::TestWithParam<torch::Device> {
@@ -88,21 +116,62 @@ TEST_P(OrdersTest, LogSumExpHoldsTheBiasOfTheKeysUnlessProductsWereMadeAhead) {
 }
 
 TEST_P(OrdersTest, DroppedWeightsCarryTheBiasOfTheValuesByWhatIsLeftOfThem) {
-  // Without anything but the bias of the values, the output tells the sum of the weights that were kept.
-  auto module = make(CrossAttentionOptions(8, 12, 10, 4).output_bias(false));
+  // With one head and V = [1, 0] + bv, bv = [0 ... 0, 1], the output shows the weights that were left, and in its last column bv.
+  auto module = make(CrossAttentionOptions(8, 12, kLk, kLk + 1).output_bias(false));
   const torch::NoGradGuard no_grad;
-  module->value_linear->weight.zero_();
-  module->value_linear->bias.fill_(1);
-  module->output_linear->weight.copy_(torch::eye(4));
+  module->value_linear->weight.copy_(torch::eye(kLk + 1, kLk));
+  module->value_linear->bias.copy_(torch::eye(kLk + 1)[kLk]);
+  module->output_linear->weight.copy_(torch::eye(kLk + 1));
+  value_ = torch::eye(kLk, value_.options()).expand({kB, kLk, kLk});
   AttentionOptions how;
   how.dropout = 0.5;
   for_each_pair(module, how, [&](const Orders&, const AttentionResult& result) {
-    bool differs_from_one = false;
-    for (int repeat = 0; repeat < 10 && !differs_from_one; ++repeat) {
-      differs_from_one = (result.output - 1).abs().max().item<double>() > 1e-3;
-    }
-    EXPECT_TRUE(differs_from_one) << "moving the bias behind the softmax is wrong under dropout";
+    const auto left = result.output.narrow(2, 0, kLk), bias = result.output.select(2, kLk);
+    expect_close(bias, left.sum(2), tolerance(torch::kDouble, 100), "sums of what was left");
+    EXPECT_GT((bias - 1).abs().max().item<double>(), 0.1) << "bv moved into bo gives 1 in every row";
   });
+}
+
+TEST_P(OrdersTest, ARowWithoutKeysIsTheBiasOfTheOutputAlone) {
+  auto module = make(options_);
+  const torch::NoGradGuard no_grad;
+  const auto bo = module->output_linear->bias.clone();
+  const auto bv = module->value_linear->bias.view({2, 1, 5}).expand({2, 2, 5}).flatten();  // of the 4 heads
+  EXPECT_GT(torch::matmul(module->output_linear->weight, bv).abs().max().item<double>(), 0.1)
+      << "what bv moved into bo would add to such a row";
+  const auto valid = torch::arange(kLk, query_.device()).lt(torch::tensor({{5}, {0}}, query_.device()));
+  for (const auto& mask : {mask_, Mask::key_padding(valid)}) {
+    AttentionOptions how;
+    how.mask = mask;
+    module->to(torch::kDouble);
+    for_each_pair(module, how, [&](const Orders&, const AttentionResult& result) {
+      expect_close(result.output[1], bo.expand({kLq, 16}), 0, "output");
+    });
+    module->to(torch::kFloat);
+    for (const auto logits : kAllOrders) {
+      for (const auto values : kAllOrders) {
+        const auto frozen = module->freeze({.plan = PlanMode::pin({logits, values})});
+        const auto output =
+            std::get<0>(frozen.forward(query_.to(torch::kFloat), key_.to(torch::kFloat), value_.to(torch::kFloat), mask));
+        expect_close(output[1], bo.to(torch::kFloat).expand({kLq, 16}), 0, std::string(name_of(values)) + ", frozen");
+      }
+    }
+  }
+}
+
+TEST_P(OrdersTest, ProductsOfWeightsFollowTheWeightsInTraining) {
+  const Orders orders{Order::prefold, Order::prefold};
+  auto module = make(options_.plan(PlanMode::pin(orders)));
+  const auto output_with = [&](const Orders& by, const detail::Products& products) {
+    const LayerWeights weights(*module);
+    return attend(by, weights, products, query_, make_side(by, weights, products, key_, value_), {}).output;
+  };
+  const auto kept = make_products(orders, LayerWeights(*module));
+  std::get<0>(module->forward(query_, key_, value_)).square().sum().backward();
+  torch::optim::SGD(module->parameters(), torch::optim::SGDOptions(0.01)).step();
+  const auto right = output_with({}, {});
+  expect_close(std::get<0>(module->forward(query_, key_, value_)), right, tolerance(torch::kDouble, 400), "output");
+  EXPECT_GT((output_with(orders, kept) - right).abs().max().item<double>(), 1e-3) << "products from before the step";
 }
 
 TEST_P(OrdersTest, DroppedAttentionIsRightInTheMean) {
@@ -133,6 +202,11 @@ TEST_P(OrdersTest, ABiasThatTheResultDoesNotDependOnHasADefinedGradientOfZero) {
     const auto gradient = module->key_linear->bias.grad();
     ASSERT_TRUE(gradient.defined()) << name_of(logits);
     EXPECT_TRUE(gradient.eq(0).all().item<bool>()) << name_of(logits);
+
+    // As in the standard order, it decays: an optimizer would leave alone what has no gradient.
+    const auto before = module->key_linear->bias.detach().clone();
+    torch::optim::SGD(module->parameters(), torch::optim::SGDOptions(0.1).weight_decay(0.5)).step();
+    expect_close(module->key_linear->bias, 0.95 * before, tolerance(torch::kDouble, 4), std::string(name_of(logits)));
   }
 }
 
@@ -156,9 +230,63 @@ TEST_P(OrdersTest, GradientsEqualDifferencesInFirstAndSecondOrder) {
 TEST_P(OrdersTest, AModulePlansItselfAndAPinHolds) {
   // One query row and a long context: folding wins by far.
   auto options = CrossAttentionOptions(64, 64, 64, 64).num_heads(4);
-  EXPECT_NE(make(options)->explain(1, 1, 2000).find("fold_into_query"), std::string::npos);
   EXPECT_NE(chosen(make(options)->explain(1, 1, 2000)).find("fold_into_query"), std::string::npos);
   EXPECT_NE(chosen(make(options)->explain(1, 2000, 2000)).find("standard"), std::string::npos);
+  const auto pinned = make(options.plan(PlanMode::standard))->explain(1, 1, 2000);
+  EXPECT_NE(pinned.substr(pinned.find("<- pinned") - 70, 70).find("standard"), std::string::npos) << pinned;
+}
+
+TEST_P(OrdersTest, ExplainNamesTheAttentionKernelThatRuns) {
+  const auto expect_kernel = [](const std::string& explanation, const auto& call) {
+    auto named = kernel_in(explanation);
+    if (named == "heads" || named == "chain") named = "own";
+    EXPECT_EQ(kernel_of(call), named) << explanation;
+  };
+  struct Case {
+    bool weights, free_key, other_values, training, learned_mask, dropout;
+  };
+  for (const auto type : {torch::kFloat, torch::kDouble}) {
+    for (int bits = 0; bits < 64; ++bits) {
+      const Case c{(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0, (bits & 16) != 0, (bits & 32) != 0};
+      auto module = make(CrossAttentionOptions(16, 16, 16, 16)
+                             .num_heads(2)
+                             .value_head_dim(c.other_values ? 12 : 8)
+                             .bias_kv(c.free_key)
+                             .dropout(c.dropout ? 0.5 : 0)
+                             .attention_weights(c.weights ? AttentionWeights::mean : AttentionWeights::none));
+      module->to(type);
+      for (const auto& [Lq, Lk] : {std::pair(1, 300), {40, 40}, {0, 5}, {5, 0}}) {
+        SCOPED_TRACE((type == torch::kFloat ? "float, case " : "double, case ") + std::to_string(bits) + ", " +
+                     std::to_string(Lq) + " queries, " + std::to_string(Lk) + " keys");
+        const auto query = random({1, Lq, 16}).to(type), key = random({1, Lk, 16}).to(type);
+        const auto bias = random({Lq, Lk}).to(type).requires_grad_(c.learned_mask);
+        const auto mask = c.learned_mask ? Mask::bias(bias) : Mask();
+        const at::AutoGradMode record(c.training);
+        // With a free key the mask is made anew, without gradients one that asks for none: no matter for a plan.
+        if (c.free_key && c.learned_mask && !c.training) continue;
+        expect_kernel(module->explain(1, Lq, Lk, mask), [&] { module->forward(query, key, key, mask); });
+        if (c.training || c.learned_mask || c.dropout || Lq * Lk == 0) continue;
+        const auto frozen = module->freeze();
+        expect_kernel(frozen.explain(1, Lq, Lk), [&] { frozen.forward(query, key, key); });
+        const auto context = frozen.context(key, key);
+        expect_kernel(frozen.explain(1, Lq, Lk, ContextOptions::kMany), [&] { frozen.attend(query, context); });
+      }
+    }
+  }
+}
+
+TEST_P(OrdersTest, ExplainKnowsAutocast) {
+  auto module = make(CrossAttentionOptions(16, 16, 16, 16).attention_weights(AttentionWeights::none));
+  module->to(torch::kFloat);
+  const auto query = random({1, 1, 16}).to(torch::kFloat), key = random({1, 300, 16}).to(torch::kFloat);
+  const torch::NoGradGuard no_grad;
+  const auto device = GetParam().type();
+  at::autocast::set_autocast_enabled(device, true);
+  const auto explanation = module->explain(1, 1, 300);
+  EXPECT_EQ(kernel_of([&] { module->forward(query, key, key); }), kernel_in(explanation)) << explanation;
+  EXPECT_NE(explanation.find("<- pinned"), std::string::npos) << explanation;
+  at::autocast::set_autocast_enabled(device, false);
+  at::autocast::clear_cache();
 }
 
 TEST_P(OrdersTest, APlanByGivenRatesIsWeighedByThem) {

@@ -3,10 +3,12 @@
 
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <xattn/cross_attention.h>
 
 #include <cmath>
 
 #include "compare.h"
+#include "engine/heads.h"
 #include "test_util.h"
 
 namespace xattn::test {
@@ -92,10 +94,21 @@ TEST(PlanTest, SharedHeadsAndBackwardCountAsTheyShould) {
   auto r = request(1, 8, 4, 100, 64, 64, 64);
   const auto apart = cost_of({}, r);
   r.training = true;
-  EXPECT_EQ(cost_of({}, r).operations, 3 * apart.operations);
+  const auto trained = cost_of({}, r);
+  EXPECT_EQ(trained.operations, 3 * apart.operations);
+  for (size_t i = 0; i < kOrders; ++i) EXPECT_EQ(trained.logits[i].operations, 3 * apart.logits[i].operations);
+  EXPECT_EQ(trained.operations, trained.logits[0].operations + trained.values[0].operations);
+  EXPECT_DOUBLE_EQ(trained.seconds, 3 * apart.seconds);
   r.training = false;
   r.G = 2;  // keys of a quarter of the heads are projected
   EXPECT_EQ(apart.logits[0].operations - cost_of({}, r).logits[0].operations, 2.0 * 100 * 64 * (64 - 16));
+}
+
+TEST(PlanTest, WhatHasAnEmptyAxisCostsNothing) {
+  const auto plan = make_plan(request(1, 4, 3, 0, 8, 8, 8));
+  EXPECT_EQ(plan.orders, Orders{});
+  for (const auto& cost : plan.logits) EXPECT_TRUE(std::isfinite(cost.seconds)) << name_of(cost.order);
+  EXPECT_EQ(cost_of({}, request(0, 4, 3, 5, 8, 8, 8)).operations, 0);
 }
 
 TEST(PlanTest, ProductsOfWeightsAreChargedUntilTheyAreFrozen) {
@@ -166,6 +179,52 @@ TEST(LegalityTest, AKeyThatNoProjectionMadeForbidsEveryFold) {
   r.free_key = true;
   expect_illegal(r, {Order::standard});
   for (const auto order : kAllOrders) EXPECT_EQ(illegal_for_values(order, r).empty(), order == Order::standard);
+
+  // Folds know the keys and values that Wk and Wv made, and share among them what the free one takes of a row's weights.
+  torch::manual_seed(0);
+  const torch::NoGradGuard no_grad;
+  CrossAttention module(CrossAttentionOptions(4, 6, 6, 8).bias_kv(true).qkv_bias(false).output_bias(false));
+  module->to(torch::kDouble);
+  const auto Wq = module->query_linear->weight.t(), Wk = module->key_linear->weight.t(), Wv = module->value_linear->weight.t(),
+             Wo = module->output_linear->weight.t(), scale = torch::tensor(1 / std::sqrt(8.0), torch::kDouble);
+  const Layer x;
+  const auto q = torch::matmul(x.Xq, Wq) * scale;
+  const auto k = torch::cat({torch::matmul(x.Xk, Wk), module->bias_k[0]}),
+             v = torch::cat({torch::matmul(x.Xk, Wv), module->bias_v[0]});
+  const auto right = torch::matmul(torch::matmul(torch::softmax(torch::matmul(q, k.t()), -1), v), Wo);
+  const auto folded_logits = torch::matmul(torch::matmul(q, Wk.t()), x.Xk.t());
+  const auto folded = torch::matmul(torch::matmul(torch::matmul(torch::softmax(folded_logits, -1), x.Xk), Wv), Wo);
+  EXPECT_GT((right - folded).abs().max().item<double>(), 0.05);
+  expect_close(std::get<0>(module->forward(x.Xq, x.Xk, x.Xk)), right, tolerance(torch::kDouble, 40), "output");
+}
+
+TEST(LegalityTest, InTrainingAProductOfWeightsIsMadeAndChargedInEachCall) {
+  auto r = request(2, 1, 4, 6, 128, 256, 512);
+  r.weights_are_frozen = true;
+  ASSERT_EQ(make_plan(by_operations(r)).orders, (Orders{Order::prefold, Order::prefold}));
+  const auto kept = cost_of({}, r);
+  r.weights_are_frozen = false;
+  r.training = true;
+  const double of_product = 2.0 * 128 * 512 * 256;
+  EXPECT_EQ(cost_of({}, r).logits[2].operations, 3 * (kept.logits[2].operations + of_product));
+  EXPECT_NE(make_plan(by_operations(r)).orders.logits, Order::prefold);
+
+  // A product that was kept does not know what a step made of the weights.
+  torch::manual_seed(0);
+  const Layer x;
+  const auto product = torch::matmul(x.Wq, x.Wk.t()), stepped = x.Wq - 0.1 * torch::randn({4, 8}, torch::kDouble);
+  const auto right = torch::matmul(torch::matmul(x.Xq, stepped), torch::matmul(x.Xk, x.Wk).t());
+  EXPECT_GT((right - torch::matmul(torch::matmul(x.Xq, product), x.Xk.t())).abs().max().item<double>(), 0.1);
+}
+
+TEST(LegalityTest, DroppedWeightsForbidTheFusedKernelThatWouldKeepThemAll) {
+  auto r = request(1, 8, 500, 500, 64, 64, 64);
+  const auto fused = make_plan(r);
+  ASSERT_TRUE(is_fused(fused.kernel));
+  r.drops_weights = true;
+  EXPECT_EQ(make_plan(r).kernel, AttentionKernel::tensor_operations);
+  EXPECT_EQ(make_plan(r).kernel_reason, "dropout is above 0");
+  EXPECT_GT(cost_of({}, r).seconds, fused.seconds);
 }
 
 TEST(LegalityTest, AProductThatIsLargerThanBothWeightsIsNotMadeAndCannotBeChosen) {
@@ -176,6 +235,67 @@ TEST(LegalityTest, AProductThatIsLargerThanBothWeightsIsNotMadeAndCannotBeChosen
   r.weights_are_frozen = true;
   expect_illegal(r, {Order::standard, Order::fold_into_query, Order::fold_into_context});
   EXPECT_TRUE(logits_product_pays(request(2, 1, 4, 6, 128, 256, 512)));
+}
+
+// ---- The attention kernel: orders_test.cpp compares with what runs -----------------------------------------------------------
+
+TEST(KernelTest, DependsOnOrdersGradientsWeightsAndWhatALayerRunsOn) {
+  using enum AttentionKernel;
+  const auto kernel = [](RunsOn runs_on, Orders orders, const auto& change) {
+    auto r = request(1, 8, 500, 500, 64, 64, 64);
+    r.runs_on = runs_on;
+    change(r);
+    return cost_of(orders, r).kernel;
+  };
+  const auto nothing = [](PlanRequest&) {};
+  const auto train = [](PlanRequest& r) { r.training = true; };
+  const auto weights = [](PlanRequest& r) { r.gives_weights = true; };
+  const auto both = [](PlanRequest& r) { r.training = r.gives_weights = true; };
+  const auto learn_mask = [](PlanRequest& r) { r.training = r.mask_is_learned = true; };
+  const auto other_values = [](PlanRequest& r) { r.training = true, r.e = 16; };
+  const auto no_keys = [](PlanRequest& r) { r.Lk = 0; };
+  const struct {
+    RunsOn runs_on;
+    AttentionKernel plain, training, with_weights, with_both, with_learned_mask, with_other_values, without_keys;
+  } kRows[] = {
+      {RunsOn::kernels, heads, heads, heads, tensor_operations, tensor_operations, tensor_operations, tensor_operations},
+      {RunsOn::cpu, fused_cpu, fused_cpu, tensor_operations, tensor_operations, tensor_operations, tensor_operations,
+       tensor_operations},
+      {RunsOn::cuda, scaled_dot_product_attention, scaled_dot_product_attention, tensor_operations, tensor_operations,
+       tensor_operations, scaled_dot_product_attention, tensor_operations}};
+  for (const auto& row : kRows) {
+    SCOPED_TRACE(static_cast<int>(row.runs_on));
+    EXPECT_EQ(kernel(row.runs_on, {}, nothing), row.plain);
+    EXPECT_EQ(kernel(row.runs_on, {}, train), row.training);
+    EXPECT_EQ(kernel(row.runs_on, {}, weights), row.with_weights);
+    EXPECT_EQ(kernel(row.runs_on, {}, both), row.with_both);
+    EXPECT_EQ(kernel(row.runs_on, {}, learn_mask), row.with_learned_mask);
+    EXPECT_EQ(kernel(row.runs_on, {}, other_values), row.with_other_values);
+    EXPECT_EQ(kernel(row.runs_on, {}, no_keys), row.without_keys);
+    EXPECT_EQ(kernel(row.runs_on, {Order::fold_into_query, Order::standard}, nothing), tensor_operations);
+  }
+  EXPECT_EQ(kernel(RunsOn::engine, {}, nothing), heads);
+  EXPECT_EQ(kernel(RunsOn::engine, {}, weights), heads);
+  EXPECT_EQ(kernel(RunsOn::engine, {Order::standard, Order::prefold}, weights), chain);
+}
+
+TEST(KernelTest, GoesThroughAContextInPartsWhereTheEngineDoes) {
+  using detail::engine::Heads;
+  for (const int64_t Lk : {4096, 4097}) {
+    for (const auto weights : {AttentionWeights::none, AttentionWeights::mean}) {
+      detail::engine::Weighing weighing({}, 1, 1, Lk, 1, weights, {});
+      const auto map = detail::engine::empty_weights(weights, {}, 1, 1, 1, Lk, /*all_keys=*/true);
+      weighing.write_to(map, {});
+      const Heads heads{.H = 1, .G = 1, .d = 8, .e = 8, .Lk = Lk, .keys = {}, .values = {}};
+      const bool in_parts = scratch_of_heads(heads, weighing, {.all = false}) < Lk;
+      auto r = request(1, 1, 1, Lk, 8, 8, 8);
+      r.gives_weights = weights != AttentionWeights::none;
+      for (const auto runs_on : {RunsOn::kernels, RunsOn::engine}) {
+        r.runs_on = runs_on;
+        EXPECT_EQ(cost_of({}, r).kernel, in_parts ? AttentionKernel::heads_in_parts : AttentionKernel::heads) << Lk;
+      }
+    }
+  }
 }
 
 // ---- Rates, text, errors ---------------------------------------------------------------------------------------------------
@@ -198,8 +318,34 @@ TEST(ExplainTest, NamesEveryOrderItsCostAndTheReason) {
   for (const auto order : kAllOrders) EXPECT_NE(text.find(std::string(name_of(order))), std::string::npos);
   EXPECT_NE(text.find("illegal: a norm of the key stands behind Wk"), std::string::npos) << text;
   EXPECT_NE(text.find("<- chosen"), std::string::npos);
-  EXPECT_NE(text.find("attention: logits in memory, because the order is not the standard one"), std::string::npos) << text;
-  EXPECT_NE(explain(request(1, 8, 500, 500, 64, 64, 64)).find("attention: a fused kernel"), std::string::npos);
+  const auto expect_end = [](const PlanRequest& request, const std::string& end) {
+    EXPECT_TRUE(explain(request).ends_with(end + "\n")) << explain(request);
+  };
+  expect_end(r, "attention by tensor_operations: all logits in memory, because the order is not the standard one");
+  r = request(1, 8, 500, 500, 64, 64, 64);
+  r.gives_weights = true;
+  expect_end(r,
+             "attention by heads: this library's kernel, one head after the other, logits in the cache, because the type is "
+             "float32, and no gradient is wanted; weights come from the same pass");
+  r.training = true;
+  expect_end(r, "attention by tensor_operations: all logits in memory, because weights and gradients are wanted");
+  EXPECT_NE(explain(r).find("output 64; forward and backward\n"), std::string::npos) << explain(r);
+  r = request(1, 12, 1, 1500, 768, 768, 768);
+  r.weights_are_frozen = r.gives_weights = true;
+  r.runs_on = RunsOn::engine;
+  expect_end(
+      r,
+      "attention by chain: this library's kernels, the whole chain for a few rows at a time, because the layer is frozen, "
+      "and the order is not the standard one; weights come from the same pass");
+}
+
+TEST(ExplainTest, SaysWhatWasPinned) {
+  auto r = request(1, 12, 1, 1500, 768, 768, 768);
+  r.pinned = Orders{Order::standard, Order::prefold};
+  EXPECT_EQ(make_plan(r).orders, *r.pinned);
+  const auto text = explain(r);
+  EXPECT_EQ(text.find("<- chosen"), std::string::npos) << text;
+  EXPECT_NE(text.find("<- pinned"), std::string::npos) << text;
 }
 
 TEST(PlanTest, RefusesSizesThatCannotBe) {

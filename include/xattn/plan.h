@@ -79,6 +79,32 @@ struct PlanMode {
 inline constexpr PlanMode PlanMode::automatic = {};
 inline constexpr PlanMode PlanMode::standard = PlanMode::pin({});
 
+/// Whose work a layer is made of.
+enum class RunsOn {
+  kernels,  ///< this library's kernels: a module in float32 on the CPU, with AVX2 or AVX-512 and without autocast
+  engine,   ///< this library's kernels for the whole chain: a `Frozen` in float32 on the CPU
+  cpu,      ///< LibTorch's operators on the CPU
+  cuda,     ///< LibTorch's operators elsewhere
+};
+/// Of modules in float32 on this processor, without autocast: `kernels` or `cpu`.
+XATTN_API RunsOn modules_run_on();
+
+/// What does the attention itself: the logits, their softmax, and the mixing of values.
+enum class AttentionKernel {
+  tensor_operations,  ///< plain ones, as of the definition: all logits go to memory
+  heads,              ///< of this library: one head after the other, so that its logits stay in the cache
+  heads_in_parts,     ///< the same, a part of a long context after the other, without weights
+  chain,              ///< of this library, in `Frozen`, in other than standard orders: logits of a few rows at a time
+  fused_cpu,          ///< LibTorch's fused kernel for the CPU
+  scaled_dot_product_attention,  ///< LibTorch's, elsewhere
+};
+
+/// "tensor_operations", "heads" ...
+XATTN_API std::string_view name_of(AttentionKernel kernel);
+
+/// Whether it does the inner products of the standard orders and the softmax in one.
+XATTN_API bool is_fused(AttentionKernel kernel);
+
 /// All that a plan depends on.
 struct PlanRequest {
   int64_t B = 1, H = 1, G = 1;     ///< batch, heads, key/value heads
@@ -92,10 +118,13 @@ struct PlanRequest {
   bool free_key = false;            ///< a key and a value that bypass the projections (bias_kv)
   bool query_is_constant = false;   ///< a learned query: what is made of it and of weights alone costs nothing
   bool weights_are_frozen = false;  ///< products of weights cost nothing
-  bool logits_product = true;       ///< Wq Wk' is there if weights are frozen
-  bool values_product = true;       ///< Wv Wo likewise
-  bool training = false;            ///< a backward pass follows
-  std::string_view unfused = {};    ///< why no fused attention kernel can run after standard orders; empty if one can
+  bool training = false;            ///< a backward pass follows, of as many products twice over
+  bool gives_weights = false;       ///< attention weights are wanted
+  bool drops_weights = false;       ///< dropout is above 0
+  bool mask_is_learned = false;     ///< the mask's bias asks for its gradient. No other kind of mask changes the kernel
+
+  RunsOn runs_on = RunsOn::kernels;   ///< with `rates` to match
+  std::optional<Orders> pinned = {};  ///< in place of the cheapest
 
   /// Query rows of one batch entry that the context serves in all, over every call; those of this call if it is not more. What
   /// is made of the context is charged by the share of this call. kKept if it has been made already.
@@ -105,7 +134,7 @@ struct PlanRequest {
   Rates rates = {};
 };
 
-/// What one order of one chain costs a call.
+/// What one order of one chain costs a call, in training with its backward pass.
 struct OrderCost {
   Order order = Order::standard;
   double operations = 0;
@@ -119,7 +148,8 @@ struct Plan {
   double operations = 0;
   double bytes = 0;
   double seconds = 0;
-  bool fused = false;                     ///< a fused attention kernel can run: this library's own, or LibTorch's
+  AttentionKernel kernel = AttentionKernel::tensor_operations;
+  std::string_view kernel_reason = {};    ///< why this one
   std::array<OrderCost, kOrders> logits;  ///< of every order, in the order of the enum
   std::array<OrderCost, kOrders> values;
 };
@@ -135,13 +165,14 @@ XATTN_API bool logits_product_pays(const PlanRequest& request);
 /// The same of Wv Wo.
 XATTN_API bool values_product_pays(const PlanRequest& request);
 
-/// The cheapest legal orders; those of the reference where an axis is empty. Throws c10::ValueError for sizes that cannot be.
+/// The pinned orders, or the cheapest legal ones; those of the reference where an axis is empty. Throws c10::ValueError for sizes
+/// that cannot be.
 XATTN_API Plan make_plan(const PlanRequest& request);
 
 /// The cost of these orders, legal or not.
 XATTN_API Plan cost_of(const Orders& orders, const PlanRequest& request);
 
-/// All orders with their costs, the choice, and what speaks against the others, as lines of text.
+/// All orders with their costs, the choice, what speaks against the others, and the attention kernel, as lines of text.
 XATTN_API std::string explain(const PlanRequest& request);
 
 }  // namespace xattn

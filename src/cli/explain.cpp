@@ -6,6 +6,7 @@
 
 #include <CLI/CLI.hpp>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -24,15 +25,28 @@ constexpr auto kFooter = R"(Example: xattn explain 1,12,1,1500,768,768,768 --fro
 --json prints one object:
   logits, values  list of {order, operations, bytes, seconds, illegal}, in the order of the library's enum; illegal is null or
                   the reason
-  chosen          {logits, values, operations, bytes, seconds}
+  chosen          {logits, values, operations, bytes, seconds, kernel, reason}: kernel is what would do the attention itself, and
+                  reason is why
   standard        the same for the standard order
-  fused           whether a fused attention kernel would run)";
+  fused           whether the kernel of what was chosen is a fused one
+
+Kernels:
+  tensor_operations             plain ones: all logits in memory
+  heads                         of this library: one head after the other, logits in the cache, weights from the same pass
+  heads_in_parts                the same, a part of a long context after the other
+  chain                         of this library, in frozen layers: the whole chain for a few rows at a time
+  fused_cpu                     LibTorch's, on the CPU
+  scaled_dot_product_attention  LibTorch's, on a GPU
+Masks change nothing about it, but for a learned bias.)";
+
+const std::map<std::string, int64_t> kBytesOf = {{"float64", 8}, {"float32", 4}, {"float16", 2}, {"bfloat16", 2}};
 
 struct Arguments {
   std::vector<int64_t> sizes;
   std::string shape;
   std::optional<int64_t> kv_heads, reuse;
-  bool qk_norm = false, frozen = false, cuda = false, json = false;
+  std::string type = "float32", weights = "none";
+  bool qk_norm = false, frozen = false, training = false, dropout = false, learned_bias = false, cuda = false, json = false;
   int threads = at::get_num_threads();
 };
 
@@ -71,10 +85,19 @@ PlanRequest request_of(const Arguments& arguments) {
   if (arguments.kv_heads) request.G = *arguments.kv_heads;
   if (arguments.qk_norm) request.query_norm = request.key_norm = true;
   if (arguments.reuse) request.context_rows = *arguments.reuse;
+  request.element = kBytesOf.at(arguments.type);
   request.weights_are_frozen = arguments.frozen;
-  request.rates = arguments.cuda     ? Rates::cuda()
-                  : arguments.frozen ? Rates::kernels(arguments.threads)
-                                     : Rates::cpu(arguments.threads);
+  request.training = !arguments.frozen && (arguments.training || arguments.learned_bias || request.training);
+  request.gives_weights = arguments.weights != "none";
+  request.drops_weights = arguments.dropout;
+  request.mask_is_learned = arguments.learned_bias;
+  request.runs_on = arguments.cuda                ? RunsOn::cuda
+                    : arguments.type != "float32" ? RunsOn::cpu
+                    : arguments.frozen            ? RunsOn::engine
+                                                  : modules_run_on();
+  request.rates = arguments.cuda                      ? Rates::cuda()
+                  : request.runs_on == RunsOn::engine ? Rates::kernels(arguments.threads)
+                                                      : Rates::cpu(arguments.threads);
   return request;
 }
 
@@ -83,7 +106,9 @@ nlohmann::ordered_json as_json(const Plan& plan) {
           {"values", name_of(plan.orders.values)},
           {"operations", plan.operations},
           {"bytes", plan.bytes},
-          {"seconds", plan.seconds}};
+          {"seconds", plan.seconds},
+          {"kernel", name_of(plan.kernel)},
+          {"reason", plan.kernel_reason}};
 }
 
 void print_json(const PlanRequest& request) {
@@ -103,7 +128,7 @@ void print_json(const PlanRequest& request) {
   add("values", plan.values);
   json["chosen"] = as_json(plan);
   json["standard"] = as_json(cost_of(Orders{}, request));
-  json["fused"] = plan.fused;
+  json["fused"] = is_fused(plan.kernel);
   std::cout << json.dump(2) << '\n';
 }
 
@@ -121,8 +146,20 @@ void add_explain(CLI::App& program) {
                       "a layer of a real model, by its name in src/bench/shapes.csv, or a part of it");
   command->add_option("--kv-heads", arguments->kv_heads, "key/value heads (H)")->check(CLI::PositiveNumber);
   command->add_flag("--qk-norm", arguments->qk_norm, "projected queries and keys are normalised");
-  command->add_flag("--frozen", arguments->frozen,
-                    "of a frozen module: products of weights are made ahead, our own kernels run");
+  auto* frozen = command->add_flag("--frozen", arguments->frozen,
+                                   "of a frozen module: products of weights are made ahead, our own kernels run");
+  command->add_flag("--training", arguments->training, "a backward pass follows")->excludes(frozen);
+  command->add_flag("--dropout", arguments->dropout, "attention weights are dropped")->excludes(frozen);
+  command
+      ->add_flag("--learned-bias", arguments->learned_bias,
+                 "the mask has a bias that asks for its gradient; implies --training")
+      ->excludes(frozen);
+  command->add_option("--weights", arguments->weights, "attention weights to return")
+      ->check(CLI::IsMember({"none", "mean", "per-head"}))
+      ->capture_default_str();
+  command->add_option("--type", arguments->type, "of inputs and weights")
+      ->check(CLI::IsMember(kBytesOf))
+      ->capture_default_str();
   command->add_option("--reuse", arguments->reuse, "query rows that the context serves in all, over every call")
       ->check(CLI::PositiveNumber);
   command->add_option("--threads", arguments->threads, "threads (those that LibTorch would take)")->check(CLI::PositiveNumber);
