@@ -4,6 +4,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <array>
@@ -16,6 +18,7 @@
 #include "check.h"
 #include "engine/engine.h"
 #include "orders.h"
+#include "product.h"
 #include "projection.h"
 
 namespace xattn {
@@ -72,6 +75,12 @@ std::tuple<Tensor, Tensor> as_given(const AttentionResult& result, bool is_batch
   return {result.output.squeeze(0), result.weights.defined() ? result.weights.squeeze(0) : result.weights};
 }
 
+// A call of a frozen layer: no gradients, and the type of its weights, whatever autocast says.
+struct Inference {
+  const at::NoGradGuard no_grad;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
 }  // namespace
 
 struct Frozen::State {
@@ -93,7 +102,12 @@ struct Frozen::State {
                     : engine                  ? Rates::kernels(threads)
                     : weights.query.is_cuda() ? Rates::cuda()
                                               : Rates::cpu(threads);
-    if (module->options.attention_weights() != AttentionWeights::none) request.unfused = "attention weights are wanted";
+    request.gives_weights = module->options.attention_weights() != AttentionWeights::none;
+    request.runs_on = engine                                    ? RunsOn::engine
+                      : detail::run_on_kernels({weights.query}) ? RunsOn::kernels
+                      : weights.query.is_cpu()                  ? RunsOn::cpu
+                                                                : RunsOn::cuda;
+    if (plan.pinned) request.pinned = plan.orders;
     return request;
   }
 
@@ -112,8 +126,20 @@ struct Frozen::State {
             .weight_heads = o.weight_heads()};
   }
 
-  Orders choose(const PlanRequest& request) const { return plan.pinned ? plan.orders : make_plan(request).orders; }
+  Orders choose(const PlanRequest& request) const { return make_plan(request).orders; }
 };
+
+// The caller's tensors, where they stayed as they came, become copies: what he does with them later changes no context.
+template <class Side>
+void copy_what_came(Side& side, const Tensor& key, const Tensor& value) {
+  const bool one = side.values.is_same(side.keys);
+  if (side.keys.is_alias_of(key)) side.keys = side.keys.clone();
+  if (one) {
+    side.values = side.keys;
+  } else if (side.values.is_alias_of(value)) {
+    side.values = side.values.clone();
+  }
+}
 
 struct FrozenContext::State {
   std::shared_ptr<const Frozen::State> owner;
@@ -122,6 +148,12 @@ struct FrozenContext::State {
   Mask mask;  // without the lengths that the side knows
   int64_t B, Lk;
   bool batched;
+
+  // Of two ways to lay out a context that stays as it came, the one for few query rows.
+  bool is_in_rows() const {
+    const auto* of_engine = std::get_if<detail::EngineSide>(&side);
+    return of_engine && (of_engine->keys_are_rows || of_engine->values_are_rows);
+  }
 };
 
 // ---- FrozenContext ---------------------------------------------------------------------------------------------------------
@@ -148,7 +180,7 @@ int64_t FrozenContext::bytes() const {
         int64_t bytes = 0;
         for (const auto* x : {&side.keys, &side.key_bias, &side.values})
           bytes += x->defined() ? static_cast<int64_t>(x->nbytes()) : 0;
-        return bytes;
+        return side.values.is_alias_of(side.keys) ? bytes / 2 : bytes;
       },
       state_->side);
 }
@@ -195,8 +227,9 @@ FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
   joined->B = 0;
   for (const auto& context : contexts) {
     const auto& state = *context.state_;
-    check_value(state.owner == first.owner && state.orders == first.orders && state.Lk == first.Lk && state.batched, kCaller,
-                "contexts must be batches of one Frozen, of one length and orders, but they differ.");
+    check_value(state.owner == first.owner && state.orders == first.orders && state.Lk == first.Lk && state.batched &&
+                    state.is_in_rows() == first.is_in_rows(),
+                kCaller, "contexts must be batches of one Frozen, of one length and orders, but they differ.");
     masks.emplace_back(state.mask, state.B);
     joined->B += state.B;
   }
@@ -274,14 +307,14 @@ std::tuple<Tensor, Tensor> Frozen::forward(const Tensor& query,
                                            const Tensor& key,
                                            const Tensor& value,
                                            const Mask& mask) const {
-  const at::NoGradGuard no_grad;
+  const Inference inference;
   const bool is_batched = key.defined() && key.dim() == 3;
   detail::check_query(kCaller, query, is_batched, is_batched ? key.size(0) : 1, state_->module->query_linear);
   return forward_with(batched(query), key, value, mask);
 }
 
 std::tuple<Tensor, Tensor> Frozen::forward(const Tensor& key, const Tensor& value, const Mask& mask) const {
-  const at::NoGradGuard no_grad;
+  const Inference inference;
   check_value(state_->query.defined(), kCaller, "query must be given to freeze or to forward, but is given to neither.");
   return forward_with({}, key, value, mask);
 }
@@ -299,8 +332,8 @@ std::tuple<Tensor, Tensor> Frozen::forward_with(const Tensor& query,
   if (!state_->engine) {
     const auto keys = options().bias_kv() ? Lk : mask.needed_keys(Lk);
     const auto cut_mask = mask.first_keys(keys);
-    const auto context =
-        make_context(orders(B, Lq, keys), Xk.narrow(1, 0, keys), Xv.narrow(1, 0, keys), cut_mask, key.dim() == 3, Lq);
+    const FrozenContext context(
+        make_context(orders(B, Lq, keys), Xk.narrow(1, 0, keys), Xv.narrow(1, 0, keys), cut_mask, key.dim() == 3, Lq));
     const auto [output, weights] = attend_with(query, context);
     return {output, detail::with_zeros(weights, Lk - keys)};
   }
@@ -311,17 +344,20 @@ std::tuple<Tensor, Tensor> Frozen::forward_with(const Tensor& query,
 
 FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& options) const {
   const auto& module = *state_->module;
-  const at::NoGradGuard no_grad;
+  const Inference inference;
   const auto expected = options.expected_queries;
   detail::check_key_value(kCaller, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
   const auto Xk = batched(key);
   const auto keys = mean_length(split_lengths(mask, Xk.size(0), Xk.size(1)).first);
   const auto orders = state_->choose(state_->request_for_context(Xk.size(0), keys, expected));
-  const auto rows = expected == ContextOptions::kMany ? std::numeric_limits<int32_t>::max() : expected;
-  return make_context(orders, Xk, batched(value), mask, key.dim() == 3, rows);
+  const auto rows = expected == ContextOptions::kMany ? std::numeric_limits<int64_t>::max() : expected;
+  const auto Xv = value.is_same(key) ? Xk : batched(value);
+  auto context = make_context(orders, Xk, Xv, mask, key.dim() == 3, rows);
+  std::visit([&](auto& side) { copy_what_came(side, Xk, Xv); }, context->side);
+  return FrozenContext(std::move(context));
 }
 
-FrozenContext Frozen::make_context(
+std::shared_ptr<FrozenContext::State> Frozen::make_context(
     const Orders& orders, const Tensor& key, const Tensor& value, const Mask& mask, bool is_batched, int64_t rows) const {
   auto context = std::make_shared<FrozenContext::State>();
   context->owner = state_;
@@ -337,11 +373,11 @@ FrozenContext Frozen::make_context(
   } else {
     context->side = detail::make_side(orders, state_->weights, state_->products, key, value);
   }
-  return FrozenContext(std::move(context));
+  return context;
 }
 
 std::tuple<Tensor, Tensor> Frozen::attend(const Tensor& query, const FrozenContext& context) const {
-  const at::NoGradGuard no_grad;
+  const Inference inference;
   const auto& c = *context.state_;
   const auto& module = *state_->module;
   check_value(c.owner == state_, kCaller, "context must be made by the Frozen that attends to it, but is another's.");
@@ -351,7 +387,7 @@ std::tuple<Tensor, Tensor> Frozen::attend(const Tensor& query, const FrozenConte
 }
 
 std::tuple<Tensor, Tensor> Frozen::attend(const FrozenContext& context) const {
-  const at::NoGradGuard no_grad;
+  const Inference inference;
   check_value(context.state_->owner == state_, kCaller,
               "context must be made by the Frozen that attends to it, but is another's.");
   check_value(state_->query.defined(), kCaller, "query must be given to freeze or to attend, but is given to neither.");

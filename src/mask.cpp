@@ -175,9 +175,13 @@ at::Tensor Mask::additive() const {
   return sum;
 }
 
-at::Tensor Mask::empty_rows(int64_t Lq, int64_t Lk, at::Device device) const {
+bool Mask::may_have_empty_rows(int64_t Lq, int64_t Lk) const {
   const bool first_key_is_free = keep_.empty() && bias_.empty() && diagonal(Lq, Lk).value_or(0) >= 0;
-  if (first_key_is_free) return {};
+  return Lk == 0 || !first_key_is_free;
+}
+
+at::Tensor Mask::empty_rows(int64_t Lq, int64_t Lk, at::Device device) const {
+  if (!may_have_empty_rows(Lq, Lk)) return {};
   const auto allowed = keep(Lq, Lk, device);
   if (bias_.empty()) return at::logical_not(at::any(allowed, -1, /*keepdim=*/true));
   const auto bias = additive().detach();

@@ -30,7 +30,7 @@ constexpr int64_t kRowsNotToPackFor = 24;        // up to these, packing takes l
 constexpr int64_t kOperationsOfATask = 1 << 18;  // fewer are done before another thread has woken
 
 bool runs_on_kernels(const Tensor& x) {
-  return x.defined() && x.is_cpu() && x.scalar_type() == at::kFloat && x.layout() == at::kStrided &&
+  return x.defined() && x.is_cpu() && x.scalar_type() == at::kFloat && x.layout() == at::kStrided && !x.is_neg() &&
          !at::isTensorSubclassLike(x) && !x._fw_grad(/*level=*/0).defined();
 }
 

@@ -2,10 +2,9 @@
 #include <xattn/frozen.h>
 
 #include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
-
-#include <thread>
 
 #include "compare.h"
 #include "one_thread.h"
@@ -58,6 +57,30 @@ double allowed(const Layer& l) {
   return tolerance(torch::kFloat, l.Eq + l.Ek + l.Ev + l.H * (l.d + l.e));
 }
 
+// By a call, and from a context that is kept. A query that is undefined is the constant one.
+std::vector<Tensor> results_of(const Frozen& frozen, const Inputs& x, const Mask& mask = {}) {
+  const bool given = x.query.defined();
+  const auto context = frozen.context(x.key, x.value, mask);
+  const auto [output, weights] = given ? frozen.forward(x.query, x.key, x.value, mask) : frozen.forward(x.key, x.value, mask);
+  const auto [again, its_weights] = given ? frozen.attend(x.query, context) : frozen.attend(context);
+  return {output, weights, again, its_weights};
+}
+
+// Expects of `results_of` the bits that one thread gives, with any number of threads.
+void expect_equal_bits_with_more_threads(const Frozen& frozen, const Inputs& x, const Mask& mask = {}) {
+  const OneThread one_thread;
+  const auto expected = results_of(frozen, x, mask);
+  for (const int threads : {2, 3, 8}) {
+    at::set_num_threads(threads);
+    const auto results = results_of(frozen, x, mask);
+    for (size_t i = 0; i < results.size(); ++i) {
+      ASSERT_EQ(results[i].defined(), expected[i].defined());
+      if (!results[i].defined()) continue;
+      EXPECT_TRUE(results[i].equal(expected[i])) << x.key.sizes() << ", " << threads << " threads, result " << i;
+    }
+  }
+}
+
 class FrozenTest : public testing::Test {
  protected:
   FrozenTest() { torch::manual_seed(0); }
@@ -83,6 +106,7 @@ std::vector<std::pair<std::string, Mask>> masks(int64_t B, int64_t H, int64_t Lq
           {"lengths of which one is 0", Mask::lengths(with_empty, Lk)},
           {"key padding", Mask::key_padding(torch::rand({B, Lk}) < 0.7)},
           {"dense over queries", Mask::dense(torch::rand({Lq, Lk}) < 0.5)},
+          {"dense over batch and queries", Mask::dense(torch::rand({B, 1, Lq, Lk}) < 0.5)},
           {"dense over all", Mask::dense(some)},
           {"bias", Mask::bias(torch::randn({1, H, Lq, Lk}))},
           {"causal and lengths", Mask::causal(CausalAlignment::upper_left) & Mask::lengths(lengths, Lk)},
@@ -131,21 +155,112 @@ TEST_F(FrozenTest, EqualsTheDefinitionAtManyLengths) {
 }
 
 TEST_F(FrozenTest, OneThreadAndSeveralGiveEqualBits) {
+  // Few batch entries for the threads, or many operations (40 rows for 3 entries), are done by all threads together; else each
+  // does whole entries.
   const auto& layer = kLayers[2];
   auto module = make(layer);
-  const auto threads = at::get_num_threads();
-  for (const int64_t Lq : {1, 3, 40}) {
-    const auto x = inputs_of(layer, 2, Lq, 77);
+  for (const int64_t B : {1, 3}) {
+    for (const int64_t Lq : {1, 3, 40}) {
+      const auto x = inputs_of(layer, B, Lq, 77);
+      for_each_pair([&](const Orders& orders) {
+        expect_equal_bits_with_more_threads(module->freeze({.plan = PlanMode::pin(orders)}), x);
+      });
+    }
+  }
+}
+
+TEST_F(FrozenTest, OneThreadAndSeveralGiveEqualBitsWithEveryMaskStorageAndRequest) {
+  const auto& layer = kLayers[1];
+  auto module = make(layer);
+  for (const int64_t B : {1, 3}) {
+    auto x = inputs_of(layer, B, 5, 37);
+    const auto every_mask = masks(B, layer.H, 5, 37);
+    for (const auto order : kAllOrders) {
+      const auto plan = PlanMode::pin({order, order});
+      for (const auto storage : {torch::kFloat, torch::kBFloat16}) {
+        SCOPED_TRACE(std::string(name_of(order)) + " in " + c10::toString(storage));
+        const auto frozen = module->freeze({.plan = plan, .storage = storage});
+        for (const auto& [name, mask] : every_mask) {
+          SCOPED_TRACE(name);
+          expect_equal_bits_with_more_threads(frozen, x, mask);
+        }
+      }
+      const auto constant = module->freeze({.query = x.query[0], .plan = plan});
+      expect_equal_bits_with_more_threads(constant, {{}, x.key, x.value}, every_mask[1].second);
+    }
+  }
+}
+
+TEST_F(FrozenTest, OneThreadAndSeveralGiveEqualBitsOnALongContext) {
+  const auto& layer = kLayers[1];
+  auto module = make(layer);
+  for (const auto wanted : {AttentionWeights::none, AttentionWeights::mean}) {  // in parts, or not
+    module->options.attention_weights(wanted);
+    const auto frozen = module->freeze({.plan = PlanMode::standard});
+    for (const int64_t Lq : {1, 30}) {
+      expect_equal_bits_with_more_threads(frozen, inputs_of(layer, 1, Lq, 5000));
+      expect_equal_bits_with_more_threads(frozen, inputs_of(layer, 3, Lq, 5000),
+                                          Mask::lengths(torch::tensor({5000, 0, 1500}), 5000));
+    }
+  }
+}
+
+TEST_F(FrozenTest, ABatchEntryHasTheBitsThatItHasAlone) {
+  const auto& layer = kLayers[1];
+  const int64_t B = 3, Lq = 5, Lk = 37;
+  auto module = make(layer);
+  const auto x = inputs_of(layer, B, Lq, Lk);
+  for (const auto& [name, mask] : masks(B, layer.H, Lq, Lk)) {
+    SCOPED_TRACE(name);
     for_each_pair([&](const Orders& orders) {
       const auto frozen = module->freeze({.plan = PlanMode::pin(orders)});
-      at::set_num_threads(1);
-      const auto [y1, p1] = frozen.forward(x.query, x.key, x.value);
-      at::set_num_threads(2);
-      const auto [y2, p2] = frozen.forward(x.query, x.key, x.value);
-      at::set_num_threads(threads);
-      EXPECT_TRUE(torch::equal(y1, y2)) << Lq;
-      EXPECT_TRUE(torch::equal(p1, p2)) << Lq;
+      const auto all = results_of(frozen, x, mask);
+      for (int64_t b = 0; b < B; ++b) {
+        const auto entry = [b](const Tensor& t) { return t.narrow(0, b, 1); };
+        const auto alone = results_of(frozen, {entry(x.query), entry(x.key), entry(x.value)}, mask.slice(b, b + 1));
+        for (size_t i = 0; i < alone.size(); ++i) EXPECT_TRUE(alone[i].equal(entry(all[i]))) << b << ", result " << i;
+      }
     });
+  }
+}
+
+TEST_F(FrozenTest, TheOutputIsTheSameWhateverWeightsAreWanted) {
+  using W = AttentionWeights;
+  const auto& layer = kLayers[1];
+  auto module = make(layer);
+  const std::vector<int64_t> chosen = {3, 1};
+  for (const int64_t Lk : {77, 5000}) {
+    auto valid = torch::ones({3, Lk}, torch::kBool);  // what is left out is whole parts of the long context; or all of it
+    valid[0].narrow(0, 0, Lk / 2).fill_(false);
+    valid[1].narrow(0, Lk / 3, Lk / 2).fill_(false);
+    valid[2].fill_(false);
+    const std::vector<std::pair<std::string, Mask>> all_masks = {
+        {"none", {}},
+        {"lengths", Mask::lengths(torch::tensor({Lk / 4, Lk / 2, Lk}), Lk)},
+        {"padding", Mask::key_padding(valid)}};
+    for (const int64_t Lq : {1, 20}) {
+      const auto x = inputs_of(layer, 3, Lq, Lk);
+      for (const auto& [name, mask] : all_masks) {
+        SCOPED_TRACE(name + ", " + std::to_string(Lq) + " queries, " + std::to_string(Lk) + " keys");
+        module->options.attention_weights(W::per_head).weight_heads({});
+        const auto [output, weights] = exact(module, x, mask);
+        const std::vector<std::tuple<W, std::vector<int64_t>, Tensor>> wishes = {
+            {W::none, {}, {}},
+            {W::mean, {}, weights.mean(1)},
+            {W::per_head, {}, weights},
+            {W::per_head, chosen, weights.index_select(1, torch::tensor(chosen))}};
+        for (const auto order : {Order::standard, Order::fold_into_query, Order::fold_into_context}) {
+          for (const auto& [wanted, heads, expected] : wishes) {
+            module->options.attention_weights(wanted).weight_heads(heads);
+            const auto results = results_of(module->freeze({.plan = PlanMode::pin({order, order})}), x, mask);
+            for (const size_t i : {0, 2}) {
+              expect_close(results[i], output, allowed(layer), "output");
+              expect_close(results[i + 1], expected, allowed(layer), "weights");
+            }
+          }
+        }
+      }
+    }
   }
 }
 
@@ -199,10 +314,16 @@ TEST_F(FrozenTest, Bfloat16StorageRoundsWeightsAndNothingElse) {
     const auto [y, p] = frozen.forward(x.query, x.key, x.value);
     // Raw contexts are not rounded; projected and folded ones are, to 8 bits.
     const bool raw = order == Order::fold_into_query;
-    expect_close(y, output, raw ? allowed(layer) : tolerance(torch::kBFloat16, 1), "output");
-    expect_close(p, weights, raw ? allowed(layer) : tolerance(torch::kBFloat16, 1), "weights");
+    const auto bound = raw ? allowed(layer) : tolerance(torch::kBFloat16, 1);
+    expect_close(y, output, bound, "output");
+    expect_close(p, weights, bound, "weights");
     const auto context = frozen.context(x.key, x.value);
-    EXPECT_LE(context.bytes(), module->freeze({.plan = PlanMode::pin({order, order})}).context(x.key, x.value).bytes());
+    const auto [z, q] = frozen.attend(x.query, context);
+    expect_close(z, output, bound, "output from a context");
+    expect_close(q, weights, bound, "weights from a context");
+    const auto in_float = module->freeze({.plan = PlanMode::pin({order, order})}).context(x.key, x.value).bytes();
+    const auto key_bias = order == Order::fold_into_context ? 4 * 2 * layer.H * 77 : 0;  // of folded keys: stays as it is
+    EXPECT_EQ(context.bytes(), raw ? in_float : (in_float + key_bias) / 2);
   }
   EXPECT_EQ(error_of<c10::ValueError>([&] { module->freeze({.storage = torch::kHalf}); }),
             "[frozen] storage must be float32 or bfloat16, but is float16.");
@@ -276,23 +397,69 @@ TEST_F(FrozenTest, KeysBehindHostLengthsAreNeverRead) {
   }
 }
 
-TEST_F(FrozenTest, ThreadsShareOneAndItsContextAndGetTheSameBits) {
-  const OneThread one_thread;
-  const auto& layer = kLayers[2];
-  auto module = make(layer);
-  const auto x = inputs_of(layer, 2, 9, 77);
-  const auto frozen = module->freeze();
-  const auto context = frozen.context(x.key, x.value);
-  const auto expected = std::get<0>(frozen.attend(x.query, context));
-  std::vector<std::thread> threads;
-  std::vector<Tensor> results(4);
-  for (auto& result : results) {
-    threads.emplace_back([&] {
-      for (int repeat = 0; repeat < 20; ++repeat) result = std::get<0>(frozen.attend(x.query, context));
-    });
+TEST_F(FrozenTest, AContextOfNoKeysGivesTheBiasOfTheOutput) {
+  for (const auto& layer : {kLayers[0], kLayers[1]}) {
+    const int64_t B = 2, Lq = 3, Lk = 0;
+    auto module = make(layer);
+    const auto x = inputs_of(layer, B, Lq, Lk);
+    const auto expected = module->output_linear->bias.expand({B, Lq, layer.Eo});
+    const std::vector<std::pair<std::string, Mask>> all_masks = {
+        {"none", {}},
+        {"bias", Mask::bias(torch::zeros({B, layer.H, Lq, Lk}))},
+        {"bias of a key", Mask::bias(torch::zeros({1, 1, 1, Lk}))},
+        {"dense", Mask::dense(torch::ones({Lq, Lk}, torch::kBool))},
+        {"lengths", Mask::lengths(torch::zeros({B}, torch::kLong), Lk)}};
+    for (const auto& [name, mask] : all_masks) {
+      SCOPED_TRACE(name);
+      for_each_pair([&](const Orders& orders) {
+        const auto results = results_of(module->freeze({.plan = PlanMode::pin(orders)}), x, mask);
+        for (const size_t i : {0, 2}) {
+          EXPECT_TRUE(results[i].equal(expected));
+          EXPECT_EQ(results[i + 1].sizes(), (std::vector<int64_t>{B, layer.H, Lq, Lk}));
+        }
+      });
+    }
   }
-  for (auto& thread : threads) thread.join();
-  for (const auto& result : results) EXPECT_TRUE(torch::equal(result, expected));
+}
+
+TEST_F(FrozenTest, AContextDoesNotFollowTheTensorsItWasMadeOf) {
+  const auto& layer = kLayers[1];
+  for (const auto type : {torch::kFloat, torch::kDouble}) {  // on kernels, and on operators
+    auto module = make(layer);
+    module->to(type);
+    const auto given = inputs_of(layer, 2, 3, 21);
+    const auto query = given.query.to(type);
+    for (const auto rows : {int64_t{1}, ContextOptions::kMany}) {
+      for_each_pair([&](const Orders& orders) {
+        const auto frozen = module->freeze({.plan = PlanMode::pin(orders)});
+        auto key = given.key.to(type, /*non_blocking=*/false, /*copy=*/true);
+        auto value = given.value.to(type, /*non_blocking=*/false, /*copy=*/true);
+        const auto context = frozen.context(key, value, {}, {.expected_queries = rows});
+        const auto before = std::get<0>(frozen.attend(query, context));
+        key.zero_();
+        value.zero_();
+        EXPECT_TRUE(std::get<0>(frozen.attend(query, context)).equal(before)) << type << ", " << rows;
+      });
+    }
+  }
+}
+
+TEST_F(FrozenTest, OneTensorAsKeyAndValueIsKeptOnce) {
+  CrossAttention module(CrossAttentionOptions(8, 12, 12, 16).num_heads(2));
+  const auto key = torch::randn({2, 21, 12}), copy = key.clone();
+  for (const auto type : {torch::kFloat, torch::kDouble}) {  // on kernels, and on operators
+    module->to(type);
+    const auto frozen = module->freeze({.plan = PlanMode::pin({Order::fold_into_query, Order::fold_into_query})});
+    const auto x = key.to(type), y = copy.to(type);
+    const auto bytes = static_cast<int64_t>(x.nbytes());
+    const ContextOptions few{.expected_queries = 1};
+    const auto one = frozen.context(x, x, {}, few), two = frozen.context(x, y, {}, few);
+    EXPECT_EQ(one.bytes(), bytes);
+    EXPECT_EQ(two.bytes(), 2 * bytes);
+    EXPECT_EQ(frozen.context(x[0], x[0], {}, few).bytes(), bytes / 2);
+    const auto query = torch::randn({2, 1, 8}, type);
+    EXPECT_TRUE(std::get<0>(frozen.attend(query, one)).equal(std::get<0>(frozen.attend(query, two))));
+  }
 }
 
 TEST_F(FrozenTest, AFrozenCopyDoesNotFollowTheModule) {
@@ -360,6 +527,31 @@ TEST_F(FrozenTest, AnnouncedRowsChooseTheFormOfAContext) {
             (Orders{Order::fold_into_context, Order::fold_into_context}));
 }
 
+TEST_F(FrozenTest, AutocastChangesNeitherResultsNorTheTypesItTakes) {
+  const auto frozen = make(kLayers[0])->freeze();
+  const auto x = inputs_of(kLayers[0], 2, 3, 5);
+  const auto expected = results_of(frozen, x);
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const auto results = results_of(frozen, x);
+  const auto error = [&](const Inputs& wrong) {
+    return error_of<c10::TypeError>([&] { frozen.forward(wrong.query, wrong.key, wrong.value); });
+  };
+  const auto message = [](const std::string& name, at::ScalarType type) {
+    return "[frozen] " + name + " must be float32, the type of the parameters, but is " +
+           std::string(c10::getDtypeNames(type).first) + ".";
+  };
+  for (const auto type : {torch::kHalf, torch::kBFloat16, torch::kDouble}) {
+    EXPECT_EQ(error({x.query.to(type), x.key, x.value}), message("query", type));
+    EXPECT_EQ(error({x.query, x.key.to(type), x.value}), message("key", type));
+    EXPECT_EQ(error({x.query, x.key, x.value.to(type)}), message("value", type));
+    EXPECT_EQ(error_of<c10::TypeError>([&] { frozen.context(x.key.to(type), x.value); }), message("key", type));
+    EXPECT_EQ(error_of<c10::TypeError>([&] { frozen.attend(x.query.to(type), frozen.context(x.key, x.value)); }),
+              message("query", type));
+  }
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  for (size_t i = 0; i < results.size(); ++i) EXPECT_TRUE(results[i].equal(expected[i])) << i;
+}
+
 TEST_F(FrozenTest, RefusesBadInputByName) {
   auto module = make(kLayers[0]);
   const auto frozen = module->freeze(), other = module->freeze();
@@ -376,6 +568,10 @@ TEST_F(FrozenTest, RefusesBadInputByName) {
   EXPECT_EQ(error_of<c10::ValueError>([&] { frozen.context(x.key, x.value, {}, {.expected_queries = -7}); }),
             "[frozen] expected_queries must not be negative, but is -7.");
   EXPECT_EQ(error_of<c10::ValueError>([&] { context.slice(1, 3); }), "[frozen] slice must lie in [0, 2], but is [1, 3).");
+  const auto raw = module->freeze({.plan = PlanMode::pin({Order::fold_into_query, Order::fold_into_query})});
+  const auto for_few = raw.context(x.key, x.value, {}, {.expected_queries = 1}), for_many = raw.context(x.key, x.value);
+  EXPECT_EQ(error_of<c10::ValueError>([&] { FrozenContext::cat({for_few, for_many}); }),  // which lie differently
+            "[frozen] contexts must be batches of one Frozen, of one length and orders, but they differ.");
 }
 
 }  // namespace

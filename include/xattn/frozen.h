@@ -121,7 +121,7 @@ class XATTN_API Frozen {
                                                   const at::Tensor& key,
                                                   const at::Tensor& value,
                                                   const Mask& mask) const;
-  FrozenContext make_context(
+  std::shared_ptr<FrozenContext::State> make_context(
       const Orders& orders, const at::Tensor& key, const at::Tensor& value, const Mask& mask, bool batched, int64_t rows) const;
 
   std::shared_ptr<const State> state_;

@@ -85,6 +85,9 @@ class XATTN_API Mask {
   /// which are never looked at) shows that there are none. REQUIRES: Lk > 0.
   at::Tensor empty_rows(int64_t Lq, int64_t Lk, at::Device device) const;
 
+  /// Whether the kind of the mask leaves it open that a query row has no key.
+  bool may_have_empty_rows(int64_t Lq, int64_t Lk) const;
+
   /// Throws, in the name of `caller`, c10::ValueError unless the mask fits these sizes (any number of queries where Lq is not
   /// known yet), c10::TypeError unless it is on this device.
   void check(std::string_view caller, int64_t B, int64_t H, std::optional<int64_t> Lq, int64_t Lk, at::Device device) const;

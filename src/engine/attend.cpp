@@ -30,9 +30,7 @@ class Attend {
         Lq_(query_.defined() ? query_.size(1) : folded_.size(0)),
         rows_(queries_ * Lq_),
         heads_{w.H, w.G, w.d, w.e, side.Lk, side.keys, side.values},
-        weighing_(call.mask, w.H, Lq_, side.Lk, w.scale, call.weights, call.weight_heads),
-        all_have_keys_(weighing_.all_have_keys() &&
-                       std::ranges::all_of(side.lengths, [](int64_t length) { return length > 0; })) {}
+        weighing_(call.mask, w.H, Lq_, side.Lk, w.scale, call.weights, call.weight_heads) {}
 
   // Into a result of its sizes.
   void run(const AttentionResult& result) {
@@ -85,7 +83,7 @@ class Attend {
     auto* mixed = folded ? nullptr : scratch.take(n * width);
     const auto* rows = query_.defined() ? logits_rows(begin, n, in_place() ? mixed : nullptr, scratch, team, stride) : nullptr;
     if (!rows) stride = folded_.size(1);
-    auto* log_sum_exp = all_have_keys_ || !raw ? nullptr : scratch.take(n * w.H);
+    auto* log_sum_exp = weighing_.all_have_keys() || !raw ? nullptr : scratch.take(n * w.H);
     for (int64_t first = begin; first < end;) {  // the part of each context
       const auto b = first / rows_, last = std::min(end, (b + 1) * rows_);
       const Segment segment{.b = b,
@@ -100,7 +98,12 @@ class Attend {
       run_segment(segment, scratch, team);
       first = last;
     }
-    if (!folded) finish(mixed, log_sum_exp, n, output, scratch, team);
+    if (folded) return;
+    finish(mixed, log_sum_exp, n, output, scratch, team);
+    if (!raw || log_sum_exp) return;
+    for (auto row = begin; row < end; ++row) {  // of contexts without keys, which take no part in the bias of the values
+      if (side_.lengths[static_cast<size_t>(row / rows_)] == 0) std::copy_n(data(w.output_bias), w.Eo, output_ + row * w.Eo);
+    }
   }
 
   // What meets the keys: projected, in `place` if that is given, folded, or the query itself.
@@ -206,18 +209,20 @@ class Attend {
   void mix(const Segment& s, const float* weights, const Team& team) const {
     const auto& w = w_;
     const auto order = side_.orders.values;
+    const auto first = s.b * side_.values.stride(0);
     if (order == Order::standard) {
       return team.each(w.H, [&](int64_t h) { mix_head(heads_, s, h, weights + h * s.keys, w.H * s.keys); });
     }
     if (is_raw(order)) {
-      return team.multiply({.m = s.n * w.H,
-                            .n = w.Ev,
-                            .k = s.keys,
-                            .a = weights,
-                            .a_stride = s.keys,
-                            .b = plain_rows(side_.values, s.b * side_.Lk * w.Ev, w.Ev),
-                            .c = s.mixed,
-                            .c_stride = w.Ev});
+      return team.multiply(
+          {.m = s.n * w.H,
+           .n = w.Ev,
+           .k = s.keys,
+           .a = weights,
+           .a_stride = s.keys,
+           .b = side_.values_are_rows ? plain_rows(side_.values, first, w.Ev) : packed(side_.values, first, side_.Lk),
+           .c = s.mixed,
+           .c_stride = w.Ev});
     }
     const auto rows = w.H * s.keys;
     team.multiply({.m = s.n,
@@ -225,7 +230,7 @@ class Attend {
                    .k = rows,
                    .a = weights,
                    .a_stride = rows,
-                   .b = packed(side_.values, s.b * side_.values.size(1), rows),
+                   .b = packed(side_.values, first, rows),
                    .c = s.mixed,
                    .c_stride = w.Eo,
                    .bias = data(w.output_bias)});
@@ -306,7 +311,6 @@ class Attend {
   int64_t queries_, Lq_, rows_;  // queries for a context, rows of one, rows for a context
   Heads heads_;                  // of standard orders
   Weighing weighing_;
-  bool all_have_keys_;
   float* output_ = nullptr;
 };
 

@@ -66,7 +66,8 @@ struct EngineSide {
   at::Tensor keys;               ///< packed: K' of each head, [B, G, d x Lk]; Xk', [B, Ek x Lk]; folded, [B, Eq x H * Lk]
   bool keys_are_rows = false;    ///< not packed, but Xk as it came, [B, Lk, Ek]
   at::Tensor key_bias;           ///< folded: added to the logits, [B, H * Lk]
-  at::Tensor values;  ///< packed: V of each head, [B, G, Lk x e]; folded, [B, H * Lk x Eo]; or Xv as it came, [B, Lk, Ev]
+  at::Tensor values;             ///< packed: V of each head, [B, G, Lk x e]; Xv, [B, Lk x Ev]; folded, [B, H * Lk x Eo]
+  bool values_are_rows = false;  ///< not packed, but Xv as it came, [B, Lk, Ev]
 };
 
 /// key [B, Lk, Ek], value [B, Lk, Ev]; lengths as in EngineSide; the query rows of one batch entry that it will serve in all.

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "huge_pages.h"
@@ -32,7 +33,7 @@ Weighing::Weighing(
       scale_(scale),
       keep_tensor_(mask.keep(Lq, Lk, at::kCPU)),
       bias_tensor_(mask.additive()),
-      all_have_keys_(!mask.empty_rows(Lq, Lk, at::kCPU).defined()),
+      all_have_keys_(!mask.may_have_empty_rows(Lq, Lk)),
       wanted_(wanted),
       heads_(std::move(heads)) {
   if (keep_tensor_.defined()) keep_tensor_ = keep_tensor_.contiguous();
@@ -168,8 +169,8 @@ void attend_head_in_parts(const Heads& heads, const Weighing& weighing, const Se
     meet_head(heads, part, h, logits, part.keys);
     weighing.soften_head(part, h, logits, part.keys, first == 0 ? log_sum_exp : of_part);
     for (int64_t row = 0; first > 0 && row < s.n; ++row) {
+      if (of_part[row] == -std::numeric_limits<float>::infinity()) continue;  // no key in this part: all its weights are zero
       const auto most = std::max(log_sum_exp[row], of_part[row]);
-      if (std::isinf(most) && most < 0) continue;  // no key so far: all weights are zero
       const auto all = most + std::log(std::exp(log_sum_exp[row] - most) + std::exp(of_part[row] - most));
       scale(mixed + row * heads.e, heads.e, std::exp(log_sum_exp[row] - all));
       scale(logits + row * part.keys, part.keys, std::exp(of_part[row] - all));

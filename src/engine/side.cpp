@@ -118,6 +118,21 @@ Tensor transpose_keys(const EngineWeights& w, const EngineSide& side, const Tens
   return keys;
 }
 
+// Xv, packed: [B, Lk x Ev].
+Tensor pack_values(const EngineWeights& w, const EngineSide& side, const Tensor& value) {
+  const auto& run = kernels();
+  const auto size = run.packed_size(side.Lk, w.Ev);
+  const auto values = in_huge_pages(at::empty({side.B, size}, value.options()));
+  each_block(side, [&](int64_t b, int64_t first, int64_t n) {
+    const auto* from = data(value) + (b * side.Lk + first) * w.Ev;
+    auto* to = mutable_data(values) + b * size + first * run.panel;
+    for (int64_t column = 0; column < w.Ev; column += run.panel) {
+      run.pack(from + column, w.Ev, n, std::min(run.panel, w.Ev - column), to + column * side.Lk);
+    }
+  });
+  return values;
+}
+
 // Wq (Wk' Xk') or (Wq Wk') Xk' of every head beside each other, packed: [B, Eq x H * length]; and what becomes of bq, [B, H * Lk].
 void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
   const auto& run = kernels();
@@ -198,13 +213,14 @@ EngineSide make_side(const Orders& orders,
   side.B = key.size(0);
   side.Lk = key.size(1);
   side.lengths = std::move(lengths);
-  const auto Xk = key.contiguous(), Xv = value.contiguous();
+  const auto Xk = key.contiguous(), Xv = value.is_same(key) ? Xk : value.contiguous();
+  const bool are_rows = query_rows <= kRowsNotToPackFor / w.H;
   switch (orders.logits) {
     case Order::standard: side.keys = project_keys(w, side, Xk); break;
     case Order::fold_into_query:
     case Order::prefold:
-      side.keys_are_rows = query_rows * w.H <= kRowsNotToPackFor;
-      side.keys = side.keys_are_rows ? Xk : transpose_keys(w, side, Xk);
+      side.keys_are_rows = are_rows;
+      side.keys = are_rows ? Xk : transpose_keys(w, side, Xk);
       break;
     case Order::fold_into_context:
     case Order::prefold_into_context: fold_keys(w, side, Xk); break;
@@ -212,7 +228,10 @@ EngineSide make_side(const Orders& orders,
   switch (orders.values) {
     case Order::standard: side.values = project_values(w, side, Xv); break;
     case Order::fold_into_query:
-    case Order::prefold: side.values = Xv; break;
+    case Order::prefold:
+      side.values_are_rows = are_rows;
+      side.values = are_rows ? Xv : pack_values(w, side, Xv);
+      break;
     case Order::fold_into_context:
     case Order::prefold_into_context: side.values = fold_values(w, side, Xv); break;
   }

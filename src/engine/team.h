@@ -78,6 +78,7 @@ void each_share_of_rows(int64_t n, int64_t bytes, const FloatsOfARow& floats_of_
   constexpr int64_t kNear = 2 << 20;     // bytes
   constexpr int64_t kRowsOfATeam = 4;    // per thread: with fewer rows all threads work on the same rows
   constexpr int64_t kFar = 64 << 20;     // bytes: from there on up to kLeastRows, so that they are read once and not by each
+  constexpr int64_t kMostScratch = 1 << 25;  // floats of a task's scratch, of however long a context
 
   if (n == 0) return;
   const auto workers = threads();
@@ -85,19 +86,23 @@ void each_share_of_rows(int64_t n, int64_t bytes, const FloatsOfARow& floats_of_
   const Team team{workers > 1 && n < together * workers};
   const int64_t floats = floats_of_a_row(team);
   const auto least = std::clamp(kLeastRows * bytes / kNear, kLeastRows, kMostRows);
-  const auto most = std::max(least, kScratch / floats);
-  const auto rounds = (n + most * workers - 1) / (most * workers);
-  const auto share = team.all ? n : (n + rounds * workers - 1) / (rounds * workers);
+  const auto most = std::max<int64_t>(1, std::min(std::max(least, kScratch / floats), kMostScratch / floats));
+  const auto at_once = team.all ? 1 : workers;
+  const auto rounds = (n + most * at_once - 1) / (most * at_once);
+  const auto share = (n + rounds * at_once - 1) / (rounds * at_once);
   const auto tasks = (n + share - 1) / share;
   const auto size = share * floats + 16 * 16;
-  const auto slots = team.all ? 1 : std::min(tasks, workers);
+  const auto slots = std::min(tasks, at_once);
   const auto memory = at::empty({slots, size}, at::kFloat);
   const auto work = [&](int64_t task, int64_t slot) {
     f(task * share, std::min(n, (task + 1) * share), Scratch(mutable_data(memory) + slot * size), team);
   };
-  if (tasks == 1) return work(0, 0);
+  if (slots == 1) {
+    for (int64_t task = 0; task < tasks; ++task) work(task, 0);
+    return;
+  }
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) work(task, slots == 1 ? 0 : at::get_thread_num());
+    for (int64_t task = begin; task < end; ++task) work(task, at::get_thread_num());
   });
 }
 
