@@ -75,6 +75,12 @@ std::tuple<Tensor, Tensor> as_given(const AttentionResult& result, bool is_batch
   return {result.output.squeeze(0), result.weights.defined() ? result.weights.squeeze(0) : result.weights};
 }
 
+// The same numbers in the same places.
+bool are_one(const Tensor& x, const Tensor& y) {
+  return x.is_same(y) || (x.is_alias_of(y) && x.storage_offset() == y.storage_offset() && x.sizes() == y.sizes() &&
+                          x.strides() == y.strides());
+}
+
 // A call of a frozen layer: no gradients, and the type of its weights, whatever autocast says.
 struct Inference {
   const at::NoGradGuard no_grad;
@@ -351,7 +357,7 @@ FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask
   const auto keys = mean_length(split_lengths(mask, Xk.size(0), Xk.size(1)).first);
   const auto orders = state_->choose(state_->request_for_context(Xk.size(0), keys, expected));
   const auto rows = expected == ContextOptions::kMany ? std::numeric_limits<int64_t>::max() : expected;
-  const auto Xv = value.is_same(key) ? Xk : batched(value);
+  const auto Xv = are_one(key, value) ? Xk : batched(value);
   auto context = make_context(orders, Xk, Xv, mask, key.dim() == 3, rows);
   std::visit([&](auto& side) { copy_what_came(side, Xk, Xv); }, context->side);
   return FrozenContext(std::move(context));

@@ -29,7 +29,7 @@ std::string words_of(const std::string& text) {
 
 TEST(ReadmeTest, EveryBlockOfCodeStandsInThisFile) {
   const auto readme = read_bytes(XATTN_SOURCE_DIR "/README.md");
-  const auto here = words_of(read_bytes(__FILE__));
+  const auto here = words_of(read_bytes(XATTN_SOURCE_DIR "/tests/readme_test.cpp"));
   const std::string open = "```cpp\n", close = "```";
   int blocks = 0;
   for (auto at = readme.find(open); at != std::string::npos; at = readme.find(open, at)) {
