@@ -77,8 +77,8 @@ std::tuple<Tensor, Tensor> as_given(const AttentionResult& result, bool is_batch
 
 // The same numbers in the same places.
 bool are_one(const Tensor& x, const Tensor& y) {
-  return x.is_same(y) || (x.is_alias_of(y) && x.storage_offset() == y.storage_offset() && x.sizes() == y.sizes() &&
-                          x.strides() == y.strides());
+  return x.is_same(y) ||
+         (x.is_alias_of(y) && x.storage_offset() == y.storage_offset() && x.sizes() == y.sizes() && x.strides() == y.strides());
 }
 
 // A call of a frozen layer: no gradients, and the type of its weights, whatever autocast says.
