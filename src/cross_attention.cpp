@@ -150,7 +150,8 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Orders& orders,
 // Of `forward`, for batched inputs.
 Orders CrossAttentionImpl::orders_for(const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask) const {
   const bool inputs_train = query.requires_grad() || key.requires_grad() || value.requires_grad();
-  return make_plan(request(key.size(0), query.size(1), key.size(1), mask, inputs_train)).orders;
+  const auto request = this->request(key.size(0), query.size(1), key.size(1), mask, inputs_train);
+  return request.pinned ? *request.pinned : make_plan(request).orders;
 }
 
 PlanRequest CrossAttentionImpl::request(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask, bool inputs_train) const {
@@ -163,7 +164,7 @@ PlanRequest CrossAttentionImpl::request(int64_t B, int64_t Lq, int64_t Lk, const
                                                     key_linear->weight.requires_grad() || value_linear->weight.requires_grad());
   request.gives_weights = options.attention_weights() != AttentionWeights::none;
   request.drops_weights = is_training() && options.dropout() > 0;
-  request.runs_on = detail::run_on_kernels({weight}) ? RunsOn::kernels : weight.is_cpu() ? RunsOn::cpu : RunsOn::cuda;
+  request.runs_on = detail::runs_on(weight);
   if (options.plan().pinned) request.pinned = options.plan().orders;
   if (at::autocast::is_autocast_enabled(weight.device().type())) request.pinned = Orders{};
   request.rates = options.plan().rates.value_or(weight.is_cuda() ? Rates::cuda() : Rates::cpu(at::get_num_threads()));

@@ -3,7 +3,6 @@
 
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/exp.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -19,6 +18,7 @@
 #include "orders.h"
 #include "product.h"
 #include "projection.h"
+#include "softmax.h"
 
 namespace xattn {
 
@@ -234,12 +234,8 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   if (part.weights.defined()) {
     const at::NoGradGuard no_grad;
     const auto whole = merged.log_sum_exp.masked_fill(at::isneginf(merged.log_sum_exp), 0);
-    auto share = at::exp(part.log_sum_exp - whole).unsqueeze(-1);  // [B, H, Lq, 1]
-    if (!how.weight_heads.empty()) {
-      std::vector<Tensor> chosen;  // no tensor of indices, for which a call on CUDA would have to wait
-      for (const auto head : how.weight_heads) chosen.push_back(share.select(1, head));
-      share = at::stack(chosen, 1);
-    }
+    const auto shares = at::exp(part.log_sum_exp - whole).unsqueeze(-1);  // [B, H, Lq, 1]
+    const auto share = detail::chosen_heads(shares, how.weight_heads);
     map = (part.weights.detach() * share).narrow(-1, 0, c.own).to(part.weights.scalar_type());
     if (o.attention_weights() == AttentionWeights::mean) map = map.mean(1);
   }

@@ -109,10 +109,7 @@ struct Frozen::State {
                     : weights.query.is_cuda() ? Rates::cuda()
                                               : Rates::cpu(threads);
     request.gives_weights = module->options.attention_weights() != AttentionWeights::none;
-    request.runs_on = engine                                    ? RunsOn::engine
-                      : detail::run_on_kernels({weights.query}) ? RunsOn::kernels
-                      : weights.query.is_cpu()                  ? RunsOn::cpu
-                                                                : RunsOn::cuda;
+    request.runs_on = engine ? RunsOn::engine : detail::runs_on(weights.query);
     if (plan.pinned) request.pinned = plan.orders;
     return request;
   }
@@ -132,7 +129,7 @@ struct Frozen::State {
             .weight_heads = o.weight_heads()};
   }
 
-  Orders choose(const PlanRequest& request) const { return make_plan(request).orders; }
+  static Orders choose(const PlanRequest& request) { return request.pinned ? *request.pinned : make_plan(request).orders; }
 };
 
 // The caller's tensors, where they stayed as they came, become copies: what he does with them later changes no context.

@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <string_view>
 
 #include "kernels/kernels.h"
 
@@ -170,8 +169,12 @@ Tensor multiply_and_add(const Tensor& a, const Tensor& b, const Tensor& bias) {
 }  // namespace
 
 bool run_on_kernels(std::initializer_list<Tensor> all) {
-  static const bool kHasVectors = std::string_view(kernels().name) != "plain";
+  static const bool kHasVectors = modules_run_on() == RunsOn::kernels;
   return kHasVectors && std::ranges::all_of(all, runs_on_kernels) && !at::autocast::is_autocast_enabled(at::kCPU);
+}
+
+RunsOn runs_on(const Tensor& weight) {
+  return run_on_kernels({weight}) ? RunsOn::kernels : weight.is_cpu() ? RunsOn::cpu : RunsOn::cuda;
 }
 
 Tensor matrix_product(const Tensor& a, const Tensor& b) {

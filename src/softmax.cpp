@@ -62,15 +62,20 @@ SoftmaxResult softmax_over_keys(const Tensor& products, const Mask& mask, bool l
   return result;
 }
 
+Tensor chosen_heads(const Tensor& x, const std::vector<int64_t>& heads) {
+  if (heads.empty()) return x;
+  std::vector<Tensor> chosen;
+  for (const auto head : heads) chosen.push_back(x.select(1, head));
+  return at::stack(chosen, 1);
+}
+
 Tensor wanted_weights(const Tensor& weights, const AttentionOptions& options, const Tensor& products) {
   if (options.weights == AttentionWeights::none) return {};
   auto wanted = weights;
   if (options.weights == AttentionWeights::mean) {
     wanted = weights.size(1) == 1 ? weights.squeeze(1) : weights.mean(1);
-  } else if (!options.weight_heads.empty()) {
-    std::vector<Tensor> chosen;  // no tensor of indices, for which a call on CUDA would have to wait
-    for (const auto head : options.weight_heads) chosen.push_back(weights.select(1, head));
-    wanted = at::stack(chosen, 1);
+  } else {
+    wanted = chosen_heads(weights, options.weight_heads);
   }
   return wanted.to(weights_type(products));
 }

@@ -5,6 +5,9 @@
 #include <xattn/attention.h>
 #include <xattn/mask.h>
 
+#include <cstdint>
+#include <vector>
+
 // The softmax of attention in plain tensor operations, for whatever order the logits came from.
 namespace xattn::detail {
 
@@ -23,6 +26,9 @@ SoftmaxResult softmax_over_keys(const at::Tensor& products, const Mask& mask, bo
 
 /// What the options ask for of weights [B, H, Lq, Lk]: nothing, the mean over heads, all or chosen heads; in the type of the products.
 at::Tensor wanted_weights(const at::Tensor& weights, const AttentionOptions& options, const at::Tensor& products);
+
+/// Some heads of x [B, H, ...], or all if none is named. Without a tensor of indices, for which a call on CUDA would have to wait.
+at::Tensor chosen_heads(const at::Tensor& x, const std::vector<int64_t>& heads);
 
 /// x with `value` in these rows, if there are any.
 at::Tensor with_rows_filled(const at::Tensor& x, const at::Tensor& rows, double value);
