@@ -155,7 +155,7 @@ struct FrozenContext::State {
   // Of two ways to lay out a context that stays as it came, the one for few query rows.
   bool is_in_rows() const {
     const auto* of_engine = std::get_if<detail::EngineSide>(&side);
-    return of_engine && (of_engine->keys_are_rows || of_engine->values_are_rows);
+    return of_engine && of_engine->raw_in_rows;
   }
 };
 

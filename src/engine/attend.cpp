@@ -173,7 +173,7 @@ class Attend {
       return team.each(w.H, [&](int64_t h) { meet_head(heads_, s, h, logits + h * s.keys, w.H * s.keys); });
     }
     const auto first = s.b * side_.keys.stride(0);
-    if (side_.keys_are_rows) {
+    if (is_raw(order) && side_.raw_in_rows) {
       return team.parts(s.keys, [&](int64_t begin, int64_t end) {
         multiply_transposed({.m = s.n * w.H,
                              .n = end - begin,
@@ -220,7 +220,7 @@ class Attend {
            .k = s.keys,
            .a = weights,
            .a_stride = s.keys,
-           .b = side_.values_are_rows ? plain_rows(side_.values, first, w.Ev) : packed(side_.values, first, side_.Lk),
+           .b = side_.raw_in_rows ? plain_rows(side_.values, first, w.Ev) : packed(side_.values, first, side_.Lk),
            .c = s.mixed,
            .c_stride = w.Ev});
     }

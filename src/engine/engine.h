@@ -64,10 +64,9 @@ struct EngineSide {
   int64_t B = 0, Lk = 0;
   std::vector<int64_t> lengths;  ///< keys of each batch entry; those behind them were never looked at
   at::Tensor keys;               ///< packed: K' of each head, [B, G, d x Lk]; Xk', [B, Ek x Lk]; folded, [B, Eq x H * Lk]
-  bool keys_are_rows = false;    ///< not packed, but Xk as it came, [B, Lk, Ek]
   at::Tensor key_bias;           ///< folded: added to the logits, [B, H * Lk]
   at::Tensor values;             ///< packed: V of each head, [B, G, Lk x e]; Xv, [B, Lk x Ev]; folded, [B, H * Lk x Eo]
-  bool values_are_rows = false;  ///< not packed, but Xv as it came, [B, Lk, Ev]
+  bool raw_in_rows = false;  ///< Xk and Xv, where they are all that is kept, not packed but as they came: for a few query rows
 };
 
 /// key [B, Lk, Ek], value [B, Lk, Ev]; lengths as in EngineSide; the query rows of one batch entry that it will serve in all.

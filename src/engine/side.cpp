@@ -214,24 +214,18 @@ EngineSide make_side(const Orders& orders,
   side.Lk = key.size(1);
   side.lengths = std::move(lengths);
   const auto Xk = key.contiguous(), Xv = value.is_same(key) ? Xk : value.contiguous();
-  const bool are_rows = query_rows <= kRowsNotToPackFor / w.H;
+  side.raw_in_rows = (is_raw(orders.logits) || is_raw(orders.values)) && query_rows <= kRowsNotToPackFor / w.H;
   switch (orders.logits) {
     case Order::standard: side.keys = project_keys(w, side, Xk); break;
     case Order::fold_into_query:
-    case Order::prefold:
-      side.keys_are_rows = are_rows;
-      side.keys = are_rows ? Xk : transpose_keys(w, side, Xk);
-      break;
+    case Order::prefold: side.keys = side.raw_in_rows ? Xk : transpose_keys(w, side, Xk); break;
     case Order::fold_into_context:
     case Order::prefold_into_context: fold_keys(w, side, Xk); break;
   }
   switch (orders.values) {
     case Order::standard: side.values = project_values(w, side, Xv); break;
     case Order::fold_into_query:
-    case Order::prefold:
-      side.values_are_rows = are_rows;
-      side.values = are_rows ? Xv : pack_values(w, side, Xv);
-      break;
+    case Order::prefold: side.values = side.raw_in_rows ? Xv : pack_values(w, side, Xv); break;
     case Order::fold_into_context:
     case Order::prefold_into_context: side.values = fold_values(w, side, Xv); break;
   }
