@@ -16,8 +16,8 @@ function(xattn_set_flags target)
   endif()
 endfunction()
 
-# What nearly every file includes, and what takes most of the time of its compilation: for targets of many files.
+# What nearly every file includes, and what takes most of the time of its compilation: for targets of many files. More headers
+# may follow.
 function(xattn_precompile_headers target)
-  target_precompile_headers(${target} PRIVATE
-    <torch/nn/cloneable.h> <torch/nn/modules/linear.h> <torch/utils.h> <fmt/ranges.h>)
+  target_precompile_headers(${target} PRIVATE <torch/nn/cloneable.h> <torch/nn/modules/linear.h> <torch/utils.h> ${ARGN})
 endfunction()

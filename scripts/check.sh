@@ -5,22 +5,28 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
   cat <<'END'
-usage: scripts/check.sh
+usage: scripts/check.sh [--skip COMMAND]
 
 Runs every command of README.md, the lines of its blocks marked sh, in order, and stops at the first that fails.
 
-  -h, --help  show this
+  --skip COMMAND  but not this one
+  -h, --help      show this
 END
 }
 
-case ${1:-} in
-  -h | --help) usage; exit ;;
-  '') ;;
-  *) echo "scripts/check.sh: unknown argument '$1'; see --help" >&2; exit 2 ;;
-esac
+skipped=
+while (($#)); do
+  case $1 in
+    -h | --help) usage; exit ;;
+    --skip) skipped=${2:?"--skip needs a command"}; shift ;;
+    *) echo "scripts/check.sh: unknown argument '$1'; see --help" >&2; exit 2 ;;
+  esac
+  shift
+done
 
 mapfile -t commands < <(awk '/^```/ {inside = $0 == "```sh"; next} inside' README.md)
 for command in "${commands[@]}"; do
+  [[ $command != "$skipped" ]] || continue
   echo "\$ $command"
   bash -euo pipefail -c "$command"
 done

@@ -13,6 +13,7 @@
 
 #include "check.h"
 #include "option_names.h"
+#include "text.h"
 
 namespace xattn {
 
@@ -96,7 +97,7 @@ void CrossAttentionBlockImpl::pretty_print(std::ostream& stream) const {
   const auto& o = options;
   std::string named;
   const auto add = [&named](bool differs, std::string_view call, const auto&... argument) {
-    if (differs) named += fmt::format(fmt::runtime(call), argument...);
+    if (differs) named += detail::vformatted(call, fmt::make_format_args(argument...));
   };
   add(o.norm() != NormKind::layer, ".norm(NormKind::{})", name_of(o.norm()));
   add(o.norm_placement() == NormPlacement::after, ".norm_placement(NormPlacement::after)");
@@ -115,9 +116,10 @@ void CrossAttentionBlockImpl::pretty_print(std::ostream& stream) const {
   const auto text = inner.str();
   const auto open = text.find('(');
   auto arguments = text.substr(open + 1, text.size() - open - 2);
-  if (!arguments.starts_with("CrossAttentionOptions")) arguments = fmt::format("CrossAttentionOptions({})", arguments);
-  stream << (named.empty() ? fmt::format("xattn::CrossAttentionBlock({})", arguments)
-                           : fmt::format("xattn::CrossAttentionBlock(CrossAttentionBlockOptions({}){})", arguments, named));
+  if (!arguments.starts_with("CrossAttentionOptions")) arguments = detail::formatted("CrossAttentionOptions({})", arguments);
+  stream << (named.empty()
+                 ? detail::formatted("xattn::CrossAttentionBlock({})", arguments)
+                 : detail::formatted("xattn::CrossAttentionBlock(CrossAttentionBlockOptions({}){})", arguments, named));
 }
 
 std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::forward(const Tensor& query,

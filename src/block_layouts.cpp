@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "check.h"
+#include "text.h"
 
 namespace xattn {
 namespace {
@@ -275,7 +276,7 @@ std::map<std::string, TensorRecipe> recipes(const FoundBlock& block, const Infos
   std::map<std::string, TensorRecipe> result;
   for (auto& [parameter, recipe] : recipes(block.attention, tensors)) result.emplace("attention." + parameter, recipe);
   const auto add = [&](const std::string& parameter, std::string_view name, std::string_view ending, TensorRecipe recipe) {
-    recipe.source = fmt::format("{}{}{}", block.prefix, name, ending);
+    recipe.source = detail::formatted("{}{}{}", block.prefix, name, ending);
     if (!name.empty() && tensors.contains(recipe.source)) result.emplace(parameter, recipe);
   };
   const auto add_norm = [&](const std::string& parameter, std::string_view name) {

@@ -4,12 +4,12 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
-#include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <string>
 #include <string_view>
 #include <utility>
+
+#include "text.h"
 
 // How the library refuses bad input: one mould for all messages, "[caller] argument must be ..., but is ....", thrown as one of
 // torch's typed errors.
@@ -18,18 +18,18 @@ namespace xattn::detail {
 /// Throws c10::ValueError with "[caller] message" unless `ok`. The message is only formatted when it is needed.
 template <typename... Args>
 void check_value(bool ok, std::string_view caller, fmt::format_string<Args...> format, Args&&... args) {
-  TORCH_CHECK_VALUE(ok, fmt::format("[{}] {}", caller, fmt::format(format, std::forward<Args>(args)...)));
+  TORCH_CHECK_VALUE(ok, formatted("[{}] {}", caller, formatted(format, std::forward<Args>(args)...)));
 }
 
 /// The same for types and devices: throws c10::TypeError.
 template <typename... Args>
 void check_type(bool ok, std::string_view caller, fmt::format_string<Args...> format, Args&&... args) {
-  TORCH_CHECK_TYPE(ok, fmt::format("[{}] {}", caller, fmt::format(format, std::forward<Args>(args)...)));
+  TORCH_CHECK_TYPE(ok, formatted("[{}] {}", caller, formatted(format, std::forward<Args>(args)...)));
 }
 
 /// "[2, 6, 128]", or "undefined".
 inline std::string shape_of(const at::Tensor& tensor) {
-  return tensor.defined() ? fmt::format("[{}]", fmt::join(tensor.sizes(), ", ")) : "undefined";
+  return tensor.defined() ? formatted("[{}]", joined(tensor.sizes())) : "undefined";
 }
 
 /// "float32", as Python spells it, or "undefined".

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <fmt/format.h>
-#include <fmt/ranges.h>
 #include <xattn/file_error.h>
 
 #include <cerrno>
@@ -12,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "text.h"
+
 // How the library refuses a file: "[reader] path: what was expected and what came", always one line.
 namespace xattn::detail {
 
@@ -20,7 +20,7 @@ inline std::string one_line(std::string_view text) {
   std::string line;
   for (char c : text) {
     if (const auto code = static_cast<unsigned char>(c); code < 0x20 || code == 0x7f) {
-      line += fmt::format("\\x{:02x}", code);
+      line += formatted("\\x{:02x}", code);
     } else {
       line += c;
     }
@@ -34,8 +34,8 @@ template <typename... Args>
                             std::string_view path,
                             fmt::format_string<Args...> format,
                             Args&&... args) {
-  const auto message = fmt::format(format, std::forward<Args>(args)...);
-  throw FileError(one_line(fmt::format("[{}] {}: {}", reader, path, message)));
+  const auto message = formatted(format, std::forward<Args>(args)...);
+  throw FileError(one_line(formatted("[{}] {}: {}", reader, path, message)));
 }
 
 /// The same unless `ok`. The message is only formatted when it is needed.
@@ -48,7 +48,7 @@ void check_file(bool ok, std::string_view reader, std::string_view path, fmt::fo
 
 /// "; missing: a, b", or nothing if there are none.
 inline std::string list(std::string_view what, const std::vector<std::string>& names) {
-  return names.empty() ? "" : fmt::format("; {}: {}", what, fmt::join(names, ", "));
+  return names.empty() ? "" : formatted("; {}: {}", what, joined(names));
 }
 
 /// What the operating system said last: "No such file or directory".

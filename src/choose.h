@@ -13,6 +13,7 @@
 #include "check.h"
 #include "check_file.h"
 #include "stored_tensor.h"
+#include "text.h"
 
 // Which of the layers or blocks of a file is meant.
 namespace xattn::detail {
@@ -27,7 +28,7 @@ Found choose_one(const std::string& file, const std::vector<Found>& found, const
   if (const auto chosen = std::ranges::find_if(found, is_meant); chosen != found.end()) return *chosen;
   std::vector<std::string> prefixes;
   for (const auto& one : found) prefixes.push_back(in_quotes(one.prefix));
-  fail_file("load", file, "prefix must be one of {}, but {}", fmt::join(prefixes, ", "),
+  fail_file("load", file, "prefix must be one of {}, but {}", joined(prefixes),
             prefix ? "is " + in_quotes(*prefix) : "was not given");
 }
 

@@ -10,7 +10,6 @@
 #include <ATen/ops/log.h>
 #include <ATen/ops/where.h>
 #include <c10/util/Exception.h>
-#include <fmt/format.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -19,6 +18,7 @@
 #include <utility>
 
 #include "softmax.h"
+#include "text.h"
 
 namespace xattn::detail {
 
@@ -68,8 +68,8 @@ void Ranks::run(const Tensor& x, const Start& start) {
     const std::string what = error.what();
     TORCH_CHECK_WITH(
         DistBackendError, false,
-        fmt::format("[context_parallel] rank {} of {} lost the others: a rank has failed, or did not answer in time ({}).",
-                    rank(), size(), what.substr(0, what.find('\n'))));
+        formatted("[context_parallel] rank {} of {} lost the others: a rank has failed, or did not answer in time ({}).",
+                  rank(), size(), what.substr(0, what.find('\n'))));
   }
 }
 

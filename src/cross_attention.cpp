@@ -12,6 +12,7 @@
 #include "orders.h"
 #include "product.h"
 #include "projection.h"
+#include "text.h"
 
 namespace xattn {
 
@@ -181,9 +182,10 @@ std::vector<Tensor> CrossAttentionImpl::context_weights() const {
 
 void CrossAttentionImpl::pretty_print(std::ostream& stream) const {
   const auto& o = options;
-  const auto sizes = fmt::format("{}, {}, {}, {}", o.dim_query(), o.dim_key(), o.dim_value(), o.dim_output());
+  const auto sizes = detail::formatted("{}, {}, {}, {}", o.dim_query(), o.dim_key(), o.dim_value(), o.dim_output());
   const auto text = detail::printed(options);
-  stream << fmt::format("xattn::CrossAttention({})", text == fmt::format("CrossAttentionOptions({})", sizes) ? sizes : text);
+  stream << detail::formatted("xattn::CrossAttention({})",
+                              text == detail::formatted("CrossAttentionOptions({})", sizes) ? sizes : text);
 }
 
 }  // namespace xattn

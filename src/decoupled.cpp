@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "projection.h"
+#include "text.h"
 
 namespace xattn {
 
@@ -34,11 +35,11 @@ DecoupledCrossAttentionOptions resolved(DecoupledCrossAttentionOptions options) 
 
 // "decoupled_cross_attention.added0": messages about its key, value and mask begin so.
 std::string caller_of(size_t index) {
-  return fmt::format("{}.added{}", kCaller, index);
+  return detail::formatted("{}.added{}", kCaller, index);
 }
 
 std::string batch_of(const Context& context) {
-  return context.is_batched() ? fmt::format("a batch of {}", context.batch_size()) : "unbatched";
+  return context.is_batched() ? detail::formatted("a batch of {}", context.batch_size()) : "unbatched";
 }
 
 void check_count(size_t given, size_t expected) {
@@ -74,7 +75,7 @@ void AddedProjectionImpl::reset_parameters() {
 }
 
 void AddedProjectionImpl::pretty_print(std::ostream& stream) const {
-  stream << fmt::format("xattn::AddedProjection({})", detail::printed(options));
+  stream << detail::formatted("xattn::AddedProjection({})", detail::printed(options));
 }
 
 // ---- DecoupledCrossAttention -----------------------------------------------------------------------------------------------
@@ -90,7 +91,8 @@ void DecoupledCrossAttentionImpl::reset() {
   for (const auto& own : options.added()) {
     auto shared = attention->options;
     shared.dim_key(own.dim_key()).dim_value(own.dim_value()).key_bias(*own.key_bias()).value_bias(*own.value_bias());
-    added_projections.push_back(register_module(fmt::format("added{}", added_projections.size()), AddedProjection(shared)));
+    added_projections.push_back(
+        register_module(detail::formatted("added{}", added_projections.size()), AddedProjection(shared)));
   }
 }
 
@@ -102,15 +104,15 @@ void DecoupledCrossAttentionImpl::reset_parameters() {
 void DecoupledCrossAttentionImpl::pretty_print(std::ostream& stream) const {
   std::vector<std::string> texts;
   for (const auto& o : options.added()) {
-    auto text = fmt::format("AddedContextOptions({}, {})", o.dim_key(), o.dim_value());
-    if (o.key_bias() != options.attention().key_bias()) text += fmt::format(".key_bias({})", *o.key_bias());
-    if (o.value_bias() != options.attention().value_bias()) text += fmt::format(".value_bias({})", *o.value_bias());
-    if (o.scale() != 1) text += fmt::format(".scale({})", o.scale());
+    auto text = detail::formatted("AddedContextOptions({}, {})", o.dim_key(), o.dim_value());
+    if (o.key_bias() != options.attention().key_bias()) text += detail::formatted(".key_bias({})", *o.key_bias());
+    if (o.value_bias() != options.attention().value_bias()) text += detail::formatted(".value_bias({})", *o.value_bias());
+    if (o.scale() != 1) text += detail::formatted(".scale({})", o.scale());
     texts.push_back(text);
   }
-  const auto named = texts.empty() ? "" : fmt::format(".added({{{}}})", fmt::join(texts, ", "));
-  stream << fmt::format("xattn::DecoupledCrossAttention(DecoupledCrossAttentionOptions({}){})",
-                        detail::printed(attention->options), named);
+  const auto named = texts.empty() ? "" : detail::formatted(".added({{{}}})", detail::joined(texts));
+  stream << detail::formatted("xattn::DecoupledCrossAttention(DecoupledCrossAttentionOptions({}){})",
+                              detail::printed(attention->options), named);
 }
 
 std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::forward(

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "check.h"
+#include "text.h"
 
 namespace xattn {
 namespace {
@@ -199,7 +200,7 @@ std::vector<int64_t> FoundLayer::possible_heads() const {
 CrossAttentionOptions FoundLayer::with_heads(int64_t num_heads) const {
   const auto possible = possible_heads();
   detail::check_value(std::ranges::count(possible, num_heads) == 1, "with_heads", "num_heads must be one of {}, but is {}.",
-                      fmt::join(possible, ", "), num_heads);
+                      detail::joined(possible), num_heads);
   const auto group = options.num_heads() / *options.kv_heads();
   const auto kv_heads = num_heads / group;
   auto result = options;
@@ -276,9 +277,9 @@ std::map<std::string, TensorRecipe> added_recipes(const FoundLayer& layer, const
     for (const auto& [part, name] :
          {std::pair("key_linear", names.key), {"value_linear", names.value}, {"key_norm", names.key_norm}}) {
       for (const auto* ending : {".weight", ".bias"}) {
-        const auto source = fmt::format("{}{}{}", layer.prefix, name, ending);
+        const auto source = detail::formatted("{}{}{}", layer.prefix, name, ending);
         if (name.empty() || !tensors.contains(source)) continue;
-        result.emplace(fmt::format("added{}.{}{}", i, part, ending), TensorRecipe{source});
+        result.emplace(detail::formatted("added{}.{}{}", i, part, ending), TensorRecipe{source});
       }
     }
   }

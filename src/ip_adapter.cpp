@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "check_file.h"
+#include "text.h"
 
 namespace xattn {
 namespace {
@@ -31,7 +32,7 @@ std::pair<size_t, std::string> order_of(const std::string& prefix) {
   const auto* part = std::ranges::find_if(kParts, [&](const auto* name) { return prefix.find(name) != std::string::npos; });
   std::istringstream words(prefix);
   std::string padded;
-  for (std::string word; std::getline(words, word, '.');) padded += fmt::format("{:0>9}.", word);
+  for (std::string word; std::getline(words, word, '.');) padded += detail::formatted("{:0>9}.", word);
   return {static_cast<size_t>(part - kParts.begin()) / 2, padded + prefix};  // "1" is not "01"
 }
 
@@ -45,7 +46,8 @@ Places places_by_order(const Checkpoint& base) {
   detail::check_file(!ordered.empty(), kReader, base.path(),
                      "must hold cross-attention layers that are spelled as in diffusers, but holds none");
   Places places;
-  for (const auto& [order, prefix] : ordered) places.emplace(prefix, fmt::format("{}{}.", kPlaces, 2 * places.size() + 1));
+  for (const auto& [order, prefix] : ordered)
+    places.emplace(prefix, detail::formatted("{}{}.", kPlaces, 2 * places.size() + 1));
   return places;
 }
 
@@ -55,8 +57,8 @@ Checkpoint with_ip_adapter(const Checkpoint& base, const Checkpoint& adapter, co
   std::map<std::string, std::string> names;  // in the adapter -> as diffusers has them in its U-Net
   for (const auto& [layer, place] : places.empty() ? places_by_order(base) : places) {
     for (const auto* side : {"to_k_ip", "to_v_ip"}) {
-      names.emplace(fmt::format("{}{}.weight", with_point(place), side),
-                    fmt::format("{}processor.{}.0.weight", with_point(layer), side));
+      names.emplace(detail::formatted("{}{}.weight", with_point(place), side),
+                    detail::formatted("{}processor.{}.0.weight", with_point(layer), side));
     }
   }
   std::vector<std::string> missing, unexpected;

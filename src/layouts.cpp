@@ -4,6 +4,7 @@
 #include <array>
 
 #include "check.h"
+#include "text.h"
 
 // The table, and nothing else; find_layers.cpp works with it.
 namespace xattn {
@@ -192,7 +193,7 @@ const Layout& layout_named(std::string_view name) {
     if (layout.name == name) return layout;
     names.push_back(layout.name);
   }
-  detail::check_value(false, "layouts", "layout must be one of {}, but is {}.", fmt::join(names, ", "), name);
+  detail::check_value(false, "layouts", "layout must be one of {}, but is {}.", detail::joined(names), name);
   return kLayouts.front();
 }
 

@@ -14,6 +14,7 @@
 #include "check_file.h"
 #include "choose.h"
 #include "option_names.h"
+#include "text.h"
 
 namespace xattn {
 namespace {
@@ -39,10 +40,10 @@ bool converts(torch::ScalarType from, torch::ScalarType to) {
 std::string misfit(torch::ScalarType type, const std::vector<int64_t>& shape, const torch::Tensor& target) {
   const auto type_name = [](torch::ScalarType scalar) { return c10::getDtypeNames(scalar).first; };
   if (target.sizes() != shape) {
-    return fmt::format("must have shape {}, but has [{}]", detail::shape_of(target), fmt::join(shape, ", "));
+    return detail::formatted("must have shape {}, but has [{}]", detail::shape_of(target), detail::joined(shape));
   }
   if (!converts(type, target.scalar_type())) {
-    return fmt::format("must convert to {}, but is {}", type_name(target.scalar_type()), type_name(type));
+    return detail::formatted("must convert to {}, but is {}", type_name(target.scalar_type()), type_name(type));
   }
   return "";
 }
@@ -152,7 +153,7 @@ class Loader {
     if (needed == has) return;
     const auto which = path.empty() ? "the module" : path.substr(0, path.size() - 1);
     report_.misshapen.push_back(
-        fmt::format("{} must have {} {}, as layout {} needs, but has {}", which, option, needed, layout, has));
+        detail::formatted("{} must have {} {}, as layout {} needs, but has {}", which, option, needed, layout, has));
   }
 
   TensorRecipe recipe_of(const std::string& name) const {
@@ -203,7 +204,7 @@ class Loader {
                         (options_.allow_unexpected ? "" : list("unexpected", report_.unexpected)) +
                         list("misshapen", report_.misshapen);
     if (faults.empty()) return;
-    const auto message = fmt::format("[load_weights] {}: does not fit the module{}", name_, faults);
+    const auto message = detail::formatted("[load_weights] {}: does not fit the module{}", name_, faults);
     throw LoadError(detail::one_line(message), std::move(report_));
   }
 
@@ -241,7 +242,7 @@ class Loader {
 }  // namespace
 
 std::string LoadReport::summary() const {
-  return fmt::format("loaded {} tensors", loaded.size()) + list("missing", missing) + list("unexpected", unexpected) +
+  return detail::formatted("loaded {} tensors", loaded.size()) + list("missing", missing) + list("unexpected", unexpected) +
          list("misshapen", misshapen) + list("of the block around the layer", surrounding);
 }
 

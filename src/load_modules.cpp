@@ -17,6 +17,7 @@
 #include "check_file.h"
 #include "choose.h"
 #include "stored_tensor.h"
+#include "text.h"
 
 // Modules made from files: what load.h has beside load_weights.
 namespace xattn {
@@ -85,10 +86,10 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint, const FoundLayer& l
   if (!num_heads && layer.layout->name == "reference") num_heads = layer.options.num_heads();
   detail::check_file(num_heads.has_value(), kReader, checkpoint.path(),
                      "the number of heads of {} is not among its weights, nor in a config.json beside it; give one of {}",
-                     in_quotes(layer.prefix), fmt::join(possible, ", "));
+                     in_quotes(layer.prefix), detail::joined(possible));
   detail::check_file(std::ranges::count(possible, *num_heads) == 1, kReader, checkpoint.path(),
                      "the number of heads of {} must be one of {}, but is {}", in_quotes(layer.prefix),
-                     fmt::join(possible, ", "), *num_heads);
+                     detail::joined(possible), *num_heads);
   auto sizes = layer.with_heads(*num_heads).attention_weights(options.attention_weights);
   if (options.qk_norm_eps) sizes.qk_norm_eps(*options.qk_norm_eps);
   return sizes;
@@ -150,7 +151,7 @@ DecoupledCrossAttention decoupled_cross_attention_from(const Checkpoint& checkpo
   const auto parts = added_recipes(layer, checkpoint.tensors());
   std::vector<AddedContextOptions> added;
   for (size_t i = 0; i < layer.added.size(); ++i) {
-    const auto named = [&](std::string_view part) { return fmt::format("added{}.{}", i, part); };
+    const auto named = [&](std::string_view part) { return detail::formatted("added{}.{}", i, part); };
     const auto width = [&](std::string_view part) {
       const auto& shape = checkpoint.tensors().at(parts.at(named(part)).source).shape;
       return shape.size() == 2 ? shape[1] : 0;  // refused by the module

@@ -20,6 +20,7 @@
 #include <limits>
 
 #include "check.h"
+#include "text.h"
 
 namespace xattn {
 
@@ -197,7 +198,7 @@ void Mask::check(
       check_value(
           fits(tensor.size(0), B) && fits(tensor.size(1), H) && (!Lq || fits(tensor.size(2), *Lq)) && tensor.size(3) == Lk,
           caller, "mask ({}) must fit [B, H, Lq, Lk] = [{}, {}, {}, {}], but has {}.", name, B, H,
-          Lq ? fmt::to_string(*Lq) : "Lq", Lk, shape_of(tensor));
+          Lq ? std::to_string(*Lq) : "Lq", Lk, shape_of(tensor));
       check_type(tensor.device() == device, caller, "mask ({}) must be on {}, as the inputs, but is on {}.", name, device.str(),
                  tensor.device().str());
     }
@@ -303,7 +304,7 @@ Mask Mask::cat(const std::vector<std::pair<Mask, int64_t>>& masks) {
     const bool alike =
         names(mask) == names(joined) && mask.upper_left_ == joined.upper_left_ && mask.lower_right_ == joined.lower_right_;
     check_value(alike, "mask", "masks must be built alike to be put behind each other, but are of {} and {}.",
-                fmt::join(names(joined), " and "), fmt::join(names(mask), " and "));
+                detail::joined(names(joined), " and "), detail::joined(names(mask), " and "));
   }
   join(&Mask::keep_);
   join(&Mask::bias_);

@@ -6,6 +6,7 @@
 #include <torch/nn/init.h>
 
 #include "check.h"
+#include "text.h"
 
 namespace xattn {
 
@@ -29,8 +30,8 @@ void NormImpl::reset_parameters() {
 
 void NormImpl::pretty_print(std::ostream& stream) const {
   constexpr const char* kNames[] = {"none", "rms", "layer"};
-  stream << fmt::format("xattn::Norm(NormOptions(NormKind::{}, {}).eps({}){})", kNames[static_cast<int>(options.kind())],
-                        options.size(), options.eps(), options.bias() ? "" : ".bias(false)");
+  stream << detail::formatted("xattn::Norm(NormOptions(NormKind::{}, {}).eps({}){})", kNames[static_cast<int>(options.kind())],
+                              options.size(), options.eps(), options.bias() ? "" : ".bias(false)");
 }
 
 torch::Tensor NormImpl::forward(const torch::Tensor& x) {

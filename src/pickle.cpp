@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "check_file.h"
+#include "text.h"
 
 namespace xattn::detail {
 namespace {

@@ -2,11 +2,12 @@
 #include "pickled_tensors.h"
 
 #include <c10/core/ScalarType.h>
-#include <fmt/format.h>
 
 #include <algorithm>
 #include <array>
 #include <utility>
+
+#include "text.h"
 
 namespace xattn::detail {
 namespace {
@@ -37,7 +38,7 @@ const PickledType* type_of_name(std::string_view name) {
 
 const PickledType* type_of_storage(std::string_view name) {
   const auto* found =
-      std::ranges::find_if(kTypes, [&](const auto& x) { return name == fmt::format("{}Storage", c10::toString(x.type)); });
+      std::ranges::find_if(kTypes, [&](const auto& x) { return name == formatted("{}Storage", c10::toString(x.type)); });
   return found == kTypes.end() ? nullptr : found;
 }
 
@@ -104,7 +105,7 @@ void PickledTensors::add_all(const std::string& prefix, Id container, int depth)
     check(pickle_.kind(all[i]) == Kind::text, "must name its tensors by texts, but has another key after {}",
           in_quotes(prefix));
     charge(prefix.size() + pickle_.text(all[i]).size());
-    const auto name = fmt::format("{}{}", prefix, pickle_.text(all[i]));
+    const auto name = formatted("{}{}", prefix, pickle_.text(all[i]));
     if (pickle_.kind(value) == container_) {
       add_all(name + ".", value, depth + 1);
     } else {
@@ -163,7 +164,7 @@ std::vector<int64_t> PickledTensors::integers(const std::string& name, Id tuple)
 Bytes PickledTensors::storage(const std::string& name, std::span<const Id> parts, size_t item) const {
   const auto key = pickle_.text(parts[2]);
   const auto count = pickle_.integer(parts[4]);
-  const auto record = zip_.bytes(fmt::format("data/{}", key));
+  const auto record = zip_.bytes(formatted("data/{}", key));
   // An untyped storage may end in the middle of an item.
   const bool fits = count >= 0 && static_cast<uint64_t>(count) == record.size() / item;
   check(fits, "tensor {} lies in storage {} of {} items of {} bytes, but its record has {} bytes", in_quotes(name),

@@ -11,6 +11,7 @@
 #include "check_file.h"
 #include "pickle.h"
 #include "stored_tensor.h"
+#include "text.h"
 #include "zip.h"
 
 namespace xattn::detail {

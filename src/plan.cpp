@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "kernels/kernels.h"
+#include "text.h"
 
 namespace xattn {
 namespace {
@@ -250,7 +251,7 @@ std::string engineering(double value, std::string_view unit) {
                                                              {1, ""},    {1e-3, "m"}, {1e-6, "u"}};
   const auto* scale = std::ranges::find_if(kScales, [value](const auto& s) { return value >= s.first; });
   if (scale == std::end(kScales)) scale = value == 0 ? scale - 3 : scale - 1;
-  return fmt::format("{:.3g} {}{}", value / scale->first, scale->second, unit);
+  return detail::formatted("{:.3g} {}{}", value / scale->first, scale->second, unit);
 }
 
 }  // namespace
@@ -320,28 +321,31 @@ std::string explain(const PlanRequest& request) {
   const auto plan = make_plan(request);
   const auto& r = request;
   auto text =
-      fmt::format("B {}, heads {}{}, Lq {}, Lk {}; features: query {}, key {}, value {}, heads {} and {}, output {}{}\n", r.B,
-                  r.H, r.G == r.H ? "" : fmt::format(" (of keys {})", r.G), r.Lq, r.Lk, r.Eq, r.Ek, r.Ev, r.d, r.e, r.Eo,
-                  r.training ? "; forward and backward" : "");
+      detail::formatted("B {}, heads {}{}, Lq {}, Lk {}; features: query {}, key {}, value {}, heads {} and {}, output {}{}\n",
+                        r.B, r.H, r.G == r.H ? "" : detail::formatted(" (of keys {})", r.G), r.Lq, r.Lk, r.Eq, r.Ek, r.Ev, r.d,
+                        r.e, r.Eo, r.training ? "; forward and backward" : "");
   const auto add_chain = [&text, &r](std::string_view name, const std::array<OrderCost, kOrders>& costs, Order chosen) {
-    text += fmt::format("{:24}{:>14}{:>12}{:>12}\n", name, "operations", "memory", "time");
+    text += detail::formatted("{:24}{:>14}{:>12}{:>12}\n", name, "operations", "memory", "time");
     const auto least = costs[static_cast<size_t>(chosen)].seconds;
     for (const auto& cost : costs) {
-      const auto remark = cost.order == chosen                 ? std::string(r.pinned ? "<- pinned" : "<- chosen")
-                          : !cost.illegal.empty()              ? fmt::format("illegal: {}", cost.illegal)
-                          : cost.seconds <= least && !r.pinned ? std::string("as fast, but not with the other chain")
-                                                               : fmt::format("{:.2f} times its time", cost.seconds / least);
-      text += fmt::format("  {:22}{:>14}{:>12}{:>12}  {}\n", name_of(cost.order), engineering(cost.operations, ""),
-                          engineering(cost.bytes, "B"), engineering(cost.seconds, "s"), remark);
+      const auto remark = cost.order == chosen    ? std::string(r.pinned ? "<- pinned" : "<- chosen")
+                          : !cost.illegal.empty() ? detail::formatted("illegal: {}", cost.illegal)
+                          : cost.seconds <= least && !r.pinned
+                              ? std::string("as fast, but not with the other chain")
+                              : detail::formatted("{:.2f} times its time", cost.seconds / least);
+      text += detail::formatted("  {:22}{:>14}{:>12}{:>12}  {}\n", name_of(cost.order), engineering(cost.operations, ""),
+                                engineering(cost.bytes, "B"), engineering(cost.seconds, "s"), remark);
     }
   };
   add_chain("logits", plan.logits, plan.orders.logits);
   add_chain("values", plan.values, plan.orders.values);
   const auto standard = cost_of(Orders{}, request);
-  text += fmt::format("in all: {} operations, {}; in the standard order {}, {}\n", engineering(plan.operations, ""),
-                      engineering(plan.seconds, "s"), engineering(standard.operations, ""), engineering(standard.seconds, "s"));
-  text += fmt::format("attention by {}: {}, because {}{}\n", name_of(plan.kernel), description_of(plan.kernel),
-                      plan.kernel_reason, r.gives_weights && is_own(plan.kernel) ? "; weights come from the same pass" : "");
+  text += detail::formatted("in all: {} operations, {}; in the standard order {}, {}\n", engineering(plan.operations, ""),
+                            engineering(plan.seconds, "s"), engineering(standard.operations, ""),
+                            engineering(standard.seconds, "s"));
+  text +=
+      detail::formatted("attention by {}: {}, because {}{}\n", name_of(plan.kernel), description_of(plan.kernel),
+                        plan.kernel_reason, r.gives_weights && is_own(plan.kernel) ? "; weights come from the same pass" : "");
   return text;
 }
 

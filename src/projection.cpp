@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "product.h"
+#include "text.h"
 
 namespace xattn::detail {
 
@@ -58,7 +59,7 @@ void check_query(
   check_input(caller, "query", query, "Lq", query_linear);
   check_value((query.dim() == 3) == is_batched && (query.dim() == 2 || query.size(0) == batch_size), caller,
               "query must have shape {}Lq, {}] to match its context, but has {}.",
-              is_batched ? fmt::format("[{}, ", batch_size) : "[", query.size(-1), shape_of(query));
+              is_batched ? formatted("[{}, ", batch_size) : "[", query.size(-1), shape_of(query));
 }
 
 // A unit batch axis also gets its natural stride back: `transpose().contiguous()` may leave a huge one there, with which
@@ -163,9 +164,9 @@ std::string printed(const CrossAttentionOptions& resolved) {
   constexpr const char* kWeights[] = {"none", "mean", "per_head"};
   const auto& o = resolved;
   const auto heads = o.num_heads(), d = *o.head_dim();
-  auto text = fmt::format("CrossAttentionOptions({}, {}, {}, {})", o.dim_query(), o.dim_key(), o.dim_value(), o.dim_output());
+  auto text = formatted("CrossAttentionOptions({}, {}, {}, {})", o.dim_query(), o.dim_key(), o.dim_value(), o.dim_output());
   const auto add = [&text](bool differs, std::string_view call, const auto&... argument) {
-    if (differs) text += fmt::format(fmt::runtime(call), argument...);
+    if (differs) text += vformatted(call, fmt::make_format_args(argument...));
   };
   add(heads != 1, ".num_heads({})", heads);
   add(o.kv_heads() != heads, ".kv_heads({})", *o.kv_heads());
@@ -185,12 +186,12 @@ std::string printed(const CrossAttentionOptions& resolved) {
   }
   add(o.attention_weights() != AttentionWeights::mean, ".attention_weights(AttentionWeights::{})",
       kWeights[static_cast<int>(o.attention_weights())]);
-  add(!o.weight_heads().empty(), ".weight_heads({{{}}})", fmt::join(o.weight_heads(), ", "));
+  add(!o.weight_heads().empty(), ".weight_heads({{{}}})", joined(o.weight_heads()));
   if (o.plan() == PlanMode::standard) {
     text += ".plan(PlanMode::standard)";
   } else if (o.plan().pinned) {
     const auto& [logits, values] = o.plan().orders;
-    text += fmt::format(".plan(PlanMode::pin({{Order::{}, Order::{}}}))", name_of(logits), name_of(values));
+    text += formatted(".plan(PlanMode::pin({{Order::{}, Order::{}}}))", name_of(logits), name_of(values));
   } else {
     add(o.plan().rates.has_value(), ".plan(PlanMode::by(rates))");
   }

@@ -9,6 +9,7 @@
 #include "check_file.h"
 #include "json.h"
 #include "readers.h"
+#include "text.h"
 
 // An archive of torch.export.save, as PyTorch describes it in torch/csrc/export/pt2_archive_constants.h:
 //
@@ -114,7 +115,7 @@ class Entry {
 
   std::vector<int64_t> counts(const std::string& place) const {
     std::vector<int64_t> all(get<Json::array_t>(place).size());
-    for (size_t i = 0; i < all.size(); ++i) all[i] = count(fmt::format("{}/{}", place, i));
+    for (size_t i = 0; i < all.size(); ++i) all[i] = count(formatted("{}/{}", place, i));
     return all;
   }
 
@@ -150,8 +151,8 @@ Index read_pt2(const std::string& path, const ZipFile& zip) {
   Index index;
   for (const std::string kind : {"weights", "constants"}) {
     const auto folder = "data/" + kind + "/";
-    check(!zip.has(fmt::format("{}{}.pt", folder, models[0])), kOldForm, "its " + kind + " are");
-    const auto config = fmt::format("{}{}_{}_config.json", folder, models[0], kind);
+    check(!zip.has(formatted("{}{}.pt", folder, models[0])), kOldForm, "its " + kind + " are");
+    const auto config = formatted("{}{}_{}_config.json", folder, models[0], kind);
     check(zip.has(config), "has no {}", in_quotes(config));
     const auto json = parse_json(kReader, path + ": " + config, zip.bytes(config));
     check(json.is_object() && json.contains("config") && json["config"].is_object(), "{} must have config, an object",

@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cstring>
@@ -12,6 +10,7 @@
 #include "check_file.h"
 #include "readers.h"
 #include "safetensors_types.h"
+#include "text.h"
 
 namespace xattn {
 namespace {
@@ -160,7 +159,7 @@ std::map<std::string, detail::StoredTensor> laid_out(const std::string& path,
   for (const auto& [name, record] : records) {
     const uint64_t begin = record.offsets->at(0);
     const uint64_t end = record.offsets->at(1);
-    const auto text = fmt::format("[{}]", fmt::join(*record.shape, ", "));
+    const auto text = detail::formatted("[{}]", detail::joined(*record.shape));
     check(begin <= end, "tensor {} ends at {} before it begins at {}", in_quotes(name), end, begin);
     check(end <= data.size(), "tensor {} ends at {}, beyond the file's {} bytes of data; a download may have been cut off",
           in_quotes(name), end, data.size());

@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <fmt/format.h>
-#include <fmt/ranges.h>
 #include <xattn/safetensors.h>
 
 #include <algorithm>
@@ -12,6 +10,7 @@
 #include "check_file.h"
 #include "safetensors_types.h"
 #include "stored_tensor.h"
+#include "text.h"
 #include "write_beside.h"
 
 namespace xattn {
@@ -50,15 +49,15 @@ void save_safetensors(const std::string& path, const LazyTensors& tensors, const
 
   std::string header;
   const auto add = [&header](const std::string& name, const std::string& value) {
-    header += fmt::format("{}{}:{}", header.empty() ? "{" : ",", nlohmann::json(name).dump(), value);
+    header += detail::formatted("{}{}:{}", header.empty() ? "{" : ",", nlohmann::json(name).dump(), value);
   };
   try {
     if (!metadata.empty()) add(std::string(detail::kSafetensorsMetadata), nlohmann::json(metadata).dump());
     uint64_t offset = 0;
     for (const auto& [type, name, info] : items) {
       const uint64_t end = offset + static_cast<uint64_t>(byte_count(*info));
-      add(name, fmt::format(R"({{"dtype":"{}","shape":[{}],"data_offsets":[{},{}]}})", type->name, fmt::join(info->shape, ","),
-                            offset, end));
+      add(name, detail::formatted(R"({{"dtype":"{}","shape":[{}],"data_offsets":[{},{}]}})", type->name,
+                                  detail::joined(info->shape, ","), offset, end));
       offset = end;
     }
   } catch (const nlohmann::json::type_error&) {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <c10/core/ScalarType.h>
 #include <caffe2/serialize/inline_container.h>
-#include <fmt/format.h>
 #include <xattn/state_dict.h>
 
 #include <nlohmann/json.hpp>
@@ -11,6 +10,7 @@
 #include "check_file.h"
 #include "pickled_tensors.h"
 #include "stored_tensor.h"
+#include "text.h"
 #include "write_beside.h"
 
 namespace xattn {
@@ -50,7 +50,7 @@ void put_tensor(std::string& out, const TensorInfo& info, std::string_view key) 
   const bool typed = detail::find_pickled_type(type)->has_storage_class;
   out += typed ? "ctorch._utils\n_rebuild_tensor_v2\n((" : "ctorch._utils\n_rebuild_tensor_v3\n((";
   put_text(out, "storage");
-  out += typed ? fmt::format("ctorch\n{}Storage\n", c10::toString(type)) : "ctorch.storage\nUntypedStorage\n";
+  out += typed ? detail::formatted("ctorch\n{}Storage\n", c10::toString(type)) : "ctorch.storage\nUntypedStorage\n";
   put_text(out, key);
   put_text(out, "cpu");
   put_integer(out, typed ? byte_count(info) / static_cast<int64_t>(c10::elementSize(type)) : byte_count(info));
@@ -61,7 +61,7 @@ void put_tensor(std::string& out, const TensorInfo& info, std::string_view key) 
   out +=
       "\x89"
       "ccollections\nOrderedDict\n)R";
-  if (!typed) out += fmt::format("ctorch\n{}\n", c10::getDtypeNames(type).first);
+  if (!typed) out += detail::formatted("ctorch\n{}\n", c10::getDtypeNames(type).first);
   out += "tR";
 }
 
@@ -109,7 +109,7 @@ void save_state_dict(const std::string& path, const LazyTensors& tensors) {
     int64_t key = 0;
     for (const auto& [name, info] : tensors.infos) {
       const auto plain = detail::plain(tensors.make(name));
-      archive.writeRecord(fmt::format("data/{}", key++), plain.const_data_ptr(), plain.nbytes());
+      archive.writeRecord(detail::formatted("data/{}", key++), plain.const_data_ptr(), plain.nbytes());
     }
     archive.writeEndOfFile();
   });

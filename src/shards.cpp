@@ -4,6 +4,7 @@
 #include "check_file.h"
 #include "json.h"
 #include "readers.h"
+#include "text.h"
 
 namespace xattn::detail {
 namespace {

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <c10/core/ScalarType.h>
-#include <fmt/format.h>
 
 #include <algorithm>
 #include <array>
@@ -14,6 +13,7 @@
 #include "pickle.h"
 #include "pickled_tensors.h"
 #include "readers.h"
+#include "text.h"
 
 namespace xattn {
 namespace {
@@ -32,8 +32,8 @@ constexpr std::array<std::string_view, 7> kModelKeys{"state_dict", "model_state_
 std::optional<std::string> as_metadata(const Pickle& pickle, Pickle::Id value) {
   switch (pickle.kind(value)) {
     case Pickle::Kind::text: return std::string(pickle.text(value));
-    case Pickle::Kind::integer: return fmt::format("{}", pickle.integer(value));
-    case Pickle::Kind::real: return fmt::format("{}", pickle.real(value));
+    case Pickle::Kind::integer: return detail::formatted("{}", pickle.integer(value));
+    case Pickle::Kind::real: return detail::formatted("{}", pickle.real(value));
     case Pickle::Kind::boolean: return pickle.integer(value) != 0 ? "true" : "false";
     default: return {};
   }

@@ -3,13 +3,13 @@
 
 #include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
-#include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <utility>
+
+#include "text.h"
 
 namespace xattn::detail {
 std::optional<int64_t> count_elements(const std::vector<int64_t>& shape) {
@@ -43,8 +43,8 @@ std::optional<StoredTensor> view_of(Bytes storage,
   const bool sound = elements && strides.size() == shape.size() && offset >= 0 &&
                      std::ranges::all_of(strides, [](int64_t stride) { return stride >= 0; });
   if (!sound) {
-    *reason = fmt::format("has shape [{}], strides [{}] and offset {}, which make no tensor", fmt::join(shape, ", "),
-                          fmt::join(strides, ", "), offset);
+    *reason =
+        formatted("has shape [{}], strides [{}] and offset {}, which make no tensor", joined(shape), joined(strides), offset);
     return {};
   }
   if (*elements == 0) return StoredTensor{type, std::move(shape), std::move(strides), {}};
@@ -60,8 +60,8 @@ std::optional<StoredTensor> view_of(Bytes storage,
   overflow |= __builtin_mul_overflow(offset, item, &begin) || __builtin_add_overflow(offset, last, &end) ||
               __builtin_add_overflow(end, 1, &end) || __builtin_mul_overflow(end, item, &end);
   if (overflow || static_cast<uint64_t>(end) > storage.size()) {
-    *reason = fmt::format("of shape [{}], strides [{}] and offset {} ends beyond its storage of {} bytes",
-                          fmt::join(shape, ", "), fmt::join(strides, ", "), offset, storage.size());
+    *reason = formatted("of shape [{}], strides [{}] and offset {} ends beyond its storage of {} bytes", joined(shape),
+                        joined(strides), offset, storage.size());
     return {};
   }
   const auto first_byte = static_cast<size_t>(begin);

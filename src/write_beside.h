@@ -12,6 +12,7 @@
 
 #include "check_file.h"
 #include "stored_tensor.h"
+#include "text.h"
 
 namespace xattn::detail {
 
@@ -22,7 +23,7 @@ void write_beside(std::string_view reader, const std::string& path, Write&& writ
   std::error_code error;
   const auto there = std::filesystem::status(path, error);
   check_file(!exists(there) || is_regular_file(there), reader, path, "is there, but is not a regular file");
-  const std::string beside = fmt::format("{}.{:08x}.tmp", path, std::random_device{}());
+  const std::string beside = formatted("{}.{:08x}.tmp", path, std::random_device{}());
   try {
     std::ofstream out(beside, std::ios::binary);
     check_file(out.is_open(), reader, path, "cannot be written: {}", system_reason());

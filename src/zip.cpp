@@ -11,6 +11,7 @@
 
 #include "check_file.h"
 #include "stored_tensor.h"
+#include "text.h"
 
 namespace xattn::detail {
 namespace {

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#if __has_include(<fmt/base.h>)
+#include <fmt/base.h>
+#else  // before fmt 11
+#include <fmt/core.h>
+#endif
+
+#include <string>
+#include <string_view>
+
+// Texts made by fmt, whose implementation is compiled in text.cpp alone: it would take a third of the
+// time of every file.
+namespace xattn::detail {
+
+std::string vformatted(fmt::string_view format, fmt::format_args arguments);
+
+/// The text that fmt::format makes.
+template <typename... Args>
+std::string formatted(fmt::format_string<Args...> format, Args&&... args) {
+  return vformatted(format, fmt::make_format_args(args...));
+}
+
+/// "2, 6, 128": the elements one after another.
+template <typename Range>
+std::string joined(const Range& elements, std::string_view separator = ", ") {
+  std::string text;
+  bool first = true;
+  for (const auto& element : elements) {
+    if (!first) text += separator;
+    text += formatted("{}", element);
+    first = false;
+  }
+  return text;
+}
+
+}  // namespace xattn::detail
