@@ -20,7 +20,7 @@ in README.md and the plots in src/bench.
   --device cuda  in bfloat16 against LibTorch's and PyTorch's kernels on a GPU: prints a table and writes results-cuda.json
   -h, --help     show this
 
-The other runtimes are installed by pip into .venv-bench. Each runs alone in a process of its own, because the waiting threads of one
+The other runtimes are installed by pip into .venv-bench (with CUDA: .venv-bench-cuda). Each runs alone in a process of its own, because the waiting threads of one
 take the processor from another. Nothing else should run on the machine. A full run takes some hours.
 
 example: scripts/bench.sh --quick --shape "SD1.5 16x16"
@@ -52,18 +52,24 @@ if [[ $device == cuda ]] && ! nvidia-smi --list-gpus 2> /dev/null | grep -q GPU;
   exit 1
 fi
 
-python=.venv-bench/bin/python
+venv=.venv-bench folder=build
+if [[ $device == cuda ]]; then venv=.venv-bench-cuda folder=build-cuda; fi  # of another build of PyTorch, which is that of LibTorch too
+python=$venv/bin/python
 read -ra packages < <(python3 scripts/bench_peers.py --packages --runtime "${runtimes[@]}")
-stamp=.venv-bench/installed
+stamp=$venv/installed
 if [[ $(cat $stamp 2> /dev/null) != "${packages[*]}" ]]; then
-  [[ -e $python ]] || python3 -m venv .venv-bench
+  [[ -e $python ]] || python3 -m venv $venv
   index=()
   [[ -z ${XATTN_TORCH_INDEX:-} ]] || index=(--extra-index-url "$XATTN_TORCH_INDEX")
   install() { $python -m pip install --quiet --disable-pip-version-check "${index[@]}" "$@"; }
   if [[ $device == cuda ]] || ! install "${packages[0]}+cpu" "${packages[@]:1}" 2> /dev/null; then install "${packages[@]}"; fi
   echo "${packages[*]}" > $stamp
 fi
-scripts/build.sh
+if [[ $device == cuda ]]; then
+  scripts/build.sh -B $folder -DTorch_DIR="$($python -c 'import torch; print(torch.utils.cmake_prefix_path)')/Torch"
+else
+  scripts/build.sh
+fi
 
 load=$(cut -d' ' -f1 /proc/loadavg 2> /dev/null || echo 0)
 if awk "BEGIN { exit !($load > 0.5) }"; then
@@ -77,7 +83,7 @@ trap 'rm -rf "$results"' EXIT
 turn=6  # rows; then it is another runtime's: what else the machine does changes over minutes, and is to meet all of them
 for ((pass = 1; pass <= passes; ++pass)); do
   if ((pass > 1 && limit == 0)); then limit=500; fi
-  list=$(build/xattn_bench --list --limit "$limit" "${shapes[@]}" | sed 's/  .*//')
+  list=$($folder/xattn_bench --list --limit "$limit" "${shapes[@]}" | sed 's/  .*//')
   if [[ -z $list ]]; then
     if ((pass > 1)); then break; fi
     echo "scripts/bench.sh: --limit $limit leaves no row" >&2
@@ -92,7 +98,7 @@ for ((pass = 1; pass <= passes; ++pass)); do
       options=(--seconds "$seconds" --threads "$count")
       for row in "${rows[@]:first:turn}"; do options+=(--shape "$row"); done
       part=$results/$pass.$count.$first
-      build/xattn_bench --json --device $device "${options[@]}" "${weights[@]}" > "$part.libtorch.json"
+      $folder/xattn_bench --json --device $device "${options[@]}" "${weights[@]}" > "$part.libtorch.json"
       for runtime in "${runtimes[@]}"; do
         chosen=("${weights[@]}")
         if [[ $runtime == compile ]]; then
@@ -104,8 +110,8 @@ for ((pass = 1; pass <= passes; ++pass)); do
       done
     done
     if ((pass == 1 && !quick)) && [[ $device == cpu && ${#shapes[@]} == 0 ]]; then
-      build/xattn_bench --json --crossover --threads "$count" > "$results/crossover.$count.json"
-      build/xattn_bench --json --regret --threads "$count" --limit 20 --seconds 0.2 > "$results/regret.$count.json"
+      $folder/xattn_bench --json --crossover --threads "$count" > "$results/crossover.$count.json"
+      $folder/xattn_bench --json --regret --threads "$count" --limit 20 --seconds 0.2 > "$results/regret.$count.json"
     fi
   done
 done

@@ -11,8 +11,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
-#if defined(USE_C10D_NCCL) && __has_include(<nccl.h>)
-#define XATTN_HAS_NCCL
+#ifdef XATTN_HAS_NCCL
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #endif
 
@@ -111,10 +110,13 @@ c10::intrusive_ptr<c10d::ProcessGroup> join(const Place& place, c10::Device devi
 
   auto group = c10::make_intrusive<c10d::ProcessGroup>(store, place.rank, place.size);
   using Type = c10d::ProcessGroup::BackendType;
-  const auto type = device.is_cuda() ? Type::NCCL : Type::GLOO;
-  const auto backend = device.is_cuda() ? nccl(place, store, timeout) : gloo(place, store, timeout);
-  group->setDefaultBackend(type);
-  group->setBackend(device.type(), type, backend);
+  const auto add = [&](c10::DeviceType kind, Type type, const auto& backend) {
+    auto own_keys = c10::make_intrusive<c10d::PrefixStore>(c10::DeviceTypeName(kind, true), store);
+    group->setDefaultBackend(type);
+    group->setBackend(kind, type, backend(place, own_keys, timeout));
+  };
+  add(c10::kCPU, Type::GLOO, gloo);  // also beside CUDA: counts and settings are tensors of the CPU
+  if (device.is_cuda()) add(c10::kCUDA, Type::NCCL, nccl);
   return group;
 }
 
