@@ -8,6 +8,8 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <exception>
+#include <functional>
 #include <numeric>
 #include <optional>
 #include <utility>
@@ -74,15 +76,32 @@ Orders cheapest(const PlanRequest& request) {
   return best.value_or(Orders{});
 }
 
-// What every rank knows of every other: batch and length.
-std::vector<int64_t> exchange_lengths(const Tensor& x, const char* name, detail::Ranks& ranks) {
-  const auto own = at::tensor({x.size(0), x.size(1)}, at::dtype(at::kLong)).to(x.device());
+// What every rank knows of every other: batch and length of x, once `check` has passed on all. Where it throws on one rank alone, the
+// others, which would wait for that rank, hear of it.
+std::vector<int64_t> exchange_lengths(const Tensor& x,
+                                      const char* name,
+                                      at::Device device,
+                                      detail::Ranks& ranks,
+                                      const std::function<void()>& check) {
+  int64_t B = -1, length = -1;
+  std::exception_ptr refusal;
+  try {
+    check();
+    const auto whole = batched(x);
+    B = whole.size(0), length = whole.size(1);
+  } catch (const std::exception&) {
+    refusal = std::current_exception();
+  }
+  const auto all = ranks.gather(at::tensor({B, length}, at::dtype(at::kLong)).to(device));
+  if (refusal) std::rethrow_exception(refusal);
   std::vector<int64_t> lengths;
-  for (const auto& each : ranks.gather(own)) {
+  for (const auto& each : all) {
     const auto sizes = each.cpu();
-    const auto B = sizes.const_data_ptr<int64_t>()[0];
-    check_value(B == x.size(0), kCaller, "{} must have one batch size on all ranks, but has {} on rank {} and {} on rank {}.",
-                name, x.size(0), ranks.rank(), B, lengths.size());
+    const auto other = sizes.const_data_ptr<int64_t>()[0];
+    const auto rank = lengths.size();
+    check_value(other >= 0, kCaller, "{} must be right on all ranks, but rank {} refused its own.", name, rank);
+    check_value(other == B, kCaller, "{} must have one batch size on all ranks, but has {} on rank {} and {} on rank {}.", name,
+                B, ranks.rank(), other, rank);
     lengths.push_back(sizes.const_data_ptr<int64_t>()[1]);
   }
   return lengths;
@@ -160,9 +179,10 @@ SharedContext ContextParallel::context(const Tensor& key,
   auto& module = *state_->module;
   const auto& o = module.options;
   const auto expected = options.expected_queries;
-  detail::check_key_value(kCaller, key, value, {}, module.key_linear, module.value_linear, o.num_heads());
+  const auto lengths = exchange_lengths(key, "key", module.key_linear->weight.device(), *state_->ranks, [&] {
+    detail::check_key_value(kCaller, key, value, {}, module.key_linear, module.value_linear, o.num_heads());
+  });
   auto Xk = batched(key), Xv = batched(value);
-  const auto lengths = exchange_lengths(Xk, "key", *state_->ranks);
   const auto rank = state_->ranks->rank(), own = Xk.size(1);
   const auto first = std::accumulate(lengths.begin(), lengths.begin() + rank, int64_t{0});
   const auto length = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
@@ -194,11 +214,18 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   const auto& c = *context.state_;
   const auto& ranks = state_->ranks;
   check_value(c.owner == state_, kCaller, "context must be made by the ContextParallel that attends to it, but is another's.");
-  detail::check_query(kCaller, query, c.stamp.is_batched(), context.batch_size(), module.query_linear);
-  c.stamp.check_made_from(kCaller, module.context_weights());
-  const auto own = batched(query);
   const bool apart = state_->queries == Queries::own;
-  const auto lengths = apart ? exchange_lengths(own, "query", *ranks) : std::vector<int64_t>{};
+  const auto check = [&] {
+    detail::check_query(kCaller, query, c.stamp.is_batched(), context.batch_size(), module.query_linear);
+    c.stamp.check_made_from(kCaller, module.context_weights());
+  };
+  std::vector<int64_t> lengths;
+  if (apart) {
+    lengths = exchange_lengths(query, "query", module.query_linear->weight.device(), *ranks, check);
+  } else {
+    check();
+  }
+  const auto own = batched(query);
   const auto all = apart ? detail::all_rows(own, lengths, ranks) : own;
   const auto Lq = all.size(1);
   c.mask.check(kCaller, context.batch_size(), o.num_heads(), Lq, c.length, all.device());

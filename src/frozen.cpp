@@ -152,10 +152,9 @@ struct FrozenContext::State {
   int64_t B, Lk;
   bool batched;
 
-  // Of two ways to lay out a context that stays as it came, the one for few query rows.
-  bool is_in_rows() const {
+  detail::Raw raw() const {
     const auto* of_engine = std::get_if<detail::EngineSide>(&side);
-    return of_engine && of_engine->raw_in_rows;
+    return of_engine ? of_engine->raw : detail::Raw::packed;
   }
 };
 
@@ -231,7 +230,7 @@ FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
   for (const auto& context : contexts) {
     const auto& state = *context.state_;
     check_value(state.owner == first.owner && state.orders == first.orders && state.Lk == first.Lk && state.batched &&
-                    state.is_in_rows() == first.is_in_rows(),
+                    state.raw() == first.raw(),
                 kCaller, "contexts must be batches of one Frozen, of one length and orders, but they differ.");
     masks.emplace_back(state.mask, state.B);
     joined->B += state.B;

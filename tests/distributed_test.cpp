@@ -112,6 +112,14 @@ TEST_P(DistributedTest, ARankThatDiesMakesTheOthersFailInTime) {
   if (GetParam() > 1) run("death", GetParam(), std::chrono::seconds(60));
 }
 
+TEST_P(DistributedTest, ARankThatDiesBeforeItsBackwardPassMakesTheOthersFailInTime) {
+  if (GetParam() > 1) run("death-in-backward", GetParam(), std::chrono::seconds(60));
+}
+
+TEST_P(DistributedTest, ARankThatFallsSilentMakesTheOthersFailInTime) {
+  if (GetParam() > 1) run("silence", GetParam(), std::chrono::seconds(60));
+}
+
 #ifdef XATTN_VQA_PATH
 // A program that trains: started as several processes it goes through the same losses as one, and comes to the same model.
 TEST_P(DistributedTest, ProcessesTrainAsOne) {

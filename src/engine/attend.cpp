@@ -173,16 +173,10 @@ class Attend {
       return team.each(w.H, [&](int64_t h) { meet_head(heads_, s, h, logits + h * s.keys, w.H * s.keys); });
     }
     const auto first = s.b * side_.keys.stride(0);
-    if (is_raw(order) && side_.raw_in_rows) {
-      return team.parts(s.keys, [&](int64_t begin, int64_t end) {
-        multiply_transposed({.m = s.n * w.H,
-                             .n = end - begin,
-                             .k = w.Ek,
-                             .a = s.rows,
-                             .a_stride = w.Ek,
-                             .b = right(side_.keys, first + begin * w.Ek, w.Ek, 0),
-                             .c = logits + begin,
-                             .c_stride = s.keys});
+    if (is_raw(order) && side_.raw != Raw::packed) {
+      const auto panel = kernels().panel;
+      return team.parts((s.keys + panel - 1) / panel, [&](int64_t begin, int64_t end) {
+        meet_rows(s, begin * panel, std::min(s.keys, end * panel), logits);
       });
     }
     if (is_raw(order)) {
@@ -206,6 +200,31 @@ class Attend {
                    .bias = data(side_.key_bias) + s.b * w.H * side_.Lk});
   }
 
+  // logits [n, H, keys] of keys [begin, end) that lie in rows.
+  void meet_rows(const Segment& s, int64_t begin, int64_t end, float* logits) const {
+    const auto& w = w_;
+    const auto* keys = data(side_.keys) + s.b * side_.keys.stride(0);
+    Step step;
+    step.m = s.n * w.H, step.k = w.Ek;
+    step.a = s.rows, step.a_stride = w.Ek;
+    step.c_stride = s.keys;
+    if (side_.raw == Raw::few_rows) {
+      step.n = end - begin;
+      step.b = {keys + begin * w.Ek, nullptr, w.Ek, 0};
+      step.c = logits + begin;
+      return multiply_transposed(step);
+    }
+    const auto panel = kernels().panel;
+    const auto packed_keys = at::empty({w.Ek, panel}, side_.keys.options());
+    step.b = packed(packed_keys, 0, w.Ek);
+    for (int64_t first = begin; first < end; first += panel) {
+      step.n = std::min(panel, end - first);
+      step.c = logits + first;
+      pack_transposed(keys + first * w.Ek, w.Ek, w.Ek, step.n, packed_keys, 0);
+      multiply(step);
+    }
+  }
+
   void mix(const Segment& s, const float* weights, const Team& team) const {
     const auto& w = w_;
     const auto order = side_.orders.values;
@@ -220,7 +239,7 @@ class Attend {
            .k = s.keys,
            .a = weights,
            .a_stride = s.keys,
-           .b = side_.raw_in_rows ? plain_rows(side_.values, first, w.Ev) : packed(side_.values, first, side_.Lk),
+           .b = side_.raw != Raw::packed ? plain_rows(side_.values, first, w.Ev) : packed(side_.values, first, side_.Lk),
            .c = s.mixed,
            .c_stride = w.Ev});
     }

@@ -58,6 +58,13 @@ struct EngineWeights {
   at::Tensor values_product_bias;  ///< bv Wo of each head, [H, Eo]
 };
 
+/// How Xk and Xv lie where they are all that is kept of a context.
+enum class Raw {
+  packed,
+  rows,      ///< as they came, for the rows of a task or two, each of which packs the keys as it reads them
+  few_rows,  ///< as they came, for so few rows that packing takes longer than it saves
+};
+
 /// The key/value side as the engine reads it. Immutable; safe to share between threads.
 struct EngineSide {
   Orders orders;
@@ -66,7 +73,7 @@ struct EngineSide {
   at::Tensor keys;               ///< packed: K' of each head, [B, G, d x Lk]; Xk', [B, Ek x Lk]; folded, [B, Eq x H * Lk]
   at::Tensor key_bias;           ///< folded: added to the logits, [B, H * Lk]
   at::Tensor values;             ///< packed: V of each head, [B, G, Lk x e]; Xv, [B, Lk x Ev]; folded, [B, H * Lk x Eo]
-  bool raw_in_rows = false;  ///< Xk and Xv, where they are all that is kept, not packed but as they came: for a few query rows
+  Raw raw = Raw::packed;
 };
 
 /// key [B, Lk, Ek], value [B, Lk, Ev]; lengths as in EngineSide; the query rows of one batch entry that it will serve in all.

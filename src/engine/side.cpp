@@ -16,7 +16,10 @@ using namespace engine;
 
 namespace {
 
-constexpr int64_t kRowsNotToPackFor = 24;  // rows of a product with keys up to which packing these takes longer than it saves
+// For so many rows of a product with the keys, or fewer.
+Raw raw_for(int64_t rows) {
+  return rows <= 24 ? Raw::few_rows : rows <= 112 ? Raw::rows : Raw::packed;
+}
 
 // f(b, first key, keys) for blocks of the keys that count, of whole panels except at the end; as many panels for each thread.
 template <class F>
@@ -214,18 +217,19 @@ EngineSide make_side(const Orders& orders,
   side.Lk = key.size(1);
   side.lengths = std::move(lengths);
   const auto Xk = key.contiguous(), Xv = value.is_same(key) ? Xk : value.contiguous();
-  side.raw_in_rows = (is_raw(orders.logits) || is_raw(orders.values)) && query_rows <= kRowsNotToPackFor / w.H;
+  constexpr int64_t kMany = 1 << 20;  // as good as any number: the product below does not overflow
+  if (is_raw(orders.logits) || is_raw(orders.values)) side.raw = raw_for(std::min(query_rows, kMany) * w.H);
   switch (orders.logits) {
     case Order::standard: side.keys = project_keys(w, side, Xk); break;
     case Order::fold_into_query:
-    case Order::prefold: side.keys = side.raw_in_rows ? Xk : transpose_keys(w, side, Xk); break;
+    case Order::prefold: side.keys = side.raw != Raw::packed ? Xk : transpose_keys(w, side, Xk); break;
     case Order::fold_into_context:
     case Order::prefold_into_context: fold_keys(w, side, Xk); break;
   }
   switch (orders.values) {
     case Order::standard: side.values = project_values(w, side, Xv); break;
     case Order::fold_into_query:
-    case Order::prefold: side.values = side.raw_in_rows ? Xv : pack_values(w, side, Xv); break;
+    case Order::prefold: side.values = side.raw != Raw::packed ? Xv : pack_values(w, side, Xv); break;
     case Order::fold_into_context:
     case Order::prefold_into_context: side.values = fold_values(w, side, Xv); break;
   }

@@ -60,13 +60,22 @@ void compute_transposed_rows(const ProductOf<Element>& p, int64_t top) {
   }
 }
 
-// See Kernels::product_transposed.
+// See Kernels::product_transposed. Rows of b are taken in blocks that the L2 cache keeps until all rows of a have met them.
 template <class Element>
 void product_transposed(const ProductOf<Element>& p) {
-  int64_t i = 0;
-  for (; i + 4 <= p.m; i += 4) compute_transposed_rows<4>(p, i);
-  for (; i + 2 <= p.m; i += 2) compute_transposed_rows<2>(p, i);
-  for (; i < p.m; ++i) compute_transposed_rows<1>(p, i);
+  constexpr int64_t kBlock = 1 << 15;  // elements
+  const int64_t columns = kLanes * (kBlock / kLanes / (p.k + 1) + 1);
+  for (int64_t left = 0; left < p.n; left += columns) {
+    auto part = p;
+    part.n = p.n - left < columns ? p.n - left : columns;
+    part.b.data += left * p.b.row_stride;
+    part.c += left;
+    if (p.bias) part.bias += left;
+    int64_t i = 0;
+    for (; i + 4 <= p.m; i += 4) compute_transposed_rows<4>(part, i);
+    for (; i + 2 <= p.m; i += 2) compute_transposed_rows<2>(part, i);
+    for (; i < p.m; ++i) compute_transposed_rows<1>(part, i);
+  }
 }
 
 }  // namespace

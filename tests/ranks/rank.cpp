@@ -11,6 +11,7 @@
 #include <iostream>
 #include <map>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "launch.h"
@@ -22,7 +23,7 @@ namespace {
 using namespace xattn;
 using torch::Tensor;
 
-constexpr auto kTimeout = std::chrono::seconds(60);
+constexpr auto kTimeout = std::chrono::seconds(60), kShortTimeout = std::chrono::seconds(5);
 
 int failures = 0;
 
@@ -277,6 +278,22 @@ void errors(const Ranks& ranks) {
       wrong == fmt::format("[context_parallel] mask (lengths) must fit [B, H, Lq, Lk] = [2, 4, Lq, {}], but has [2, 1, 1, 5].",
                            4 * ranks.place.size),
       "mask: " + wrong);
+  // What one rank alone refuses, all hear of.
+  const auto refused = [&](const char* name, const std::string& own, const std::string& said) {
+    const auto others = fmt::format("[context_parallel] {} must be right on all ranks, but rank 0 refused its own.", name);
+    expect(said == (rank == 0 ? own : others), fmt::format("{} of rank 0: {}", name, said));
+  };
+  const auto narrow = torch::randn({2, 4, 9});
+  refused("key", "[context_parallel] key must have shape [B, Lk, 10], but has [2, 4, 9].", message([&] {
+            const auto& own = rank == 0 ? narrow : y;
+            parallel.context(own, own);
+          }));
+  refused("key", "[context_parallel] key must have shape [B, Lk, 10], but has undefined.",
+          message([&] { parallel.context(rank == 0 ? Tensor() : y, y); }));
+  ContextParallel apart(module, ranks.group, Queries::own);
+  const auto of_apart = apart.context(y, y);
+  refused("query", "[context_parallel] query must have shape [B, Lq, 6], but has [2, 3, 5].",
+          message([&] { apart.attend(torch::randn({2, 3, rank == 0 ? 5 : 6}), of_apart); }));
   const auto context = parallel.context(y, y);
   {
     const torch::NoGradGuard no_grad;
@@ -296,18 +313,24 @@ void errors(const Ranks& ranks) {
          "plan");
 }
 
-// The last rank goes without a word; the others must notice, and say so.
-void death(const Ranks& ranks) {
+// The last rank leaves the others; they must notice, and say so.
+void lose(const Ranks& ranks, const std::function<void()>& leave, bool in_backward) {
   struct sigaction broken_pipe = {};
   sigaction(SIGPIPE, nullptr, &broken_pipe);
   expect(broken_pipe.sa_handler == SIG_IGN, "who writes to the dead rank dies too");
   CrossAttention module(CrossAttentionOptions(6, 10, 10, 16).num_heads(4));
   ContextParallel parallel(module, ranks.group);
   const auto x = torch::randn({2, 4, 10});
+  const bool last = ranks.place.rank == ranks.place.size - 1;
+  const auto start = std::chrono::steady_clock::now();
   try {
     const auto context = parallel.context(x, x);
-    if (ranks.place.rank == ranks.place.size - 1) std::_Exit(0);
-    for (int call = 0; call < 3; ++call) parallel.attend(torch::randn({2, 3, 6}), context);
+    if (last && !in_backward) leave();
+    for (int call = 0; call < 3; ++call) {
+      const auto output = std::get<0>(parallel.attend(torch::randn({2, 3, 6}), context));
+      if (last) leave();
+      if (in_backward) output.sum().backward({}, /*retain_graph=*/true);
+    }
     expect(false, "nobody noticed");
   } catch (const c10::DistBackendError& error) {
     const std::string text = error.what_without_backtrace();
@@ -315,14 +338,42 @@ void death(const Ranks& ranks) {
         text.starts_with(fmt::format("[context_parallel] rank {} of {} lost the others", ranks.place.rank, ranks.place.size)),
         text);
   }
+  expect(std::chrono::steady_clock::now() - start < 2 * kShortTimeout, "noticed too late");
   if (failures == 0) std::_Exit(0);  // the group cannot be left in order
+}
+
+void die() {
+  std::_Exit(0);
+}
+
+void death(const Ranks& ranks) {
+  lose(ranks, die, false);
+}
+
+void death_in_backward(const Ranks& ranks) {
+  lose(ranks, die, true);
+}
+
+// It is there, and its connections are, but it answers no more: only the timeout tells.
+void silence(const Ranks& ranks) {
+  const auto stay = [] {
+    std::this_thread::sleep_for(3 * kShortTimeout);
+    std::_Exit(0);
+  };
+  lose(ranks, stay, false);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::map<std::string, void (*)(const Ranks&)> scenarios = {
-      {"equal", equal}, {"own-queries", own_queries}, {"traffic", traffic}, {"errors", errors}, {"death", death}};
+      {"equal", equal},
+      {"own-queries", own_queries},
+      {"traffic", traffic},
+      {"errors", errors},
+      {"death", death},
+      {"death-in-backward", death_in_backward},
+      {"silence", silence}};
   try {
     at::set_num_threads(1);
     const auto place = launch::find_place();
@@ -330,8 +381,9 @@ int main(int argc, char** argv) {
       std::cerr << "usage: rank SCENARIO, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set\n";
       return 2;
     }
-    const auto timeout = std::string(argv[1]) == "death" ? std::chrono::seconds(5) : kTimeout;
-    scenarios.at(argv[1])({*place, launch::join(*place, torch::kCPU, timeout)});
+    const std::string scenario = argv[1];
+    const bool loses = scenario.starts_with("death") || scenario == "silence";
+    scenarios.at(scenario)({*place, launch::join(*place, torch::kCPU, loses ? kShortTimeout : kTimeout)});
   } catch (const c10::Error& error) {
     std::cerr << error.what_without_backtrace() << "\n";
     return 1;
