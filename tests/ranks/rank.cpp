@@ -367,12 +367,9 @@ void silence(const Ranks& ranks) {
 
 int main(int argc, char** argv) {
   const std::map<std::string, void (*)(const Ranks&)> scenarios = {
-      {"equal", equal},
-      {"own-queries", own_queries},
-      {"traffic", traffic},
-      {"errors", errors},
-      {"death", death},
-      {"death-in-backward", death_in_backward},
+      {"equal", equal},     {"own-queries", own_queries},
+      {"traffic", traffic}, {"errors", errors},
+      {"death", death},     {"death-in-backward", death_in_backward},
       {"silence", silence}};
   try {
     at::set_num_threads(1);
