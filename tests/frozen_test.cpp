@@ -444,6 +444,32 @@ TEST_F(FrozenTest, AContextDoesNotFollowTheTensorsItWasMadeOf) {
   }
 }
 
+// For the rows of one task its keys are packed as they are read, for many beforehand: the same products, and so the same bits. For
+// a few rows they are not packed at all.
+TEST_F(FrozenTest, AContextThatStaysAsItCameGivesTheSameHoweverItIsLaidOut) {
+  const Layer& l = kLayers[1];
+  for (const auto order : {Order::fold_into_query, Order::prefold}) {
+    auto module = make(l);
+    module->options.plan(PlanMode::pin({order, order}));
+    const auto frozen = module->freeze();
+    for (const int64_t Lk : {1, 31, 77, 300}) {
+      const auto x = inputs_of(l, 2, 9, Lk);  // 36 rows of heads
+      const auto [expected, expected_weights] = exact(module, x, {});
+      const auto of = [&](int64_t rows) {
+        return frozen.attend(x.query, frozen.context(x.key, x.value, {}, {.expected_queries = rows}));
+      };
+      const auto [few, few_weights] = of(6);
+      const auto [some, some_weights] = of(9);
+      const auto [many, many_weights] = of(ContextOptions::kMany);
+      expect_close(few, expected, allowed(l), "few");
+      expect_close(few_weights, expected_weights, allowed(l), "few weights");
+      expect_close(some, expected, allowed(l), "some");
+      expect_close(some_weights, expected_weights, allowed(l), "some weights");
+      EXPECT_TRUE(torch::equal(some, many) && torch::equal(some_weights, many_weights)) << Lk << " keys";
+    }
+  }
+}
+
 TEST_F(FrozenTest, OneTensorAsKeyAndValueIsKeptOnce) {
   CrossAttention module(CrossAttentionOptions(8, 12, 12, 16).num_heads(2));
   const auto key = torch::randn({2, 21, 12}), copy = key.clone();
