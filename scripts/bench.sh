@@ -20,8 +20,9 @@ in README.md and the plots in src/bench.
   --device cuda  in bfloat16 against LibTorch's and PyTorch's kernels on a GPU: prints a table and writes results-cuda.json
   -h, --help     show this
 
-The other runtimes are installed by pip into .venv-bench (with CUDA: .venv-bench-cuda). Each runs alone in a process of its own, because the waiting threads of one
-take the processor from another. Nothing else should run on the machine. A full run takes some hours.
+The other runtimes are installed by pip into .venv-bench (with CUDA: .venv-bench-cuda). Each runs alone in a process of its own,
+because the waiting threads of one take the processor from another. Nothing else should run on the machine. A full run takes some
+hours.
 
 example: scripts/bench.sh --quick --shape "SD1.5 16x16"
 END
@@ -53,7 +54,7 @@ if [[ $device == cuda ]] && ! nvidia-smi --list-gpus 2> /dev/null | grep -q GPU;
 fi
 
 venv=.venv-bench folder=build
-if [[ $device == cuda ]]; then venv=.venv-bench-cuda folder=build-cuda; fi  # of another build of PyTorch, which is that of LibTorch too
+if [[ $device == cuda ]]; then venv=.venv-bench-cuda folder=build-cuda; fi  # of another build of PyTorch
 python=$venv/bin/python
 read -ra packages < <(python3 scripts/bench_peers.py --packages --runtime "${runtimes[@]}")
 stamp=$venv/installed
@@ -65,11 +66,11 @@ if [[ $(cat $stamp 2> /dev/null) != "${packages[*]}" ]]; then
   if [[ $device == cuda ]] || ! install "${packages[0]}+cpu" "${packages[@]:1}" 2> /dev/null; then install "${packages[@]}"; fi
   echo "${packages[*]}" > $stamp
 fi
+torch=()
 if [[ $device == cuda ]]; then
-  scripts/build.sh -B $folder -DTorch_DIR="$($python -c 'import torch; print(torch.utils.cmake_prefix_path)')/Torch"
-else
-  scripts/build.sh
+  torch=(-DTorch_DIR="$($python -c 'import torch; print(torch.utils.cmake_prefix_path)')/Torch")
 fi
+scripts/build.sh -B $folder "${torch[@]}"
 
 load=$(cut -d' ' -f1 /proc/loadavg 2> /dev/null || echo 0)
 if awk "BEGIN { exit !($load > 0.5) }"; then

@@ -97,7 +97,7 @@ void CrossAttentionBlockImpl::pretty_print(std::ostream& stream) const {
   const auto& o = options;
   std::string named;
   const auto add = [&named](bool differs, std::string_view call, const auto&... argument) {
-    if (differs) named += detail::vformatted(call, fmt::make_format_args(argument...));
+    if (differs) named += detail::formatted(fmt::runtime(call), argument...);
   };
   add(o.norm() != NormKind::layer, ".norm(NormKind::{})", name_of(o.norm()));
   add(o.norm_placement() == NormPlacement::after, ".norm_placement(NormPlacement::after)");

@@ -76,8 +76,8 @@ Orders cheapest(const PlanRequest& request) {
   return best.value_or(Orders{});
 }
 
-// What every rank knows of every other: batch and length of x, once `check` has passed on all. Where it throws on one rank alone, the
-// others, which would wait for that rank, hear of it.
+// What every rank knows of every other: batch and length of x, once `check` has passed on all. Where it throws on one rank alone,
+// the others, which would wait for that rank, hear of it.
 std::vector<int64_t> exchange_lengths(
     const Tensor& x, const char* name, at::Device device, detail::Ranks& ranks, const std::function<void()>& check) {
   int64_t B = -1, length = -1;

@@ -112,9 +112,9 @@ c10::intrusive_ptr<c10d::ProcessGroup> join(const Place& place, c10::Device devi
   using Type = c10d::ProcessGroup::BackendType;
   const auto add = [&](c10::DeviceType kind, Type type, const auto& backend) {
     auto own_keys = c10::make_intrusive<c10d::PrefixStore>(c10::DeviceTypeName(kind, true), store);
-    group->setDefaultBackend(type);
     group->setBackend(kind, type, backend(place, own_keys, timeout));
   };
+  group->setDefaultBackend(device.is_cuda() ? Type::NCCL : Type::GLOO);
   add(c10::kCPU, Type::GLOO, gloo);  // also beside CUDA: counts and settings are tensors of the CPU
   if (device.is_cuda()) add(c10::kCUDA, Type::NCCL, nccl);
   return group;

@@ -25,7 +25,6 @@ constexpr int64_t kPackedBytes = 1 << 19;      // of a right side at a time: wha
 constexpr int64_t kNear = 1 << 20;             // if that has no more bytes than these
 constexpr int64_t kMorePackedBytes = 4 << 20;  // else: the left side comes from memory for each time anew
 constexpr int64_t kRowsOfATile = 14;
-constexpr int64_t kRowsNotToPackFor = 24;        // up to these, packing takes longer than it saves
 constexpr int64_t kOperationsOfATask = 1 << 18;  // fewer are done before another thread has woken
 
 bool runs_on_kernels(const Tensor& x) {
@@ -100,7 +99,7 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   if (batches % threads != 0) of_columns = std::min(panels, divided_up(of_columns, threads) * threads);
   const auto of_rows = std::min(divided_up(m, kRowsOfATile), divided_up(threads, batches * of_columns));
   const auto task_panels = divided_up(panels, of_columns), task_rows = divided_up(m, of_rows);
-  const auto scratch = m > kRowsNotToPackFor ? at::empty({threads, task_panels * panel * k}, result.options()) : Tensor();
+  const auto scratch = m > kFewRows ? at::empty({threads, task_panels * panel * k}, result.options()) : Tensor();
 
   const auto run_task = [&](int64_t task, int64_t thread) {
     const auto batch = task / (of_columns * of_rows), first = task / of_rows % of_columns * task_panels * panel;

@@ -166,7 +166,7 @@ std::string printed(const CrossAttentionOptions& resolved) {
   const auto heads = o.num_heads(), d = *o.head_dim();
   auto text = formatted("CrossAttentionOptions({}, {}, {}, {})", o.dim_query(), o.dim_key(), o.dim_value(), o.dim_output());
   const auto add = [&text](bool differs, std::string_view call, const auto&... argument) {
-    if (differs) text += vformatted(call, fmt::make_format_args(argument...));
+    if (differs) text += formatted(fmt::runtime(call), argument...);
   };
   add(heads != 1, ".num_heads({})", heads);
   add(o.kv_heads() != heads, ".kv_heads({})", *o.kv_heads());

@@ -10,13 +10,12 @@
 #include <string>
 #include <string_view>
 
-// Texts made by fmt, whose implementation is compiled in text.cpp alone: it would take a third of the
-// time of every file.
+// Texts made by fmt, whose implementation is compiled in text.cpp alone: it would take a third of the time of every file.
 namespace xattn::detail {
 
 std::string vformatted(fmt::string_view format, fmt::format_args arguments);
 
-/// The text that fmt::format makes.
+/// The text that fmt::format makes, also of a format that is given as fmt::runtime.
 template <typename... Args>
 std::string formatted(fmt::format_string<Args...> format, Args&&... args) {
   return vformatted(format, fmt::make_format_args(args...));

@@ -30,16 +30,15 @@ class DistributedTest : public testing::TestWithParam<int> {
   }
   ~DistributedTest() override { fs::remove_all(folder_); }
 
-  void run(const std::string& scenario, int size, std::chrono::seconds limit = std::chrono::seconds(120)) {
-    start_all({XATTN_RANK_PATH, scenario}, size, limit);
+  void run(const std::string& scenario,
+           int size,
+           std::chrono::seconds limit = std::chrono::seconds(120),
+           bool last_stops = false) {
+    start_all({XATTN_RANK_PATH, scenario}, size, limit, last_stops);
   }
 
-  // The last rank stops; it is killed when the others have ended.
-  void run_to_a_stop(const std::string& scenario, int size, std::chrono::seconds limit) {
-    start_all({XATTN_RANK_PATH, scenario}, size, limit, /*last_stops=*/true);
-  }
-
-  // The processes find a store that is there already, as torchrun's agent has one, so that no port can be taken.
+  // The processes find a store that is there already, as torchrun's agent has one, so that no port can be taken. A last rank that
+  // stops is killed when the others have ended.
   void start_all(const std::vector<std::string>& command, int size, std::chrono::seconds limit, bool last_stops = false) {
     c10d::TCPStoreOptions options;
     options.port = 0;
@@ -130,7 +129,7 @@ TEST_P(DistributedTest, ARankThatDiesBeforeItsBackwardPassMakesTheOthersFailInTi
 }
 
 TEST_P(DistributedTest, ARankThatFallsSilentMakesTheOthersFailInTime) {
-  if (GetParam() > 1) run_to_a_stop("silence", GetParam(), std::chrono::seconds(60));
+  if (GetParam() > 1) run("silence", GetParam(), std::chrono::seconds(60), /*last_stops=*/true);
 }
 
 #ifdef XATTN_VQA_PATH

@@ -66,7 +66,7 @@ class XATTN_API SharedContext {
 /// All methods are collective: each rank calls them in the same order, with gradients asked for alike. Where a rank dies or does
 /// not answer within the group's timeout, they throw c10::DistBackendError on the others, and the group is of no more use. (So Gloo
 /// does. NCCL waits on the host, and can throw, with TORCH_NCCL_BLOCKING_WAIT=1 alone; else its watchdog ends the process.) A
-/// key, value or own query that one rank refuses makes all of them throw: that rank says why, the others say which rank it was. Other
+/// key, value or own query that one rank refuses makes all of them throw: that rank says why, the others which rank it was. Other
 /// errors on one rank alone leave the others to their timeout. With Gloo the program must ignore SIGPIPE
 /// (`std::signal(SIGPIPE, SIG_IGN)`, as Python does): Gloo may write to a process that has just died, and the signal would end this
 /// one too.

@@ -204,10 +204,7 @@ class Attend {
   void meet_rows(const Segment& s, int64_t begin, int64_t end, float* logits) const {
     const auto& w = w_;
     const auto* keys = data(side_.keys) + s.b * side_.keys.stride(0);
-    Step step;
-    step.m = s.n * w.H, step.k = w.Ek;
-    step.a = s.rows, step.a_stride = w.Ek;
-    step.c_stride = s.keys;
+    Step step{.m = s.n * w.H, .k = w.Ek, .a = s.rows, .a_stride = w.Ek, .c_stride = s.keys};
     if (side_.raw == Raw::few_rows) {
       step.n = end - begin;
       step.b = {keys + begin * w.Ek, nullptr, w.Ek, 0};

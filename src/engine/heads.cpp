@@ -226,8 +226,6 @@ void attend_heads(const Heads& heads, const Weighing& weighing, const Segment& s
 
 namespace {
 
-constexpr int64_t kRowsNotToPackFor = 24;  // rows of a product up to which packing its right side takes longer than it saves
-
 Tensor with_rows(const Tensor& x) {
   return x.size(3) == 1 || x.stride(3) == 1 ? x : x.contiguous();
 }
@@ -238,7 +236,7 @@ engine::Heads heads_of(const Tensor& q, const Tensor& k, const Tensor& v) {
   const auto& run = kernels();
   const auto B = k.size(0), G = k.size(1), Lk = k.size(2), d = k.size(3), e = v.size(3);
   Heads heads{.H = q.size(1), .G = G, .d = d, .e = e, .Lk = Lk, .keys = with_rows(k), .values = with_rows(v)};
-  if (q.size(2) * heads.H / G <= kRowsNotToPackFor) return heads;
+  if (q.size(2) * heads.H / G <= kFewRows) return heads;
   const auto keys = heads.keys, values = heads.values;
   heads.keys = in_huge_pages(at::empty({B, G, run.packed_size(d, Lk)}, k.options()));
   heads.values = in_huge_pages(at::empty({B, G, run.packed_size(Lk, e)}, v.options()));

@@ -60,7 +60,7 @@ struct Step {
   int64_t m = 0, n = 0, k = 0;
   const float* a = nullptr;
   int64_t a_stride = 0;
-  Right b;
+  Right b = {};
   float* c = nullptr;
   int64_t c_stride = 0;
   int64_t c_panel_stride = 0;

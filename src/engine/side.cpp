@@ -16,9 +16,10 @@ using namespace engine;
 
 namespace {
 
-// For so many rows of a product with the keys, or fewer.
-Raw raw_for(int64_t rows) {
-  return rows <= 24 ? Raw::few_rows : rows <= 112 ? Raw::rows : Raw::packed;
+// For so many query rows of H heads, which meet the keys in one product.
+Raw raw_for(int64_t query_rows, int64_t H) {
+  constexpr int64_t kRowsOfATask = 112;  // about: they read the context once, and so are alone in needing it packed
+  return query_rows <= kFewRows / H ? Raw::few_rows : query_rows <= kRowsOfATask / H ? Raw::rows : Raw::packed;
 }
 
 // f(b, first key, keys) for blocks of the keys that count, of whole panels except at the end; as many panels for each thread.
@@ -217,8 +218,7 @@ EngineSide make_side(const Orders& orders,
   side.Lk = key.size(1);
   side.lengths = std::move(lengths);
   const auto Xk = key.contiguous(), Xv = value.is_same(key) ? Xk : value.contiguous();
-  constexpr int64_t kMany = 1 << 20;  // as good as any number: the product below does not overflow
-  if (is_raw(orders.logits) || is_raw(orders.values)) side.raw = raw_for(std::min(query_rows, kMany) * w.H);
+  if (is_raw(orders.logits) || is_raw(orders.values)) side.raw = raw_for(query_rows, w.H);
   switch (orders.logits) {
     case Order::standard: side.keys = project_keys(w, side, Xk); break;
     case Order::fold_into_query:
