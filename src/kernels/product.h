@@ -27,11 +27,9 @@ struct Tile {
   const float* bias;
   bool accumulate;
   int64_t last;                 // lanes of the last vector, where it is partial
-  const char* ahead = nullptr;  // what to fetch into the cache meanwhile, a line of it for each of k
-  int64_t ahead_step = 0;
+  const char* ahead = nullptr;  // what to fetch into the cache meanwhile
+  int64_t ahead_step = 0;       // bytes of it for each of k
 };
-
-constexpr int64_t kLine = 64;  // bytes
 
 // Applies f to the two vectors of each row and panel.
 template <int kRows, int kVectors, class F>
@@ -136,17 +134,17 @@ constexpr Tiles<Element> kTiles = [] {
   return tiles;
 }();
 
-// All rows of a block of c by the columns of one tile. The first of several tiles fetch the panels behind, which come from further
-// away; a tile that is the only one does little but read, which only takes longer when lines of other places are asked for besides.
+// All rows of a block of c by the columns of one tile. Where there are several tiles, they fetch the panels behind, which come from
+// further away, in equal shares: a core waits for few lines at a time. A tile that is the only one does little but read, which only
+// takes longer when lines of other places are asked for besides.
 template <class Element>
 void compute_column(Tile<Element> tile, int64_t m, int64_t tiles, int64_t panels, const ComputeTile<Element>* compute) {
-  const bool is_packed = tile.b.row_stride == kPanel;
-  const int64_t size = is_packed && tiles > 1 ? panels * tile.k * kPanel * static_cast<int64_t>(sizeof(Element)) : 0;  // bytes
+  const bool fetches = tile.b.row_stride == kPanel && tiles > 1;
+  tile.ahead_step = fetches ? panels * kPanel * static_cast<int64_t>(sizeof(Element)) / tiles : 0;
+  const char* ahead = reinterpret_cast<const char*>(tile.b.data + panels * tile.b.panel_stride);
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t rows = m / tiles + (i < m % tiles);  // 16 rows are 8 + 8 rather than 14 + 2: a low tile is a slow one
-    const int64_t fetched = i * tile.k * kLine;
-    tile.ahead = reinterpret_cast<const char*>(tile.b.data + panels * tile.b.panel_stride) + (fetched < size ? fetched : 0);
-    tile.ahead_step = fetched < size ? kLine : 0;
+    tile.ahead = ahead + i * tile.k * tile.ahead_step;
     compute[rows](tile);
     tile.a += rows * tile.a_stride;
     tile.c += rows * tile.c_stride;
