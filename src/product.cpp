@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "huge_pages.h"
 #include "kernels/kernels.h"
 
 namespace xattn::detail {
@@ -24,6 +25,7 @@ namespace {
 constexpr int64_t kPackedBytes = 1 << 19;      // of a right side at a time: what a core's cache holds beside the left one,
 constexpr int64_t kNear = 1 << 20;             // if that has no more bytes than these
 constexpr int64_t kMorePackedBytes = 4 << 20;  // else: the left side comes from memory for each time anew
+constexpr int64_t kPackedRows = 1024;  // of a right side: those of a block that a product goes through at once
 constexpr int64_t kRowsOfATile = 14;
 constexpr int64_t kOperationsOfATask = 1 << 18;  // fewer are done before another thread has woken
 
@@ -49,7 +51,7 @@ Tensor with_four_axes(Tensor x) {
 // Part of a product: rows and columns of one of its matrices.
 struct Part {
   const float* a;
-  int64_t a_stride;
+  int64_t a_stride, a_step;
   const float* b;
   int64_t b_stride;
   bool b_is_transposed;
@@ -59,33 +61,43 @@ struct Part {
   int64_t m, n, k;
 };
 
-// packed: room for its right side; null if it stays as it is.
-void multiply(const Part& p, float* packed) {
+// packed: room for `rows` of its right side, of which some are packed after the others; null if it stays as it is.
+void multiply(const Part& p, float* packed, int64_t rows) {
   const auto& run = kernels();
   Product product{.m = p.m,
                   .n = p.n,
                   .k = p.k,
                   .a = p.a,
                   .a_stride = p.a_stride,
+                  .a_step = p.a_step,
                   .b = {p.b, p.b_stride, run.panel},
                   .c = p.c,
                   .c_stride = p.c_stride,
                   .bias = p.bias};
-  if (!packed) return p.b_is_transposed ? run.product_transposed(product) : run.product(product);
-  (p.b_is_transposed ? run.pack_transposed : run.pack)(p.b, p.b_stride, p.k, p.n, packed);
-  product.b = run.packed(packed, p.k);
-  run.product(product);
+  if (!packed || p.k == 0) return p.b_is_transposed ? run.product_transposed(product) : run.product(product);
+  for (int64_t first = 0; first < p.k; first += rows) {
+    product.k = std::min(rows, p.k - first);
+    product.a = p.a + first * p.a_step;
+    (p.b_is_transposed ? run.pack_transposed : run.pack)(p.b + first * (p.b_is_transposed ? 1 : p.b_stride), p.b_stride,
+                                                         product.k, p.n, packed);
+    product.b = run.packed(packed, product.k);
+    product.accumulate = first > 0;
+    if (first > 0) product.bias = nullptr;
+    run.product(product);
+  }
 }
 
 // a [..., m, k] b [..., k, n] + bias [n].
 Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
-  const auto a = with_four_axes(with_rows(left));
+  const bool is_packed = left.size(-2) > kFewRows;
+  const bool by_columns = is_packed && left.stride(-2) == 1 && left.size(-1) > 1 && left.stride(-1) > 1;
+  const auto a = with_four_axes(by_columns ? left : with_rows(left));
   const bool is_transposed = right.size(-2) > 1 && right.stride(-2) == 1 && right.size(-1) > 1;
   const auto b = with_four_axes(is_transposed ? right : with_rows(right));
   const auto m = a.size(2), k = a.size(3), n = b.size(3), panel = kernels().panel;
   auto sizes = left.sizes().vec();
   sizes.back() = n;
-  const auto result = at::empty(sizes, left.options());
+  const auto result = in_huge_pages(at::empty(sizes, left.options()));
   const auto c = with_four_axes(result);
   if (result.numel() == 0) return result;
 
@@ -95,11 +107,12 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   const auto threads =
       at::in_parallel_region() ? 1 : std::clamp<int64_t>(operations / kOperationsOfATask, 1, at::get_num_threads());
   const auto packed_bytes = 4 * m * k <= kNear ? kPackedBytes : kMorePackedBytes;
-  auto of_columns = divided_up(panels, std::max<int64_t>(1, packed_bytes / (4 * panel * std::max<int64_t>(1, k))));
+  const auto packed_rows = divided_up(k, std::max<int64_t>(1, divided_up(k, kPackedRows)));
+  auto of_columns = divided_up(panels, std::max<int64_t>(1, packed_bytes / (4 * panel * std::max<int64_t>(1, packed_rows))));
   if (batches % threads != 0) of_columns = std::min(panels, divided_up(of_columns, threads) * threads);
   const auto of_rows = std::min(divided_up(m, kRowsOfATile), divided_up(threads, batches * of_columns));
   const auto task_panels = divided_up(panels, of_columns), task_rows = divided_up(m, of_rows);
-  const auto scratch = m > kFewRows ? at::empty({threads, task_panels * panel * k}, result.options()) : Tensor();
+  const auto scratch = is_packed ? in_huge_pages(at::empty({threads, task_panels * panel * packed_rows}, result.options())) : Tensor();
 
   const auto run_task = [&](int64_t task, int64_t thread) {
     const auto batch = task / (of_columns * of_rows), first = task / of_rows % of_columns * task_panels * panel;
@@ -108,6 +121,7 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
     if (first >= n || top >= m) return;
     multiply({.a = a.const_data_ptr<float>() + i * a.stride(0) + j * a.stride(1) + top * a.stride(2),
               .a_stride = a.stride(2),
+              .a_step = by_columns ? a.stride(3) : 1,
               .b = b.const_data_ptr<float>() + i * b.stride(0) + j * b.stride(1) + first * b.stride(3),
               .b_stride = is_transposed ? b.stride(3) : b.stride(2),
               .b_is_transposed = is_transposed,
@@ -117,7 +131,7 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
               .m = std::min(task_rows, m - top),
               .n = std::min(task_panels * panel, n - first),
               .k = k},
-             scratch.defined() ? scratch.mutable_data_ptr<float>() + thread * scratch.stride(0) : nullptr);
+             is_packed ? scratch.mutable_data_ptr<float>() + thread * scratch.stride(0) : nullptr, packed_rows);
   };
   const auto tasks = batches * of_columns * of_rows;
   if (threads == 1) {

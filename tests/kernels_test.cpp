@@ -114,8 +114,11 @@ struct Problem {
   Matrix a, b, c, bias;
   bool has_bias, accumulate;
 
+  // From a in rows, or as `by_columns` has it.
   template <class Element>
-  Matrix compute(void (*kernel)(const ProductOf<Element>&), const RightSideOf<Element>& right) const {
+  Matrix compute(void (*kernel)(const ProductOf<Element>&),
+                 const RightSideOf<Element>& right,
+                 const Matrix* by_columns = nullptr) const {
     Matrix result(c.rows, c.columns, c.stride - c.columns);
     for (int64_t i = 0; i < c.rows; ++i) {
       for (int64_t j = 0; j < c.columns; ++j) result.at(i, j) = accumulate ? c.at(i, j) : kNaN;
@@ -123,8 +126,9 @@ struct Problem {
     kernel({.m = a.rows,
             .n = b.columns,
             .k = a.columns,
-            .a = a.data.get(),
-            .a_stride = a.stride,
+            .a = by_columns ? by_columns->data.get() : a.data.get(),
+            .a_stride = by_columns ? 1 : a.stride,
+            .a_step = by_columns ? by_columns->stride : 1,
             .b = right,
             .c = result.data.get(),
             .c_stride = result.stride,
@@ -199,6 +203,16 @@ TEST_P(KernelsProductTest, EqualsSumsOverTransposedRows) {
   for_each_problem([&](const Problem& p) {
     const auto b = transposed(p.b, p.a.rows % 2);
     p.expect_sums(p.compute(kernels_.product_transposed, kernels_.rows(b.data.get(), b.stride)));
+  });
+}
+
+TEST_P(KernelsProductTest, GivesForALeftSideThatLiesTransposedTheBitsOfItsRows) {
+  for_each_problem([&](const Problem& p) {
+    if (p.a.columns == 1) return;
+    const auto panels = packed(p.b);
+    const auto right = kernels_.packed(panels.data(), p.b.rows);
+    const auto a = transposed(p.a, p.b.columns % 3);
+    expect_equal_bits(p.compute(kernels_.product, right, &a), p.compute(kernels_.product, right), "by columns");
   });
 }
 

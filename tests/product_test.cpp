@@ -25,10 +25,11 @@ class ProductTest : public testing::Test {
   int threads_ = at::get_num_threads();
 };
 
-// Rows around those of a tile and those from which right sides are packed, columns around a panel's, depths from none.
+// Rows around those of a tile and those from which right sides are packed, columns around a panel's, depths from none to several
+// of a block's.
 TEST_F(ProductTest, EqualsMatmulForAllSizesAndLayouts) {
   for (const int64_t m : {0, 1, 3, 14, 24, 25, 61}) {
-    for (const int64_t k : {0, 1, 7, 300}) {
+    for (const int64_t k : {0, 1, 7, 300, 2100}) {
       for (const int64_t n : {1, 16, 33, 200}) {
         const auto a = torch::randn({m, k}), b = torch::randn({k, n});
         const auto exact = at::matmul(a.to(torch::kDouble), b.to(torch::kDouble));
@@ -40,6 +41,7 @@ TEST_F(ProductTest, EqualsMatmulForAllSizesAndLayouts) {
         };
         expect_close(matrix_product(a, b), exact, allowed, what);
         expect_close(matrix_product(columns(a), b), exact, allowed, what + " a by columns");
+        expect_close(matrix_product(inside(a.t()).t(), b), exact, allowed, what + " a by columns of a larger one");
         expect_close(matrix_product(a, columns(b)), exact, allowed, what + " b by columns");
         expect_close(matrix_product(inside(a), inside(b)), exact, allowed, what + " parts of larger ones");
         expect_close(matrix_product(a, inside(b.t()).t()), exact, allowed, what + " columns of a larger one");
@@ -64,9 +66,11 @@ TEST_F(ProductTest, AnyNumberOfThreadsGivesEqualBits) {
     const auto a = torch::randn({2, m, 500}), b = torch::randn({2, 500, 300});
     at::set_num_threads(1);
     const auto expected = matrix_product(a, b);
+    const auto a_by_columns = a.transpose(1, 2).contiguous().transpose(1, 2);
     for (const int threads : {2, 3, 8}) {
       at::set_num_threads(threads);
       EXPECT_TRUE(torch::equal(matrix_product(a, b), expected)) << m << " rows, " << threads << " threads";
+      EXPECT_TRUE(torch::equal(matrix_product(a_by_columns, b), expected)) << m << " rows by columns, " << threads << " threads";
       const auto by_columns = b.transpose(1, 2).contiguous().transpose(1, 2);
       const auto again = matrix_product(a, by_columns);
       at::set_num_threads(1);

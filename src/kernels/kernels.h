@@ -33,6 +33,7 @@ struct ProductOf {
   int64_t m = 0, n = 0, k = 0;
   const float* a = nullptr;
   int64_t a_stride = 0;  ///< from row to row, in elements, as c_stride
+  int64_t a_step = 1;    ///< from element to element of a row; another than 1 where a lies transposed, and a_stride is 1
   RightSideOf<Element> b;
   float* c = nullptr;
   int64_t c_stride = 0;
@@ -68,7 +69,8 @@ struct Kernels {
   void (*product_bfloat16)(const ProductOf<Bfloat16>&);
 
   /// The same for b that lies transposed, as weights and keys do: element (i, j) at data[j * row_stride + i]. For few rows m, as
-  /// packing b takes as long as a product with about 8; the sums have another order, and so other last bits, than above.
+  /// packing b takes as long as a product with about 8; the sums have another order, and so other last bits, than above. a lies in
+  /// rows.
   void (*product_transposed)(const Product&);
   void (*product_transposed_bfloat16)(const ProductOf<Bfloat16>&);
 

@@ -7,17 +7,20 @@
 namespace xattn::detail::XATTN_KERNELS {
 namespace {
 
-// See Kernels::pack.
+// See Kernels::pack. Row by row, as b comes from further away than what is packed goes to.
 template <class Element>
 void pack(const float* b, int64_t stride, int64_t k, int64_t n, Element* packed) {
-  for (; n > 0; n -= kPanel, b += kPanel) {
-    for (int64_t i = 0; i < k; ++i, packed += kPanel) {
-      for (int v = 0; v < 2; ++v) {
-        const float* from = b + i * stride + v * kLanes;
-        const int64_t left = n - v * kLanes;
-        store(packed + v * kLanes, left >= kLanes ? load(from) : left > 0 ? load_first(from, left) : Vector{});
-      }
+  for (int64_t i = 0; i < k; ++i, b += stride, packed += kPanel) {
+    Element* to = packed;
+    int64_t j = 0;
+    for (; j + kPanel <= n; j += kPanel, to += k * kPanel) {
+      store(to, load(b + j));
+      store(to + kLanes, load(b + j + kLanes));
     }
+    if (j == n) continue;
+    const int64_t left = n - j;
+    store(to, left >= kLanes ? load(b + j) : load_first(b + j, left));
+    store(to + kLanes, left > kLanes ? load_first(b + j + kLanes, left - kLanes) : Vector{});
   }
 }
 

@@ -8,6 +8,7 @@ namespace xattn::detail::XATTN_KERNELS {
 namespace {
 
 constexpr int kPanel = 2 * kLanes;
+constexpr int64_t kByColumns = 0;  // the a_step of a block of a that `gather_columns` has copied: that of a tile is its rows
 
 // The largest block of a that is multiplied with one panel of b after the other, and the columns of c that are done at a time: for
 // AVX-512 these blocks of a and c and two panels, 450, 110 and 2 x 130 KB, fit into an L2 cache.
@@ -20,7 +21,7 @@ template <class Element>
 struct Tile {
   int64_t k;
   const float* a;
-  int64_t a_stride;
+  int64_t a_stride, a_step;  // from row to row, and from each of k to the next
   RightSideOf<Element> b;
   float* c;
   int64_t c_stride, c_panel_stride;
@@ -30,6 +31,14 @@ struct Tile {
   const char* ahead = nullptr;  // what to fetch into the cache meanwhile
   int64_t ahead_step = 0;       // bytes of it for each of k
 };
+
+// Rows of c in m of them that a tile computes: 16 rows are 8 + 8 rather than 14 + 2, as a low tile is a slow one.
+inline int64_t tiles_of(int64_t m) {
+  return (m + kTileRows - 1) / kTileRows;
+}
+inline int64_t rows_of_tile(int64_t m, int64_t tiles, int64_t i) {
+  return m / tiles + (i < m % tiles);
+}
 
 // Applies f to the two vectors of each row and panel.
 template <int kRows, int kVectors, class F>
@@ -67,12 +76,12 @@ void compute_tile(const Tile<Element>& tile) {
   if constexpr (kApart) each_pair(sums, [](Vector& x, Vector& y) { take_apart(x, y, Lanes{}); });
 
   constexpr int kHalf = (kRows + 1) / 2;  // from two pointers, the distances to all rows stay in registers
-  const int64_t a_stride = tile.a_stride;
+  const int64_t a_stride = tile.a_stride, a_step = tile.a_step;
   const float* a_upper = tile.a;
   const float* a_lower = tile.a + kHalf * a_stride;
   const Element* b = tile.b.data;
   const char* ahead = tile.ahead;
-  for (int64_t i = 0; i < tile.k; ++i, ++a_upper, ++a_lower, b += row_stride, ahead += tile.ahead_step) {
+  for (int64_t i = 0; i < tile.k; ++i, a_upper += a_step, a_lower += a_step, b += row_stride, ahead += tile.ahead_step) {
     __builtin_prefetch(ahead);
     Vector b_row[kVectors];
     if constexpr (kApart) {
@@ -141,12 +150,14 @@ template <class Element>
 void compute_column(Tile<Element> tile, int64_t m, int64_t tiles, int64_t panels, const ComputeTile<Element>* compute) {
   const bool fetches = tile.b.row_stride == kPanel && tiles > 1;
   tile.ahead_step = fetches ? panels * kPanel * static_cast<int64_t>(sizeof(Element)) / tiles : 0;
+  const bool by_columns = tile.a_step == kByColumns;
   const char* ahead = reinterpret_cast<const char*>(tile.b.data + panels * tile.b.panel_stride);
   for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t rows = m / tiles + (i < m % tiles);  // 16 rows are 8 + 8 rather than 14 + 2: a low tile is a slow one
+    const int64_t rows = rows_of_tile(m, tiles, i);
     tile.ahead = ahead + i * tile.k * tile.ahead_step;
+    if (by_columns) tile.a_step = rows;
     compute[rows](tile);
-    tile.a += rows * tile.a_stride;
+    tile.a += rows * (by_columns ? tile.k : tile.a_stride);
     tile.c += rows * tile.c_stride;
   }
 }
@@ -154,7 +165,7 @@ void compute_column(Tile<Element> tile, int64_t m, int64_t tiles, int64_t panels
 // A block of c for a block of k: with each panel of b, or few of them, all tiles of the rows.
 template <class Element>
 void compute_block(Tile<Element> tile, int64_t m, int64_t n) {
-  const int64_t tiles = (m + kTileRows - 1) / kTileRows;
+  const int64_t tiles = tiles_of(m);
   int step = 2;
   while ((1 << step) > widest(static_cast<int>((m + tiles - 1) / tiles))) --step;
   while (n > 0) {
@@ -199,30 +210,52 @@ inline int64_t gather(const float* a, int64_t stride, int64_t m, int64_t k, floa
   return to_stride;
 }
 
+// Copies a block of a that lies transposed, rows `step` apart of which each is one of k: tile by tile, of each k its rows.
+inline void gather_columns(const float* a, int64_t step, int64_t m, int64_t k, float* to) {
+  constexpr int64_t kAhead = 8;  // rows
+  const int64_t tiles = tiles_of(m);
+  for (int64_t i = 0; i < k; ++i, a += step) {
+    float* to_tile = to;
+    const float* from = a;
+    for (int64_t r = 0; r < m; r += kLanes) __builtin_prefetch(a + kAhead * step + r);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t rows = rows_of_tile(m, tiles, tile);
+      float* next = to_tile + i * rows;
+      int64_t r = 0;
+      for (; r + kLanes <= rows; r += kLanes) store(next + r, load(from + r));
+      if (r < rows) store_first(next + r, load_first(from + r, rows - r), rows - r);
+      from += rows;
+      to_tile += k * rows;
+    }
+  }
+}
+
 // See Kernels::product. The sum of an element of c runs from the first of k to the last, whatever the tiles and blocks are: a sum
 // that is stored and loaded again between two blocks is the same.
 template <class Element>
 void product(const ProductOf<Element>& p) {
-  const bool divide = p.k > kDepth && p.m > kTileRows;
+  const bool by_columns = p.a_step != 1;
+  const bool divide = p.k > kDepth && (p.m > kTileRows || by_columns);
   const int64_t height = equal_part(p.m, kHeight), depth = divide ? equal_part(p.k, kDepth) : p.k,
                 width = divide ? kWidth : p.n;
   const int64_t c_panel_stride = p.c_panel_stride ? p.c_panel_stride : kPanel;
-  float* const gathered = p.n > 2 * kPanel && depth <= kDepth && share_a_set(p.m, p.a_stride)
-                              ? thread_memory(kHeight * (kDepth + kLanes))
-                              : nullptr;
+  const bool by_rows = !by_columns && p.n > 2 * kPanel && depth <= kDepth && share_a_set(p.m, p.a_stride);
+  float* const gathered = by_columns || by_rows ? thread_memory(kHeight * (kDepth + kLanes)) : nullptr;
   for (int64_t top = 0; top < p.m; top += height) {
     const int64_t m = p.m - top < height ? p.m - top : height;
     int64_t first = 0;
     do {  // once where k is 0
       const int64_t k = p.k - first < depth ? p.k - first : depth;
-      const float* a = p.a + top * p.a_stride + first;
-      const int64_t a_stride = gathered ? gather(a, p.a_stride, m, k, gathered) : p.a_stride;
+      const float* a = p.a + top * p.a_stride + first * p.a_step;
+      const int64_t a_stride = by_rows ? gather(a, p.a_stride, m, k, gathered) : p.a_stride;
+      if (by_columns) gather_columns(a, p.a_step, m, k, gathered);
       for (int64_t left = 0; left < p.n; left += width) {
         const int64_t panel = left / kPanel;
         const Tile<Element> tile{
             .k = k,
             .a = gathered ? gathered : a,
             .a_stride = a_stride,
+            .a_step = by_columns ? kByColumns : 1,
             .b = {p.b.data + panel * p.b.panel_stride + first * p.b.row_stride, p.b.row_stride, p.b.panel_stride},
             .c = p.c + top * p.c_stride + panel * c_panel_stride,
             .c_stride = p.c_stride,
