@@ -12,6 +12,7 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -28,6 +29,7 @@ using at::Tensor;
 using detail::attend_on_kernels;
 using detail::check_type;
 using detail::check_value;
+using detail::differentiate_on_kernels;
 using detail::matrix_product;
 using detail::run_on_kernels;
 using detail::shape_of;
@@ -146,8 +148,8 @@ Tensor run_elsewhere(const Tensor& q, const Tensor& k, const Tensor& v, const Ke
   return at::scaled_dot_product_attention(q, k, v, mask.additive, 0.0, mask.is_causal, scale, q.size(1) != k.size(1));
 }
 
-// The fused kernels have a first derivative only. On the CPU it is LibTorch's, whoever has computed the output; elsewhere this node
-// holds a kernel's own graph and differentiates that. When the backward pass is itself recorded, or gets a gradient of the
+// The fused kernels have a first derivative only. On the CPU it is computed by whose kernel has computed the output; elsewhere this
+// node holds a kernel's own graph and differentiates that. When the backward pass is itself recorded, or gets a gradient of the
 // log-sum-exp, it differentiates the definition instead.
 struct FusedKernel : torch::autograd::Function<FusedKernel> {
   struct State : torch::CustomClassHolder {
@@ -190,6 +192,11 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
     torch::autograd::variable_list result(4);  // q, k, v, options
     if (at::GradMode::is_enabled() || (grads.size() > 1 && grads[1].defined())) {
       differentiate_definition(*state, {q, k, v}, grads, result);
+    } else if (saved.size() > 3 && run_on_kernels({q, k, v, grads[0]})) {
+      const std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+      const AttentionOptions how{.mask = state->mask.as_mask(), .scale = scale_of(q, state->options)};
+      const auto gradients = differentiate_on_kernels(q, k, v, {saved[3], {}, saved[4]}, grads[0], how, wanted);
+      result = {gradients.q, gradients.k, gradients.v, {}};
     } else if (saved.size() > 3) {
       std::tie(result[0], result[1], result[2]) = at::_scaled_dot_product_flash_attention_for_cpu_backward(
           grads[0], q, k, v, saved[3], saved[4], 0.0, state->mask.is_causal, state->mask.additive, scale_of(q, state->options));

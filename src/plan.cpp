@@ -154,7 +154,7 @@ std::pair<AttentionKernel, std::string_view> kernel_of(const Orders& orders, con
   if (r.mask_is_learned) return {kPlain, "the mask's bias asks for its gradient"};
   if (r.runs_on == RunsOn::cuda) return {AttentionKernel::scaled_dot_product_attention, "the layer is not on the CPU"};
   if (r.d != r.e) return {kPlain, "heads of values are not of the size of heads of keys"};
-  if (own) return {kernel_of_heads(r), "the type is float32; gradients are by LibTorch's kernel"};
+  if (own) return {kernel_of_heads(r), "the type is float32; so are the gradients"};
   return {AttentionKernel::fused_cpu, "this library's is for float32, AVX2 or AVX-512, and no autocast"};
 }
 

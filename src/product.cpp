@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <optional>
 
-#include "huge_pages.h"
 #include "kernels/kernels.h"
 
 namespace xattn::detail {
@@ -97,7 +96,7 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   const auto m = a.size(2), k = a.size(3), n = b.size(3), panel = kernels().panel;
   auto sizes = left.sizes().vec();
   sizes.back() = n;
-  const auto result = in_huge_pages(at::empty(sizes, left.options()));
+  const auto result = at::empty(sizes, left.options());
   const auto c = with_four_axes(result);
   if (result.numel() == 0) return result;
 
@@ -112,7 +111,7 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   if (batches % threads != 0) of_columns = std::min(panels, divided_up(of_columns, threads) * threads);
   const auto of_rows = std::min(divided_up(m, kRowsOfATile), divided_up(threads, batches * of_columns));
   const auto task_panels = divided_up(panels, of_columns), task_rows = divided_up(m, of_rows);
-  const auto scratch = is_packed ? in_huge_pages(at::empty({threads, task_panels * panel * packed_rows}, result.options())) : Tensor();
+  const auto scratch = is_packed ? at::empty({threads, task_panels * panel * packed_rows}, result.options()) : Tensor();
 
   const auto run_task = [&](int64_t task, int64_t thread) {
     const auto batch = task / (of_columns * of_rows), first = task / of_rows % of_columns * task_panels * panel;

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <xattn/attention.h>
 
+#include <array>
 #include <vector>
 
 #include "engine/team.h"
@@ -113,5 +114,19 @@ AttentionResult attend_on_kernels(const at::Tensor& q,
                                   const at::Tensor& k,
                                   const at::Tensor& v,
                                   const AttentionOptions& options);
+
+/// Gradients of q, k and v; undefined where not wanted.
+struct AttentionGradients {
+  at::Tensor q, k, v;
+};
+
+/// Of what `attend_on_kernels` has returned, with its log-sum-exp, for the same arguments, from the gradient of its output.
+AttentionGradients differentiate_on_kernels(const at::Tensor& q,
+                                            const at::Tensor& k,
+                                            const at::Tensor& v,
+                                            const AttentionResult& result,
+                                            const at::Tensor& grad,
+                                            const AttentionOptions& options,
+                                            const std::array<bool, 3>& wanted);
 
 }  // namespace xattn::detail

@@ -59,7 +59,7 @@ inline Right plain_rows(const at::Tensor& x, int64_t offset, int64_t row_stride)
 struct Step {
   int64_t m = 0, n = 0, k = 0;
   const float* a = nullptr;
-  int64_t a_stride = 0;
+  int64_t a_stride = 0, a_step = 1;
   Right b = {};
   float* c = nullptr;
   int64_t c_stride = 0;
@@ -75,6 +75,7 @@ ProductOf<Element> as_product(const Step& s, const Element* b) {
           .k = s.k,
           .a = s.a,
           .a_stride = s.a_stride,
+          .a_step = s.a_step,
           .b = {b, s.b.row_stride, s.b.panel_stride},
           .c = s.c,
           .c_stride = s.c_stride,
