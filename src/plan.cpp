@@ -37,6 +37,12 @@ struct Cost {
   }
 };
 
+// What an operation costs before its first element: more where it is recorded, as autograd makes a node of it and visits that.
+double start_of_operation(const PlanRequest& request) {
+  constexpr double kRecorded = 3;
+  return (request.training ? kRecorded : 1) * request.rates.start_product;
+}
+
 // A product runs at full speed when it is large in every direction, and no faster than its operands arrive.
 Cost cost_of_product(const Product& product, const PlanRequest& request) {
   const auto& [count, m, k, n, share] = product;
@@ -45,7 +51,7 @@ Cost cost_of_product(const Product& product, const PlanRequest& request) {
   const auto operations = 2 * count * m * k * n;
   const auto bytes = static_cast<double>(request.element) * count * (m * k + k * n + m * n);
   const auto speed = rates.flops * m / (m + rates.half_rows) * n / (n + rates.half_columns) * k / (k + rates.half_depth);
-  const auto start = rates.start_product + (count > 1 ? count * rates.start_small : 0);
+  const auto start = start_of_operation(request) + (count > 1 ? count * rates.start_small : 0);
   const auto bandwidth = rates.cache > 0 && bytes <= rates.cache_size ? rates.cache : rates.memory;
   return {share * operations, share * bytes, share * (start + std::max(operations / speed, bytes / bandwidth))};
 }
@@ -114,7 +120,7 @@ Cost cost_of_softmax(const PlanRequest& request) {
   const Sizes s(request);
   const auto elements = s.B * s.H * s.Lq * s.Lk;
   return {0, 2 * static_cast<double>(request.element) * elements,
-          request.rates.start_product + elements / request.rates.softmax};
+          start_of_operation(request) + elements / request.rates.softmax};
 }
 
 // What standard orders save where the fused kernel does both of their inner products and the softmax.
@@ -123,7 +129,7 @@ double saved_by_fusion(const PlanRequest& request) {
   const Product logits{s.B * s.G, s.H / s.G * s.Lq, s.d, s.Lk}, values{s.B * s.G, s.H / s.G * s.Lq, s.Lk, s.e};
   const std::array both = {logits, values};
   const auto parts = cost_of_products(both, request);
-  const auto fused = request.rates.start_product + parts.operations / request.rates.fused;
+  const auto fused = start_of_operation(request) + parts.operations / request.rates.fused;
   return parts.seconds + cost_of_softmax(request).seconds - fused;
 }
 

@@ -58,10 +58,13 @@ class Gradients {
         rows_(std::clamp<int64_t>(kFloatsAtATime / (2 * keys_), 1, Lq_)) {}
 
   void run() const {
-    const auto heads = B_ * G_, slots = std::min(heads, threads());
+    constexpr int64_t kOperationsOfATask = 1 << 18;  // fewer are done before another thread has woken
+    const auto heads = B_ * G_, operations = 2 * H_ / G_ * Lq_ * Lk_ * (3 * d_ + 2 * e_);
+    const auto heads_of_a_task = std::max<int64_t>(1, kOperationsOfATask / operations);
+    const auto slots = heads > heads_of_a_task ? std::min(heads, threads()) : 1;
     const auto size = floats_of_a_task();
     const auto memory = at::empty({slots, size}, q_.options());
-    at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, heads, heads_of_a_task, [&](int64_t begin, int64_t end) {
       const auto slot = slots == 1 ? 0 : at::get_thread_num();
       for (auto i = begin; i < end; ++i) run_head(i / G_, i % G_, Scratch(mutable_data(memory) + slot * size));
     });
