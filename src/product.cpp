@@ -42,10 +42,18 @@ Tensor with_rows(const Tensor& x) {
   return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }
 
-Tensor with_four_axes(Tensor x) {
-  while (x.dim() < 4) x = x.unsqueeze(0);
-  return x;
-}
+// The matrices of a tensor [..., rows, columns] of two to four axes: a view of it would take longer than a small product.
+struct Matrices {
+  explicit Matrices(const Tensor& x) : data(x.const_data_ptr<float>()), row_stride(x.stride(-2)), column_stride(x.stride(-1)) {
+    if (x.dim() > 2) per_group = x.size(-3), stride = x.stride(-3);
+    if (x.dim() > 3) groups = x.size(-4), group_stride = x.stride(-4);
+  }
+  int64_t count() const { return groups * per_group; }
+  const float* at(int64_t i) const { return data + i / per_group * group_stride + i % per_group * stride; }
+
+  const float* data;
+  int64_t groups = 1, per_group = 1, group_stride = 0, stride = 0, row_stride, column_stride;
+};
 
 // Part of a product: rows and columns of one of its matrices.
 struct Part {
@@ -90,18 +98,18 @@ void multiply(const Part& p, float* packed, int64_t rows) {
 Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   const bool is_packed = left.size(-2) > kFewRows;
   const bool by_columns = is_packed && left.stride(-2) == 1 && left.size(-1) > 1 && left.stride(-1) > 1;
-  const auto a = with_four_axes(by_columns ? left : with_rows(left));
+  const auto a_rows = by_columns ? left : with_rows(left);
   const bool is_transposed = right.size(-2) > 1 && right.stride(-2) == 1 && right.size(-1) > 1;
-  const auto b = with_four_axes(is_transposed ? right : with_rows(right));
-  const auto m = a.size(2), k = a.size(3), n = b.size(3), panel = kernels().panel;
+  const auto b_rows = is_transposed ? right : with_rows(right);
+  const Matrices a(a_rows), b(b_rows);
+  const auto m = left.size(-2), k = left.size(-1), n = right.size(-1), panel = kernels().panel;
   auto sizes = left.sizes().vec();
   sizes.back() = n;
   const auto result = at::empty(sizes, left.options());
-  const auto c = with_four_axes(result);
   if (result.numel() == 0) return result;
 
   // Tasks are columns, of which each packs its own; where these are not enough for all threads, rows besides.
-  const auto batches = a.size(0) * a.size(1), panels = divided_up(n, panel);
+  const auto batches = a.count(), panels = divided_up(n, panel);
   const auto operations = 2 * batches * m * n * k;
   const auto threads =
       at::in_parallel_region() ? 1 : std::clamp<int64_t>(operations / kOperationsOfATask, 1, at::get_num_threads());
@@ -116,16 +124,15 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   const auto run_task = [&](int64_t task, int64_t thread) {
     const auto batch = task / (of_columns * of_rows), first = task / of_rows % of_columns * task_panels * panel;
     const auto top = task % of_rows * task_rows;
-    const auto i = batch / a.size(1), j = batch % a.size(1);
     if (first >= n || top >= m) return;
-    multiply({.a = a.const_data_ptr<float>() + i * a.stride(0) + j * a.stride(1) + top * a.stride(2),
-              .a_stride = a.stride(2),
-              .a_step = by_columns ? a.stride(3) : 1,
-              .b = b.const_data_ptr<float>() + i * b.stride(0) + j * b.stride(1) + first * b.stride(3),
-              .b_stride = is_transposed ? b.stride(3) : b.stride(2),
+    multiply({.a = a.at(batch) + top * a.row_stride,
+              .a_stride = a.row_stride,
+              .a_step = by_columns ? a.column_stride : 1,
+              .b = b.at(batch) + first * b.column_stride,
+              .b_stride = is_transposed ? b.column_stride : b.row_stride,
               .b_is_transposed = is_transposed,
               .bias = bias.defined() ? bias.const_data_ptr<float>() + first : nullptr,
-              .c = c.mutable_data_ptr<float>() + batch * m * n + top * n + first,
+              .c = result.mutable_data_ptr<float>() + batch * m * n + top * n + first,
               .c_stride = n,
               .m = std::min(task_rows, m - top),
               .n = std::min(task_panels * panel, n - first),

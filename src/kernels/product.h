@@ -234,12 +234,13 @@ inline void gather_columns(const float* a, int64_t step, int64_t m, int64_t k, f
 // that is stored and loaded again between two blocks is the same.
 template <class Element>
 void product(const ProductOf<Element>& p) {
-  const bool by_columns = p.a_step != 1;
+  constexpr int64_t kFewSteps = 32;  // whose lines of a column find place in the L1 cache as they are
+  const bool by_columns = p.a_step != 1 && p.k > kFewSteps;
   const bool divide = p.k > kDepth && (p.m > kTileRows || by_columns);
   const int64_t height = equal_part(p.m, kHeight), depth = divide ? equal_part(p.k, kDepth) : p.k,
                 width = divide ? kWidth : p.n;
   const int64_t c_panel_stride = p.c_panel_stride ? p.c_panel_stride : kPanel;
-  const bool by_rows = !by_columns && p.n > 2 * kPanel && depth <= kDepth && share_a_set(p.m, p.a_stride);
+  const bool by_rows = p.a_step == 1 && p.n > 2 * kPanel && depth <= kDepth && share_a_set(p.m, p.a_stride);
   float* const gathered = by_columns || by_rows ? thread_memory(kHeight * (kDepth + kLanes)) : nullptr;
   for (int64_t top = 0; top < p.m; top += height) {
     const int64_t m = p.m - top < height ? p.m - top : height;
@@ -255,7 +256,7 @@ void product(const ProductOf<Element>& p) {
             .k = k,
             .a = gathered ? gathered : a,
             .a_stride = a_stride,
-            .a_step = by_columns ? kByColumns : 1,
+            .a_step = by_columns ? kByColumns : p.a_step,
             .b = {p.b.data + panel * p.b.panel_stride + first * p.b.row_stride, p.b.row_stride, p.b.panel_stride},
             .c = p.c + top * p.c_stride + panel * c_panel_stride,
             .c_stride = p.c_stride,
