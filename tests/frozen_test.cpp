@@ -470,6 +470,27 @@ TEST_F(FrozenTest, AContextThatStaysAsItCameGivesTheSameHoweverItIsLaidOut) {
   }
 }
 
+// Of few query rows and several megabytes, block by block with both chains; with all biases where rows may be empty.
+TEST_F(FrozenTest, ALargeContextWhoseValuesAreItsKeysIsReadOnceAndGivesTheSame) {
+  const Layer l{4, 2, 6, 5, 9, 600, 600, 22};
+  const int64_t B = 2, Lq = 3, Lk = 1000;
+  auto module = make(l);
+  auto x = inputs_of(l, B, Lq, Lk);
+  x.value = x.key;
+  for (const auto order : {Order::fold_into_query, Order::prefold}) {
+    module->options.plan(PlanMode::pin({order, order}));
+    const auto frozen = module->freeze();
+    for (const auto& [name, mask] : masks(B, l.H, Lq, Lk)) {
+      SCOPED_TRACE(name);
+      const auto [output, weights] = exact(module, x, mask);
+      const auto [y, p] = frozen.forward(x.query, x.key, x.value, mask);
+      expect_close(y, output, allowed(l), "output");
+      expect_close(p, weights, allowed(l), "weights");
+      expect_equal_bits_with_more_threads(frozen, x, mask);
+    }
+  }
+}
+
 TEST_F(FrozenTest, OneTensorAsKeyAndValueIsKeptOnce) {
   CrossAttention module(CrossAttentionOptions(8, 12, 12, 16).num_heads(2));
   const auto key = torch::randn({2, 21, 12}), copy = key.clone();

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "engine/heads.h"
+#include "engine/merge.h"
 #include "engine/norm.h"
 #include "engine/team.h"
 #include "huge_pages.h"
@@ -62,10 +63,37 @@ class Attend {
   // Whether the mixed values of a head take the place of its projected query, which nobody reads any more.
   bool in_place() const { return by_heads() && w_.d == w_.e && query_.defined(); }
 
+  // Whether both chains read the same rows of a context, as they came, and each part from memory once: worth its merging for few
+  // query rows, and where a core's cache does not keep the whole from one chain to the other.
+  bool reads_once() const {
+    constexpr int64_t kNear = 2 << 20;  // bytes
+    return is_raw(side_.orders.logits) && is_raw(side_.orders.values) && side_.raw == Raw::few_rows && w_.Ek == w_.Ev &&
+           side_.keys.const_data_ptr() == side_.values.const_data_ptr() && 4 * side_.Lk * w_.Ek > kNear;
+  }
+
+  // Shares of such a context, whole panels, that are mixed apart. They do not depend on the threads, as the bits of a sum do on them.
+  struct Shares {
+    Shares(int64_t Lk, int64_t features) {
+      constexpr int64_t kMost = 8, kLeastKeys = 64;
+      constexpr int64_t kBlock = 384 << 10;  // bytes: what stays in a core's cache from one chain to the other
+      const auto panel = kernels().panel;
+      keys = round_up(std::max(kLeastKeys, (Lk + kMost - 1) / kMost), panel);
+      block = std::clamp(kBlock / 4 / features / panel * panel, panel, keys);
+    }
+    int64_t count(int64_t length) const { return (length + keys - 1) / keys; }
+    int64_t blocks() const { return (keys + block - 1) / block; }  // of a share
+
+    int64_t keys, block;  // of one, and of a block of one
+  };
+
   // What run_rows takes for each row.
   int64_t floats_of_a_row(const Team& team) const {
     const auto& w = w_;
     int64_t floats = by_heads() ? scratch_of_heads(heads_, weighing_, team) : w.H * side_.Lk;
+    if (reads_once()) {
+      const Shares shares(side_.Lk, w.Ev);
+      floats += w.H * (shares.count(side_.Lk) * (w.Ev + shares.blocks() + 1) + 1);
+    }
     if (!is_folded(side_.orders.logits) && query_.defined())
       floats += w.H * w.d + (is_raw(side_.orders.logits) ? w.H * w.Ek : 0);
     if (!is_folded(side_.orders.values) && !in_place()) floats += w.H * w.e + (is_raw(side_.orders.values) ? w.H * w.Ev : 0);
@@ -156,9 +184,10 @@ class Attend {
   void run_segment(const Segment& s, Scratch scratch, const Team& team) const {
     if (s.keys == 0) return clear(s);
     if (by_heads()) return attend_heads(heads_, weighing_, s, scratch, team);
+    if (reads_once()) return attend_once(s, scratch, team);
     auto* logits = scratch.take(s.n * w_.H * s.keys);  // [n, H, keys]
     meet(s, logits, team);
-    team.parts(s.n * w_.H, [&](int64_t begin, int64_t end) { weighing_.soften_rows(s, logits, begin, end); });
+    team.parts(s.n * w_.H, [&](int64_t begin, int64_t end) { weighing_.soften_rows(s, logits, s.keys, begin, end); });
     if (weighing_.gives_weights()) {
       for (int64_t h = 0; h < w_.H; ++h) weighing_.give(s, h, logits + h * s.keys, w_.H * s.keys);
     }
@@ -250,6 +279,76 @@ class Attend {
                    .c = s.mixed,
                    .c_stride = w.Eo,
                    .bias = data(w.output_bias)});
+  }
+
+  // meet and mix of a context that is read once, share by share.
+  void attend_once(const Segment& s, Scratch scratch, const Team& team) const {
+    const Shares shares(side_.Lk, w_.Ev);
+    const auto count = shares.count(s.keys), rows = s.n * w_.H, size = rows * w_.Ev;
+    auto* logits = scratch.take(rows * s.keys);  // [n, H, keys]
+    auto* mixed = scratch.take(count * size);
+    auto* of_shares = scratch.take(count * rows);
+    auto* of_blocks = scratch.take(count * shares.blocks() * rows);
+    team.each(count, [&](int64_t i) {
+      const auto first = i * shares.keys, last = std::min(s.keys, first + shares.keys);
+      auto* of_its_blocks = of_blocks + i * shares.blocks() * rows;
+      mix_share(s, first, last, shares.block, logits, mixed + i * size, of_shares + i * rows, of_its_blocks);
+    });
+    auto* of_all = s.log_sum_exp ? s.log_sum_exp : scratch.take(rows);
+    for (int64_t row = 0; row < rows; ++row) {
+      of_all[row] = of_shares[row];
+      for (int64_t i = 1; i < count; ++i) of_all[row] = log_sum(of_all[row], of_shares[i * rows + row]);
+      auto* to = s.mixed + row * w_.Ev;
+      for (int64_t i = 0; i < count; ++i) {
+        const auto share = share_of(of_shares[i * rows + row], of_all[row]);
+        const auto* from = mixed + i * size + row * w_.Ev;
+        for (int64_t j = 0; j < w_.Ev; ++j) to[j] = (i > 0 ? to[j] : 0) + share * from[j];
+      }
+    }
+    if (!weighing_.gives_weights()) return;
+    for (int64_t key = 0; key < s.keys; ++key) {
+      const auto i = key / shares.keys, block = key % shares.keys / shares.block;
+      const auto* up_to = of_blocks + (i * shares.blocks() + block) * rows;
+      for (int64_t row = 0; row < rows; ++row) logits[row * s.keys + key] *= share_of(up_to[row], of_all[row]);
+    }
+    for (int64_t h = 0; h < w_.H; ++h) weighing_.give(s, h, logits + h * s.keys, w_.H * s.keys);
+  }
+
+  // Keys [first, last), a block after the other: their logits -> weights among the keys of their block and those before, mixed
+  // [n, H, Ev] by these; and the log-sum-exp of all, and up to each block.
+  void mix_share(const Segment& s,
+                 int64_t first,
+                 int64_t last,
+                 int64_t keys_of_a_block,
+                 float* logits,
+                 float* mixed,
+                 float* of_share,
+                 float* of_blocks) const {
+    const auto rows = s.n * w_.H;
+    for (auto key = first; key < last; key += keys_of_a_block, of_blocks += rows) {
+      auto block = s;
+      block.first_key = key;
+      block.keys = std::min(keys_of_a_block, last - key);
+      block.log_sum_exp = of_blocks;
+      meet_rows(s, key, key + block.keys, logits);
+      weighing_.soften_rows(block, logits + key, s.keys, 0, rows);
+      for (int64_t row = 0; row < rows && key > first; ++row) {
+        const auto all = log_sum(of_share[row], of_blocks[row]);
+        scale(mixed + row * w_.Ev, w_.Ev, share_of(of_share[row], all));
+        scale(logits + row * s.keys + key, block.keys, share_of(of_blocks[row], all));
+        of_blocks[row] = all;
+      }
+      std::copy_n(of_blocks, rows, of_share);
+      multiply({.m = rows,
+                .n = w_.Ev,
+                .k = block.keys,
+                .a = logits + key,
+                .a_stride = s.keys,
+                .b = plain_rows(side_.values, s.b * side_.values.stride(0) + key * w_.Ev, w_.Ev),
+                .c = mixed,
+                .c_stride = w_.Ev,
+                .accumulate = key > first});
+    }
   }
 
   // From what the weights mixed to the output.

@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "engine/heads.h"
+#include "engine/merge.h"
 
 namespace xattn::detail {
 
@@ -194,11 +194,7 @@ class Gradients {
     weighing_.soften_head(s, h, logits, s.keys, of_part);
     if (parts_ == 1) return;
     const auto* of_all = log_sum_exp_of(s, h);
-    for (int64_t i = 0; i < s.n; ++i) {
-      if (std::isinf(of_part[i])) continue;  // no key in this part: all its weights are zero
-      const auto share = std::exp(of_part[i] - of_all[i]);
-      for (int64_t j = 0; j < s.keys; ++j) logits[i * s.keys + j] *= share;
-    }
+    for (int64_t i = 0; i < s.n; ++i) scale(logits + i * s.keys, s.keys, share_of(of_part[i], of_all[i]));
   }
 
   // grad: of the weights -> of the logits before their scale

@@ -6,9 +6,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <utility>
 
+#include "engine/merge.h"
 #include "huge_pages.h"
 
 namespace xattn::detail {
@@ -64,18 +64,18 @@ void Weighing::soften_head(const Segment& s, int64_t h, float* logits, int64_t s
   }
 }
 
-void Weighing::soften_rows(const Segment& s, float* logits, int64_t begin, int64_t end) const {
+void Weighing::soften_rows(const Segment& s, float* logits, int64_t stride, int64_t begin, int64_t end) const {
   const bool alike = bias_.h == 0 && bias_.i == 0 && keep_.h == 0 && keep_.i == 0;
   const auto step = alike ? end - begin : 1;
   for (auto row = begin; row < end; row += step) {
     const auto h = row % H_, i = (s.first + row / H_) % Lq_;
     kernels().softmax({.rows = step,
                        .n = s.keys,
-                       .x = logits + row * s.keys,
-                       .x_stride = s.keys,
+                       .x = logits + row * stride,
+                       .x_stride = stride,
                        .scale = scale_,
-                       .bias = bias_.at(s.b, h, i),
-                       .keep = keep_.at(s.b, h, i),
+                       .bias = bias_.at(s.b, h, i, s.first_key),
+                       .keep = keep_.at(s.b, h, i, s.first_key),
                        .log_sum_exp = s.log_sum_exp ? s.log_sum_exp + row : nullptr});
   }
 }
@@ -151,10 +151,6 @@ void mix_head_into(const Heads& heads,
             .accumulate = add});
 }
 
-void scale(float* x, int64_t n, float factor) {
-  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
-}
-
 // One head, a part of its keys after the other. mixed [n, e] and log_sum_exp [n] are those of the parts so far: a new part is
 // weighed against them by what its keys have of the sum of all.
 void attend_head_in_parts(const Heads& heads, const Weighing& weighing, const Segment& s, int64_t h, float* scratch) {
@@ -169,11 +165,9 @@ void attend_head_in_parts(const Heads& heads, const Weighing& weighing, const Se
     meet_head(heads, part, h, logits, part.keys);
     weighing.soften_head(part, h, logits, part.keys, first == 0 ? log_sum_exp : of_part);
     for (int64_t row = 0; first > 0 && row < s.n; ++row) {
-      if (of_part[row] == -std::numeric_limits<float>::infinity()) continue;  // no key in this part: all its weights are zero
-      const auto most = std::max(log_sum_exp[row], of_part[row]);
-      const auto all = most + std::log(std::exp(log_sum_exp[row] - most) + std::exp(of_part[row] - most));
-      scale(mixed + row * heads.e, heads.e, std::exp(log_sum_exp[row] - all));
-      scale(logits + row * part.keys, part.keys, std::exp(of_part[row] - all));
+      const auto all = log_sum(log_sum_exp[row], of_part[row]);
+      scale(mixed + row * heads.e, heads.e, share_of(log_sum_exp[row], all));
+      scale(logits + row * part.keys, part.keys, share_of(of_part[row], all));
       log_sum_exp[row] = all;
     }
     mix_head_into(heads, part, h, logits, part.keys, mixed, heads.e, /*add=*/first > 0);

@@ -61,8 +61,8 @@ class Weighing {
 
   /// Softmax of one head's logits [n, keys], rows `stride` apart, in place; log_sum_exp [n], or null: as `write_to` says.
   void soften_head(const Segment& s, int64_t h, float* logits, int64_t stride, float* log_sum_exp = nullptr) const;
-  /// Of rows [begin, end) of logits [n * H, keys].
-  void soften_rows(const Segment& s, float* logits, int64_t begin, int64_t end) const;
+  /// Of rows [begin, end) of logits [n * H, keys], `stride` apart.
+  void soften_rows(const Segment& s, float* logits, int64_t stride, int64_t begin, int64_t end) const;
   /// One head's log-sum-exp [n] to the caller, if he wants it.
   void give_log_sum_exp(const Segment& s, int64_t h, const float* log_sum_exp) const;
   /// One head's weights to the caller, as far as he wants them; adds to the mean.
@@ -98,8 +98,7 @@ void meet_head(const Heads& heads, const Segment& s, int64_t h, float* logits, i
 void mix_head(const Heads& heads, const Segment& s, int64_t h, const float* weights, int64_t stride);
 
 /// From projected queries to mixed values, one head after the other, so that its logits stay in the cache. Where no weights are
-/// wanted, a long context is gone through in parts, which are merged by their log-sum-exp: Milakov and Gimelshein, Online normalizer
-/// calculation for softmax, 2018, https://arxiv.org/abs/1805.02867.
+/// wanted, a long context is gone through in parts: see merge.h.
 void attend_heads(const Heads& heads, const Weighing& weighing, const Segment& s, Scratch scratch, const Team& team);
 /// The floats of scratch that it takes for each row.
 int64_t scratch_of_heads(const Heads& heads, const Weighing& weighing, const Team& team);
