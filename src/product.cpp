@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t kPackedBytes = 1 << 19;      // of a right side at a time: what a core's cache holds beside the left one,
 constexpr int64_t kNear = 1 << 20;             // if that has no more bytes than these
 constexpr int64_t kMorePackedBytes = 4 << 20;  // else: the left side comes from memory for each time anew
-constexpr int64_t kPackedRows = 1024;  // of a right side: those of a block that a product goes through at once
+constexpr int64_t kPackedRows = 1024;          // of a right side: those of a block that a product goes through at once
 constexpr int64_t kRowsOfATile = 14;
 constexpr int64_t kOperationsOfATask = 1 << 18;  // fewer are done before another thread has woken
 

@@ -146,6 +146,36 @@ TEST_P(AttentionTest, FusedEqualsDefinitionInOutputLogSumExpAndGradients) {
   }
 }
 
+// Contexts that are gone through in parts, with rows enough to be packed for.
+TEST_P(AttentionTest, GradientsOverALongContextAreExactAndOfEqualBitsForAnyThreads) {
+  const int64_t Lq = 50, Lk = 2300, d = 20;
+  const auto q = random({2, 4, Lq, d}, torch::kFloat), k = random({2, 2, Lk, d}, torch::kFloat),
+             v = random({2, 2, Lk, d}, torch::kFloat);
+  const auto cotangent = random({2, 4, Lq, d}, torch::kFloat).detach();
+  const auto gradients = [&](const Mask& mask, at::ScalarType type) {
+    std::vector<torch::Tensor> inputs;
+    for (const auto& x : {q, k, v}) inputs.push_back(x.detach().to(type).requires_grad_());
+    const auto path = type == torch::kDouble ? AttentionPath::definition : AttentionPath::fused;
+    const auto output = attention(inputs[0], inputs[1], inputs[2], {.mask = mask, .path = path}).output;
+    return torch::autograd::grad({output}, inputs, {cotangent.to(type)});
+  };
+  const auto threads = at::get_num_threads();
+  for (const auto& mask :
+       {Mask(), Mask::causal(CausalAlignment::upper_left), Mask::lengths(torch::tensor({1030, 0}, device_), Lk),
+        Mask::dense(torch::rand({2, 4, Lq, Lk}, device_) < 0.1)}) {
+    const auto expected = gradients(mask, torch::kDouble);
+    at::set_num_threads(1);
+    const auto found = gradients(mask, torch::kFloat);
+    for (size_t i = 0; i < 3; ++i) expect_close(found[i], expected[i], 4 * tolerance(torch::kFloat, 2 * (d + Lk)), "gradient");
+    for (const int more : {2, 3, 8}) {
+      at::set_num_threads(more);
+      const auto again = gradients(mask, torch::kFloat);
+      for (size_t i = 0; i < 3 && device_.is_cpu(); ++i) EXPECT_TRUE(torch::equal(again[i], found[i])) << more << " threads";
+    }
+    at::set_num_threads(threads);
+  }
+}
+
 TEST_P(AttentionTest, FusedIsTwiceDifferentiableThroughTheDefinition) {
   const auto q = random({kB, kH, kLq, kD}), k = random({kB, 2, kLk, kD}), v = random({kB, 2, kLk, kD});
   for (const auto& [name, mask] : masks(device_)) {

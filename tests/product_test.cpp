@@ -70,7 +70,8 @@ TEST_F(ProductTest, AnyNumberOfThreadsGivesEqualBits) {
     for (const int threads : {2, 3, 8}) {
       at::set_num_threads(threads);
       EXPECT_TRUE(torch::equal(matrix_product(a, b), expected)) << m << " rows, " << threads << " threads";
-      EXPECT_TRUE(torch::equal(matrix_product(a_by_columns, b), expected)) << m << " rows by columns, " << threads << " threads";
+      EXPECT_TRUE(torch::equal(matrix_product(a_by_columns, b), expected))
+          << m << " rows by columns, " << threads << " threads";
       const auto by_columns = b.transpose(1, 2).contiguous().transpose(1, 2);
       const auto again = matrix_product(a, by_columns);
       at::set_num_threads(1);

@@ -42,8 +42,13 @@ struct Rows {
 // as in Dao et al., FlashAttention, 2022, https://arxiv.org/abs/2205.14135, appendix B.4.
 class Gradients {
  public:
-  Gradients(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionResult& result, const Tensor& grad,
-            const AttentionOptions& options, const AttentionGradients& into)
+  Gradients(const Tensor& q,
+            const Tensor& k,
+            const Tensor& v,
+            const AttentionResult& result,
+            const Tensor& grad,
+            const AttentionOptions& options,
+            const AttentionGradients& into)
       : q_(with_rows(q)),
         k_(with_rows(k)),
         v_(with_rows(v)),
@@ -166,7 +171,13 @@ class Gradients {
   }
 
   // x' rows, with x [n, keys] and rows [n, size], to the rows of these keys in `into`.
-  void add_to_keys(const Segment& s, const float* x, const float* rows, int64_t stride, bool is_first, const Tensor& into, int64_t g,
+  void add_to_keys(const Segment& s,
+                   const float* x,
+                   const float* rows,
+                   int64_t stride,
+                   bool is_first,
+                   const Tensor& into,
+                   int64_t g,
                    Scratch scratch) const {
     const auto& run = kernels();
     const auto size = into.size(3);
