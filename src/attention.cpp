@@ -104,12 +104,14 @@ std::string refusal_of_fused(const Tensor& q, const Tensor& k, const Tensor& v, 
   if (q.numel() == 0 || k.numel() == 0) return "an axis is empty";
   const auto bias = options.mask.additive();
   if (bias.defined() && bias.requires_grad()) return "the mask's bias asks for its gradient";
-  if (q.is_cpu() && q.size(3) != v.size(3)) return "the CPU kernel needs value heads of the size of key heads";
+  if (q.is_cpu() && q.size(3) != v.size(3) && !run_on_kernels({q, k, v})) {
+    return "LibTorch's CPU kernel needs value heads of the size of key heads";
+  }
   if (!q.is_cpu() && options.log_sum_exp) return "only the CPU kernel is asked for its log-sum-exp";
   return {};
 }
 
-// Kernels read rows of consecutive numbers.
+// LibTorch's kernels read rows of consecutive numbers.
 Tensor with_unit_stride(const Tensor& x) {
   return x.stride(-1) == 1 ? x : x.contiguous();
 }

@@ -75,6 +75,18 @@ struct Sizes {
   double of_weights = 1, of_query = 1, of_context = 0;
 };
 
+// What a frozen layer takes to pack a context of so many features that stays as it came, for more rows than those of a task.
+Cost cost_of_packing(double features, const PlanRequest& r) {
+  const Sizes s(r);
+  if (r.runs_on != RunsOn::engine || r.H * std::max(r.Lq, r.context_rows) <= detail::kRowsOfATask) return {};
+  const auto bytes = 2 * s.of_context * static_cast<double>(r.element) * s.B * s.Lk * features;
+  return {0, bytes, bytes / r.rates.memory};
+}
+
+bool is_raw(Order order) {
+  return order == Order::fold_into_query || order == Order::prefold;
+}
+
 Cost cost_of_logits(Order order, const PlanRequest& request) {
   const Sizes s(request);
   const Product project_query{1, s.B * s.Lq, s.Eq, s.H * s.d, s.of_query};  // Xq Wq
@@ -92,7 +104,9 @@ Cost cost_of_logits(Order order, const PlanRequest& request) {
       products = {of_weights, {1, s.B * s.Lk, s.Ek, s.H * s.Eq, s.of_context}, meet_folded};
       break;
   }
-  return cost_of_products(products, request);
+  auto cost = cost_of_products(products, request);
+  if (is_raw(order)) cost += cost_of_packing(s.Ek, request);
+  return cost;
 }
 
 Cost cost_of_values(Order order, const PlanRequest& request) {
@@ -112,7 +126,9 @@ Cost cost_of_values(Order order, const PlanRequest& request) {
       products = {of_weights, {1, s.B * s.Lk, s.Ev, s.H * s.Eo, s.of_context}, mix_folded};
       break;
   }
-  return cost_of_products(products, request);
+  auto cost = cost_of_products(products, request);
+  if (is_raw(order)) cost += cost_of_packing(s.Ev, request);
+  return cost;
 }
 
 // What lies between the chains: the softmax, on logits that go to memory and come back.
@@ -159,8 +175,8 @@ std::pair<AttentionKernel, std::string_view> kernel_of(const Orders& orders, con
   if (r.gives_weights) return {kPlain, own ? "weights and gradients are wanted" : "weights are wanted"};
   if (r.mask_is_learned) return {kPlain, "the mask's bias asks for its gradient"};
   if (r.runs_on == RunsOn::cuda) return {AttentionKernel::scaled_dot_product_attention, "the layer is not on the CPU"};
+  if (own) return {kernel_of_heads(r), "the type is float32, also of the gradients"};
   if (r.d != r.e) return {kPlain, "heads of values are not of the size of heads of keys"};
-  if (own) return {kernel_of_heads(r), "the type is float32; so are the gradients"};
   return {AttentionKernel::fused_cpu, "this library's is for float32, AVX2 or AVX-512, and no autocast"};
 }
 

@@ -13,11 +13,13 @@
 #include <algorithm>
 #include <optional>
 
+#include "engine/products.h"
 #include "kernels/kernels.h"
 
 namespace xattn::detail {
 
 using at::Tensor;
+using engine::with_rows;
 
 namespace {
 
@@ -35,11 +37,6 @@ bool runs_on_kernels(const Tensor& x) {
 
 int64_t divided_up(int64_t n, int64_t by) {
   return (n + by - 1) / by;
-}
-
-// Rows of consecutive elements, or as the left side of a product may not be, columns.
-Tensor with_rows(const Tensor& x) {
-  return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }
 
 // The matrices of a tensor [..., rows, columns] of two to four axes: a view of it would take longer than a small product.

@@ -106,6 +106,19 @@ TEST(PlanTest, SharedHeadsAndBackwardCountAsTheyShould) {
   EXPECT_EQ(apart.logits[0].operations - cost_of({}, r).logits[0].operations, 2.0 * 100 * 64 * (64 - 16));
 }
 
+TEST(PlanTest, AFrozenLayerIsChargedForPackingAContextForManyRowsUnlessItIsKept) {
+  const auto packing = [](int64_t Lq, RunsOn runs_on) {
+    auto r = request(1, 4, Lq, 1000, 64, 96, 64);
+    r.runs_on = runs_on;
+    const auto now = cost_of({}, r);
+    r.context_rows = PlanRequest::kKept;
+    return now.logits[1].seconds - cost_of({}, r).logits[1].seconds;
+  };
+  EXPECT_EQ(packing(28, RunsOn::engine), 0);
+  EXPECT_NEAR(packing(29, RunsOn::engine), 2 * 4 * 1000 * 96 / request(1, 4, 29, 1000, 64, 96, 64).rates.memory, 1e-12);
+  EXPECT_EQ(packing(29, RunsOn::kernels), 0);
+}
+
 TEST(PlanTest, WhatHasAnEmptyAxisCostsNothing) {
   const auto plan = make_plan(request(1, 4, 3, 0, 8, 8, 8));
   EXPECT_EQ(plan.orders, Orders{});
@@ -259,12 +272,11 @@ TEST(KernelTest, DependsOnOrdersGradientsWeightsAndWhatALayerRunsOn) {
   const struct {
     RunsOn runs_on;
     AttentionKernel plain, training, with_weights, with_both, with_learned_mask, with_other_values, without_keys;
-  } kRows[] = {
-      {RunsOn::kernels, heads, heads, heads, tensor_operations, tensor_operations, tensor_operations, tensor_operations},
-      {RunsOn::cpu, fused_cpu, fused_cpu, tensor_operations, tensor_operations, tensor_operations, tensor_operations,
-       tensor_operations},
-      {RunsOn::cuda, scaled_dot_product_attention, scaled_dot_product_attention, tensor_operations, tensor_operations,
-       tensor_operations, scaled_dot_product_attention, tensor_operations}};
+  } kRows[] = {{RunsOn::kernels, heads, heads, heads, tensor_operations, tensor_operations, heads, tensor_operations},
+               {RunsOn::cpu, fused_cpu, fused_cpu, tensor_operations, tensor_operations, tensor_operations, tensor_operations,
+                tensor_operations},
+               {RunsOn::cuda, scaled_dot_product_attention, scaled_dot_product_attention, tensor_operations, tensor_operations,
+                tensor_operations, scaled_dot_product_attention, tensor_operations}};
   for (const auto& row : kRows) {
     SCOPED_TRACE(static_cast<int>(row.runs_on));
     EXPECT_EQ(kernel(row.runs_on, {}, nothing), row.plain);

@@ -54,8 +54,8 @@ struct AttentionResult {
 /// heads share one: Ainslie et al., GQA, 2023, https://arxiv.org/abs/2305.13245.
 ///
 /// q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e], one floating point type and one device; any strides; any axis may be 0.
-/// Fused kernels are this library's own for float32 on the CPU (with AVX2 or AVX-512), which return weights from the same pass, and
-/// LibTorch's elsewhere and for gradients. Differentiable in q, k, v and the mask's bias, twice on both paths. (Gradients through the
+/// Fused kernels are this library's own for float32 on the CPU (with AVX2 or AVX-512), which return weights from the same pass where
+/// no gradient is wanted, and LibTorch's elsewhere. Differentiable in q, k, v and the mask's bias, twice on both paths. (Gradients through the
 /// log-sum-exp of a fused kernel are those of the definition, and hold all logits.) Throws c10::ValueError or c10::TypeError on bad input.
 /// No state; safe to call from several threads.
 XATTN_API AttentionResult attention(const at::Tensor& q,

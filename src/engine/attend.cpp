@@ -20,6 +20,22 @@ using namespace engine;
 
 namespace {
 
+int64_t bytes(const Tensor& x) {
+  return static_cast<int64_t>(x.nbytes());
+}
+
+// Of the weights that query rows meet, given or constant ones.
+int64_t bytes_of_weights(const EngineWeights& w, const Orders& orders, bool query_is_given) {
+  int64_t total = 0;
+  if (query_is_given && !is_folded(orders.logits)) {
+    total += bytes(orders.logits == Order::prefold ? w.logits_product.data : w.query.data);
+    if (orders.logits == Order::fold_into_query) total += bytes(w.key_fold.data);
+  }
+  if (is_folded(orders.values)) return total;
+  if (orders.values == Order::prefold) return total + bytes(w.values_product.data);
+  return total + bytes(w.output.data) + (orders.values == Order::standard ? 0 : bytes(w.value_fold.data));
+}
+
 class Attend {
  public:
   Attend(const EngineWeights& w, const EngineSide& side, const EngineCall& call)
@@ -38,23 +54,14 @@ class Attend {
     output_ = mutable_data(result.output);
     weighing_.write_to(result.weights, {});
     const auto floats = [this](const Team& team) { return floats_of_a_row(team); };
-    each_share_of_rows(side_.B * rows_, bytes_of_a_task(), floats,
+    each_share_of_rows(side_.B * rows_, reads(), floats,
                        [this](auto begin, auto end, auto scratch, const auto& team) { run_rows(begin, end, scratch, team); });
   }
 
  private:
-  // What every task reads besides its rows: weights, and a context.
-  int64_t bytes_of_a_task() const {
-    const auto bytes = [](const Tensor& x) { return static_cast<int64_t>(x.nbytes()); };
-    int64_t total = (bytes(side_.keys) + bytes(side_.values)) / std::max<int64_t>(1, side_.B);
-    const auto order = side_.orders.logits;
-    if (query_.defined() && !is_folded(order)) {
-      total += order == Order::prefold ? bytes(w_.logits_product.data) : bytes(w_.query.data);
-      if (order == Order::fold_into_query) total += bytes(w_.key_fold.data);
-    }
-    if (is_folded(side_.orders.values)) return total;
-    if (side_.orders.values == Order::prefold) return total + bytes(w_.values_product.data);
-    return total + bytes(w_.output.data) + (side_.orders.values == Order::standard ? 0 : bytes(w_.value_fold.data));
+  Reads reads() const {
+    return {bytes_of_weights(w_, side_.orders, query_.defined()),
+            (bytes(side_.keys) + bytes(side_.values)) / std::max<int64_t>(1, side_.B)};
   }
 
   // Whether one head after the other is done from logits to mixed values.
@@ -306,10 +313,13 @@ class Attend {
       }
     }
     if (!weighing_.gives_weights()) return;
-    for (int64_t key = 0; key < s.keys; ++key) {
-      const auto i = key / shares.keys, block = key % shares.keys / shares.block;
-      const auto* up_to = of_blocks + (i * shares.blocks() + block) * rows;
-      for (int64_t row = 0; row < rows; ++row) logits[row * s.keys + key] *= share_of(up_to[row], of_all[row]);
+    for (int64_t i = 0; i < count; ++i) {
+      const auto first = i * shares.keys, last = std::min(s.keys, first + shares.keys);
+      const auto* up_to = of_blocks + i * shares.blocks() * rows;
+      for (auto key = first; key < last; key += shares.block, up_to += rows) {
+        const auto keys = std::min(shares.block, last - key);
+        for (int64_t row = 0; row < rows; ++row) scale(logits + row * s.keys + key, keys, share_of(up_to[row], of_all[row]));
+      }
     }
     for (int64_t h = 0; h < w_.H; ++h) weighing_.give(s, h, logits + h * s.keys, w_.H * s.keys);
   }
@@ -467,7 +477,9 @@ AttentionResult forward(const Orders& orders,
                         const EngineCall& call) {
   const auto B = key.size(0), Lk = key.size(1), Lq = rows_of(call);
   const auto result = empty_result(w, B, Lq, Lk, all_are(lengths, Lk), call);
-  if (threads() == 1 || B < threads() || !is_little(w, B, Lq, Lk)) {
+  constexpr int64_t kNear = 1 << 20;  // bytes of weights that each thread reads for itself
+  const bool apart = B >= threads() && is_little(w, B, Lq, Lk) && bytes_of_weights(w, orders, call.query.defined()) <= kNear;
+  if (threads() == 1 || !apart) {
     Attend(w, make_side(orders, w, key, value, lengths, Lq), call).run(result);
     return result;
   }

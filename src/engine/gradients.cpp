@@ -17,10 +17,6 @@ namespace {
 constexpr int64_t kKeysAtATime = 1024;
 constexpr int64_t kFloatsAtATime = 3 << 16;  // of logits and their gradients: what a core's cache holds beside those keys
 
-Tensor with_rows(const Tensor& x) {
-  return x.size(3) == 1 || x.stride(3) == 1 ? x : x.contiguous();
-}
-
 // [B, L, n, size] as it lies, [B, n, L, size] as it is seen: as the gradient of what split_heads returns.
 Tensor like_heads(const Tensor& x, bool is_wanted) {
   if (!is_wanted) return {};

@@ -220,10 +220,6 @@ void attend_heads(const Heads& heads, const Weighing& weighing, const Segment& s
 
 namespace {
 
-Tensor with_rows(const Tensor& x) {
-  return x.size(3) == 1 || x.stride(3) == 1 ? x : x.contiguous();
-}
-
 // k and v [B, G, Lk, ...] as they are for a few rows, else packed.
 engine::Heads heads_of(const Tensor& q, const Tensor& k, const Tensor& v) {
   using namespace engine;
@@ -265,7 +261,7 @@ AttentionResult attend_on_kernels(const Tensor& q, const Tensor& k, const Tensor
 
   const auto bytes = static_cast<int64_t>(heads.keys.nbytes() + heads.values.nbytes()) / B;
   const auto scratch_of_a_row = [&](const Team& team) { return scratch_of_heads(heads, weighing, team) + 16; };
-  each_share_of_rows(B * Lq, bytes, scratch_of_a_row, [&](int64_t begin, int64_t end, Scratch scratch, const Team& team) {
+  each_share_of_rows(B * Lq, {0, bytes}, scratch_of_a_row, [&](int64_t begin, int64_t end, Scratch scratch, const Team& team) {
     for (int64_t first = begin, last = begin; first < end; first = last) {
       const auto b = first / Lq, i = first % Lq;
       last = std::min(end, (b + 1) * Lq);

@@ -25,6 +25,11 @@ inline float* mutable_data(const at::Tensor& x) {
   return x.mutable_data_ptr<float>();
 }
 
+// x [..., n], its rows of consecutive numbers.
+inline at::Tensor with_rows(const at::Tensor& x) {
+  return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
+}
+
 // A RightSide of float32 or bfloat16: one of the two pointers is null.
 struct Right {
   const float* wide = nullptr;

@@ -18,7 +18,6 @@ namespace {
 
 // For so many query rows of H heads, which meet the keys in one product.
 Raw raw_for(int64_t query_rows, int64_t H) {
-  constexpr int64_t kRowsOfATask = 112;  // about: they read the context once, and so are alone in needing it packed
   return query_rows <= kFewRows / H ? Raw::few_rows : query_rows <= kRowsOfATask / H ? Raw::rows : Raw::packed;
 }
 

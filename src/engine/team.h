@@ -68,10 +68,14 @@ class Scratch {
   float* next_;
 };
 
-/// f(begin, end, scratch, team) for shares of rows [0, n), of which each goes through `bytes` besides its rows, as a rule the same
-/// as the others; with scratch for its rows.
+/// What a task goes through besides its rows, in bytes: weights, the same for all rows, and a context, for those of one query.
+struct Reads {
+  int64_t weights, context;
+};
+
+/// f(begin, end, scratch, team) for shares of rows [0, n); with scratch for its rows.
 template <class FloatsOfARow, class F>
-void each_share_of_rows(int64_t n, int64_t bytes, const FloatsOfARow& floats_of_a_row, const F& f) {
+void each_share_of_rows(int64_t n, const Reads& reads, const FloatsOfARow& floats_of_a_row, const F& f) {
   constexpr int64_t kScratch = 3 << 16;  // floats of a task's scratch: what fits into a core's cache beside a panel of weights
   constexpr int64_t kLeastRows = 14;     // rows from which a product runs at its full speed, about, on weights that are near
   constexpr int64_t kMostRows = 112;     // and on those that come from memory for each task anew
@@ -82,7 +86,9 @@ void each_share_of_rows(int64_t n, int64_t bytes, const FloatsOfARow& floats_of_
 
   if (n == 0) return;
   const auto workers = threads();
-  const auto together = bytes > kFar ? kLeastRows : kRowsOfATeam;
+  const auto bytes = reads.weights + reads.context;
+  const bool share_weights = reads.weights > kNear && reads.context < reads.weights / 8;
+  const auto together = bytes > kFar ? kLeastRows : share_weights ? 2 * kRowsOfATeam : kRowsOfATeam;
   const Team team{workers > 1 && n < together * workers};
   const int64_t floats = floats_of_a_row(team);
   const auto least = std::clamp(kLeastRows * bytes / kNear, kLeastRows, kMostRows);
