@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "check.h"
+#include "engine/engine.h"
 #include "kernels/kernels.h"
 #include "text.h"
 
@@ -78,13 +79,9 @@ struct Sizes {
 // What a frozen layer takes to pack a context of so many features that stays as it came, for more rows than those of a task.
 Cost cost_of_packing(double features, const PlanRequest& r) {
   const Sizes s(r);
-  if (r.runs_on != RunsOn::engine || r.H * std::max(r.Lq, r.context_rows) <= detail::kRowsOfATask) return {};
+  if (r.runs_on != RunsOn::engine || detail::raw_for(std::max(r.Lq, r.context_rows), r.H) != detail::Raw::packed) return {};
   const auto bytes = 2 * s.of_context * static_cast<double>(r.element) * s.B * s.Lk * features;
   return {0, bytes, bytes / r.rates.memory};
-}
-
-bool is_raw(Order order) {
-  return order == Order::fold_into_query || order == Order::prefold;
 }
 
 Cost cost_of_logits(Order order, const PlanRequest& request) {
@@ -105,7 +102,7 @@ Cost cost_of_logits(Order order, const PlanRequest& request) {
       break;
   }
   auto cost = cost_of_products(products, request);
-  if (is_raw(order)) cost += cost_of_packing(s.Ek, request);
+  if (detail::is_raw(order)) cost += cost_of_packing(s.Ek, request);
   return cost;
 }
 
@@ -127,7 +124,7 @@ Cost cost_of_values(Order order, const PlanRequest& request) {
       break;
   }
   auto cost = cost_of_products(products, request);
-  if (is_raw(order)) cost += cost_of_packing(s.Ev, request);
+  if (detail::is_raw(order)) cost += cost_of_packing(s.Ev, request);
   return cost;
 }
 

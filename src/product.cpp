@@ -19,6 +19,7 @@
 namespace xattn::detail {
 
 using at::Tensor;
+using engine::kOperationsOfATask;
 using engine::with_rows;
 
 namespace {
@@ -28,7 +29,6 @@ constexpr int64_t kNear = 1 << 20;             // if that has no more bytes than
 constexpr int64_t kMorePackedBytes = 4 << 20;  // else: the left side comes from memory for each time anew
 constexpr int64_t kPackedRows = 1024;          // of a right side: those of a block that a product goes through at once
 constexpr int64_t kRowsOfATile = 14;
-constexpr int64_t kOperationsOfATask = 1 << 18;  // fewer are done before another thread has woken
 
 bool runs_on_kernels(const Tensor& x) {
   return x.defined() && x.is_cpu() && x.scalar_type() == at::kFloat && x.layout() == at::kStrided && !x.is_neg() &&

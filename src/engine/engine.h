@@ -65,6 +65,9 @@ enum class Raw {
   few_rows,  ///< as they came, for so few rows that packing takes longer than it saves
 };
 
+/// For so many query rows of H heads, which meet the keys in one product.
+Raw raw_for(int64_t query_rows, int64_t H);
+
 /// The key/value side as the engine reads it. Immutable; safe to share between threads.
 struct EngineSide {
   Orders orders;

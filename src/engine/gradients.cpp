@@ -59,7 +59,6 @@ class Gradients {
         rows_(std::clamp<int64_t>(kFloatsAtATime / (2 * keys_), 1, Lq_)) {}
 
   void run() const {
-    constexpr int64_t kOperationsOfATask = 1 << 18;  // fewer are done before another thread has woken
     const auto heads = B_ * G_, operations = 2 * H_ / G_ * Lq_ * Lk_ * (3 * d_ + 2 * e_);
     const auto heads_of_a_task = std::max<int64_t>(1, kOperationsOfATask / operations);
     const auto slots = heads > heads_of_a_task ? std::min(heads, threads()) : 1;
@@ -81,8 +80,8 @@ class Gradients {
 
   int64_t floats_of_a_task() const {
     const auto& run = kernels();
-    int64_t floats = 2 * rows_ * keys_ + run.packed_size(rows_, d_) + run.packed_size(rows_, e_) + rows_;
-    if (is_packed()) floats += 2 * run.packed_size(d_, keys_) + run.packed_size(keys_, d_) + run.packed_size(e_, keys_);
+    int64_t floats = 2 * rows_ * keys_ + run.packed_size(rows_, std::max(d_, e_)) + rows_;
+    if (is_packed()) floats += run.packed_size(d_, keys_) + run.packed_size(keys_, d_) + run.packed_size(e_, keys_);
     return floats + 16 * 16;
   }
 

@@ -25,6 +25,8 @@ inline float* mutable_data(const at::Tensor& x) {
   return x.mutable_data_ptr<float>();
 }
 
+constexpr int64_t kOperationsOfATask = 1 << 18;  // fewer are done before another thread has woken
+
 // x [..., n], its rows of consecutive numbers.
 inline at::Tensor with_rows(const at::Tensor& x) {
   return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();

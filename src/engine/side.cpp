@@ -16,11 +16,6 @@ using namespace engine;
 
 namespace {
 
-// For so many query rows of H heads, which meet the keys in one product.
-Raw raw_for(int64_t query_rows, int64_t H) {
-  return query_rows <= kFewRows / H ? Raw::few_rows : query_rows <= kRowsOfATask / H ? Raw::rows : Raw::packed;
-}
-
 // f(b, first key, keys) for blocks of the keys that count, of whole panels except at the end; as many panels for each thread.
 template <class F>
 void each_block(const EngineSide& side, const F& f) {
@@ -204,6 +199,11 @@ Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor&
 }
 
 }  // namespace
+
+Raw raw_for(int64_t query_rows, int64_t H) {
+  constexpr int64_t kRowsOfATask = 112;  // about: they read the context once, and so are alone in needing it packed
+  return query_rows <= kFewRows / H ? Raw::few_rows : query_rows <= kRowsOfATask / H ? Raw::rows : Raw::packed;
+}
 
 EngineSide make_side(const Orders& orders,
                      const EngineWeights& w,

@@ -58,8 +58,7 @@ struct Softmax {
   float* log_sum_exp = nullptr;  ///< [rows], of y; -inf for a row that becomes zeros. Not wanted if null
 };
 
-constexpr int64_t kFewRows = 24;       ///< of a product, up to which packing its right side takes longer than it saves
-constexpr int64_t kRowsOfATask = 112;  ///< about: they read a right side once, and so are alone in needing it packed
+constexpr int64_t kFewRows = 24;  ///< of a product, up to which packing its right side takes longer than it saves
 
 /// The kernels for one instruction set. Those that take Bfloat16 differ in how b is stored, and in nothing else.
 struct Kernels {
