@@ -92,8 +92,23 @@ std::vector<Bfloat16> upper_halves(const Matrix& x) {
   return halves;
 }
 
+// A product, for float32 and bfloat16, and of how many numbers each of its terms is the sum.
+struct OneProduct {
+  std::string name;
+  void (*product)(const Product&);
+  void (*product_bfloat16)(const ProductOf<Bfloat16>&);
+  int64_t parts = 1;
+};
+
 class KernelsTest : public testing::TestWithParam<const Kernels*> {
  protected:
+  // With AMX, terms are sums of six products of parts.
+  std::array<OneProduct, 2> products() const {
+    return {OneProduct{"product", kernels_.product, kernels_.product_bfloat16},
+            {"product_of_many_rows", kernels_.product_of_many_rows, kernels_.product_of_many_rows_bfloat16,
+             std::string(kernels_.name) == "amx" ? 6 : 1}};
+  }
+
   std::vector<float> packed(const Matrix& b) const {
     std::vector<float> to(static_cast<size_t>(kernels_.packed_size(b.rows, b.columns)), kNaN);
     kernels_.pack(b.data.get(), b.stride, b.rows, b.columns, to.data());
@@ -137,8 +152,10 @@ struct Problem {
     return result;
   }
 
-  // Expects the sums in float64: each of the k + 2 roundings is off by at most kRoundoff of the sum of absolute values.
-  void expect_sums(const Matrix& actual) const {
+  // Expects the sums in float64: each of the k + 2 roundings is off by at most kRoundoff of the sum of absolute values, where every
+  // term is added in so many parts of it, k * parts + 2; and what these leave out of a term is less than three roundoffs of it.
+  void expect_sums(const Matrix& actual, int64_t parts = 1) const {
+    const auto roundings = static_cast<double>(parts == 1 ? a.columns + 2 : a.columns * parts + 5);
     for (int64_t i = 0; i < a.rows; ++i) {
       for (int64_t j = 0; j < b.columns; ++j) {
         double sum = (has_bias ? double{bias.at(0, j)} : 0) + (accumulate ? double{c.at(i, j)} : 0);
@@ -149,7 +166,7 @@ struct Problem {
           absolute += std::abs(term);
         }
         const double error = std::abs(actual.at(i, j) - sum),
-                     allowed = static_cast<double>(a.columns + 2) * kRoundoff * absolute;
+                     allowed = roundings * kRoundoff * absolute;
         if (error <= allowed) continue;
         FAIL() << "m " << a.rows << ", n " << b.columns << ", k " << a.columns << " at " << i << ", " << j << ": "
                << actual.at(i, j) << " instead of " << sum << ", more than " << allowed << " off";
@@ -194,9 +211,49 @@ using KernelsSoftmaxTest = KernelsTest;
 TEST_P(KernelsProductTest, EqualsSums) {
   for_each_problem([&](const Problem& p) {
     const auto panels = packed(p.b);
-    p.expect_sums(p.compute(kernels_.product, kernels_.packed(panels.data(), p.b.rows)));
-    p.expect_sums(p.compute(kernels_.product, kernels_.rows(p.b.data.get(), p.b.stride)));
+    for (const auto& each : products()) {
+      SCOPED_TRACE(each.name);
+      p.expect_sums(p.compute(each.product, kernels_.packed(panels.data(), p.b.rows)), each.parts);
+      p.expect_sums(p.compute(each.product, kernels_.rows(p.b.data.get(), p.b.stride)), each.parts);
+    }
   });
+}
+
+// Sums of few terms show what each one is.
+TEST_P(KernelsProductTest, KeepsAllDigitsOfNumbersOfEverySize) {
+  for (const float size : {1e-24f, 1e-12f, 1.0f, 1e12f, 1e18f}) {
+    Problem p{.a = random_matrix(64, 2),
+              .b = random_matrix(2, 64),
+              .c = random_matrix(64, 64),
+              .bias = random_matrix(1, 64),
+              .has_bias = false,
+              .accumulate = false};
+    for (int64_t i = 0; i < 128; ++i) p.a.data[static_cast<size_t>(i)] *= size, p.b.data[static_cast<size_t>(i)] *= size < 1 ? 1 : size;
+    const auto panels = packed(p.b);
+    for (const auto& each : products()) {
+      SCOPED_TRACE(each.name + ", " + std::to_string(size));
+      p.expect_sums(p.compute(each.product, kernels_.packed(panels.data(), 2)), each.parts);
+    }
+  }
+}
+
+TEST_P(KernelsProductTest, GivesNoNumberWhereOneTermIsNone) {
+  for (const float none : {kNaN, -kNaN, std::bit_cast<float>(0x7fffffff), kInfinity, -kInfinity}) {
+    Problem p{.a = random_matrix(50, 40),
+              .b = random_matrix(40, 70),
+              .c = random_matrix(50, 70),
+              .bias = random_matrix(1, 70),
+              .has_bias = false,
+              .accumulate = false};
+    p.a.at(7, 20) = p.b.at(20, 69) = none;
+    const auto panels = packed(p.b);
+    for (const auto& each : products()) {
+      const auto c = p.compute(each.product, kernels_.packed(panels.data(), 40));
+      for (int64_t i = 0; i < 50; ++i) {
+        for (int64_t j = 0; j < 70; ++j) EXPECT_EQ(std::isfinite(c.at(i, j)), i != 7 && j != 69) << each.name << ' ' << i << ' ' << j;
+      }
+    }
+  }
 }
 
 TEST_P(KernelsProductTest, EqualsSumsOverTransposedRows) {
@@ -212,18 +269,23 @@ TEST_P(KernelsProductTest, GivesForALeftSideThatLiesTransposedTheBitsOfItsRows) 
     const auto panels = packed(p.b);
     const auto right = kernels_.packed(panels.data(), p.b.rows);
     const auto a = transposed(p.a, p.b.columns % 3);
-    expect_equal_bits(p.compute(kernels_.product, right, &a), p.compute(kernels_.product, right), "by columns");
+    for (const auto& each : products()) {
+      expect_equal_bits(p.compute(each.product, right, &a), p.compute(each.product, right), each.name + " by columns");
+    }
   });
 }
 
 TEST_P(KernelsProductTest, GivesForBfloat16TheBitsOfTheSameNumbersInFloat32) {
   for_each_problem([&](const Problem& p) {
     const auto panels = packed(p.b);
-    const auto expected = p.compute(kernels_.product, kernels_.packed(panels.data(), p.b.rows));
     const auto half_panels = packed_bfloat16(p.b);
-    expect_equal_bits(p.compute(kernels_.product_bfloat16, kernels_.packed(half_panels.data(), p.b.rows)), expected, "packed");
     const auto rows = upper_halves(p.b);
-    expect_equal_bits(p.compute(kernels_.product_bfloat16, kernels_.rows(rows.data(), p.b.stride)), expected, "rows");
+    for (const auto& each : products()) {
+      const auto expected = p.compute(each.product, kernels_.packed(panels.data(), p.b.rows));
+      expect_equal_bits(p.compute(each.product_bfloat16, kernels_.packed(half_panels.data(), p.b.rows)), expected,
+                        each.name + ", packed");
+      expect_equal_bits(p.compute(each.product_bfloat16, kernels_.rows(rows.data(), p.b.stride)), expected, each.name + ", rows");
+    }
     const auto b = transposed(p.b, p.a.rows % 2);
     const auto columns = upper_halves(b);
     expect_equal_bits(p.compute(kernels_.product_transposed_bfloat16, kernels_.rows(columns.data(), b.stride)),
@@ -239,7 +301,7 @@ TEST_P(KernelsProductTest, IsBiasOrZeroOverNoTerms) {
                     .bias = random_matrix(1, 40),
                     .has_bias = has_bias,
                     .accumulate = false};
-    p.expect_sums(p.compute(kernels_.product, kernels_.rows(p.b.data.get(), 40)));
+    for (const auto& each : products()) p.expect_sums(p.compute(each.product, kernels_.rows(p.b.data.get(), 40)));
     p.expect_sums(p.compute(kernels_.product_transposed, kernels_.rows(p.b.data.get(), 0)));
   }
 }
@@ -249,25 +311,27 @@ TEST_P(KernelsProductTest, WritesTheSameBitsIntoPanels) {
   for (const auto& [m, k] : {std::pair<int64_t, int64_t>{1, 40}, {3, 40}, {15, 40}, {20, 1100}}) {
     const auto a = random_matrix(m, k), b = random_matrix(k, n);
     const auto packed_b = packed(b);
-    const auto compute = [&](Matrix& c, int64_t c_stride, int64_t c_panel_stride) {
-      kernels_.product({.m = m,
-                        .n = n,
-                        .k = k,
-                        .a = a.data.get(),
-                        .a_stride = k,
-                        .b = kernels_.packed(packed_b.data(), k),
-                        .c = c.data.get(),
-                        .c_stride = c_stride,
-                        .c_panel_stride = c_panel_stride});
-    };
-    Matrix plain(m, n), panels(14 * m, panel);  // of which the last one is not filled
-    compute(plain, n, 0);
-    compute(panels, panel, m * panel);
-    Matrix back(m, n);
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < n; ++j) back.at(i, j) = panels.at(j / panel * m + i, j % panel);
+    for (const auto& each : products()) {
+      const auto compute = [&](Matrix& c, int64_t c_stride, int64_t c_panel_stride) {
+        each.product({.m = m,
+                      .n = n,
+                      .k = k,
+                      .a = a.data.get(),
+                      .a_stride = k,
+                      .b = kernels_.packed(packed_b.data(), k),
+                      .c = c.data.get(),
+                      .c_stride = c_stride,
+                      .c_panel_stride = c_panel_stride});
+      };
+      Matrix plain(m, n), panels(14 * m, panel);  // of which the last one is not filled
+      compute(plain, n, 0);
+      compute(panels, panel, m * panel);
+      Matrix back(m, n);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) back.at(i, j) = panels.at(j / panel * m + i, j % panel);
+      }
+      expect_equal_bits(back, plain, each.name + ", " + std::to_string(m) + " rows");
     }
-    expect_equal_bits(back, plain, std::to_string(m) + " rows");
   }
 }
 
@@ -298,7 +362,7 @@ TEST_P(KernelsProductTest, TheDistanceOfRowsChangesNoBit) {
 }
 
 TEST_P(KernelsProductTest, GivesEqualBitsHoweverItIsDivided) {
-  const int64_t m = 127, n = 9 * kernels_.panel + 3, k = 1700;
+  const int64_t m = 400, n = 9 * kernels_.panel + 3, k = 1700;
   const auto a = random_matrix(m, k), b = random_matrix(k, n), bias = random_matrix(1, n);
   const auto panels = packed(b);
   const auto columns = transposed(b);
@@ -327,8 +391,10 @@ TEST_P(KernelsProductTest, GivesEqualBitsHoweverItIsDivided) {
     }
     expect_equal_bits(compute(kernel, right, m, 3), whole, what + ", three panels a call");
   };
-  expect_equal_parts(kernels_.product, kernels_.packed(panels.data(), k), "packed");
-  expect_equal_parts(kernels_.product, kernels_.rows(b.data.get(), n), "rows");
+  for (const auto& each : products()) {
+    expect_equal_parts(each.product, kernels_.packed(panels.data(), k), each.name + ", packed");
+    expect_equal_parts(each.product, kernels_.rows(b.data.get(), n), each.name + ", rows");
+  }
   expect_equal_parts(kernels_.product_transposed, RightSide{columns.data.get(), k, kernels_.panel * k}, "transposed");
 }
 

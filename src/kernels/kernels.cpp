@@ -3,6 +3,12 @@
 
 #include <vector>
 
+#ifdef XATTN_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace xattn::detail {
 
 namespace avx512 {
@@ -15,12 +21,47 @@ namespace plain {
 extern const Kernels kKernels;
 }
 
+#ifdef XATTN_AMX
+namespace amx {
+void product(const Product& p);
+void product_bfloat16(const ProductOf<Bfloat16>& p);
+}  // namespace amx
+
+namespace {
+
+// Whether the processor has it, and the system lets this process use its registers, of which it keeps 8 KB for each thread:
+// Linux, https://docs.kernel.org/arch/x86/xstate.html.
+bool may_use_matrix_unit() {
+  constexpr unsigned kBfloat16 = 1 << 22, kTiles = 1 << 24;  // of cpuid 7, edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBfloat16) && (edx & kTiles) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+const Kernels& amx_kernels() {
+  static const auto kernels = [] {
+    auto same = avx512::kKernels;
+    same.name = "amx";
+    same.product_of_many_rows = amx::product;
+    same.product_of_many_rows_bfloat16 = amx::product_bfloat16;
+    return same;
+  }();
+  return kernels;
+}
+
+}  // namespace
+#endif
+
 std::span<const Kernels* const> all_kernels() {
   static const auto all = [] {
     std::vector<const Kernels*> found;
 #ifdef __x86_64__
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
+#ifdef XATTN_AMX
+      if (may_use_matrix_unit()) found.push_back(&amx_kernels());
+#endif
       found.push_back(&avx512::kKernels);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kKernels);

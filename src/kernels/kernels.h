@@ -58,17 +58,24 @@ struct Softmax {
   float* log_sum_exp = nullptr;  ///< [rows], of y; -inf for a row that becomes zeros. Not wanted if null
 };
 
-constexpr int64_t kFewRows = 24;  ///< of a product, up to which packing its right side takes longer than it saves
+constexpr int64_t kFewRows = 24;   ///< of a product, up to which packing its right side takes longer than it saves
+constexpr int64_t kManyRows = 48;  ///< from which on `product_of_many_rows` pays where it differs
 
 /// The kernels for one instruction set. Those that take Bfloat16 differ in how b is stored, and in nothing else.
 struct Kernels {
-  const char* name;  ///< "avx512", "avx2", "plain"
+  const char* name;  ///< "amx", "avx512", "avx2", "plain"
   int64_t panel;     ///< columns of a panel of a RightSide
 
   void (*product)(const Product&);
   void (*product_bfloat16)(const ProductOf<Bfloat16>&);
 
-  /// The same for b that lies transposed, as weights and keys do: element (i, j) at data[j * row_stride + i]. For few rows m, as
+  /// The same, faster for some dozens of rows and more where the processor has a unit for products of matrices: see
+  /// product_in_parts.h. The sums have another order, and so other last bits. There, an infinity gives NaN, and so does a number
+  /// that is larger than 3.39e38; terms below 2e-31 count with fewer digits.
+  void (*product_of_many_rows)(const Product&);
+  void (*product_of_many_rows_bfloat16)(const ProductOf<Bfloat16>&);
+
+  /// The same as `product` for b that lies transposed, as weights and keys do: element (i, j) at data[j * row_stride + i]. For few rows m, as
   /// packing b takes as long as a product with about 8; the sums have another order, and so other last bits, than above. a lies in
   /// rows.
   void (*product_transposed)(const Product&);

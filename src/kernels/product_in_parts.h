@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "kernels.h"
+#include "vector.h"
+
+// Products on the matrix unit of Intel processors (AMX), which multiplies bfloat16 and adds in float32. A float32 is the exact sum
+// of three bfloat16, its parts; of the nine products of two numbers' parts, the six that count leave out at most 2^-23 of the
+// product, as little as rounding it would. G. Henry, P. T. P. Tang, A. Heinecke, "Leveraging the bfloat16 Artificial Intelligence
+// Datatype For Higher-Precision Computations", 2019, https://arxiv.org/abs/1904.06376. Six of these products take 3/8 of the time
+// of one by vectors; taking numbers apart is the price, which many rows share.
+namespace xattn::detail::XATTN_KERNELS {
+namespace {
+
+constexpr int64_t kRows = 16;                  // of a tile: sums, or the left side
+constexpr int64_t kTerms = 32;                 // of a step: pairs of them lie beside each other in a lane
+constexpr int64_t kTile = kRows * kTerms;      // numbers of bfloat16
+constexpr int64_t kPanelColumns = 2 * kLanes;  // the sums of a step are of two tiles by two
+
+// What is taken apart at a time: of these rows and terms, 983 KB of the left side, and twice 98 KB of the right, for an L2 cache of 2 MB.
+constexpr int64_t kMostRows = 320;
+constexpr int64_t kMostTerms = 512;
+
+inline int64_t divided_up(int64_t n, int64_t by) {
+  return (n + by - 1) / by;
+}
+
+// The upper halves of three vectors of which x is the sum. The rest of the last, where x is next to nothing, is not to be looked at.
+inline void divide(Vector x, Unsigned (&parts)[3]) {
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    parts[i] = (reinterpret_cast<Unsigned>(x) + 0x8000) & 0xffff0000;
+    x -= reinterpret_cast<Vector>(parts[i]);
+  }
+  parts[2] = reinterpret_cast<Unsigned>(x);
+}
+
+// The upper halves of the lanes of x, and behind them those of y.
+inline void store_halves(uint16_t* to, Unsigned x, Unsigned y) {
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  const auto upper = []<int... kLane>(Halves a, Halves b, Sequence<kLane...>) {
+    return __builtin_shufflevector(a, b, (2 * kLane + 1)..., (2 * kLanes + 2 * kLane + 1)...);
+  };
+  const Halves halves = upper(reinterpret_cast<Halves>(x), reinterpret_cast<Halves>(y), Lanes{});
+  __builtin_memcpy(to, &halves, sizeof(halves));
+}
+
+// Of each lane, the upper half of x and then that of y.
+inline void store_pairs(uint16_t* to, Unsigned x, Unsigned y) {
+  const Unsigned pairs = x >> 16 | (y & 0xffff0000);
+  __builtin_memcpy(to, &pairs, sizeof(pairs));
+}
+
+// Rows of a block of the left side: as equal as they can be, in an upper tile and, where they are two or more, a lower one.
+struct Rows {
+  int64_t count;
+  int64_t upper() const { return (count + 1) / 2; }
+  int64_t lower() const { return count > 1 ? count / 2 : 1; }  // a tile has no fewer
+};
+
+// Parts of rows [count, k], as [k / kTerms, 3, 2 (upper, lower), kRows, kTerms], with zeros behind the last term.
+inline void divide_rows(const float* a, int64_t stride, int64_t step, Rows rows, int64_t k, uint16_t* to) {
+  const auto put = [to, rows](int64_t row, int64_t first, Vector x, Vector y) {
+    uint16_t* place = to + first / kTerms * 6 * kTile + (row < rows.upper() ? row : row - rows.upper() + kRows) * kTerms;
+    Unsigned x_parts[3], y_parts[3];
+    divide(x, x_parts);
+    divide(y, y_parts);
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) store_halves(place + i * 2 * kTile, x_parts[i], y_parts[i]);
+  };
+  const auto lanes = [](int64_t left) { return left < 0 ? 0 : left < kLanes ? left : kLanes; };
+  if (step == 1) {
+    for (int64_t row = 0; row < rows.count; ++row) {
+      const float* from = a + row * stride;
+      int64_t i = 0;
+      for (; i + kTerms <= k; i += kTerms) put(row, i, load(from + i), load(from + i + kLanes));
+      if (i < k) put(row, i, load_first(from + i, lanes(k - i)), load_first(from + i + kLanes * (k - i > kLanes), lanes(k - i - kLanes)));
+    }
+    return;
+  }
+  for (int64_t row = 0; row < rows.count; row += kLanes) {
+    const int64_t count = lanes(rows.count - row);
+    for (int64_t i = 0; i < k; i += kTerms) {
+      Vector x[2][kLanes];
+      for (int64_t half = 0; half < 2; ++half) {
+        for (int64_t j = 0; j < kLanes; ++j) {
+          const int64_t term = i + half * kLanes + j;
+          x[half][j] = term < k ? load_first(a + row + term * step, count) : Vector{};
+        }
+        transpose(x[half]);
+      }
+      for (int64_t r = 0; r < count; ++r) put(row + r, i, x[0][r], x[1][r]);
+    }
+  }
+}
+
+// A panel of the right side that is taken apart, a pair of its rows after the other: [k / kTerms, parts, 2, kTerms / 2, kLanes, 2].
+template <class Element>
+struct Panel {
+  static constexpr int64_t kParts = sizeof(Element) == sizeof(Bfloat16) ? 1 : 3;
+
+  const Element* from = nullptr;
+  int64_t row_stride = 0, k = 0;
+  int64_t columns = 0;  // behind them, zeros
+  uint16_t* to = nullptr;
+  int64_t next = 0;  // row
+
+  // Up to the end of a step.
+  bool is_done() const { return next >= divided_up(k, kTerms) * kTerms; }
+
+  void divide_pairs(int64_t count) {
+    for (; count > 0 && !is_done(); --count, next += 2) divide_pair();
+  }
+
+  void divide_pair() {
+    uint16_t* place = to + next / kTerms * kParts * 2 * kTile + next % kTerms * kLanes;
+#pragma GCC unroll 2
+    for (int64_t half = 0; half < 2; ++half, place += kTile) {
+      const Vector x = load_half(next, half), y = load_half(next + 1, half);
+      if constexpr (kParts == 1) {
+        store_pairs(place, reinterpret_cast<Unsigned>(x), reinterpret_cast<Unsigned>(y));
+      } else {
+        Unsigned x_parts[3], y_parts[3];
+        divide(x, x_parts);
+        divide(y, y_parts);
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; ++i) store_pairs(place + i * 2 * kTile, x_parts[i], y_parts[i]);
+      }
+    }
+  }
+
+  Vector load_half(int64_t row, int64_t half) const {
+    const int64_t left = columns - half * kLanes;
+    if (row >= k || left <= 0) return Vector{};
+    const Element* at = from + row * row_stride + half * kLanes;
+    return left >= kLanes ? load(at) : load_first(at, left);
+  }
+};
+
+// Where the sums of a block begin and end.
+struct Sums {
+  float* c;
+  int64_t stride;
+  const float* first;  // they begin as c where it is null, else each row as this
+  const char* next;    // those of the block behind, as many rows, to be fetched meanwhile
+};
+
+// What the tile registers hold: sums (upper and lower rows, left and right columns), rows, columns. They are named by literals.
+#define XATTN_UPPER_LEFT 0
+#define XATTN_UPPER_RIGHT 1
+#define XATTN_LOWER_LEFT 2
+#define XATTN_LOWER_RIGHT 3
+#define XATTN_UPPER 4
+#define XATTN_LOWER 5
+#define XATTN_LEFT 6
+#define XATTN_RIGHT 7
+
+// Compilers do not know what tiles read: up to here, all that was written is in memory.
+inline void will_be_read(const void* memory) {
+  asm volatile("" : : "r"(memory) : "memory");
+}
+
+inline void configure(Rows rows) {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes_of_a_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+  } tiles;
+  const auto upper = static_cast<uint8_t>(rows.upper()), lower = static_cast<uint8_t>(rows.lower());
+  tiles.rows[XATTN_UPPER_LEFT] = tiles.rows[XATTN_UPPER_RIGHT] = tiles.rows[XATTN_UPPER] = upper;
+  tiles.rows[XATTN_LOWER_LEFT] = tiles.rows[XATTN_LOWER_RIGHT] = tiles.rows[XATTN_LOWER] = lower;
+  tiles.rows[XATTN_LEFT] = tiles.rows[XATTN_RIGHT] = kRows;
+  will_be_read(&tiles);
+  _tile_loadconfig(&tiles);
+}
+
+inline void load_rows(const uint16_t* a, int part) {
+  _tile_loadd(XATTN_UPPER, a + part * 2 * kTile, 64);
+  _tile_loadd(XATTN_LOWER, a + part * 2 * kTile + kTile, 64);
+}
+inline void load_columns(const uint16_t* b, int part) {
+  _tile_loadd(XATTN_LEFT, b + part * 2 * kTile, 64);
+  _tile_loadd(XATTN_RIGHT, b + part * 2 * kTile + kTile, 64);
+}
+inline void add_products() {
+  _tile_dpbf16ps(XATTN_UPPER_LEFT, XATTN_UPPER, XATTN_LEFT);
+  _tile_dpbf16ps(XATTN_UPPER_RIGHT, XATTN_UPPER, XATTN_RIGHT);
+  _tile_dpbf16ps(XATTN_LOWER_LEFT, XATTN_LOWER, XATTN_LEFT);
+  _tile_dpbf16ps(XATTN_LOWER_RIGHT, XATTN_LOWER, XATTN_RIGHT);
+}
+
+// Sums of a block of rows and a panel over `steps`. The unit works by itself: meanwhile, the panel behind is taken apart.
+template <class Element>
+void compute_sums(const uint16_t* a, const uint16_t* b, int64_t steps, Rows rows, const Sums& sums, Panel<Element>& behind, int64_t pairs) {
+  float* const lower = sums.c + (rows.count > 1 ? rows.upper() : 1) * sums.stride;
+  const int64_t bytes = sums.stride * static_cast<int64_t>(sizeof(float));
+  will_be_read(sums.c);
+  will_be_read(sums.first);
+  if (sums.first) {
+    _tile_loadd(XATTN_UPPER_LEFT, sums.first, 0);
+    _tile_loadd(XATTN_UPPER_RIGHT, sums.first + kLanes, 0);
+    _tile_loadd(XATTN_LOWER_LEFT, sums.first, 0);
+    _tile_loadd(XATTN_LOWER_RIGHT, sums.first + kLanes, 0);
+  } else {
+    _tile_loadd(XATTN_UPPER_LEFT, sums.c, bytes);
+    _tile_loadd(XATTN_UPPER_RIGHT, sums.c + kLanes, bytes);
+    _tile_loadd(XATTN_LOWER_LEFT, lower, bytes);
+    _tile_loadd(XATTN_LOWER_RIGHT, lower + kLanes, bytes);
+  }
+  const int64_t fetched = steps > 0 ? divided_up(rows.count, steps) : 0;  // rows, a step
+  const char* next = sums.next;
+  for (int64_t step = 0; step < steps; ++step, a += 6 * kTile, b += Panel<Element>::kParts * 2 * kTile) {
+    // Each product loads one side anew, and the largest comes last.
+    if constexpr (Panel<Element>::kParts == 3) {
+      load_rows(a, 0);
+      load_columns(b, 2);
+      add_products();
+      load_columns(b, 1);
+      add_products();
+      load_rows(a, 1);
+      add_products();
+    }
+    behind.divide_pairs(pairs);
+    for (int64_t i = 0; i < fetched; ++i, next += bytes) {
+      __builtin_prefetch(next, 1);
+      __builtin_prefetch(next + 64, 1);
+    }
+    load_columns(b, 0);
+    if constexpr (Panel<Element>::kParts == 1) load_rows(a, 1);
+    add_products();
+    load_rows(a, 2);
+    add_products();
+    load_rows(a, 0);
+    add_products();
+  }
+  _tile_stored(XATTN_UPPER_LEFT, sums.c, bytes);
+  _tile_stored(XATTN_UPPER_RIGHT, sums.c + kLanes, bytes);
+  _tile_stored(XATTN_LOWER_LEFT, lower, bytes);
+  _tile_stored(XATTN_LOWER_RIGHT, lower + kLanes, bytes);
+}
+
+#undef XATTN_UPPER_LEFT
+#undef XATTN_UPPER_RIGHT
+#undef XATTN_LOWER_LEFT
+#undef XATTN_LOWER_RIGHT
+#undef XATTN_UPPER
+#undef XATTN_LOWER
+#undef XATTN_LEFT
+#undef XATTN_RIGHT
+
+// Sums of a panel that is not whole, or of a block that is one row: by way of a copy with room for all that tiles hold.
+struct Copy {
+  alignas(64) float c[2 * kRows * kPanelColumns];
+
+  // from + bias
+  void load_from(const float* from, int64_t stride, int64_t rows, int64_t columns, const float* bias) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) c[i * kPanelColumns + j] = from[i * stride + j] + bias[j];
+    }
+  }
+  void store_to(float* to, int64_t stride, int64_t rows, int64_t columns) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) to[i * stride + j] = c[i * kPanelColumns + j];
+    }
+  }
+};
+
+// Rows [0, m) of c over some of the terms: a block of rows after the other with each panel.
+template <class Element>
+void multiply_parts(const ProductOf<Element>& p, int64_t m, uint16_t* memory) {
+  const int64_t blocks = divided_up(m, 2 * kRows), steps = divided_up(p.k, kTerms), panels = divided_up(p.n, kPanelColumns);
+  const int64_t size_of_a = steps * 6 * kTile, c_panel_stride = p.c_panel_stride ? p.c_panel_stride : kPanelColumns;
+  const auto rows_of = [m, blocks](int64_t i) { return Rows{m / blocks + (i < m % blocks)}; };
+  const auto first_of = [m, blocks](int64_t i) { return m / blocks * i + (i < m % blocks ? i : m % blocks); };
+  for (int64_t i = 0; i < blocks; ++i)
+    divide_rows(p.a + first_of(i) * p.a_stride, p.a_stride, p.a_step, rows_of(i), p.k, memory + i * size_of_a);
+
+  uint16_t* now = memory + blocks * size_of_a;
+  uint16_t* behind = now + steps * 6 * kTile;
+  const auto panel_at = [&p, panels](int64_t i, uint16_t* to) {
+    if (i >= panels) return Panel<Element>{};
+    return Panel<Element>{.from = p.b.data + i * p.b.panel_stride, .row_stride = p.b.row_stride, .k = p.k, .columns = p.n - i * kPanelColumns, .to = to};
+  };
+  panel_at(0, now).divide_pairs(steps * kTerms);
+  alignas(64) float bias[kPanelColumns] = {};
+  Copy copy;
+  int64_t configured = 0;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t left = p.n - panel * kPanelColumns, columns = left < kPanelColumns ? left : kPanelColumns;
+    for (int64_t j = 0; j < kPanelColumns; ++j) bias[j] = p.bias && j < columns ? p.bias[panel * kPanelColumns + j] : 0;
+    auto next = panel_at(panel + 1, behind);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const auto rows = rows_of(i);
+      if (rows.count != configured) configure(rows);
+      configured = rows.count;
+      float* c = p.c + panel * c_panel_stride + first_of(i) * p.c_stride;
+      const float* c_behind = i + 1 < blocks ? c + rows.count * p.c_stride : p.c + (panel + 1 < panels ? panel + 1 : 0) * c_panel_stride;
+      const bool is_whole = columns == kPanelColumns && rows.count > 1 && !(p.accumulate && p.bias);
+      if (!is_whole && p.accumulate) copy.load_from(c, p.c_stride, rows.count, columns, bias);
+      const Sums sums{.c = is_whole ? c : copy.c,
+                      .stride = is_whole ? p.c_stride : kPanelColumns,
+                      .first = p.accumulate ? nullptr : bias,
+                      .next = reinterpret_cast<const char*>(c_behind)};
+      compute_sums(memory + i * size_of_a, now, steps, rows, sums, next, divided_up(kTerms / 2, blocks));
+      if (!is_whole) copy.store_to(c, p.c_stride, rows.count, columns);
+    }
+    next.divide_pairs(steps * kTerms);  // what is left of it
+    uint16_t* const done = now;
+    now = behind, behind = done;
+  }
+}
+
+// See Kernels::product_of_many_rows. Terms are divided alike for any rows and columns, and so bits are the same.
+template <class Element>
+void product_in_parts(const ProductOf<Element>& p) {
+  const int64_t tops = divided_up(p.m, kMostRows), height = divided_up(p.m, tops);
+  const int64_t depths = p.k > 0 ? divided_up(p.k, kMostTerms) : 1, depth = divided_up(divided_up(p.k, depths), kTerms) * kTerms;
+  const int64_t places = divided_up(height, 2 * kRows) + 2;  // of blocks of rows, and two panels
+  auto* const memory = reinterpret_cast<uint16_t*>(thread_memory(places * (depth / kTerms) * 3 * kTile));
+  for (int64_t top = 0; top < p.m; top += height) {
+    auto part = p;
+    part.a += top * p.a_stride;
+    part.c += top * p.c_stride;
+    int64_t first = 0;
+    do {  // once where k is 0
+      part.k = p.k - first < depth ? p.k - first : depth;
+      multiply_parts(part, p.m - top < height ? p.m - top : height, memory);
+      first += depth;
+      part.a += depth * p.a_step;
+      part.b.data += depth * p.b.row_stride;
+      part.bias = nullptr;
+      part.accumulate = true;
+    } while (first < p.k);
+  }
+  _tile_release();
+}
+
+}  // namespace
+}  // namespace xattn::detail::XATTN_KERNELS
