@@ -58,7 +58,7 @@ struct Part {
   int64_t a_stride, a_step;
   const float* b;
   int64_t b_stride;
-  bool b_is_transposed;
+  bool b_is_transposed, has_many_rows;
   const float* bias;
   float* c;
   int64_t c_stride;
@@ -87,7 +87,7 @@ void multiply(const Part& p, float* packed, int64_t rows) {
     product.b = run.packed(packed, product.k);
     product.accumulate = first > 0;
     if (first > 0) product.bias = nullptr;
-    run.product(product);
+    (p.has_many_rows ? run.product_of_many_rows : run.product)(product);
   }
 }
 
@@ -110,7 +110,8 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   const auto operations = 2 * batches * m * n * k;
   const auto threads =
       at::in_parallel_region() ? 1 : std::clamp<int64_t>(operations / kOperationsOfATask, 1, at::get_num_threads());
-  const auto packed_bytes = 4 * m * k <= kNear ? kPackedBytes : kMorePackedBytes;
+  const bool has_many = has_many_rows(m, n);
+  const auto packed_bytes = 4 * m * k <= kNear && !has_many ? kPackedBytes : kMorePackedBytes;
   const auto packed_rows = divided_up(k, std::max<int64_t>(1, divided_up(k, kPackedRows)));
   auto of_columns = divided_up(panels, std::max<int64_t>(1, packed_bytes / (4 * panel * std::max<int64_t>(1, packed_rows))));
   if (batches % threads != 0) of_columns = std::min(panels, divided_up(of_columns, threads) * threads);
@@ -128,6 +129,7 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
               .b = b.at(batch) + first * b.column_stride,
               .b_stride = is_transposed ? b.column_stride : b.row_stride,
               .b_is_transposed = is_transposed,
+              .has_many_rows = has_many,
               .bias = bias.defined() ? bias.const_data_ptr<float>() + first : nullptr,
               .c = result.mutable_data_ptr<float>() + batch * m * n + top * n + first,
               .c_stride = n,

@@ -62,7 +62,7 @@ Rates with_threads(Rates one, int threads) {
 
 Rates Rates::cpu(int threads) {
   const std::string_view set = detail::kernels().name;
-  const double flops = set == "avx512" ? 200e9 : set == "avx2" ? 90e9 : 20e9;
+  const double flops = set == "amx" ? 300e9 : set == "avx512" ? 200e9 : set == "avx2" ? 90e9 : 20e9;
   return with_threads({.flops = flops,
                        .memory = 14e9,
                        .cache = 40e9,
@@ -79,7 +79,7 @@ Rates Rates::cpu(int threads) {
 
 Rates Rates::kernels(int threads) {
   const std::string_view set = detail::kernels().name;
-  const double flops = set == "avx512" ? 220e9 : set == "avx2" ? 100e9 : 15e9;
+  const double flops = set == "amx" ? 330e9 : set == "avx512" ? 220e9 : set == "avx2" ? 100e9 : 15e9;
   return with_threads({.flops = flops,
                        .memory = 25e9,
                        .cache = 80e9,

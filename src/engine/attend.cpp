@@ -36,6 +36,12 @@ int64_t bytes_of_weights(const EngineWeights& w, const Orders& orders, bool quer
   return total + bytes(w.output.data) + (orders.values == Order::standard ? 0 : bytes(w.value_fold.data));
 }
 
+// Operations that are done before threads have met.
+bool is_little(const EngineWeights& w, int64_t B, int64_t Lq, int64_t Lk) {
+  constexpr int64_t kLittle = 20'000'000;
+  return 2 * B * (Lq * w.H * (w.Eq * w.d + w.e * w.Eo) + Lk * w.G * (w.Ek * w.d + w.Ev * w.e)) < kLittle;
+}
+
 class Attend {
  public:
   Attend(const EngineWeights& w, const EngineSide& side, const EngineCall& call)
@@ -46,6 +52,7 @@ class Attend {
         queries_(query_.defined() && side.B > 0 ? query_.size(0) / side.B : 1),
         Lq_(query_.defined() ? query_.size(1) : folded_.size(0)),
         rows_(queries_ * Lq_),
+        projected_rows_(is_little(w, side.B, rows_, side.Lk) ? rows_ : side.B * rows_),
         heads_{w.H, w.G, w.d, w.e, side.Lk, side.keys, side.values},
         weighing_(call.mask, w.H, Lq_, side.Lk, w.scale, call.weights, call.weight_heads) {}
 
@@ -53,9 +60,9 @@ class Attend {
   void run(const AttentionResult& result) {
     output_ = mutable_data(result.output);
     weighing_.write_to(result.weights, {});
-    const auto floats = [this](const Team& team) { return floats_of_a_row(team); };
-    each_share_of_rows(side_.B * rows_, reads(), floats,
-                       [this](auto begin, auto end, auto scratch, const auto& team) { run_rows(begin, end, scratch, team); });
+    each_share_of_rows(
+        side_.B * rows_, has_many_rows(projected_rows_, w_.Eo), reads(), [this](const Team& team) { return room_of(team); },
+        [this](auto begin, auto end, auto scratch, const auto& team) { run_rows(begin, end, scratch, team); });
   }
 
  private:
@@ -93,10 +100,11 @@ class Attend {
     int64_t keys, block;  // of one, and of a block of one
   };
 
-  // What run_rows takes for each row.
-  int64_t floats_of_a_row(const Team& team) const {
+  // What run_rows takes.
+  Room room_of(const Team& team) const {
     const auto& w = w_;
-    int64_t floats = by_heads() ? scratch_of_heads(heads_, weighing_, team) : w.H * side_.Lk;
+    auto room = by_heads() ? room_of_heads(heads_, weighing_, team) : Room{w.H * side_.Lk, 0};
+    auto& floats = room.row;
     if (reads_once()) {
       const Shares shares(side_.Lk, w.Ev);
       floats += w.H * (shares.count(side_.Lk) * (w.Ev + shares.blocks() + 1) + 1);
@@ -104,7 +112,8 @@ class Attend {
     if (!is_folded(side_.orders.logits) && query_.defined())
       floats += w.H * w.d + (is_raw(side_.orders.logits) ? w.H * w.Ek : 0);
     if (!is_folded(side_.orders.values) && !in_place()) floats += w.H * w.e + (is_raw(side_.orders.values) ? w.H * w.Ev : 0);
-    return floats + w.H + 16;
+    floats += w.H + 16;
+    return room;
   }
 
   // The whole chain for rows [begin, end) of all B * n * Lq.
@@ -129,7 +138,8 @@ class Attend {
                             .stride = stride,
                             .head_stride = w.d,
                             .mixed = folded ? output + (first - begin) * w.Eo : mixed + (first - begin) * width,
-                            .log_sum_exp = log_sum_exp ? log_sum_exp + (first - begin) * w.H : nullptr};
+                            .log_sum_exp = log_sum_exp ? log_sum_exp + (first - begin) * w.H : nullptr,
+                            .all_rows = rows_};
       run_segment(segment, scratch, team);
       first = last;
     }
@@ -159,7 +169,8 @@ class Attend {
                      .b = packed(w.logits_product),
                      .c = rows,
                      .c_stride = stride,
-                     .bias = data(w.logits_product_bias)});
+                     .bias = data(w.logits_product_bias),
+                     .has_many_rows = has_many_rows(projected_rows_, stride)});
       return rows;
     }
     const auto inner = w.H * w.d;
@@ -172,7 +183,8 @@ class Attend {
                    .b = packed(w.query),
                    .c = projected,
                    .c_stride = inner,
-                   .bias = data(w.query_bias)});
+                   .bias = data(w.query_bias),
+                   .has_many_rows = has_many_rows(projected_rows_, inner)});
     team.parts(n, [&](int64_t from, int64_t to) { normalise(w.query_norm, projected + from * inner, to - from, inner); });
     if (order == Order::standard) return rows;
     team.each(w.H, [&](int64_t h) {
@@ -183,7 +195,8 @@ class Attend {
                 .a_stride = inner,
                 .b = packed(w.key_fold).from_row(h * w.G / w.H * w.d),
                 .c = rows + h * w.Ek,
-                .c_stride = stride});
+                .c_stride = stride,
+                .has_many_rows = has_many_rows(projected_rows_, w.Ek)});
     });
     return rows;
   }
@@ -223,7 +236,8 @@ class Attend {
                             .a_stride = w.Ek,
                             .b = packed(side_.keys, first, w.Ek),
                             .c = logits,
-                            .c_stride = s.keys});
+                            .c_stride = s.keys,
+                            .has_many_rows = has_many_rows(rows_ * w.H, s.keys)});
     }
     team.multiply({.m = s.n,
                    .n = w.H * s.keys,
@@ -233,7 +247,8 @@ class Attend {
                    .b = packed(side_.keys, first, w.Eq),
                    .c = logits,
                    .c_stride = w.H * s.keys,
-                   .bias = data(side_.key_bias) + s.b * w.H * side_.Lk});
+                   .bias = data(side_.key_bias) + s.b * w.H * side_.Lk,
+                   .has_many_rows = has_many_rows(rows_, w.H * s.keys)});
   }
 
   // logits [n, H, keys] of keys [begin, end) that lie in rows.
@@ -274,7 +289,8 @@ class Attend {
            .a_stride = s.keys,
            .b = side_.raw != Raw::packed ? plain_rows(side_.values, first, w.Ev) : packed(side_.values, first, side_.Lk),
            .c = s.mixed,
-           .c_stride = w.Ev});
+           .c_stride = w.Ev,
+           .has_many_rows = side_.raw == Raw::packed && has_many_rows(rows_ * w.H, w.Ev)});
     }
     const auto rows = w.H * s.keys;
     team.multiply({.m = s.n,
@@ -285,7 +301,8 @@ class Attend {
                    .b = packed(side_.values, first, rows),
                    .c = s.mixed,
                    .c_stride = w.Eo,
-                   .bias = data(w.output_bias)});
+                   .bias = data(w.output_bias),
+                   .has_many_rows = has_many_rows(rows_, w.Eo)});
   }
 
   // meet and mix of a context that is read once, share by share.
@@ -377,7 +394,8 @@ class Attend {
                      .b = packed(w.values_product),
                      .c = output,
                      .c_stride = w.Eo,
-                     .bias = bias});
+                     .bias = bias,
+                     .has_many_rows = has_many_rows(projected_rows_, w.Eo)});
       if (log_sum_exp) add_bias(log_sum_exp, n, data(w.values_product_bias), w.Eo, output, 0);
       return;
     }
@@ -393,7 +411,8 @@ class Attend {
                   .a_stride = w.H * w.Ev,
                   .b = packed(w.value_fold, h * w.G / w.H),
                   .c = mixed + h * w.e,
-                  .c_stride = inner});
+                  .c_stride = inner,
+                  .has_many_rows = has_many_rows(projected_rows_, w.e)});
       });
       if (log_sum_exp) add_bias(log_sum_exp, n, data(w.value_bias), w.e, mixed, w.e);
     }
@@ -405,7 +424,8 @@ class Attend {
                    .b = packed(w.output),
                    .c = output,
                    .c_stride = w.Eo,
-                   .bias = bias});
+                   .bias = bias,
+                   .has_many_rows = has_many_rows(projected_rows_, w.Eo)});
   }
 
   // To each row, the bias of every head that has a key there: at `step` from the head before, or all in one place.
@@ -434,6 +454,7 @@ class Attend {
   const EngineSide& side_;
   Tensor query_, folded_;
   int64_t queries_, Lq_, rows_;  // queries for a context, rows of one, rows for a context
+  int64_t projected_rows_;       // those of all contexts, but where parts of the batch may be calls of their own: see forward
   Heads heads_;                  // of standard orders
   Weighing weighing_;
   float* output_ = nullptr;
@@ -452,12 +473,6 @@ bool all_are(const std::vector<int64_t>& lengths, int64_t Lk) {
 
 int64_t rows_of(const EngineCall& call) {
   return call.query.defined() ? call.query.size(1) : call.folded_query.size(0);
-}
-
-// Operations that are done before threads have met.
-bool is_little(const EngineWeights& w, int64_t B, int64_t Lq, int64_t Lk) {
-  constexpr int64_t kLittle = 20'000'000;
-  return 2 * B * (Lq * w.H * (w.Eq * w.d + w.e * w.Eo) + Lk * w.G * (w.Ek * w.d + w.Ev * w.e)) < kLittle;
 }
 
 }  // namespace

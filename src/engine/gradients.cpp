@@ -113,6 +113,7 @@ class Gradients {
                           .head_stride = 0,
                           .mixed = nullptr,
                           .log_sum_exp = nullptr,
+                          .all_rows = Lq_,
                           .first_key = first};
           run_block(s, h, g, packs, scratch);
         }
@@ -141,7 +142,8 @@ class Gradients {
                 .b = right(packs.key_rows, key.at(s.first_key), s.keys, key.stride),
                 .c = mutable_data(into_.q) + s.b * into_.q.stride(0) + h * into_.q.stride(1) + row * into_.q.stride(2),
                 .c_stride = into_.q.stride(2),
-                .accumulate = s.first_key > 0});
+                .accumulate = s.first_key > 0,
+                .has_many_rows = has_many_rows(s.n, d_)});
     }
     if (into_.k.defined()) add_to_keys(s, logits_grad, s.rows, s.stride, is_first, into_.k, g, scratch);
   }
@@ -162,7 +164,8 @@ class Gradients {
                                                .a_stride = a_stride,
                                                .b = right(packed, columns.at(s.first_key), columns.size, columns.stride),
                                                .c = c,
-                                               .c_stride = s.keys});
+                                               .c_stride = s.keys,
+                                               .has_many_rows = has_many_rows(s.n, s.keys)});
   }
 
   // x' rows, with x [n, keys] and rows [n, size], to the rows of these keys in `into`.
@@ -187,7 +190,8 @@ class Gradients {
               .b = right(packed, nullptr, s.n, 0),
               .c = mutable_data(into) + s.b * into.stride(0) + g * into.stride(1) + s.first_key * into.stride(2),
               .c_stride = into.stride(2),
-              .accumulate = !is_first});
+              .accumulate = !is_first,
+              .has_many_rows = has_many_rows(s.keys, size)});
   }
 
   const float* log_sum_exp_of(const Segment& s, int64_t h) const {

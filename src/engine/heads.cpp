@@ -116,6 +116,7 @@ void Weighing::add_to_mean(const Segment& s, const float* weights, int64_t strid
 namespace {
 
 constexpr int64_t kKeysAtATime = 2048;
+constexpr int64_t kRowsAtATime = 112;  // whose logits find place in a core's cache beside keys and values of a head
 
 // Whether a call goes through its keys in parts.
 bool in_parts(const Heads& heads, const Weighing& weighing) {
@@ -148,7 +149,8 @@ void mix_head_into(const Heads& heads,
             .b = values.from_row(s.first_key),
             .c = c,
             .c_stride = c_stride,
-            .accumulate = add});
+            .accumulate = add,
+            .has_many_rows = has_many_rows(s.all_rows, heads.e)});
 }
 
 // One head, a part of its keys after the other. mixed [n, e] and log_sum_exp [n] are those of the parts so far: a new part is
@@ -176,6 +178,28 @@ void attend_head_in_parts(const Heads& heads, const Weighing& weighing, const Se
   weighing.give_log_sum_exp(s, h, log_sum_exp);
 }
 
+// What a head takes of scratch for each row.
+int64_t floats_of_a_row(const Heads& heads, const Weighing& weighing, int64_t keys) {
+  return in_parts(heads, weighing) ? kKeysAtATime + heads.e + 2 : keys;
+}
+
+void attend_head(const Heads& heads, const Weighing& weighing, const Segment& s, int64_t h, float* scratch, bool give) {
+  if (in_parts(heads, weighing)) return attend_head_in_parts(heads, weighing, s, h, scratch);
+  meet_head(heads, s, h, scratch, s.keys);
+  weighing.soften_head(s, h, scratch, s.keys);
+  if (give && weighing.gives_weights()) weighing.give(s, h, scratch, s.keys);
+  mix_head(heads, s, h, scratch, s.keys);
+}
+
+// Rows [first, first + n) of those of a segment.
+Segment rows_of(Segment s, int64_t first, int64_t n, const Heads& heads) {
+  s.first += first;
+  s.n = n;
+  s.rows += first * s.stride;
+  s.mixed += first * heads.H * heads.e;
+  return s;
+}
+
 }  // namespace
 
 void meet_head(const Heads& heads, const Segment& s, int64_t h, float* logits, int64_t stride) {
@@ -190,30 +214,34 @@ void meet_head(const Heads& heads, const Segment& s, int64_t h, float* logits, i
                          .b = are_rows ? plain_rows(heads.keys, place, heads.keys.stride(2)).from_row(s.first_key)
                                        : packed(heads.keys, place, heads.d).from_panel(s.first_key / kernels().panel),
                          .c = logits,
-                         .c_stride = stride});
+                         .c_stride = stride,
+                         .has_many_rows = has_many_rows(s.all_rows, s.keys)});
 }
 
 void mix_head(const Heads& heads, const Segment& s, int64_t h, const float* weights, int64_t stride) {
   mix_head_into(heads, s, h, weights, stride, s.mixed + h * heads.e, heads.H * heads.e, /*add=*/false);
 }
 
-int64_t scratch_of_heads(const Heads& heads, const Weighing& weighing, const Team& team) {
-  return (team.all ? heads.H : 1) * (in_parts(heads, weighing) ? kKeysAtATime + heads.e + 2 : heads.Lk);
+Room room_of_heads(const Heads& heads, const Weighing& weighing, const Team& team) {
+  const auto floats = floats_of_a_row(heads, weighing, heads.Lk);
+  return team.all ? Room{heads.H * floats, 0} : Room{1, kRowsAtATime * floats};
 }
 
 void attend_heads(const Heads& heads, const Weighing& weighing, const Segment& s, Scratch scratch, const Team& team) {
-  const auto size = s.n * (in_parts(heads, weighing) ? kKeysAtATime + heads.e + 2 : s.keys);
-  auto* all = scratch.take(team.all ? heads.H * size : size);
-  const bool give_later = team.all && weighing.gives_mean();  // several heads add to one place
-  team.each(heads.H, [&](int64_t h) {
-    auto* logits = team.all ? all + h * size : all;
-    if (in_parts(heads, weighing)) return attend_head_in_parts(heads, weighing, s, h, logits);
-    meet_head(heads, s, h, logits, s.keys);
-    weighing.soften_head(s, h, logits, s.keys);
-    if (weighing.gives_weights() && !give_later) weighing.give(s, h, logits, s.keys);
-    mix_head(heads, s, h, logits, s.keys);
-  });
-  for (int64_t h = 0; give_later && h < heads.H; ++h) weighing.give(s, h, all + h * size, s.keys);
+  const auto floats = floats_of_a_row(heads, weighing, s.keys);
+  if (!team.all) {
+    auto* logits = scratch.take(kRowsAtATime * floats);
+    for (int64_t h = 0; h < heads.H; ++h) {
+      for (int64_t row = 0; row < s.n; row += kRowsAtATime) {
+        attend_head(heads, weighing, rows_of(s, row, std::min(kRowsAtATime, s.n - row), heads), h, logits, /*give=*/true);
+      }
+    }
+    return;
+  }
+  auto* logits = scratch.take(heads.H * s.n * floats);
+  const bool give_later = weighing.gives_mean();  // several heads add to one place
+  engine::each(heads.H, [&](int64_t h) { attend_head(heads, weighing, s, h, logits + h * s.n * floats, !give_later); });
+  for (int64_t h = 0; give_later && h < heads.H; ++h) weighing.give(s, h, logits + h * s.n * floats, s.keys);
 }
 
 }  // namespace engine
@@ -260,8 +288,8 @@ AttentionResult attend_on_kernels(const Tensor& q, const Tensor& k, const Tensor
   weighing.write_to(result.weights, result.log_sum_exp);
 
   const auto bytes = static_cast<int64_t>(heads.keys.nbytes() + heads.values.nbytes()) / B;
-  const auto scratch_of_a_row = [&](const Team& team) { return scratch_of_heads(heads, weighing, team) + 16; };
-  each_share_of_rows(B * Lq, {0, bytes}, scratch_of_a_row, [&](int64_t begin, int64_t end, Scratch scratch, const Team& team) {
+  const auto room_of = [&](const Team& team) { return room_of_heads(heads, weighing, team); };
+  const auto work = [&](int64_t begin, int64_t end, Scratch scratch, const Team& team) {
     for (int64_t first = begin, last = begin; first < end; first = last) {
       const auto b = first / Lq, i = first % Lq;
       last = std::min(end, (b + 1) * Lq);
@@ -273,10 +301,12 @@ AttentionResult attend_on_kernels(const Tensor& q, const Tensor& k, const Tensor
                             .stride = queries.stride(2),
                             .head_stride = queries.stride(1),
                             .mixed = mutable_data(mixed) + first * H * e,
-                            .log_sum_exp = nullptr};
+                            .log_sum_exp = nullptr,
+                            .all_rows = Lq};
       attend_heads(heads, weighing, segment, scratch, team);
     }
-  });
+  };
+  each_share_of_rows(B * Lq, has_many_rows(Lq, Lk), {0, bytes}, room_of, work);
   return result;
 }
 

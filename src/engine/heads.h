@@ -21,6 +21,7 @@ struct Segment {
   int64_t head_stride;  ///< from head to head, where the rows are projected queries
   float* mixed;         ///< [n, H, e], or whatever the order of the values leaves
   float* log_sum_exp;   ///< [n, H]; null if not wanted
+  int64_t all_rows;     ///< of the context, among which these n are
   int64_t first_key = 0;
 };
 
@@ -100,8 +101,8 @@ void mix_head(const Heads& heads, const Segment& s, int64_t h, const float* weig
 /// From projected queries to mixed values, one head after the other, so that its logits stay in the cache. Where no weights are
 /// wanted, a long context is gone through in parts: see merge.h.
 void attend_heads(const Heads& heads, const Weighing& weighing, const Segment& s, Scratch scratch, const Team& team);
-/// The floats of scratch that it takes for each row.
-int64_t scratch_of_heads(const Heads& heads, const Weighing& weighing, const Team& team);
+/// What it takes of scratch.
+Room room_of_heads(const Heads& heads, const Weighing& weighing, const Team& team);
 
 }  // namespace xattn::detail::engine
 

@@ -73,6 +73,7 @@ struct Step {
   int64_t c_panel_stride = 0;
   const float* bias = nullptr;
   bool accumulate = false;
+  bool has_many_rows = false;  // the whole of which it may be a part
 };
 
 template <class Element>
@@ -92,7 +93,9 @@ ProductOf<Element> as_product(const Step& s, const Element* b) {
 }
 
 inline void multiply(const Step& s) {
-  s.b.half ? kernels().product_bfloat16(as_product(s, s.b.half)) : kernels().product(as_product(s, s.b.wide));
+  const auto& run = kernels();
+  s.b.half ? (s.has_many_rows ? run.product_of_many_rows_bfloat16 : run.product_bfloat16)(as_product(s, s.b.half))
+           : (s.has_many_rows ? run.product_of_many_rows : run.product)(as_product(s, s.b.wide));
 }
 
 // The same with b as rows that are its columns.

@@ -19,8 +19,8 @@ namespace {
 // f(b, first key, keys) for blocks of the keys that count, of whole panels except at the end; as many panels for each thread.
 template <class F>
 void each_block(const EngineSide& side, const F& f) {
-  constexpr int64_t kMostPanels = 7;  // with AVX-512 two blocks of the rows that a product works on at a time
-  const auto panel = kernels().panel;
+  constexpr int64_t kMostRows = 224;  // of a block, with AVX-512 two of those that a product works on at a time
+  const auto panel = kernels().panel, most_panels = std::max(kMostRows, kernels().best_rows) / panel;
   const auto panels_of = [panel](int64_t length) { return (length + panel - 1) / panel; };
   int64_t panels = 0;
   for (const auto length : side.lengths) panels += panels_of(length);
@@ -28,9 +28,10 @@ void each_block(const EngineSide& side, const F& f) {
     for (int64_t b = 0; b < side.B && begin < end; ++b) {
       const auto length = side.lengths[static_cast<size_t>(b)], its_panels = panels_of(length),
                  stop = std::min(end, its_panels);
-      for (int64_t at = begin; at < stop; at += kMostPanels) {
-        const auto first = at * panel;
-        f(b, first, std::min(length, std::min(stop, at + kMostPanels) * panel) - first);
+      const auto blocks = (stop - begin + most_panels - 1) / most_panels;
+      for (int64_t i = 0; i < blocks; ++i) {
+        const auto first = (begin + (stop - begin) * i / blocks) * panel, last = (begin + (stop - begin) * (i + 1) / blocks) * panel;
+        f(b, first, std::min(length, last) - first);
       }
       begin = std::max<int64_t>(0, begin - its_panels);
       end -= its_panels;
@@ -53,7 +54,8 @@ Tensor project_keys(const EngineWeights& w, const EngineSide& side, const Tensor
               .b = packed(w.key),
               .c = mutable_data(k),
               .c_stride = inner,
-              .bias = data(w.key_bias)});
+              .bias = data(w.key_bias),
+              .has_many_rows = has_many_rows(side.Lk, inner)});
     normalise(w.key_norm, mutable_data(k), n, inner);
     for (int64_t g = 0; g < w.G; ++g) {
       pack_transposed(data(k) + g * w.d, inner, w.d, n, keys, (b * w.G + g) * size + first * w.d);
@@ -75,7 +77,8 @@ Tensor project(const EngineSide& side, const Tensor& x, const Packed& weight, co
               .b = packed(weight),
               .c = mutable_data(projected) + row * weight.n,
               .c_stride = weight.n,
-              .bias = data(bias)});
+              .bias = data(bias),
+              .has_many_rows = has_many_rows(side.Lk, weight.n)});
   });
   return projected;
 }
@@ -99,7 +102,8 @@ Tensor project_values(const EngineWeights& w, const EngineSide& side, const Tens
                 .c = c,
                 .c_stride = run.panel,
                 .c_panel_stride = side.Lk * run.panel,
-                .bias = data(w.value_bias) + i * w.e});
+                .bias = data(w.value_bias) + i * w.e,
+                .has_many_rows = has_many_rows(side.Lk, columns)});
       fill_up(c, side.Lk * run.panel, n, columns);
     }
   });
@@ -150,7 +154,8 @@ void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
               .a_stride = features,
               .b = by_product ? packed(w.logits_product_of_heads, h) : packed(w.query_fold).from_row(h * w.d),
               .c = mutable_data(rows) + first * w.Eq,
-              .c_stride = w.Eq});
+              .c_stride = w.Eq,
+              .has_many_rows = has_many_rows(side.Lk, w.Eq)});
     multiply_transposed({.m = 1,
                          .n = n,
                          .k = terms,
@@ -192,7 +197,8 @@ Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor&
               .c = c,
               .c_stride = run.panel,
               .c_panel_stride = rows * run.panel,
-              .bias = by_product ? data(w.values_product_bias) + h * w.Eo : nullptr});
+              .bias = by_product ? data(w.values_product_bias) + h * w.Eo : nullptr,
+              .has_many_rows = has_many_rows(side.Lk, w.Eo)});
     fill_up(c, rows * run.panel, n, w.Eo);
   });
   return values.to(w.query.data.scalar_type());

@@ -73,12 +73,16 @@ struct Reads {
   int64_t weights, context;
 };
 
-/// f(begin, end, scratch, team) for shares of rows [0, n); with scratch for its rows.
-template <class FloatsOfARow, class F>
-void each_share_of_rows(int64_t n, const Reads& reads, const FloatsOfARow& floats_of_a_row, const F& f) {
+/// What a task takes of scratch, in floats: for each of its rows, and once.
+struct Room {
+  int64_t row, task;
+};
+
+/// f(begin, end, scratch, team) for shares of rows [0, n), of which some products may have many; with scratch for its rows.
+template <class RoomOf, class F>
+void each_share_of_rows(int64_t n, bool has_many_rows, const Reads& reads, const RoomOf& room_of, const F& f) {
   constexpr int64_t kScratch = 3 << 16;  // floats of a task's scratch: what fits into a core's cache beside a panel of weights
-  constexpr int64_t kLeastRows = 14;     // rows from which a product runs at its full speed, about, on weights that are near
-  constexpr int64_t kMostRows = 112;     // and on those that come from memory for each task anew
+  constexpr int64_t kLeastRows = 14;     // rows that are worth a task
   constexpr int64_t kNear = 2 << 20;     // bytes
   constexpr int64_t kRowsOfATeam = 4;    // per thread: with fewer rows all threads work on the same rows
   constexpr int64_t kFar = 64 << 20;     // bytes: from there on up to kLeastRows, so that they are read once and not by each
@@ -90,14 +94,15 @@ void each_share_of_rows(int64_t n, const Reads& reads, const FloatsOfARow& float
   const bool share_weights = reads.weights > kNear && reads.context < reads.weights / 8;
   const auto together = bytes > kFar ? kLeastRows : share_weights ? 2 * kRowsOfATeam : kRowsOfATeam;
   const Team team{workers > 1 && n < together * workers};
-  const int64_t floats = floats_of_a_row(team);
-  const auto least = std::clamp(kLeastRows * bytes / kNear, kLeastRows, kMostRows);
-  const auto most = std::max<int64_t>(1, std::min(std::max(least, kScratch / floats), kMostScratch / floats));
+  const Room room = room_of(team);
+  const auto good_rows = has_many_rows ? kernels().good_rows : kLeastRows, best_rows = has_many_rows ? kernels().best_rows : 112;
+  const auto least = std::clamp(good_rows * bytes / kNear, good_rows, best_rows);
+  const auto most = std::max<int64_t>(1, std::min(std::max(least, kScratch / room.row), kMostScratch / room.row));
   const auto at_once = team.all ? 1 : workers;
   const auto rounds = (n + most * at_once - 1) / (most * at_once);
   const auto share = (n + rounds * at_once - 1) / (rounds * at_once);
   const auto tasks = (n + share - 1) / share;
-  const auto size = share * floats + 16 * 16;
+  const auto size = share * room.row + room.task + 16 * 16;
   const auto slots = std::min(tasks, at_once);
   const auto memory = at::empty({slots, size}, at::kFloat);
   const auto work = [&](int64_t task, int64_t slot) {

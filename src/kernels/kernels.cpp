@@ -43,6 +43,8 @@ const Kernels& amx_kernels() {
   static const auto kernels = [] {
     auto same = avx512::kKernels;
     same.name = "amx";
+    same.good_rows = 128;
+    same.best_rows = 320;
     same.product_of_many_rows = amx::product;
     same.product_of_many_rows_bfloat16 = amx::product_bfloat16;
     return same;

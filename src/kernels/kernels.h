@@ -59,18 +59,25 @@ struct Softmax {
 };
 
 constexpr int64_t kFewRows = 24;   ///< of a product, up to which packing its right side takes longer than it saves
-constexpr int64_t kManyRows = 48;  ///< from which on `product_of_many_rows` pays where it differs
+
+/// Whether a product of so many rows by so many columns is one for `product_of_many_rows`. Who divides it asks for the whole, as
+/// bits are not to depend on the division.
+constexpr bool has_many_rows(int64_t rows, int64_t columns) {
+  return rows >= 48 && columns >= 96;
+}
 
 /// The kernels for one instruction set. Those that take Bfloat16 differ in how b is stored, and in nothing else.
 struct Kernels {
   const char* name;  ///< "amx", "avx512", "avx2", "plain"
   int64_t panel;     ///< columns of a panel of a RightSide
+  int64_t good_rows;  ///< of many, from which on a product runs at about its full speed with a right side that is near,
+  int64_t best_rows;  ///< and with one that comes from further away
 
   void (*product)(const Product&);
   void (*product_bfloat16)(const ProductOf<Bfloat16>&);
 
   /// The same, faster for some dozens of rows and more where the processor has a unit for products of matrices: see
-  /// product_in_parts.h. The sums have another order, and so other last bits. There, an infinity gives NaN, and so does a number
+  /// product_in_parts.h, and `has_many_rows`. The sums have another order, and so other last bits. There, an infinity gives NaN, and so does a number
   /// that is larger than 3.39e38; terms below 2e-31 count with fewer digits.
   void (*product_of_many_rows)(const Product&);
   void (*product_of_many_rows_bfloat16)(const ProductOf<Bfloat16>&);

@@ -94,46 +94,51 @@ inline void divide_rows(const float* a, int64_t stride, int64_t step, Rows rows,
   }
 }
 
-// A panel of the right side that is taken apart, a pair of its rows after the other: [k / kTerms, parts, 2, kTerms / 2, kLanes, 2].
+// A panel of the right side that is divided, pair of rows by pair: [k / kTerms, parts, 2, kTerms / 2, kLanes, 2].
 template <class Element>
 struct Panel {
   static constexpr int64_t kParts = sizeof(Element) == sizeof(Bfloat16) ? 1 : 3;
 
   const Element* from = nullptr;
-  int64_t row_stride = 0, k = 0;
-  int64_t columns = 0;  // behind them, zeros
+  int64_t row_stride = 0;
+  int64_t k = 0, columns = 0;  // behind both, zeros
   uint16_t* to = nullptr;
-  int64_t next = 0;  // row
+  int64_t next = 0;   // of pairs
+  int64_t whole = 0;  // pairs of kPanelColumns numbers each
 
-  // Up to the end of a step.
-  bool is_done() const { return next >= divided_up(k, kTerms) * kTerms; }
-
-  void divide_pairs(int64_t count) {
-    for (; count > 0 && !is_done(); --count, next += 2) divide_pair();
+  [[gnu::always_inline]] void divide_whole_pairs(int64_t count) {
+    for (; count > 0 && next < whole; --count, ++next) {
+      const Element* x = from + 2 * next * row_stride;
+      const Element* y = x + row_stride;
+      put(0, load(x), load(y));
+      put(1, load(x + kLanes), load(y + kLanes));
+    }
   }
 
-  void divide_pair() {
-    uint16_t* place = to + next / kTerms * kParts * 2 * kTile + next % kTerms * kLanes;
-#pragma GCC unroll 2
-    for (int64_t half = 0; half < 2; ++half, place += kTile) {
-      const Vector x = load_half(next, half), y = load_half(next + 1, half);
-      if constexpr (kParts == 1) {
-        store_pairs(place, reinterpret_cast<Unsigned>(x), reinterpret_cast<Unsigned>(y));
-      } else {
-        Unsigned x_parts[3], y_parts[3];
-        divide(x, x_parts);
-        divide(y, y_parts);
+  // Up to the end of the last step.
+  [[gnu::noinline]] void divide_rest() {
+    divide_whole_pairs(whole);
+    for (; next < divided_up(k, kTerms) * kTerms / 2; ++next) {
+      for (int64_t half = 0; half < 2; ++half) put(half, load_half(2 * next, half), load_half(2 * next + 1, half));
+    }
+  }
+
+  [[gnu::always_inline]] void put(int64_t half, Vector x, Vector y) {
+    uint16_t* const place = to + ((next >> 4) * kParts * 2 + half) * kTile + (next & 15) * kTerms;
+    if constexpr (kParts == 1) {
+      store_pairs(place, reinterpret_cast<Unsigned>(x), reinterpret_cast<Unsigned>(y));
+    } else {
+      Unsigned x_parts[3], y_parts[3];
+      divide(x, x_parts);
+      divide(y, y_parts);
 #pragma GCC unroll 3
-        for (int i = 0; i < 3; ++i) store_pairs(place + i * 2 * kTile, x_parts[i], y_parts[i]);
-      }
+      for (int i = 0; i < 3; ++i) store_pairs(place + i * 2 * kTile, x_parts[i], y_parts[i]);
     }
   }
 
   Vector load_half(int64_t row, int64_t half) const {
     const int64_t left = columns - half * kLanes;
-    if (row >= k || left <= 0) return Vector{};
-    const Element* at = from + row * row_stride + half * kLanes;
-    return left >= kLanes ? load(at) : load_first(at, left);
+    return row < k && left > 0 ? load_first(from + row * row_stride + half * kLanes, left < kLanes ? left : kLanes) : Vector{};
   }
 };
 
@@ -191,7 +196,7 @@ inline void add_products() {
 
 // Sums of a block of rows and a panel over `steps`. The unit works by itself: meanwhile, the panel behind is taken apart.
 template <class Element>
-void compute_sums(const uint16_t* a, const uint16_t* b, int64_t steps, Rows rows, const Sums& sums, Panel<Element>& behind, int64_t pairs) {
+[[gnu::noinline]] void compute_sums(const uint16_t* a, const uint16_t* b, int64_t steps, Rows rows, const Sums& sums, Panel<Element>& behind, int64_t pairs) {
   float* const lower = sums.c + (rows.count > 1 ? rows.upper() : 1) * sums.stride;
   const int64_t bytes = sums.stride * static_cast<int64_t>(sizeof(float));
   will_be_read(sums.c);
@@ -220,7 +225,7 @@ void compute_sums(const uint16_t* a, const uint16_t* b, int64_t steps, Rows rows
       load_rows(a, 1);
       add_products();
     }
-    behind.divide_pairs(pairs);
+    behind.divide_whole_pairs(pairs);
     for (int64_t i = 0; i < fetched; ++i, next += bytes) {
       __builtin_prefetch(next, 1);
       __builtin_prefetch(next + 64, 1);
@@ -279,9 +284,15 @@ void multiply_parts(const ProductOf<Element>& p, int64_t m, uint16_t* memory) {
   uint16_t* behind = now + steps * 6 * kTile;
   const auto panel_at = [&p, panels](int64_t i, uint16_t* to) {
     if (i >= panels) return Panel<Element>{};
-    return Panel<Element>{.from = p.b.data + i * p.b.panel_stride, .row_stride = p.b.row_stride, .k = p.k, .columns = p.n - i * kPanelColumns, .to = to};
+    const int64_t columns = p.n - i * kPanelColumns;
+    return Panel<Element>{.from = p.b.data + i * p.b.panel_stride,
+                          .row_stride = p.b.row_stride,
+                          .k = p.k,
+                          .columns = columns,
+                          .to = to,
+                          .whole = columns >= kPanelColumns ? p.k / 2 : 0};
   };
-  panel_at(0, now).divide_pairs(steps * kTerms);
+  panel_at(0, now).divide_rest();
   alignas(64) float bias[kPanelColumns] = {};
   Copy copy;
   int64_t configured = 0;
@@ -304,7 +315,7 @@ void multiply_parts(const ProductOf<Element>& p, int64_t m, uint16_t* memory) {
       compute_sums(memory + i * size_of_a, now, steps, rows, sums, next, divided_up(kTerms / 2, blocks));
       if (!is_whole) copy.store_to(c, p.c_stride, rows.count, columns);
     }
-    next.divide_pairs(steps * kTerms);  // what is left of it
+    next.divide_rest();
     uint16_t* const done = now;
     now = behind, behind = done;
   }
@@ -313,7 +324,7 @@ void multiply_parts(const ProductOf<Element>& p, int64_t m, uint16_t* memory) {
 // See Kernels::product_of_many_rows. Terms are divided alike for any rows and columns, and so bits are the same.
 template <class Element>
 void product_in_parts(const ProductOf<Element>& p) {
-  const int64_t tops = divided_up(p.m, kMostRows), height = divided_up(p.m, tops);
+  const int64_t tops = divided_up(p.m, kMostRows), height = divided_up(divided_up(p.m, tops), 2 * kRows) * 2 * kRows;
   const int64_t depths = p.k > 0 ? divided_up(p.k, kMostTerms) : 1, depth = divided_up(divided_up(p.k, depths), kTerms) * kTerms;
   const int64_t places = divided_up(height, 2 * kRows) + 2;  // of blocks of rows, and two panels
   auto* const memory = reinterpret_cast<uint16_t*>(thread_memory(places * (depth / kTerms) * 3 * kTile));
