@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "engine/products.h"
+#include "huge_pages.h"
 
 // Who does the steps of a call, and in which pieces of memory.
 namespace xattn::detail::engine {
@@ -104,7 +105,7 @@ void each_share_of_rows(int64_t n, bool has_many_rows, const Reads& reads, const
   const auto tasks = (n + share - 1) / share;
   const auto size = share * room.row + room.task + 16 * 16;
   const auto slots = std::min(tasks, at_once);
-  const auto memory = at::empty({slots, size}, at::kFloat);
+  const auto memory = in_huge_pages(at::empty({slots, size}, at::kFloat));
   const auto work = [&](int64_t task, int64_t slot) {
     f(task * share, std::min(n, (task + 1) * share), Scratch(mutable_data(memory) + slot * size), team);
   };

@@ -58,45 +58,69 @@ struct Rows {
   int64_t lower() const { return count > 1 ? count / 2 : 1; }  // a tile has no fewer
 };
 
-// Parts of rows [count, k], as [k / kTerms, 3, 2 (upper, lower), kRows, kTerms], with zeros behind the last term.
-inline void divide_rows(const float* a, int64_t stride, int64_t step, Rows rows, int64_t k, uint16_t* to) {
-  const auto put = [to, rows](int64_t row, int64_t first, Vector x, Vector y) {
-    uint16_t* place = to + first / kTerms * 6 * kTile + (row < rows.upper() ? row : row - rows.upper() + kRows) * kTerms;
+// A block of the left side that is divided, step by step: [k / kTerms, 3, 2 (upper, lower), kRows, kTerms].
+struct Block {
+  const float* from = nullptr;
+  int64_t stride = 0, step = 1;  // of rows and terms
+  Rows rows = {};
+  int64_t k = 0;  // behind it, zeros
+  uint16_t* to = nullptr;
+  int64_t next = 0;
+
+  // One step, if it is whole and its terms lie beside each other.
+  [[gnu::always_inline]] void divide_whole_step() {
+    if (step != 1 || (next + 1) * kTerms > k) return;
+    const float* row = from + next * kTerms;
+    for (int64_t i = 0; i < rows.count; ++i, row += stride) {
+      __builtin_prefetch(row + 2 * kTerms);
+      __builtin_prefetch(row + 2 * kTerms + kLanes);
+      put(i, load(row), load(row + kLanes));
+    }
+    ++next;
+  }
+
+  [[gnu::noinline]] void divide_rest() {
+    for (; (next + 1) * kTerms <= k && step == 1;) divide_whole_step();
+    for (; next < divided_up(k, kTerms); ++next) {
+      const int64_t first = next * kTerms, terms = k - first < kTerms ? k - first : kTerms;
+      step == 1 ? divide_step_in_rows(first, terms) : divide_step_in_columns(first, terms);
+    }
+  }
+
+  void divide_step_in_rows(int64_t first, int64_t terms) {
+    const int64_t low = terms < kLanes ? terms : kLanes;
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const float* row = from + i * stride + first;
+      put(i, load_first(row, low), load_first(row + low, terms - low));
+    }
+  }
+
+  void divide_step_in_columns(int64_t first, int64_t terms) {
+    for (int64_t top = 0; top < rows.count; top += kLanes) {
+      const int64_t count = rows.count - top < kLanes ? rows.count - top : kLanes;
+      Vector x[2][kLanes];
+      for (int64_t i = 0; i < kTerms; ++i)
+        x[i / kLanes][i % kLanes] = i < terms ? load_first(from + top + (first + i) * step, count) : Vector{};
+      transpose(x[0]);
+      transpose(x[1]);
+      for (int64_t i = 0; i < count; ++i) put(top + i, x[0][i], x[1][i]);
+    }
+  }
+
+  [[gnu::always_inline]] void put(int64_t row, Vector x, Vector y) {
+    uint16_t* const place = to + next * 6 * kTile + (row < rows.upper() ? row : row - rows.upper() + kRows) * kTerms;
     Unsigned x_parts[3], y_parts[3];
     divide(x, x_parts);
     divide(y, y_parts);
 #pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) store_halves(place + i * 2 * kTile, x_parts[i], y_parts[i]);
-  };
-  const auto lanes = [](int64_t left) { return left < 0 ? 0 : left < kLanes ? left : kLanes; };
-  if (step == 1) {
-    for (int64_t row = 0; row < rows.count; ++row) {
-      const float* from = a + row * stride;
-      int64_t i = 0;
-      for (; i + kTerms <= k; i += kTerms) put(row, i, load(from + i), load(from + i + kLanes));
-      if (i < k) put(row, i, load_first(from + i, lanes(k - i)), load_first(from + i + kLanes * (k - i > kLanes), lanes(k - i - kLanes)));
-    }
-    return;
   }
-  for (int64_t row = 0; row < rows.count; row += kLanes) {
-    const int64_t count = lanes(rows.count - row);
-    for (int64_t i = 0; i < k; i += kTerms) {
-      Vector x[2][kLanes];
-      for (int64_t half = 0; half < 2; ++half) {
-        for (int64_t j = 0; j < kLanes; ++j) {
-          const int64_t term = i + half * kLanes + j;
-          x[half][j] = term < k ? load_first(a + row + term * step, count) : Vector{};
-        }
-        transpose(x[half]);
-      }
-      for (int64_t r = 0; r < count; ++r) put(row + r, i, x[0][r], x[1][r]);
-    }
-  }
-}
+};
 
 // A panel of the right side that is divided, pair of rows by pair: [k / kTerms, parts, 2, kTerms / 2, kLanes, 2].
 template <class Element>
 struct Panel {
+  static constexpr int64_t kAhead = 16;
   static constexpr int64_t kParts = sizeof(Element) == sizeof(Bfloat16) ? 1 : 3;
 
   const Element* from = nullptr;
@@ -110,6 +134,8 @@ struct Panel {
     for (; count > 0 && next < whole; --count, ++next) {
       const Element* x = from + 2 * next * row_stride;
       const Element* y = x + row_stride;
+      for (int64_t i = 0; i < 2 * kPanelColumns * static_cast<int64_t>(sizeof(Element)); i += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(x + kAhead * row_stride) + i);
       put(0, load(x), load(y));
       put(1, load(x + kLanes), load(y + kLanes));
     }
@@ -194,9 +220,10 @@ inline void add_products() {
   _tile_dpbf16ps(XATTN_LOWER_RIGHT, XATTN_LOWER, XATTN_RIGHT);
 }
 
-// Sums of a block of rows and a panel over `steps`. The unit works by itself: meanwhile, the panel behind is taken apart.
+// Sums of a block and a panel over `steps`. The unit works by itself: meanwhile, pairs of the panel behind are divided, and the
+// block below, if any.
 template <class Element>
-[[gnu::noinline]] void compute_sums(const uint16_t* a, const uint16_t* b, int64_t steps, Rows rows, const Sums& sums, Panel<Element>& behind, int64_t pairs) {
+[[gnu::noinline]] void compute_sums(const uint16_t* a, const uint16_t* b, int64_t steps, Rows rows, const Sums& sums, Panel<Element>& behind, int64_t pairs, Block* below) {
   float* const lower = sums.c + (rows.count > 1 ? rows.upper() : 1) * sums.stride;
   const int64_t bytes = sums.stride * static_cast<int64_t>(sizeof(float));
   will_be_read(sums.c);
@@ -226,6 +253,7 @@ template <class Element>
       add_products();
     }
     behind.divide_whole_pairs(pairs);
+    if (below) below->divide_whole_step();
     for (int64_t i = 0; i < fetched; ++i, next += bytes) {
       __builtin_prefetch(next, 1);
       __builtin_prefetch(next + 64, 1);
@@ -277,9 +305,14 @@ void multiply_parts(const ProductOf<Element>& p, int64_t m, uint16_t* memory) {
   const int64_t size_of_a = steps * 6 * kTile, c_panel_stride = p.c_panel_stride ? p.c_panel_stride : kPanelColumns;
   const auto rows_of = [m, blocks](int64_t i) { return Rows{m / blocks + (i < m % blocks)}; };
   const auto first_of = [m, blocks](int64_t i) { return m / blocks * i + (i < m % blocks ? i : m % blocks); };
-  for (int64_t i = 0; i < blocks; ++i)
-    divide_rows(p.a + first_of(i) * p.a_stride, p.a_stride, p.a_step, rows_of(i), p.k, memory + i * size_of_a);
-
+  const auto block_at = [&](int64_t i) {
+    return Block{.from = p.a + first_of(i) * p.a_stride,
+                 .stride = p.a_stride,
+                 .step = p.a_step,
+                 .rows = rows_of(i),
+                 .k = p.k,
+                 .to = memory + i * size_of_a};
+  };
   uint16_t* now = memory + blocks * size_of_a;
   uint16_t* behind = now + steps * 6 * kTile;
   const auto panel_at = [&p, panels](int64_t i, uint16_t* to) {
@@ -293,6 +326,7 @@ void multiply_parts(const ProductOf<Element>& p, int64_t m, uint16_t* memory) {
                           .whole = columns >= kPanelColumns ? p.k / 2 : 0};
   };
   panel_at(0, now).divide_rest();
+  block_at(0).divide_rest();
   alignas(64) float bias[kPanelColumns] = {};
   Copy copy;
   int64_t configured = 0;
@@ -312,7 +346,10 @@ void multiply_parts(const ProductOf<Element>& p, int64_t m, uint16_t* memory) {
                       .stride = is_whole ? p.c_stride : kPanelColumns,
                       .first = p.accumulate ? nullptr : bias,
                       .next = reinterpret_cast<const char*>(c_behind)};
-      compute_sums(memory + i * size_of_a, now, steps, rows, sums, next, divided_up(kTerms / 2, blocks));
+      const bool is_divided = panel > 0 || i + 1 == blocks;
+      auto below = is_divided ? Block{} : block_at(i + 1);
+      compute_sums(memory + i * size_of_a, now, steps, rows, sums, next, divided_up(kTerms / 2, blocks), is_divided ? nullptr : &below);
+      below.divide_rest();
       if (!is_whole) copy.store_to(c, p.c_stride, rows.count, columns);
     }
     next.divide_rest();
