@@ -49,6 +49,7 @@ double half_size(double flops, double speed, double size) {
 Rates with_threads(Rates one, int threads) {
   const auto n = static_cast<double>(std::max(1, threads));
   one.flops *= n * 0.95 + 0.05;
+  one.unit_flops *= n * 0.95 + 0.05;
   one.fused *= n * 0.95 + 0.05;
   one.softmax *= n * 0.95 + 0.05;
   one.memory *= n < 4 ? n : 4;
@@ -62,8 +63,11 @@ Rates with_threads(Rates one, int threads) {
 
 Rates Rates::cpu(int threads) {
   const std::string_view set = detail::kernels().name;
-  const double flops = set == "amx" ? 300e9 : set == "avx512" ? 200e9 : set == "avx2" ? 90e9 : 20e9;
+  const bool has_unit = set == "amx";
+  const double flops = has_unit || set == "avx512" ? 200e9 : set == "avx2" ? 90e9 : 20e9;
   return with_threads({.flops = flops,
+                       .unit_flops = has_unit ? 280e9 : 0,
+                       .unit_half_rows = 30,
                        .memory = 14e9,
                        .cache = 40e9,
                        .cache_size = 16e6,
@@ -79,8 +83,11 @@ Rates Rates::cpu(int threads) {
 
 Rates Rates::kernels(int threads) {
   const std::string_view set = detail::kernels().name;
-  const double flops = set == "amx" ? 330e9 : set == "avx512" ? 220e9 : set == "avx2" ? 100e9 : 15e9;
+  const bool has_unit = set == "amx";
+  const double flops = has_unit || set == "avx512" ? 220e9 : set == "avx2" ? 100e9 : 15e9;
   return with_threads({.flops = flops,
+                       .unit_flops = has_unit ? 350e9 : 0,
+                       .unit_half_rows = 30,
                        .memory = 25e9,
                        .cache = 80e9,
                        .cache_size = 16e6,
@@ -111,10 +118,19 @@ Rates Rates::cuda() {
 Rates Rates::measure() {
   const at::NoGradGuard no_grad;
   Rates rates;
-  rates.flops = product_speed(768, 768, 768);
+  const auto large = product_speed(768, 768, 768);
+  const bool has_unit = detail::kernels().product != detail::kernels().product_of_many_rows;
+  rates.flops = large;
+  if (has_unit) {  // which takes no product of so few columns
+    constexpr int64_t kColumns = 64;
+    static_assert(!detail::has_many_rows(768, kColumns));
+    rates.flops = product_speed(768, 768, kColumns);
+    rates.unit_flops = large;
+    rates.unit_half_rows = half_size(large, product_speed(96, 768, 768), 96);
+  }
   rates.half_rows = half_size(rates.flops, product_speed(4, 768, 768), 4);
   rates.half_columns = half_size(rates.flops, product_speed(768, 768, 16), 16);
-  rates.half_depth = half_size(rates.flops, product_speed(768, 16, 768), 16);
+  rates.half_depth = half_size(large, product_speed(768, 16, 768), 16);
 
   constexpr int64_t kMany = 1 << 24;  // 64 MB, more than caches hold
   auto target = at::empty({kMany});

@@ -39,6 +39,8 @@ struct Orders {
 /// How fast a machine works: what the estimates weigh with. Times are in seconds.
 struct XATTN_API Rates {
   double flops = 0;          ///< operations a second in a large product
+  double unit_flops = 0;      ///< of as many rows as the processor's unit for matrices takes (Intel AMX); 0 if there is none
+  double unit_half_rows = 0;  ///< as `half_rows`, there
   double memory = 0;         ///< bytes a second from memory
   double cache = 0;          ///< bytes a second where all that a product touches fits into the cache; 0 for those of memory
   double cache_size = 0;     ///< of it, in bytes
