@@ -68,6 +68,7 @@ Rates Rates::cpu(int threads) {
   return with_threads({.flops = flops,
                        .unit_flops = has_unit ? 280e9 : 0,
                        .unit_half_rows = 30,
+                       .unit_rows = static_cast<double>(detail::least_many_rows()),
                        .memory = 14e9,
                        .cache = 40e9,
                        .cache_size = 16e6,
@@ -88,6 +89,7 @@ Rates Rates::kernels(int threads) {
   return with_threads({.flops = flops,
                        .unit_flops = has_unit ? 350e9 : 0,
                        .unit_half_rows = 30,
+                       .unit_rows = static_cast<double>(detail::least_many_rows()),
                        .memory = 25e9,
                        .cache = 80e9,
                        .cache_size = 16e6,
@@ -117,20 +119,19 @@ Rates Rates::cuda() {
 
 Rates Rates::measure() {
   const at::NoGradGuard no_grad;
-  Rates rates;
-  const auto large = product_speed(768, 768, 768);
   const bool has_unit = detail::kernels().product != detail::kernels().product_of_many_rows;
-  rates.flops = large;
-  if (has_unit) {  // which takes no product of so few columns
-    constexpr int64_t kColumns = 64;
-    static_assert(!detail::has_many_rows(768, kColumns));
-    rates.flops = product_speed(768, 768, kColumns);
-    rates.unit_flops = large;
-    rates.unit_half_rows = half_size(large, product_speed(96, 768, 768), 96);
+  const int64_t columns = has_unit ? 64 : 768;  // too few for the unit
+  Rates rates;
+  rates.flops = product_speed(768, 768, columns);
+  if (has_unit) {
+    const auto least = detail::least_many_rows(), many = std::max<int64_t>(768, 4 * least);
+    rates.unit_flops = product_speed(many, 768, 768);
+    rates.unit_rows = static_cast<double>(least);
+    rates.unit_half_rows = half_size(rates.unit_flops, product_speed(least, 768, 768), rates.unit_rows);
   }
-  rates.half_rows = half_size(rates.flops, product_speed(4, 768, 768), 4);
+  rates.half_rows = half_size(rates.flops, product_speed(4, 768, columns), 4);
   rates.half_columns = half_size(rates.flops, product_speed(768, 768, 16), 16);
-  rates.half_depth = half_size(large, product_speed(768, 16, 768), 16);
+  rates.half_depth = half_size(rates.flops, product_speed(768, 16, columns), 16);
 
   constexpr int64_t kMany = 1 << 24;  // 64 MB, more than caches hold
   auto target = at::empty({kMany});

@@ -165,8 +165,7 @@ struct Problem {
           sum += term;
           absolute += std::abs(term);
         }
-        const double error = std::abs(actual.at(i, j) - sum),
-                     allowed = roundings * kRoundoff * absolute;
+        const double error = std::abs(actual.at(i, j) - sum), allowed = roundings * kRoundoff * absolute;
         if (error <= allowed) continue;
         FAIL() << "m " << a.rows << ", n " << b.columns << ", k " << a.columns << " at " << i << ", " << j << ": "
                << actual.at(i, j) << " instead of " << sum << ", more than " << allowed << " off";
@@ -228,7 +227,8 @@ TEST_P(KernelsProductTest, KeepsAllDigitsOfNumbersOfEverySize) {
               .bias = random_matrix(1, 64),
               .has_bias = false,
               .accumulate = false};
-    for (int64_t i = 0; i < 128; ++i) p.a.data[static_cast<size_t>(i)] *= size, p.b.data[static_cast<size_t>(i)] *= size < 1 ? 1 : size;
+    for (int64_t i = 0; i < 128; ++i)
+      p.a.data[static_cast<size_t>(i)] *= size, p.b.data[static_cast<size_t>(i)] *= size < 1 ? 1 : size;
     const auto panels = packed(p.b);
     for (const auto& each : products()) {
       SCOPED_TRACE(each.name + ", " + std::to_string(size));
@@ -250,7 +250,8 @@ TEST_P(KernelsProductTest, GivesNoNumberWhereOneTermIsNone) {
     for (const auto& each : products()) {
       const auto c = p.compute(each.product, kernels_.packed(panels.data(), 40));
       for (int64_t i = 0; i < 50; ++i) {
-        for (int64_t j = 0; j < 70; ++j) EXPECT_EQ(std::isfinite(c.at(i, j)), i != 7 && j != 69) << each.name << ' ' << i << ' ' << j;
+        for (int64_t j = 0; j < 70; ++j)
+          EXPECT_EQ(std::isfinite(c.at(i, j)), i != 7 && j != 69) << each.name << ' ' << i << ' ' << j;
       }
     }
   }
@@ -284,7 +285,8 @@ TEST_P(KernelsProductTest, GivesForBfloat16TheBitsOfTheSameNumbersInFloat32) {
       const auto expected = p.compute(each.product, kernels_.packed(panels.data(), p.b.rows));
       expect_equal_bits(p.compute(each.product_bfloat16, kernels_.packed(half_panels.data(), p.b.rows)), expected,
                         each.name + ", packed");
-      expect_equal_bits(p.compute(each.product_bfloat16, kernels_.rows(rows.data(), p.b.stride)), expected, each.name + ", rows");
+      expect_equal_bits(p.compute(each.product_bfloat16, kernels_.rows(rows.data(), p.b.stride)), expected,
+                        each.name + ", rows");
     }
     const auto b = transposed(p.b, p.a.rows % 2);
     const auto columns = upper_halves(b);

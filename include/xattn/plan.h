@@ -38,19 +38,20 @@ struct Orders {
 
 /// How fast a machine works: what the estimates weigh with. Times are in seconds.
 struct XATTN_API Rates {
-  double flops = 0;          ///< operations a second in a large product
+  double flops = 0;           ///< operations a second in a large product
   double unit_flops = 0;      ///< of as many rows as the processor's unit for matrices takes (Intel AMX); 0 if there is none
   double unit_half_rows = 0;  ///< as `half_rows`, there
-  double memory = 0;         ///< bytes a second from memory
-  double cache = 0;          ///< bytes a second where all that a product touches fits into the cache; 0 for those of memory
-  double cache_size = 0;     ///< of it, in bytes
-  double half_rows = 0;      ///< a product of so many rows (the right side being weights) runs at half of `flops`
-  double half_columns = 0;   ///< likewise of so many columns
-  double half_depth = 0;     ///< likewise over so many terms
-  double start_product = 0;  ///< what each product costs before its first operation
-  double start_small = 0;    ///< what each of the many products of a batch costs
-  double softmax = 0;        ///< elements a second through scale, mask and softmax
-  double fused = 0;          ///< operations a second in the fused attention kernel; 0 if there is none
+  double unit_rows = 0;       ///< from so many rows on
+  double memory = 0;          ///< bytes a second from memory
+  double cache = 0;           ///< bytes a second where all that a product touches fits into the cache; 0 for those of memory
+  double cache_size = 0;      ///< of it, in bytes
+  double half_rows = 0;       ///< a product of so many rows (the right side being weights) runs at half of `flops`
+  double half_columns = 0;    ///< likewise of so many columns
+  double half_depth = 0;      ///< likewise over so many terms
+  double start_product = 0;   ///< what each product costs before its first operation
+  double start_small = 0;     ///< what each of the many products of a batch costs
+  double softmax = 0;         ///< elements a second through scale, mask and softmax
+  double fused = 0;           ///< operations a second in the fused attention kernel; 0 if there is none
 
   /// Of modules on the CPU: built-in values for the processor's instruction set and this number of threads.
   static Rates cpu(int threads);

@@ -14,7 +14,9 @@
 
 // Attention in any order of its products, in float32 on the CPU, by this library's own kernels: what `Frozen` runs there. A call
 // goes through the whole chain for a few rows at a time, so that what lies between two products stays in the cache, and allocates
-// its results and one scratch tensor (and, for some raw contexts, each thread a panel of keys). A row's bits depend neither on the number of threads nor on the rows beside it.
+// its results and one scratch tensor (and, for some raw contexts, each thread a panel of keys). A row's bits depend neither on the
+// number of threads nor on what the rows beside it hold; on how many they are, where the processor multiplies many rows by a unit
+// for matrices.
 namespace xattn::detail {
 
 /// Whether the context stays as it came, and whether it takes in all of the weights.

@@ -30,7 +30,8 @@ void each_block(const EngineSide& side, const F& f) {
                  stop = std::min(end, its_panels);
       const auto blocks = (stop - begin + most_panels - 1) / most_panels;
       for (int64_t i = 0; i < blocks; ++i) {
-        const auto first = (begin + (stop - begin) * i / blocks) * panel, last = (begin + (stop - begin) * (i + 1) / blocks) * panel;
+        const auto first = (begin + (stop - begin) * i / blocks) * panel,
+                   last = (begin + (stop - begin) * (i + 1) / blocks) * panel;
         f(b, first, std::min(length, last) - first);
       }
       begin = std::max<int64_t>(0, begin - its_panels);

@@ -96,7 +96,8 @@ void each_share_of_rows(int64_t n, bool has_many_rows, const Reads& reads, const
   const auto together = bytes > kFar ? kLeastRows : share_weights ? 2 * kRowsOfATeam : kRowsOfATeam;
   const Team team{workers > 1 && n < together * workers};
   const Room room = room_of(team);
-  const auto good_rows = has_many_rows ? kernels().good_rows : kLeastRows, best_rows = has_many_rows ? kernels().best_rows : 112;
+  const auto good_rows = has_many_rows ? kernels().good_rows : kLeastRows,
+             best_rows = has_many_rows ? kernels().best_rows : 112;
   const auto least = std::clamp(good_rows * bytes / kNear, good_rows, best_rows);
   const auto most = std::max<int64_t>(1, std::min(std::max(least, kScratch / room.row), kMostScratch / room.row));
   const auto at_once = team.all ? 1 : workers;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels.h"
 
+#include <algorithm>
+#include <thread>
 #include <vector>
 
 #ifdef XATTN_AMX
@@ -29,8 +31,8 @@ void product_bfloat16(const ProductOf<Bfloat16>& p);
 
 namespace {
 
-// Whether the processor has it, and the system lets this process use its registers, of which it keeps 8 KB for each thread:
-// Linux, https://docs.kernel.org/arch/x86/xstate.html.
+// Whether the processor has it, and the system lets this process use its registers, 8 KB of them for each thread. It refuses where
+// a thread has a stack for signals without room for these: https://docs.kernel.org/arch/x86/xstate.html.
 bool may_use_matrix_unit() {
   constexpr unsigned kBfloat16 = 1 << 22, kTiles = 1 << 24;  // of cpuid 7, edx
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -72,6 +74,12 @@ std::span<const Kernels* const> all_kernels() {
     return found;
   }();
   return all;
+}
+
+int64_t least_many_rows() {
+  constexpr unsigned kOfACore = 24;
+  static const int64_t rows = kOfACore * std::max(2u, std::thread::hardware_concurrency());
+  return rows;
 }
 
 float* thread_memory(int64_t floats) {

@@ -58,27 +58,31 @@ struct Softmax {
   float* log_sum_exp = nullptr;  ///< [rows], of y; -inf for a row that becomes zeros. Not wanted if null
 };
 
-constexpr int64_t kFewRows = 24;   ///< of a product, up to which packing its right side takes longer than it saves
+constexpr int64_t kFewRows = 24;  ///< of a product, up to which packing its right side takes longer than it saves
 
-/// Whether a product of so many rows by so many columns is one for `product_of_many_rows`. Who divides it asks for the whole, as
-/// bits are not to depend on the division.
-constexpr bool has_many_rows(int64_t rows, int64_t columns) {
-  return rows >= 48 && columns >= 96;
+/// From how many rows on a product is one for `product_of_many_rows`: enough for each of the processor's cores, as they may share
+/// them out. Not for each thread that is at work now: bits are not to depend on these.
+int64_t least_many_rows();
+constexpr int64_t kLeastManyColumns = 96;
+
+/// Whether a product of so many rows by so many columns is one. Who divides it asks for the whole, for the same reason.
+inline bool has_many_rows(int64_t rows, int64_t columns) {
+  return columns >= kLeastManyColumns && rows >= least_many_rows();
 }
 
 /// The kernels for one instruction set. Those that take Bfloat16 differ in how b is stored, and in nothing else.
 struct Kernels {
-  const char* name;  ///< "amx", "avx512", "avx2", "plain"
-  int64_t panel;     ///< columns of a panel of a RightSide
+  const char* name;   ///< "amx", "avx512", "avx2", "plain"
+  int64_t panel;      ///< columns of a panel of a RightSide
   int64_t good_rows;  ///< of many, from which on a product runs at about its full speed with a right side that is near,
   int64_t best_rows;  ///< and with one that comes from further away
 
   void (*product)(const Product&);
   void (*product_bfloat16)(const ProductOf<Bfloat16>&);
 
-  /// The same, faster for some dozens of rows and more where the processor has a unit for products of matrices: see
-  /// product_in_parts.h, and `has_many_rows`. The sums have another order, and so other last bits. There, an infinity gives NaN, and so does a number
-  /// that is larger than 3.39e38; terms below 2e-31 count with fewer digits.
+  /// The same, faster where the processor has a unit for products of matrices and `has_many_rows` says so: see product_in_parts.h.
+  /// The sums have another order, and so other last bits. There, an infinity gives NaN, and so does a number above 3.39e38; terms
+  /// below 2e-31 count with fewer digits.
   void (*product_of_many_rows)(const Product&);
   void (*product_of_many_rows_bfloat16)(const ProductOf<Bfloat16>&);
 

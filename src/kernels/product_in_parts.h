@@ -223,7 +223,14 @@ inline void add_products() {
 // Sums of a block and a panel over `steps`. The unit works by itself: meanwhile, pairs of the panel behind are divided, and the
 // block below, if any.
 template <class Element>
-[[gnu::noinline]] void compute_sums(const uint16_t* a, const uint16_t* b, int64_t steps, Rows rows, const Sums& sums, Panel<Element>& behind, int64_t pairs, Block* below) {
+[[gnu::noinline]] void compute_sums(const uint16_t* a,
+                                    const uint16_t* b,
+                                    int64_t steps,
+                                    Rows rows,
+                                    const Sums& sums,
+                                    Panel<Element>& behind,
+                                    int64_t pairs,
+                                    Block* below) {
   float* const lower = sums.c + (rows.count > 1 ? rows.upper() : 1) * sums.stride;
   const int64_t bytes = sums.stride * static_cast<int64_t>(sizeof(float));
   will_be_read(sums.c);
@@ -339,7 +346,8 @@ void multiply_parts(const ProductOf<Element>& p, int64_t m, uint16_t* memory) {
       if (rows.count != configured) configure(rows);
       configured = rows.count;
       float* c = p.c + panel * c_panel_stride + first_of(i) * p.c_stride;
-      const float* c_behind = i + 1 < blocks ? c + rows.count * p.c_stride : p.c + (panel + 1 < panels ? panel + 1 : 0) * c_panel_stride;
+      const float* c_behind =
+          i + 1 < blocks ? c + rows.count * p.c_stride : p.c + (panel + 1 < panels ? panel + 1 : 0) * c_panel_stride;
       const bool is_whole = columns == kPanelColumns && rows.count > 1 && !(p.accumulate && p.bias);
       if (!is_whole && p.accumulate) copy.load_from(c, p.c_stride, rows.count, columns, bias);
       const Sums sums{.c = is_whole ? c : copy.c,
@@ -348,7 +356,8 @@ void multiply_parts(const ProductOf<Element>& p, int64_t m, uint16_t* memory) {
                       .next = reinterpret_cast<const char*>(c_behind)};
       const bool is_divided = panel > 0 || i + 1 == blocks;
       auto below = is_divided ? Block{} : block_at(i + 1);
-      compute_sums(memory + i * size_of_a, now, steps, rows, sums, next, divided_up(kTerms / 2, blocks), is_divided ? nullptr : &below);
+      compute_sums(memory + i * size_of_a, now, steps, rows, sums, next, divided_up(kTerms / 2, blocks),
+                   is_divided ? nullptr : &below);
       below.divide_rest();
       if (!is_whole) copy.store_to(c, p.c_stride, rows.count, columns);
     }
@@ -362,7 +371,8 @@ void multiply_parts(const ProductOf<Element>& p, int64_t m, uint16_t* memory) {
 template <class Element>
 void product_in_parts(const ProductOf<Element>& p) {
   const int64_t tops = divided_up(p.m, kMostRows), height = divided_up(divided_up(p.m, tops), 2 * kRows) * 2 * kRows;
-  const int64_t depths = p.k > 0 ? divided_up(p.k, kMostTerms) : 1, depth = divided_up(divided_up(p.k, depths), kTerms) * kTerms;
+  const int64_t depths = p.k > 0 ? divided_up(p.k, kMostTerms) : 1,
+                depth = divided_up(divided_up(p.k, depths), kTerms) * kTerms;
   const int64_t places = divided_up(height, 2 * kRows) + 2;  // of blocks of rows, and two panels
   auto* const memory = reinterpret_cast<uint16_t*>(thread_memory(places * (depth / kTerms) * 3 * kTile));
   for (int64_t top = 0; top < p.m; top += height) {
