@@ -45,9 +45,13 @@ double half_size(double flops, double speed, double size) {
   return std::max(0.0, size * (flops / speed - 1));
 }
 
-// Two threads do not double what memory gives, nor quite what arithmetic does.
+// Of this processor, with a unit for matrices or without. Two threads do not double what memory gives, nor quite what arithmetic
+// does.
 Rates with_threads(Rates one, int threads) {
   const auto n = static_cast<double>(std::max(1, threads));
+  one.unit_half_rows = 30;
+  one.unit_rows = static_cast<double>(detail::least_many_rows());
+  if (!detail::kernels().has_unit()) one.unit_flops = one.unit_half_rows = one.unit_rows = 0;
   one.flops *= n * 0.95 + 0.05;
   one.unit_flops *= n * 0.95 + 0.05;
   one.fused *= n * 0.95 + 0.05;
@@ -63,12 +67,9 @@ Rates with_threads(Rates one, int threads) {
 
 Rates Rates::cpu(int threads) {
   const std::string_view set = detail::kernels().name;
-  const bool has_unit = set == "amx";
-  const double flops = has_unit || set == "avx512" ? 200e9 : set == "avx2" ? 90e9 : 20e9;
+  const double flops = set == "amx" || set == "avx512" ? 200e9 : set == "avx2" ? 90e9 : 20e9;
   return with_threads({.flops = flops,
-                       .unit_flops = has_unit ? 280e9 : 0,
-                       .unit_half_rows = 30,
-                       .unit_rows = static_cast<double>(detail::least_many_rows()),
+                       .unit_flops = 280e9,
                        .memory = 14e9,
                        .cache = 40e9,
                        .cache_size = 16e6,
@@ -84,12 +85,9 @@ Rates Rates::cpu(int threads) {
 
 Rates Rates::kernels(int threads) {
   const std::string_view set = detail::kernels().name;
-  const bool has_unit = set == "amx";
-  const double flops = has_unit || set == "avx512" ? 220e9 : set == "avx2" ? 100e9 : 15e9;
+  const double flops = set == "amx" || set == "avx512" ? 220e9 : set == "avx2" ? 100e9 : 15e9;
   return with_threads({.flops = flops,
-                       .unit_flops = has_unit ? 350e9 : 0,
-                       .unit_half_rows = 30,
-                       .unit_rows = static_cast<double>(detail::least_many_rows()),
+                       .unit_flops = 350e9,
                        .memory = 25e9,
                        .cache = 80e9,
                        .cache_size = 16e6,
@@ -119,7 +117,7 @@ Rates Rates::cuda() {
 
 Rates Rates::measure() {
   const at::NoGradGuard no_grad;
-  const bool has_unit = detail::kernels().product != detail::kernels().product_of_many_rows;
+  const bool has_unit = detail::kernels().has_unit();
   const int64_t columns = has_unit ? 64 : 768;  // too few for the unit
   Rates rates;
   rates.flops = product_speed(768, 768, columns);

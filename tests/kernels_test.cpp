@@ -175,6 +175,15 @@ struct Problem {
   }
 };
 
+Problem plain_problem(int64_t m, int64_t n, int64_t k) {
+  return {.a = random_matrix(m, k),
+          .b = random_matrix(k, n),
+          .c = random_matrix(m, n),
+          .bias = random_matrix(1, n),
+          .has_bias = false,
+          .accumulate = false};
+}
+
 // Every remainder of rows and columns, with strides, bias and sums of all kinds; then long ones.
 void for_each_problem(const std::function<void(const Problem&)>& check) {
   const auto problem = [](int64_t m, int64_t n, int64_t k, int kind) {
@@ -221,12 +230,7 @@ TEST_P(KernelsProductTest, EqualsSums) {
 // Sums of few terms show what each one is.
 TEST_P(KernelsProductTest, KeepsAllDigitsOfNumbersOfEverySize) {
   for (const float size : {1e-24f, 1e-12f, 1.0f, 1e12f, 1e18f}) {
-    Problem p{.a = random_matrix(64, 2),
-              .b = random_matrix(2, 64),
-              .c = random_matrix(64, 64),
-              .bias = random_matrix(1, 64),
-              .has_bias = false,
-              .accumulate = false};
+    auto p = plain_problem(64, 64, 2);
     for (int64_t i = 0; i < 128; ++i)
       p.a.data[static_cast<size_t>(i)] *= size, p.b.data[static_cast<size_t>(i)] *= size < 1 ? 1 : size;
     const auto panels = packed(p.b);
@@ -239,12 +243,7 @@ TEST_P(KernelsProductTest, KeepsAllDigitsOfNumbersOfEverySize) {
 
 TEST_P(KernelsProductTest, GivesNoNumberWhereOneTermIsNone) {
   for (const float none : {kNaN, -kNaN, std::bit_cast<float>(0x7fffffff), kInfinity, -kInfinity}) {
-    Problem p{.a = random_matrix(50, 40),
-              .b = random_matrix(40, 70),
-              .c = random_matrix(50, 70),
-              .bias = random_matrix(1, 70),
-              .has_bias = false,
-              .accumulate = false};
+    auto p = plain_problem(50, 70, 40);
     p.a.at(7, 20) = p.b.at(20, 69) = none;
     const auto panels = packed(p.b);
     for (const auto& each : products()) {

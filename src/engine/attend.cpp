@@ -103,7 +103,7 @@ class Attend {
   // What run_rows takes.
   Room room_of(const Team& team) const {
     const auto& w = w_;
-    auto room = by_heads() ? room_of_heads(heads_, weighing_, team) : Room{w.H * side_.Lk, 0};
+    auto room = by_heads() ? room_of_heads(heads_, weighing_, team) : Room{w.H * side_.Lk};
     auto& floats = room.row;
     if (reads_once()) {
       const Shares shares(side_.Lk, w.Ev);
@@ -170,7 +170,7 @@ class Attend {
                      .c = rows,
                      .c_stride = stride,
                      .bias = data(w.logits_product_bias),
-                     .has_many_rows = has_many_rows(projected_rows_, stride)});
+                     .all_rows = projected_rows_});
       return rows;
     }
     const auto inner = w.H * w.d;
@@ -184,7 +184,7 @@ class Attend {
                    .c = projected,
                    .c_stride = inner,
                    .bias = data(w.query_bias),
-                   .has_many_rows = has_many_rows(projected_rows_, inner)});
+                   .all_rows = projected_rows_});
     team.parts(n, [&](int64_t from, int64_t to) { normalise(w.query_norm, projected + from * inner, to - from, inner); });
     if (order == Order::standard) return rows;
     team.each(w.H, [&](int64_t h) {
@@ -196,7 +196,7 @@ class Attend {
                 .b = packed(w.key_fold).from_row(h * w.G / w.H * w.d),
                 .c = rows + h * w.Ek,
                 .c_stride = stride,
-                .has_many_rows = has_many_rows(projected_rows_, w.Ek)});
+                .all_rows = projected_rows_});
     });
     return rows;
   }
@@ -237,7 +237,7 @@ class Attend {
                             .b = packed(side_.keys, first, w.Ek),
                             .c = logits,
                             .c_stride = s.keys,
-                            .has_many_rows = has_many_rows(rows_ * w.H, s.keys)});
+                            .all_rows = rows_ * w.H});
     }
     team.multiply({.m = s.n,
                    .n = w.H * s.keys,
@@ -248,7 +248,7 @@ class Attend {
                    .c = logits,
                    .c_stride = w.H * s.keys,
                    .bias = data(side_.key_bias) + s.b * w.H * side_.Lk,
-                   .has_many_rows = has_many_rows(rows_, w.H * s.keys)});
+                   .all_rows = rows_});
   }
 
   // logits [n, H, keys] of keys [begin, end) that lie in rows.
@@ -290,7 +290,7 @@ class Attend {
            .b = side_.raw != Raw::packed ? plain_rows(side_.values, first, w.Ev) : packed(side_.values, first, side_.Lk),
            .c = s.mixed,
            .c_stride = w.Ev,
-           .has_many_rows = side_.raw == Raw::packed && has_many_rows(rows_ * w.H, w.Ev)});
+           .all_rows = side_.raw == Raw::packed ? rows_ * w.H : 0});
     }
     const auto rows = w.H * s.keys;
     team.multiply({.m = s.n,
@@ -302,7 +302,7 @@ class Attend {
                    .c = s.mixed,
                    .c_stride = w.Eo,
                    .bias = data(w.output_bias),
-                   .has_many_rows = has_many_rows(rows_, w.Eo)});
+                   .all_rows = rows_});
   }
 
   // meet and mix of a context that is read once, share by share.
@@ -395,7 +395,7 @@ class Attend {
                      .c = output,
                      .c_stride = w.Eo,
                      .bias = bias,
-                     .has_many_rows = has_many_rows(projected_rows_, w.Eo)});
+                     .all_rows = projected_rows_});
       if (log_sum_exp) add_bias(log_sum_exp, n, data(w.values_product_bias), w.Eo, output, 0);
       return;
     }
@@ -412,7 +412,7 @@ class Attend {
                   .b = packed(w.value_fold, h * w.G / w.H),
                   .c = mixed + h * w.e,
                   .c_stride = inner,
-                  .has_many_rows = has_many_rows(projected_rows_, w.e)});
+                  .all_rows = projected_rows_});
       });
       if (log_sum_exp) add_bias(log_sum_exp, n, data(w.value_bias), w.e, mixed, w.e);
     }
@@ -425,7 +425,7 @@ class Attend {
                    .c = output,
                    .c_stride = w.Eo,
                    .bias = bias,
-                   .has_many_rows = has_many_rows(projected_rows_, w.Eo)});
+                   .all_rows = projected_rows_});
   }
 
   // To each row, the bias of every head that has a key there: at `step` from the head before, or all in one place.

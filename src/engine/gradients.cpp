@@ -143,7 +143,7 @@ class Gradients {
                 .c = mutable_data(into_.q) + s.b * into_.q.stride(0) + h * into_.q.stride(1) + row * into_.q.stride(2),
                 .c_stride = into_.q.stride(2),
                 .accumulate = s.first_key > 0,
-                .has_many_rows = has_many_rows(s.n, d_)});
+                .all_rows = s.n});
     }
     if (into_.k.defined()) add_to_keys(s, logits_grad, s.rows, s.stride, is_first, into_.k, g, scratch);
   }
@@ -165,7 +165,7 @@ class Gradients {
                                                .b = right(packed, columns.at(s.first_key), columns.size, columns.stride),
                                                .c = c,
                                                .c_stride = s.keys,
-                                               .has_many_rows = has_many_rows(s.n, s.keys)});
+                                               .all_rows = s.n});
   }
 
   // x' rows, with x [n, keys] and rows [n, size], to the rows of these keys in `into`.
@@ -191,7 +191,7 @@ class Gradients {
               .c = mutable_data(into) + s.b * into.stride(0) + g * into.stride(1) + s.first_key * into.stride(2),
               .c_stride = into.stride(2),
               .accumulate = !is_first,
-              .has_many_rows = has_many_rows(s.keys, size)});
+              .all_rows = s.keys});
   }
 
   const float* log_sum_exp_of(const Segment& s, int64_t h) const {

@@ -116,7 +116,6 @@ void Weighing::add_to_mean(const Segment& s, const float* weights, int64_t strid
 namespace {
 
 constexpr int64_t kKeysAtATime = 2048;
-constexpr int64_t kRowsAtATime = 112;  // whose logits find place in a core's cache beside keys and values of a head
 
 // Whether a call goes through its keys in parts.
 bool in_parts(const Heads& heads, const Weighing& weighing) {
@@ -150,7 +149,7 @@ void mix_head_into(const Heads& heads,
             .c = c,
             .c_stride = c_stride,
             .accumulate = add,
-            .has_many_rows = has_many_rows(s.all_rows, heads.e)});
+            .all_rows = s.all_rows});
 }
 
 // One head, a part of its keys after the other. mixed [n, e] and log_sum_exp [n] are those of the parts so far: a new part is
@@ -215,7 +214,7 @@ void meet_head(const Heads& heads, const Segment& s, int64_t h, float* logits, i
                                        : packed(heads.keys, place, heads.d).from_panel(s.first_key / kernels().panel),
                          .c = logits,
                          .c_stride = stride,
-                         .has_many_rows = has_many_rows(s.all_rows, s.keys)});
+                         .all_rows = s.all_rows});
 }
 
 void mix_head(const Heads& heads, const Segment& s, int64_t h, const float* weights, int64_t stride) {
@@ -223,17 +222,22 @@ void mix_head(const Heads& heads, const Segment& s, int64_t h, const float* weig
 }
 
 Room room_of_heads(const Heads& heads, const Weighing& weighing, const Team& team) {
+  constexpr int64_t kNearRows = 112;  // whose logits find place in a core's cache beside keys and values of a head
   const auto floats = floats_of_a_row(heads, weighing, heads.Lk);
-  return team.all ? Room{heads.H * floats, 0} : Room{1, kRowsAtATime * floats};
+  if (team.all) return {heads.H * floats};
+  return {.row = 1,
+          .logits = floats,
+          .rows_at_a_time = std::clamp<int64_t>(kMostScratch / std::max<int64_t>(1, floats), 1, kNearRows)};
 }
 
 void attend_heads(const Heads& heads, const Weighing& weighing, const Segment& s, Scratch scratch, const Team& team) {
   const auto floats = floats_of_a_row(heads, weighing, s.keys);
   if (!team.all) {
-    auto* logits = scratch.take(kRowsAtATime * floats);
+    const auto rows = std::min(s.n, room_of_heads(heads, weighing, team).rows_at_a_time);
+    auto* logits = scratch.take(rows * floats);
     for (int64_t h = 0; h < heads.H; ++h) {
-      for (int64_t row = 0; row < s.n; row += kRowsAtATime) {
-        attend_head(heads, weighing, rows_of(s, row, std::min(kRowsAtATime, s.n - row), heads), h, logits, /*give=*/true);
+      for (int64_t row = 0; row < s.n; row += rows) {
+        attend_head(heads, weighing, rows_of(s, row, std::min(rows, s.n - row), heads), h, logits, /*give=*/true);
       }
     }
     return;

@@ -73,7 +73,7 @@ struct Step {
   int64_t c_panel_stride = 0;
   const float* bias = nullptr;
   bool accumulate = false;
-  bool has_many_rows = false;  // the whole of which it may be a part
+  int64_t all_rows = 0;  // of the whole of which m may be a part, where these many may be work for a unit for matrices
 };
 
 template <class Element>
@@ -92,10 +92,15 @@ ProductOf<Element> as_product(const Step& s, const Element* b) {
           .accumulate = s.accumulate};
 }
 
-inline void multiply(const Step& s) {
+// Of a part of a product, has_many: of the whole.
+inline void multiply_part(const Step& s, bool has_many) {
   const auto& run = kernels();
-  s.b.half ? (s.has_many_rows ? run.product_of_many_rows_bfloat16 : run.product_bfloat16)(as_product(s, s.b.half))
-           : (s.has_many_rows ? run.product_of_many_rows : run.product)(as_product(s, s.b.wide));
+  s.b.half ? (has_many ? run.product_of_many_rows_bfloat16 : run.product_bfloat16)(as_product(s, s.b.half))
+           : (has_many ? run.product_of_many_rows : run.product)(as_product(s, s.b.wide));
+}
+
+inline void multiply(const Step& s) {
+  multiply_part(s, has_many_rows(s.all_rows, s.n));
 }
 
 // The same with b as rows that are its columns.

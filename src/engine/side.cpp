@@ -19,8 +19,8 @@ namespace {
 // f(b, first key, keys) for blocks of the keys that count, of whole panels except at the end; as many panels for each thread.
 template <class F>
 void each_block(const EngineSide& side, const F& f) {
-  constexpr int64_t kMostRows = 224;  // of a block, with AVX-512 two of those that a product works on at a time
-  const auto panel = kernels().panel, most_panels = std::max(kMostRows, kernels().best_rows) / panel;
+  // Of a block: with AVX-512 two of those that a product works on at a time, with a unit for matrices one.
+  const auto panel = kernels().panel, most_panels = (kernels().has_unit() ? 320 : 224) / panel;
   const auto panels_of = [panel](int64_t length) { return (length + panel - 1) / panel; };
   int64_t panels = 0;
   for (const auto length : side.lengths) panels += panels_of(length);
@@ -56,7 +56,7 @@ Tensor project_keys(const EngineWeights& w, const EngineSide& side, const Tensor
               .c = mutable_data(k),
               .c_stride = inner,
               .bias = data(w.key_bias),
-              .has_many_rows = has_many_rows(side.Lk, inner)});
+              .all_rows = side.Lk});
     normalise(w.key_norm, mutable_data(k), n, inner);
     for (int64_t g = 0; g < w.G; ++g) {
       pack_transposed(data(k) + g * w.d, inner, w.d, n, keys, (b * w.G + g) * size + first * w.d);
@@ -79,7 +79,7 @@ Tensor project(const EngineSide& side, const Tensor& x, const Packed& weight, co
               .c = mutable_data(projected) + row * weight.n,
               .c_stride = weight.n,
               .bias = data(bias),
-              .has_many_rows = has_many_rows(side.Lk, weight.n)});
+              .all_rows = side.Lk});
   });
   return projected;
 }
@@ -104,7 +104,7 @@ Tensor project_values(const EngineWeights& w, const EngineSide& side, const Tens
                 .c_stride = run.panel,
                 .c_panel_stride = side.Lk * run.panel,
                 .bias = data(w.value_bias) + i * w.e,
-                .has_many_rows = has_many_rows(side.Lk, columns)});
+                .all_rows = side.Lk});
       fill_up(c, side.Lk * run.panel, n, columns);
     }
   });
@@ -156,7 +156,7 @@ void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
               .b = by_product ? packed(w.logits_product_of_heads, h) : packed(w.query_fold).from_row(h * w.d),
               .c = mutable_data(rows) + first * w.Eq,
               .c_stride = w.Eq,
-              .has_many_rows = has_many_rows(side.Lk, w.Eq)});
+              .all_rows = side.Lk});
     multiply_transposed({.m = 1,
                          .n = n,
                          .k = terms,
@@ -199,7 +199,7 @@ Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor&
               .c_stride = run.panel,
               .c_panel_stride = rows * run.panel,
               .bias = by_product ? data(w.values_product_bias) + h * w.Eo : nullptr,
-              .has_many_rows = has_many_rows(side.Lk, w.Eo)});
+              .all_rows = side.Lk});
     fill_up(c, rows * run.panel, n, w.Eo);
   });
   return values.to(w.query.data.scalar_type());

@@ -44,13 +44,14 @@ struct Team {
   // A product by ranges of whole panels, into plain rows.
   void multiply(const Step& step) const {
     const auto panel = kernels().panel;
+    const bool has_many = has_many_rows(step.all_rows, step.n);
     parts((step.n + panel - 1) / panel, [&](int64_t begin, int64_t end) {
       auto part = step;
       part.n = std::min(step.n, end * panel) - begin * panel;
       part.b = step.b.from_panel(begin);
       part.c += begin * panel;
       if (step.bias) part.bias += begin * panel;
-      engine::multiply(part);
+      multiply_part(part, has_many);
     });
   }
 };
@@ -74,20 +75,26 @@ struct Reads {
   int64_t weights, context;
 };
 
-/// What a task takes of scratch, in floats: for each of its rows, and once.
+/// What a task takes of scratch, in floats: for each of its rows, and for each of those that it does at a time.
 struct Room {
-  int64_t row, task;
+  int64_t row;
+  int64_t logits = 0, rows_at_a_time = 0;
+
+  int64_t of(int64_t rows) const { return rows * row + std::min(rows, rows_at_a_time) * logits; }
 };
+
+constexpr int64_t kMostScratch = 1 << 25;  // floats of a task, of however long a context
 
 /// f(begin, end, scratch, team) for shares of rows [0, n), of which some products may have many; with scratch for its rows.
 template <class RoomOf, class F>
-void each_share_of_rows(int64_t n, bool has_many_rows, const Reads& reads, const RoomOf& room_of, const F& f) {
+void each_share_of_rows(int64_t n, bool has_many, const Reads& reads, const RoomOf& room_of, const F& f) {
   constexpr int64_t kScratch = 3 << 16;  // floats of a task's scratch: what fits into a core's cache beside a panel of weights
-  constexpr int64_t kLeastRows = 14;     // rows that are worth a task
-  constexpr int64_t kNear = 2 << 20;     // bytes
-  constexpr int64_t kRowsOfATeam = 4;    // per thread: with fewer rows all threads work on the same rows
-  constexpr int64_t kFar = 64 << 20;     // bytes: from there on up to kLeastRows, so that they are read once and not by each
-  constexpr int64_t kMostScratch = 1 << 25;  // floats of a task's scratch, of however long a context
+  constexpr int64_t kLeastRows = 14;     // rows from which a product runs at its full speed, about, on weights that are near
+  constexpr int64_t kMostRows = 112;     // and on those that come from memory for each task anew
+  constexpr int64_t kLeastRowsOfUnit = 128, kMostRowsOfUnit = 320;  // both, where there are many
+  constexpr int64_t kNear = 2 << 20;                                // bytes
+  constexpr int64_t kRowsOfATeam = 4;  // per thread: with fewer rows all threads work on the same rows
+  constexpr int64_t kFar = 64 << 20;   // bytes: from there on up to kLeastRows, so that they are read once and not by each
 
   if (n == 0) return;
   const auto workers = threads();
@@ -96,15 +103,14 @@ void each_share_of_rows(int64_t n, bool has_many_rows, const Reads& reads, const
   const auto together = bytes > kFar ? kLeastRows : share_weights ? 2 * kRowsOfATeam : kRowsOfATeam;
   const Team team{workers > 1 && n < together * workers};
   const Room room = room_of(team);
-  const auto good_rows = has_many_rows ? kernels().good_rows : kLeastRows,
-             best_rows = has_many_rows ? kernels().best_rows : 112;
-  const auto least = std::clamp(good_rows * bytes / kNear, good_rows, best_rows);
+  const auto least_rows = has_many ? kLeastRowsOfUnit : kLeastRows, most_rows = has_many ? kMostRowsOfUnit : kMostRows;
+  const auto least = std::clamp(least_rows * bytes / kNear, least_rows, most_rows);
   const auto most = std::max<int64_t>(1, std::min(std::max(least, kScratch / room.row), kMostScratch / room.row));
   const auto at_once = team.all ? 1 : workers;
   const auto rounds = (n + most * at_once - 1) / (most * at_once);
   const auto share = (n + rounds * at_once - 1) / (rounds * at_once);
   const auto tasks = (n + share - 1) / share;
-  const auto size = share * room.row + room.task + 16 * 16;
+  const auto size = room.of(share) + 16 * 16;
   const auto slots = std::min(tasks, at_once);
   const auto memory = in_huge_pages(at::empty({slots, size}, at::kFloat));
   const auto work = [&](int64_t task, int64_t slot) {

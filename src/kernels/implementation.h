@@ -17,8 +17,6 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     .name = XATTN_NAME(XATTN_KERNELS),
     .panel = kPanel,
-    .good_rows = 14,
-    .best_rows = 112,
     .product = product<float>,
     .product_bfloat16 = product<Bfloat16>,
     .product_of_many_rows = product<float>,

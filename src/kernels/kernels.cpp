@@ -45,8 +45,6 @@ const Kernels& amx_kernels() {
   static const auto kernels = [] {
     auto same = avx512::kKernels;
     same.name = "amx";
-    same.good_rows = 128;
-    same.best_rows = 320;
     same.product_of_many_rows = amx::product;
     same.product_of_many_rows_bfloat16 = amx::product_bfloat16;
     return same;
@@ -80,6 +78,10 @@ int64_t least_many_rows() {
   constexpr unsigned kOfACore = 24;
   static const int64_t rows = kOfACore * std::max(2u, std::thread::hardware_concurrency());
   return rows;
+}
+
+bool has_many_rows(int64_t rows, int64_t columns) {
+  return kernels().has_unit() && columns >= kLeastManyColumns && rows >= least_many_rows();
 }
 
 float* thread_memory(int64_t floats) {

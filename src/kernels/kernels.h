@@ -60,22 +60,10 @@ struct Softmax {
 
 constexpr int64_t kFewRows = 24;  ///< of a product, up to which packing its right side takes longer than it saves
 
-/// From how many rows on a product is one for `product_of_many_rows`: enough for each of the processor's cores, as they may share
-/// them out. Not for each thread that is at work now: bits are not to depend on these.
-int64_t least_many_rows();
-constexpr int64_t kLeastManyColumns = 96;
-
-/// Whether a product of so many rows by so many columns is one. Who divides it asks for the whole, for the same reason.
-inline bool has_many_rows(int64_t rows, int64_t columns) {
-  return columns >= kLeastManyColumns && rows >= least_many_rows();
-}
-
 /// The kernels for one instruction set. Those that take Bfloat16 differ in how b is stored, and in nothing else.
 struct Kernels {
-  const char* name;   ///< "amx", "avx512", "avx2", "plain"
-  int64_t panel;      ///< columns of a panel of a RightSide
-  int64_t good_rows;  ///< of many, from which on a product runs at about its full speed with a right side that is near,
-  int64_t best_rows;  ///< and with one that comes from further away
+  const char* name;  ///< "amx", "avx512", "avx2", "plain"
+  int64_t panel;     ///< columns of a panel of a RightSide
 
   void (*product)(const Product&);
   void (*product_bfloat16)(const ProductOf<Bfloat16>&);
@@ -85,10 +73,11 @@ struct Kernels {
   /// below 2e-31 count with fewer digits.
   void (*product_of_many_rows)(const Product&);
   void (*product_of_many_rows_bfloat16)(const ProductOf<Bfloat16>&);
+  bool has_unit() const { return product_of_many_rows != product; }
 
-  /// The same as `product` for b that lies transposed, as weights and keys do: element (i, j) at data[j * row_stride + i]. For few rows m, as
-  /// packing b takes as long as a product with about 8; the sums have another order, and so other last bits, than above. a lies in
-  /// rows.
+  /// The same as `product` for b that lies transposed, as weights and keys do: element (i, j) at data[j * row_stride + i]. For few
+  /// rows m, as packing b takes as long as a product with about 8; the sums have another order, and so other last bits, than above.
+  /// a lies in rows.
   void (*product_transposed)(const Product&);
   void (*product_transposed_bfloat16)(const ProductOf<Bfloat16>&);
 
@@ -118,6 +107,13 @@ float* thread_memory(int64_t floats);
 
 /// The fastest that this processor runs. Chosen at the first call; thread-safe.
 const Kernels& kernels();
+
+/// Whether a product of so many rows by so many columns is one for `product_of_many_rows`: where there is a unit, and rows enough
+/// for each of the processor's cores, as they may share them out. Not for each thread that is at work now, as bits are not to
+/// depend on these; for the same reason, who divides a product asks for the whole.
+bool has_many_rows(int64_t rows, int64_t columns);
+int64_t least_many_rows();
+constexpr int64_t kLeastManyColumns = 96;
 
 /// All that this processor runs, the fastest first: for tests.
 std::span<const Kernels* const> all_kernels();

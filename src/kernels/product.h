@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "shares.h"
 #include "vector.h"
 
 namespace xattn::detail::XATTN_KERNELS {
@@ -32,12 +33,9 @@ struct Tile {
   int64_t ahead_step = 0;       // bytes of it for each of k
 };
 
-// Rows of c in m of them that a tile computes: 16 rows are 8 + 8 rather than 14 + 2, as a low tile is a slow one.
+// The tiles of m rows of c, of equal heights but for one: 16 rows are 8 + 8 rather than 14 + 2, as a low tile is a slow one.
 inline int64_t tiles_of(int64_t m) {
-  return (m + kTileRows - 1) / kTileRows;
-}
-inline int64_t rows_of_tile(int64_t m, int64_t tiles, int64_t i) {
-  return m / tiles + (i < m % tiles);
+  return divided_up(m, kTileRows);
 }
 
 // Applies f to the two vectors of each row and panel.
@@ -153,7 +151,7 @@ void compute_column(Tile<Element> tile, int64_t m, int64_t tiles, int64_t panels
   const bool by_columns = tile.a_step == kByColumns;
   const char* ahead = reinterpret_cast<const char*>(tile.b.data + panels * tile.b.panel_stride);
   for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t rows = rows_of_tile(m, tiles, i);
+    const int64_t rows = nth_share(m, tiles, i);
     tile.ahead = ahead + i * tile.k * tile.ahead_step;
     if (by_columns) tile.a_step = rows;
     compute[rows](tile);
@@ -182,12 +180,6 @@ void compute_block(Tile<Element> tile, int64_t m, int64_t n) {
     tile.c += (1 << step) * tile.c_panel_stride;
     if (tile.bias) tile.bias += columns;
   }
-}
-
-// The larger of as few parts of n as are at most `most`, and equal but for rounding.
-inline int64_t equal_part(int64_t n, int64_t most) {
-  const int64_t parts = n > most ? (n + most - 1) / most : 1;
-  return (n + parts - 1) / parts;
 }
 
 // Whether the rows of a tile of a, a whole number of pages apart, want more lines of one set of the L1 cache than its ways (8 and up).
@@ -219,7 +211,7 @@ inline void gather_columns(const float* a, int64_t step, int64_t m, int64_t k, f
     const float* from = a;
     for (int64_t r = 0; r < m; r += kLanes) __builtin_prefetch(a + kAhead * step + r);
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t rows = rows_of_tile(m, tiles, tile);
+      const int64_t rows = nth_share(m, tiles, tile);
       float* next = to_tile + i * rows;
       int64_t r = 0;
       for (; r + kLanes <= rows; r += kLanes) store(next + r, load(from + r));

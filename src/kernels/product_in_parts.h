@@ -2,30 +2,28 @@
 #pragma once
 
 #include "kernels.h"
+#include "shares.h"
 #include "vector.h"
 
 // Products on the matrix unit of Intel processors (AMX), which multiplies bfloat16 and adds in float32. A float32 is the exact sum
 // of three bfloat16, its parts; of the nine products of two numbers' parts, the six that count leave out at most 2^-23 of the
 // product, as little as rounding it would. G. Henry, P. T. P. Tang, A. Heinecke, "Leveraging the bfloat16 Artificial Intelligence
 // Datatype For Higher-Precision Computations", 2019, https://arxiv.org/abs/1904.06376. Six of these products take 3/8 of the time
-// of one by vectors; taking numbers apart is the price, which many rows share.
+// of one by vectors; dividing numbers is the price, which many rows share.
 namespace xattn::detail::XATTN_KERNELS {
 namespace {
 
 constexpr int64_t kRows = 16;                  // of a tile: sums, or the left side
 constexpr int64_t kTerms = 32;                 // of a step: pairs of them lie beside each other in a lane
 constexpr int64_t kTile = kRows * kTerms;      // numbers of bfloat16
+constexpr int64_t kStep = 3 * 2 * kTile;       // of a block of the left side: three parts of two tiles
 constexpr int64_t kPanelColumns = 2 * kLanes;  // the sums of a step are of two tiles by two
 
-// What is taken apart at a time: of these rows and terms, 983 KB of the left side, and twice 98 KB of the right, for an L2 cache of 2 MB.
+// What is divided at a time: 983 KB of the left side, and twice 98 KB of the right, for an L2 cache of 2 MB.
 constexpr int64_t kMostRows = 320;
 constexpr int64_t kMostTerms = 512;
 
-inline int64_t divided_up(int64_t n, int64_t by) {
-  return (n + by - 1) / by;
-}
-
-// The upper halves of three vectors of which x is the sum. The rest of the last, where x is next to nothing, is not to be looked at.
+// Three vectors whose upper halves sum to x. The lower half of the last, where x is next to nothing, is not to be looked at.
 inline void divide(Vector x, Unsigned (&parts)[3]) {
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
@@ -80,7 +78,7 @@ struct Block {
   }
 
   [[gnu::noinline]] void divide_rest() {
-    for (; (next + 1) * kTerms <= k && step == 1;) divide_whole_step();
+    while (step == 1 && (next + 1) * kTerms <= k) divide_whole_step();
     for (; next < divided_up(k, kTerms); ++next) {
       const int64_t first = next * kTerms, terms = k - first < kTerms ? k - first : kTerms;
       step == 1 ? divide_step_in_rows(first, terms) : divide_step_in_columns(first, terms);
@@ -108,7 +106,7 @@ struct Block {
   }
 
   [[gnu::always_inline]] void put(int64_t row, Vector x, Vector y) {
-    uint16_t* const place = to + next * 6 * kTile + (row < rows.upper() ? row : row - rows.upper() + kRows) * kTerms;
+    uint16_t* const place = to + next * kStep + (row < rows.upper() ? row : row - rows.upper() + kRows) * kTerms;
     Unsigned x_parts[3], y_parts[3];
     divide(x, x_parts);
     divide(y, y_parts);
@@ -120,7 +118,7 @@ struct Block {
 // A panel of the right side that is divided, pair of rows by pair: [k / kTerms, parts, 2, kTerms / 2, kLanes, 2].
 template <class Element>
 struct Panel {
-  static constexpr int64_t kAhead = 16;
+  static constexpr int64_t kAhead = 16;  // rows, that come from further away
   static constexpr int64_t kParts = sizeof(Element) == sizeof(Bfloat16) ? 1 : 3;
 
   const Element* from = nullptr;
@@ -221,7 +219,7 @@ inline void add_products() {
 }
 
 // Sums of a block and a panel over `steps`. The unit works by itself: meanwhile, pairs of the panel behind are divided, and the
-// block below, if any.
+// block below.
 template <class Element>
 [[gnu::noinline]] void compute_sums(const uint16_t* a,
                                     const uint16_t* b,
@@ -230,7 +228,7 @@ template <class Element>
                                     const Sums& sums,
                                     Panel<Element>& behind,
                                     int64_t pairs,
-                                    Block* below) {
+                                    Block& below) {
   float* const lower = sums.c + (rows.count > 1 ? rows.upper() : 1) * sums.stride;
   const int64_t bytes = sums.stride * static_cast<int64_t>(sizeof(float));
   will_be_read(sums.c);
@@ -248,7 +246,7 @@ template <class Element>
   }
   const int64_t fetched = steps > 0 ? divided_up(rows.count, steps) : 0;  // rows, a step
   const char* next = sums.next;
-  for (int64_t step = 0; step < steps; ++step, a += 6 * kTile, b += Panel<Element>::kParts * 2 * kTile) {
+  for (int64_t step = 0; step < steps; ++step, a += kStep, b += Panel<Element>::kParts * 2 * kTile) {
     // Each product loads one side anew, and the largest comes last.
     if constexpr (Panel<Element>::kParts == 3) {
       load_rows(a, 0);
@@ -260,7 +258,7 @@ template <class Element>
       add_products();
     }
     behind.divide_whole_pairs(pairs);
-    if (below) below->divide_whole_step();
+    below.divide_whole_step();
     for (int64_t i = 0; i < fetched; ++i, next += bytes) {
       __builtin_prefetch(next, 1);
       __builtin_prefetch(next + 64, 1);
@@ -309,8 +307,8 @@ struct Copy {
 template <class Element>
 void multiply_parts(const ProductOf<Element>& p, int64_t m, uint16_t* memory) {
   const int64_t blocks = divided_up(m, 2 * kRows), steps = divided_up(p.k, kTerms), panels = divided_up(p.n, kPanelColumns);
-  const int64_t size_of_a = steps * 6 * kTile, c_panel_stride = p.c_panel_stride ? p.c_panel_stride : kPanelColumns;
-  const auto rows_of = [m, blocks](int64_t i) { return Rows{m / blocks + (i < m % blocks)}; };
+  const int64_t size_of_block = steps * kStep, c_panel_stride = p.c_panel_stride ? p.c_panel_stride : kPanelColumns;
+  const auto rows_of = [m, blocks](int64_t i) { return Rows{nth_share(m, blocks, i)}; };
   const auto first_of = [m, blocks](int64_t i) { return m / blocks * i + (i < m % blocks ? i : m % blocks); };
   const auto block_at = [&](int64_t i) {
     return Block{.from = p.a + first_of(i) * p.a_stride,
@@ -318,10 +316,10 @@ void multiply_parts(const ProductOf<Element>& p, int64_t m, uint16_t* memory) {
                  .step = p.a_step,
                  .rows = rows_of(i),
                  .k = p.k,
-                 .to = memory + i * size_of_a};
+                 .to = memory + i * size_of_block};
   };
-  uint16_t* now = memory + blocks * size_of_a;
-  uint16_t* behind = now + steps * 6 * kTile;
+  uint16_t* now = memory + blocks * size_of_block;  // panels, which have room as blocks have
+  uint16_t* behind = now + size_of_block;
   const auto panel_at = [&p, panels](int64_t i, uint16_t* to) {
     if (i >= panels) return Panel<Element>{};
     const int64_t columns = p.n - i * kPanelColumns;
@@ -354,10 +352,8 @@ void multiply_parts(const ProductOf<Element>& p, int64_t m, uint16_t* memory) {
                       .stride = is_whole ? p.c_stride : kPanelColumns,
                       .first = p.accumulate ? nullptr : bias,
                       .next = reinterpret_cast<const char*>(c_behind)};
-      const bool is_divided = panel > 0 || i + 1 == blocks;
-      auto below = is_divided ? Block{} : block_at(i + 1);
-      compute_sums(memory + i * size_of_a, now, steps, rows, sums, next, divided_up(kTerms / 2, blocks),
-                   is_divided ? nullptr : &below);
+      auto below = panel == 0 && i + 1 < blocks ? block_at(i + 1) : Block{};
+      compute_sums(memory + i * size_of_block, now, steps, rows, sums, next, divided_up(kTerms / 2, blocks), below);
       below.divide_rest();
       if (!is_whole) copy.store_to(c, p.c_stride, rows.count, columns);
     }
@@ -370,11 +366,10 @@ void multiply_parts(const ProductOf<Element>& p, int64_t m, uint16_t* memory) {
 // See Kernels::product_of_many_rows. Terms are divided alike for any rows and columns, and so bits are the same.
 template <class Element>
 void product_in_parts(const ProductOf<Element>& p) {
-  const int64_t tops = divided_up(p.m, kMostRows), height = divided_up(divided_up(p.m, tops), 2 * kRows) * 2 * kRows;
-  const int64_t depths = p.k > 0 ? divided_up(p.k, kMostTerms) : 1,
-                depth = divided_up(divided_up(p.k, depths), kTerms) * kTerms;
-  const int64_t places = divided_up(height, 2 * kRows) + 2;  // of blocks of rows, and two panels
-  auto* const memory = reinterpret_cast<uint16_t*>(thread_memory(places * (depth / kTerms) * 3 * kTile));
+  const int64_t blocks = divided_up(equal_part(p.m, kMostRows), 2 * kRows), height = blocks * 2 * kRows;
+  const int64_t steps = divided_up(equal_part(p.k, kMostTerms), kTerms), depth = steps * kTerms;
+  // For blocks and two panels. A float has room for two numbers.
+  auto* const memory = reinterpret_cast<uint16_t*>(thread_memory((blocks + 2) * steps * kStep / 2));
   for (int64_t top = 0; top < p.m; top += height) {
     auto part = p;
     part.a += top * p.a_stride;
