@@ -62,14 +62,16 @@ Tensor rows_of(const Tensor& all, const std::vector<int64_t>& lengths, int64_t r
 template <class Start>
 void Ranks::run(const Tensor& x, const Start& start) {
   bytes_ += static_cast<int64_t>(x.nbytes());
+  auto happened = "has no exchange with the others";  // none that fits: of another device, say
   try {
-    start()->wait();
+    const auto work = start();
+    happened = "lost the others: a rank has failed, or did not answer in time";
+    work->wait();
   } catch (const std::exception& error) {
     const std::string what = error.what();
     TORCH_CHECK_WITH(
         DistBackendError, false,
-        formatted("[context_parallel] rank {} of {} lost the others: a rank has failed, or did not answer in time ({}).",
-                  rank(), size(), what.substr(0, what.find('\n'))));
+        formatted("[context_parallel] rank {} of {} {} ({}).", rank(), size(), happened, what.substr(0, what.find('\n'))));
   }
 }
 

@@ -216,13 +216,19 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
     detail::check_query(kCaller, query, c.stamp.is_batched(), context.batch_size(), module.query_linear);
     c.stamp.check_made_from(kCaller, module.context_weights());
   };
+  const auto device = module.query_linear->weight.device();
   std::vector<int64_t> lengths;
-  if (apart) {
-    lengths = exchange_lengths(query, "query", module.query_linear->weight.device(), *ranks, check);
+  if (apart || device.is_cpu()) {
+    lengths = exchange_lengths(query, "query", device, *ranks, check);
   } else {
-    check();
+    check();  // to hear of the others would be to wait for the device
   }
   const auto own = batched(query);
+  for (size_t rank = 0; rank < lengths.size() && !apart; ++rank) {
+    check_value(lengths[rank] == own.size(1), kCaller,
+                "query must have one length on all ranks, but has {} on rank {} and {} on rank {}.", own.size(1), ranks->rank(),
+                lengths[rank], rank);
+  }
   const auto all = apart ? detail::all_rows(own, lengths, ranks) : own;
   const auto Lq = all.size(1);
   c.mask.check(kCaller, context.batch_size(), o.num_heads(), Lq, c.length, all.device());

@@ -51,7 +51,7 @@ class XATTN_API SharedContext {
 ///
 ///   output = sum_r s_r output_r,   s_r = exp(lse_r - lse),   lse = log sum_r exp(lse_r)
 ///
-/// What travels for that is B x H x Lq x (e + 2) numbers a call, twice, whatever Lk is; with gradients B x Lq x Eq numbers and the
+/// What travels for that is B x H x Lq x (e + 2) numbers a call, twice, and 16 bytes a rank, whatever Lk is; with gradients B x Lq x Eq numbers and the
 /// size of the weights besides. Compare Ring Attention, https://arxiv.org/abs/2310.01889, where keys and values travel, and
 /// LV-XAttn, https://arxiv.org/abs/2502.02406, where queries and outputs go around.
 ///
@@ -61,13 +61,15 @@ class XATTN_API SharedContext {
 /// Gradients are those of the whole: every rank gets the gradient of its own keys and values, and all ranks get the same gradient
 /// of the weights, and with Queries::same of the query, ready for the optimizer: nothing is left to average. Every rank must call backward on
 /// its output, with Queries::same with the same gradient; with Queries::own the weights get the gradient of the sum of all
-/// ranks' losses. First derivatives only. The attention weights carry no gradient.
+/// ranks' losses. A bias that asks for its gradient gets, on each rank, that of the rank's own keys, and zeros for all others. First
+/// derivatives only. The attention weights carry no gradient.
 ///
 /// All methods are collective: each rank calls them in the same order, with gradients asked for alike. Where a rank dies or does
 /// not answer within the group's timeout, they throw c10::DistBackendError on the others, and the group is of no more use. (So Gloo
 /// does. NCCL waits on the host, and can throw, with TORCH_NCCL_BLOCKING_WAIT=1 alone; else its watchdog ends the process.) A
-/// key, value or own query that one rank refuses makes all of them throw: that rank says why, the others which rank it was. Other
-/// errors on one rank alone leave the others to their timeout. With Gloo the program must ignore SIGPIPE
+/// key, value or query that one rank refuses makes all of them throw: that rank says why, the others which rank it was; so do
+/// queries that should be the same and have not one length. (Not on CUDA devices with Queries::same, where a call waits for
+/// nothing.) Other errors on one rank alone leave the others to their timeout. With Gloo the program must ignore SIGPIPE
 /// (`std::signal(SIGPIPE, SIG_IGN)`, as Python does): Gloo may write to a process that has just died, and the signal would end this
 /// one too.
 /// Dropout draws from each rank's default generator: give ranks seeds of their own, or equal shares lose the same places.

@@ -61,15 +61,21 @@ struct Ranks {
 struct Case {
   std::string name;
   CrossAttentionOptions options;
-  Mask mask;
+  Mask mask = {};
   at::ScalarType type = torch::kDouble;
   bool with_empty = false;
+  Tensor bias = {};   // of the mask; its gradient is compared too
+  bool self = false;  // the values are the keys
+  bool unbatched = false;
+  int64_t queries = 5;
 };
 
 constexpr int64_t kB = 2, kLq = 5, kLk = 13;
 
+const auto kPlain = CrossAttentionOptions(6, 10, 9, 16).num_heads(4).kv_heads(2);
+
 std::vector<Case> cases() {
-  const auto plain = CrossAttentionOptions(6, 10, 9, 16).num_heads(4).kv_heads(2);
+  const auto& plain = kPlain;
   auto mean = plain, chosen = plain, normed = plain, free = plain, per_head = plain;
   mean.attention_weights(AttentionWeights::mean);
   per_head.attention_weights(AttentionWeights::per_head);
@@ -81,6 +87,8 @@ std::vector<Case> cases() {
   free.attention_weights(AttentionWeights::none).key_bias(false);
   const auto dense = torch::rand({kB, kLq, kLk}) < 0.6;
   const auto bias = torch::randn({1, 4, kLq, kLk}, torch::kDouble);
+  const auto learned = torch::randn({1, 4, 1, kLk}, torch::kDouble).requires_grad_();
+  const auto same = CrossAttentionOptions(6, 10, 10, 16).num_heads(4).attention_weights(AttentionWeights::per_head);
   return {
       {"plain", plain, {}},
       {"without a key's bias", free, {}},
@@ -88,6 +96,16 @@ std::vector<Case> cases() {
       {"lengths that leave shares without keys", per_head, Mask::lengths(torch::tensor({2, 0}), kLk)},
       {"a dense mask", chosen, Mask::dense(dense)},
       {"a bias", mean, Mask::bias(bias)},
+      {.name = "a learned bias", .options = mean, .mask = Mask::bias(learned), .bias = learned},
+      {.name = "a learned bias and an empty share",
+       .options = free,
+       .mask = Mask::bias(learned),
+       .with_empty = true,
+       .bias = learned},
+      {.name = "keys that are the values", .options = same, .self = true},
+      {.name = "keys that are the values and an empty share", .options = same, .with_empty = true, .self = true},
+      {.name = "no batch", .options = per_head, .mask = Mask::lengths(torch::tensor({9}), kLk), .unbatched = true},
+      {.name = "no queries", .options = mean, .queries = 0},
       {"causal from the first key", per_head, Mask::causal(CausalAlignment::upper_left)},
       {"causal from the last key, and padding", mean,
        Mask::causal(CausalAlignment::lower_right) & Mask::lengths(torch::tensor({13, 7}), kLk), torch::kDouble, true},
@@ -99,133 +117,168 @@ std::vector<Case> cases() {
   };
 }
 
+// Masks are of all ranks' queries.
+std::vector<Case> cases_of_own_queries(int64_t all) {
+  auto per_head = kPlain, mean = kPlain;
+  per_head.attention_weights(AttentionWeights::per_head);
+  mean.attention_weights(AttentionWeights::mean);
+  const auto same = CrossAttentionOptions(6, 10, 10, 16).num_heads(4);
+  const auto learned = torch::randn({1, 4, 1, kLk}, torch::kDouble).requires_grad_();
+  return {
+      {.name = "own, weights of each head", .options = per_head},
+      {.name = "own, an empty share", .options = mean, .with_empty = true},
+      {.name = "own, a mask for each query", .options = per_head, .mask = Mask::dense(torch::rand({kB, all, kLk}) < 0.6)},
+      {.name = "own, causal", .options = mean, .mask = Mask::causal(CausalAlignment::upper_left)},
+      {.name = "own, a learned bias", .options = mean, .mask = Mask::bias(learned), .bias = learned},
+      {.name = "own, keys that are the values", .options = same, .self = true},
+      {.name = "own, no batch", .options = per_head, .unbatched = true},
+      {.name = "own, float32", .options = mean, .type = torch::kFloat},
+      {.name = "own, bfloat16",
+       .options = per_head,
+       .mask = Mask::lengths(torch::tensor({13, 7}), kLk),
+       .type = torch::kBFloat16},
+  };
+}
+
 double allowed(at::ScalarType type) {
   return type == torch::kDouble ? 1e-12 : type == torch::kFloat ? 1e-5 : 1.5e-2;
 }
 
+// What a call is given, and what asks for its gradient. The values may be the keys.
+struct Inputs {
+  Tensor query, key, value, grad;
+  Tensor bias = {};  // of the mask
+};
+
 // Output, weights and all gradients of one process.
 struct Results {
-  Tensor output, weights, query, key, value;
+  Tensor output, weights, query, key, value, bias;
   std::vector<Tensor> parameters;
 };
 
-Results differentiate(CrossAttention module,
-                      const Tensor& query,
-                      const Tensor& key,
-                      const Tensor& value,
-                      const std::function<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>& call,
-                      const Tensor& grad) {
+using Call = std::function<std::tuple<Tensor, Tensor>(const Tensor& query, const Tensor& key, const Tensor& value)>;
+
+Results differentiate(CrossAttention module, const Inputs& inputs, const Call& call) {
   Results r;
-  std::vector<Tensor> leaves = {query.detach().clone().requires_grad_(), key.detach().clone().requires_grad_(),
-                                value.detach().clone().requires_grad_()};
+  const auto leaf = [](const Tensor& x) { return x.detach().clone().requires_grad_(); };
+  const auto query = leaf(inputs.query), key = leaf(inputs.key);
+  const auto value = inputs.value.is_same(inputs.key) ? key : leaf(inputs.value);
+  const auto bias = inputs.bias;
   module->zero_grad();
-  std::tie(r.output, r.weights) = call(leaves[0], leaves[1], leaves[2]);
-  r.output.backward(grad);
+  if (bias.defined()) bias.mutable_grad() = Tensor();
+  std::tie(r.output, r.weights) = call(query, key, value);
+  r.output.backward(inputs.grad);
   const auto gradient = [](const Tensor& x) { return x.grad().defined() ? x.grad().clone() : torch::zeros_like(x); };
-  r.query = gradient(leaves[0]), r.key = gradient(leaves[1]), r.value = gradient(leaves[2]);
+  r.query = gradient(query), r.key = gradient(key), r.value = gradient(value);
+  if (bias.defined()) r.bias = gradient(bias);
   for (const auto& parameter : module->parameters()) r.parameters.push_back(gradient(parameter));
   return r;
 }
 
-void equal(const Ranks& ranks) {
-  torch::manual_seed(0);
-  for (const auto& each : cases()) {
-    torch::manual_seed(1);
-    CrossAttention module(each.options);
-    module->to(each.type);
-    const auto query = torch::randn({kB, kLq, 6}).to(each.type), key = torch::randn({kB, kLk, 10}).to(each.type);
-    const auto value = torch::randn({kB, kLk, 9}).to(each.type), grad = torch::randn({kB, kLq, 16}).to(each.type);
-    // The truth in float64, which types that are less wide come near.
-    CrossAttention exact(std::dynamic_pointer_cast<CrossAttentionImpl>(module->clone()));
-    exact->to(torch::kDouble);
-    exact->options.plan(PlanMode::standard);
-    const auto wide = [](const Tensor& x) { return x.to(torch::kDouble); };
-    const auto whole = differentiate(
-        exact, wide(query), wide(key), wide(value), [&](const auto&... x) { return exact->forward(x..., each.mask); },
-        wide(grad));
-
-    const auto borders = ranks.borders(kLk, each.with_empty);
-    const auto first = borders[static_cast<size_t>(ranks.place.rank)],
-               n = borders[static_cast<size_t>(ranks.place.rank) + 1] - first;
-    const auto own = [&](const Tensor& x, int64_t axis) { return x.defined() ? x.narrow(axis, first, n) : x; };
-    ContextParallel parallel(module, ranks.group);
-    // Kept for many queries the context is projected; for few of a long one it stays as it is.
-    for (const int64_t expected : {ContextOptions::kMany, int64_t{1}}) {
-      const auto what = fmt::format("rank {} of {}, {}, {} queries", ranks.place.rank, ranks.place.size, each.name, expected);
-      const auto part = differentiate(
-          module, query, own(key, 1), own(value, 1),
-          [&](const Tensor& q, const Tensor& k, const Tensor& v) {
-            const auto context = parallel.context(k, v, each.mask, {.expected_queries = expected});
-            expect(context.length() == kLk && context.first() == first && context.own_length() == n, what + ": lengths");
-            expect(!each.options.plan().pinned || context.orders() == Orders{}, what + ": orders");
-            return parallel.attend(q, context);
-          },
-          grad);
-      const auto limit = allowed(each.type);
-      expect_close(part.output, whole.output, limit, what + ", output");
-      expect_close(part.weights, own(whole.weights, -1), limit, what + ", weights");
-      {
-        const torch::NoGradGuard no_grad;  // in float32 other kernels run
-        const auto context = parallel.context(own(key, 1), own(value, 1), each.mask, {.expected_queries = expected});
-        const auto [output, weights] = parallel.attend(query, context);
-        expect_close(output, whole.output, limit, what + ", output without gradients");
-        expect_close(weights, own(whole.weights, -1), limit, what + ", weights without gradients");
-      }
-      expect_close(part.query, whole.query, limit, what + ", gradient of the query");
-      // Relative to the largest gradient of all keys: those of one rank may all be next to nothing.
-      const auto with_all = [&](const Tensor& x, const Tensor& of_all) {
-        auto padded = of_all.to(torch::kDouble).clone();
-        padded.narrow(1, first, n).copy_(x);
-        return padded;
-      };
-      expect_close(with_all(part.key, whole.key), whole.key, limit, what + ", gradient of the keys");
-      expect_close(with_all(part.value, whole.value), whole.value, limit, what + ", gradient of the values");
-      const auto names = module->named_parameters().keys();
-      for (size_t i = 0; i < names.size(); ++i) {
-        if (names[i] == "key_linear.bias" &&
-            each.options.qk_norm() == NormKind::none) {  // exactly zero: rounding is all there is to compare
-          expect(part.parameters[i].abs().max().item<double>() <= limit * whole.query.abs().max().item<double>() * 10,
-                 what + ", " + names[i]);
-          continue;
-        }
-        expect_close(part.parameters[i], whole.parameters[i], limit, what + ", gradient of " + names[i]);
-      }
+// The gradients of all weights; that of the key's bias is exactly zero without a norm, so that rounding is all there is of it.
+void expect_parameters(
+    const CrossAttention& module, const Results& found, const Results& whole, double limit, const std::string& what) {
+  const auto names = module->named_parameters().keys();
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (names[i] == "key_linear.bias" && module->options.qk_norm() == NormKind::none) {
+      expect(found.parameters[i].abs().max().item<double>() <= limit * whole.key.abs().max().item<double>() * 10,
+             what + ", gradient of " + names[i]);
+      continue;
     }
+    expect_close(found.parameters[i], whole.parameters[i], limit, what + ", gradient of " + names[i]);
   }
 }
 
-// Queries of each rank's own: the gradient is that of the sum of all losses.
+// One process with all inputs in float64, which types that are less wide come near.
+Results truth(const CrossAttention& module, const Case& each, const Inputs& inputs) {
+  CrossAttention exact(std::dynamic_pointer_cast<CrossAttentionImpl>(module->clone()));
+  exact->to(torch::kDouble);
+  exact->options.plan(PlanMode::standard);
+  const auto wide = [](const Tensor& x) { return x.to(torch::kDouble); };
+  const auto key = wide(inputs.key), value = inputs.value.is_same(inputs.key) ? key : wide(inputs.value);
+  return differentiate(exact, {wide(inputs.query), key, value, wide(inputs.grad), inputs.bias},
+                       [&](const auto&... x) { return exact->forward(x..., each.mask); });
+}
+
+// Queries of all ranks together, of which `own` rows from `before` on are this rank's.
+void compare(const Ranks& ranks, const Case& each, Queries queries, int64_t before, int64_t own, int64_t all) {
+  torch::manual_seed(1);
+  CrossAttention module(each.options);
+  module->to(each.type);
+  const auto draw = [&](int64_t rows, int64_t features) {
+    const auto x = torch::randn({kB, rows, features}).to(each.type);
+    return each.unbatched ? x[0] : x;
+  };
+  const auto key = draw(kLk, each.options.dim_key());
+  const Inputs inputs{draw(all, 6), key, each.self ? key : draw(kLk, each.options.dim_value()), draw(all, 16), each.bias};
+  const auto whole = truth(module, each, inputs);
+
+  const auto rank = static_cast<size_t>(ranks.place.rank);
+  const auto borders = ranks.borders(kLk, each.with_empty);
+  const auto first = borders[rank], n = borders[rank + 1] - first;
+  const auto of_keys = [&](const Tensor& x, int64_t axis) { return x.defined() ? x.narrow(axis, first, n) : x; };
+  const auto of_queries = [&](const Tensor& x) { return x.narrow(-2, before, own); };
+  const auto own_key = of_keys(inputs.key, -2);
+  const Inputs mine{of_queries(inputs.query), own_key, each.self ? own_key : of_keys(inputs.value, -2), of_queries(inputs.grad),
+                    each.bias};
+  // Relative to the largest of all ranks: what one has may all be next to nothing.
+  const auto within = [](const Tensor& x, const Tensor& of_all, int64_t axis, int64_t begin) {
+    auto padded = of_all.to(torch::kDouble).clone();
+    padded.narrow(axis, begin, x.size(axis)).copy_(x);
+    return padded;
+  };
+  const auto limit = allowed(each.type);
+  const auto expect_forward = [&](const Tensor& output, const Tensor& weights, const std::string& what) {
+    expect(output.size(-2) == own, what + ", output: other sizes");
+    expect_close(within(output, whole.output, -2, before), whole.output, limit, what + ", output");
+    expect_close(weights, of_keys(whole.weights, -1), limit, what + ", weights");
+  };
+
+  ContextParallel parallel(module, ranks.group, queries);
+  // Kept for many queries the context is projected; for few of a long one it stays as it is.
+  for (const int64_t expected : {ContextOptions::kMany, int64_t{1}}) {
+    const auto what = fmt::format("rank {} of {}, {}, {} queries", ranks.place.rank, ranks.place.size, each.name, expected);
+    const auto part = differentiate(module, mine, [&](const Tensor& q, const Tensor& k, const Tensor& v) {
+      const auto context = parallel.context(k, v, each.mask, {.expected_queries = expected});
+      expect(context.length() == kLk && context.first() == first && context.own_length() == n, what + ": lengths");
+      expect(!each.options.plan().pinned || context.orders() == Orders{}, what + ": orders");
+      return parallel.attend(q, context);
+    });
+    expect_forward(part.output, part.weights, what);
+    {
+      const torch::NoGradGuard no_grad;  // in float32 other kernels run
+      const auto context = parallel.context(mine.key, mine.value, each.mask, {.expected_queries = expected});
+      const auto [output, weights] = parallel.attend(mine.query, context);
+      expect_forward(output, weights, what + ", without gradients");
+    }
+    expect_close(within(part.query, whole.query, -2, before), whole.query, limit, what + ", gradient of the query");
+    expect_close(within(part.key, whole.key, -2, first), whole.key, limit, what + ", gradient of the keys");
+    expect_close(within(part.value, whole.value, -2, first), whole.value, limit, what + ", gradient of the values");
+    if (each.bias.defined()) {
+      auto of_own = torch::zeros_like(whole.bias);
+      of_own.narrow(-1, first, n).copy_(whole.bias.narrow(-1, first, n));
+      expect((part.bias - of_own).abs().max().item<double>() <= limit * whole.bias.abs().max().item<double>(),
+             what + ", gradient of the bias");
+    }
+    expect_parameters(module, part, whole, limit, what);
+  }
+}
+
+void equal(const Ranks& ranks) {
+  torch::manual_seed(0);
+  for (const auto& each : cases()) compare(ranks, each, Queries::same, 0, each.queries, each.queries);
+}
+
+// Queries of each rank's own, of which the first has none if there is another: the gradient is that of the sum of all losses.
 void own_queries(const Ranks& ranks) {
   torch::manual_seed(2);
-  const auto rank = ranks.place.rank, size = ranks.place.size;
-  CrossAttention module(CrossAttentionOptions(6, 10, 9, 16).num_heads(4).attention_weights(AttentionWeights::per_head));
-  module->to(torch::kDouble);
-  std::vector<Tensor> queries, grads;
-  int64_t before = 0;
-  for (int r = 0; r < size; ++r) {
-    if (r < rank) before += r + 1;
-    queries.push_back(torch::randn({kB, r + 1, 6}, torch::kDouble));
-    grads.push_back(torch::randn({kB, r + 1, 16}, torch::kDouble));
+  const auto own = [](int64_t rank) { return 2 * rank; };
+  int64_t before = 0, all = 0;
+  for (int64_t r = 0; r < ranks.place.size; ++r) {
+    if (r < ranks.place.rank) before += own(r);
+    all += own(r);
   }
-  const auto key = torch::randn({kB, kLk, 10}, torch::kDouble), value = torch::randn({kB, kLk, 9}, torch::kDouble);
-  const auto whole = differentiate(
-      module, torch::cat(queries, 1), key, value, [&](const auto&... x) { return module->forward(x...); },
-      torch::cat(grads, 1));
-  const auto borders = ranks.borders(kLk, false);
-  const auto at = static_cast<size_t>(rank);
-  const auto first = borders[at], n = borders[at + 1] - first;
-  ContextParallel parallel(module, ranks.group, Queries::own);
-  const auto part = differentiate(
-      module, queries[at], key.narrow(1, first, n), value.narrow(1, first, n),
-      [&](const auto&... x) { return parallel.forward(x...); }, grads[at]);
-  expect_close(part.output, whole.output.narrow(1, before, rank + 1), 1e-12, "output of own queries");
-  expect_close(part.weights, whole.weights.narrow(-1, first, n), 1e-12, "weights of own queries");
-  expect_close(part.query, whole.query.narrow(1, before, rank + 1), 1e-12, "gradient of own queries");
-  expect_close(part.key, whole.key.narrow(1, first, n), 1e-12, "gradient of the keys");
-  const auto names = module->named_parameters().keys();
-  for (size_t i = 0; i < names.size(); ++i) {
-    if (names[i] != "key_linear.bias") expect_close(part.parameters[i], whole.parameters[i], 1e-12, "gradient of " + names[i]);
-  }
+  for (const auto& each : cases_of_own_queries(all)) compare(ranks, each, Queries::own, before, own(ranks.place.rank), all);
 }
 
 // What a call exchanges does not grow with the context.
@@ -243,8 +296,8 @@ void traffic(const Ranks& ranks) {
     exchanged.push_back(parallel.bytes_exchanged() - before);
   }
   const auto rows = kB * 4 * kLq;
-  const auto expected =
-      ranks.place.size == 1 ? 0 : 4 * (rows + rows * (4 + 1));  // the greatest, and the sums of e numbers and one
+  const auto expected =  // the sizes, the greatest, and the sums of e numbers and one
+      ranks.place.size == 1 ? 0 : 16 + 4 * (rows + rows * (4 + 1));
   expect(exchanged[0] == expected && exchanged[1] == expected,
          fmt::format("{} and {} bytes exchanged, not {}", exchanged[0], exchanged[1], expected));
 }
@@ -294,6 +347,20 @@ void errors(const Ranks& ranks) {
   refused("query", "[context_parallel] query must have shape [B, Lq, 6], but has [2, 3, 5].",
           message([&] { apart.attend(torch::randn({2, 3, rank == 0 ? 5 : 6}), of_apart); }));
   const auto context = parallel.context(y, y);
+  refused("query", "[context_parallel] query must have shape [B, Lq, 6], but has [2, 3, 5].",
+          message([&] { parallel.attend(torch::randn({2, 3, rank == 0 ? 5 : 6}), context); }));
+  const auto longer = message([&] { parallel.attend(torch::randn({2, rank == 0 ? 3 : 4, 6}), context); });
+  const auto other =
+      fmt::format("[context_parallel] query must have one length on all ranks, but has {} on rank {} and {} on rank {}.",
+                  rank == 0 ? 3 : 4, rank, rank == 0 ? 4 : 3, rank == 0 ? 1 : 0);
+  expect(longer == (ranks.place.size == 1 ? "" : other), "length of the query: " + longer);
+  const auto nowhere = message([&] {
+    auto none = c10::make_intrusive<c10d::ProcessGroup>(rank, ranks.place.size);
+    ContextParallel(module, std::move(none)).context(y, y);
+  });
+  expect(nowhere.starts_with(fmt::format("[context_parallel] rank {} of {} has no exchange with the others (", rank,
+                                         ranks.place.size)) == (ranks.place.size > 1),
+         "a group without a backend: " + nowhere);
   {
     const torch::NoGradGuard no_grad;
     module->key_linear->weight.add_(1);
