@@ -51,7 +51,8 @@ Cost cost_of_product(const Product& product, const PlanRequest& request) {
   const auto& rates = request.rates;
   const auto operations = 2 * count * m * k * n;
   const auto bytes = static_cast<double>(request.element) * count * (m * k + k * n + m * n);
-  const bool on_unit = rates.unit_flops > 0 && m >= rates.unit_rows && n >= detail::kLeastManyColumns;
+  const bool on_unit =
+      rates.unit_flops > 0 && m >= rates.unit_rows && n >= detail::kLeastManyColumns && k >= detail::kLeastManyDepth;
   const auto flops = on_unit ? rates.unit_flops : rates.flops, half_rows = on_unit ? rates.unit_half_rows : rates.half_rows;
   const auto speed = flops * m / (m + half_rows) * n / (n + rates.half_columns) * k / (k + rates.half_depth);
   const auto start = start_of_operation(request) + (count > 1 ? count * rates.start_small : 0);

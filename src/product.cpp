@@ -110,7 +110,7 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   const auto operations = 2 * batches * m * n * k;
   const auto threads =
       at::in_parallel_region() ? 1 : std::clamp<int64_t>(operations / kOperationsOfATask, 1, at::get_num_threads());
-  const bool has_many = has_many_rows(m, n);
+  const bool has_many = has_many_rows(m, n, k);
   const auto packed_bytes = 4 * m * k <= kNear && !has_many ? kPackedBytes : kMorePackedBytes;
   const auto packed_rows = divided_up(k, std::max<int64_t>(1, divided_up(k, kPackedRows)));
   auto of_columns = divided_up(panels, std::max<int64_t>(1, packed_bytes / (4 * panel * std::max<int64_t>(1, packed_rows))));

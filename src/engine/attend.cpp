@@ -61,7 +61,8 @@ class Attend {
     output_ = mutable_data(result.output);
     weighing_.write_to(result.weights, {});
     each_share_of_rows(
-        side_.B * rows_, has_many_rows(projected_rows_, w_.Eo), reads(), [this](const Team& team) { return room_of(team); },
+        side_.B * rows_, has_many_rows(projected_rows_, w_.Eo, w_.H * w_.e), reads(),
+        [this](const Team& team) { return room_of(team); },
         [this](auto begin, auto end, auto scratch, const auto& team) { run_rows(begin, end, scratch, team); });
   }
 

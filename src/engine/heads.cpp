@@ -310,7 +310,7 @@ AttentionResult attend_on_kernels(const Tensor& q, const Tensor& k, const Tensor
       attend_heads(heads, weighing, segment, scratch, team);
     }
   };
-  each_share_of_rows(B * Lq, has_many_rows(Lq, Lk), {0, bytes}, room_of, work);
+  each_share_of_rows(B * Lq, has_many_rows(Lq, Lk, heads.d), {0, bytes}, room_of, work);
   return result;
 }
 

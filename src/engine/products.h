@@ -100,7 +100,7 @@ inline void multiply_part(const Step& s, bool has_many) {
 }
 
 inline void multiply(const Step& s) {
-  multiply_part(s, has_many_rows(s.all_rows, s.n));
+  multiply_part(s, has_many_rows(s.all_rows, s.n, s.k));
 }
 
 // The same with b as rows that are its columns.

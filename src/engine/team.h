@@ -44,7 +44,7 @@ struct Team {
   // A product by ranges of whole panels, into plain rows.
   void multiply(const Step& step) const {
     const auto panel = kernels().panel;
-    const bool has_many = has_many_rows(step.all_rows, step.n);
+    const bool has_many = has_many_rows(step.all_rows, step.n, step.k);
     parts((step.n + panel - 1) / panel, [&](int64_t begin, int64_t end) {
       auto part = step;
       part.n = std::min(step.n, end * panel) - begin * panel;

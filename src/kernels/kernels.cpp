@@ -80,8 +80,8 @@ int64_t least_many_rows() {
   return rows;
 }
 
-bool has_many_rows(int64_t rows, int64_t columns) {
-  return kernels().has_unit() && columns >= kLeastManyColumns && rows >= least_many_rows();
+bool has_many_rows(int64_t rows, int64_t columns, int64_t depth) {
+  return kernels().has_unit() && columns >= kLeastManyColumns && depth >= kLeastManyDepth && rows >= least_many_rows();
 }
 
 float* thread_memory(int64_t floats) {

@@ -108,12 +108,13 @@ float* thread_memory(int64_t floats);
 /// The fastest that this processor runs. Chosen at the first call; thread-safe.
 const Kernels& kernels();
 
-/// Whether a product of so many rows by so many columns is one for `product_of_many_rows`: where there is a unit, and rows enough
-/// for each of the processor's cores, as they may share them out. Not for each thread that is at work now, as bits are not to
-/// depend on these; for the same reason, who divides a product asks for the whole.
-bool has_many_rows(int64_t rows, int64_t columns);
+/// Whether a product of so many rows by so many columns, each a sum of `depth` terms, is one for `product_of_many_rows`: where there
+/// is a unit, terms for most of the 32 that it adds at a time, and rows enough for each of the processor's cores, as they may share
+/// them out. Not for each thread that is at work now, as bits are not to depend on these; for the same reason, who divides a
+/// product asks for the whole.
+bool has_many_rows(int64_t rows, int64_t columns, int64_t depth);
 int64_t least_many_rows();
-constexpr int64_t kLeastManyColumns = 96;
+constexpr int64_t kLeastManyColumns = 96, kLeastManyDepth = 24;
 
 /// All that this processor runs, the fastest first: for tests.
 std::span<const Kernels* const> all_kernels();
