@@ -18,9 +18,23 @@ namespace {
 Packed pack_weights(const Tensor& weights, at::ScalarType storage) {
   const auto w = weights.contiguous();
   const auto count = w.size(0), n = w.size(1), k = w.size(2), size = kernels().packed_size(k, n);
-  Packed result{in_huge_pages(at::empty({count * size}, w.options().dtype(storage))), k, n};
+  Packed result{at::empty({count * size}, w.options().dtype(storage)), k, n};
   for (int64_t i = 0; i < count; ++i) pack_transposed(data(w) + i * n * k, k, k, n, result.data, i * size);
   return result;
+}
+
+// Into one piece of memory: where each begins in the midst of a huge page, few of them fill one.
+void put_together(std::initializer_list<Packed*> all) {
+  int64_t size = 0;
+  for (const auto* each : all) size += each->data.defined() ? each->data.numel() : 0;
+  const auto together = empty_in_huge_pages(size, (*all.begin())->data.options());
+  int64_t first = 0;
+  for (auto* each : all) {
+    if (!each->data.defined()) continue;
+    const auto place = together.narrow(0, first, each->data.numel());
+    each->data = place.copy_(each->data);
+    first += place.numel();
+  }
 }
 
 Tensor or_zeros(const Tensor& bias, const Tensor& like, int64_t n) {
@@ -65,6 +79,8 @@ EngineWeights::EngineWeights(const LayerWeights& l, const Products& products, at
     values_product_of_heads = pack_each(product.weight);
     values_product_bias = or_zeros(product.bias.defined() ? product.bias.flatten() : Tensor(), l.value, H * Eo);
   }
+  put_together({&query, &key, &value, &output, &key_fold, &value_fold, &query_fold, &logits_product, &values_product,
+                &logits_product_of_heads, &values_product_of_heads});
 }
 
 Tensor fold_query(const Orders& orders, const EngineWeights& w, const Tensor& query) {
