@@ -10,7 +10,7 @@ namespace xattn::detail {
 /// a product that goes through a large matrix by panels finds the addresses of its rows in the processor's table of them.
 at::Tensor in_huge_pages(at::Tensor x);
 
-/// n elements that begin where such a page does, so that two megabytes of them lie in one or two and not in the 4 KB pages around:
+/// n elements that begin where such a page does, so that two megabytes of them lie in one or two and not in the small ones around:
 /// for what lives long, as their end takes up a whole page too.
 at::Tensor empty_in_huge_pages(int64_t n, const at::TensorOptions& options);
 
