@@ -153,6 +153,11 @@ TEST_P(DistributedTest, ProcessesTrainAsOne) {
   }
 }
 
+TEST_P(DistributedTest, ATrainingThatLosesAProcessSaysSo) {
+  if (GetParam() > 1)
+    start_all({XATTN_TRAINEE_PATH, (folder_ / "lost").string(), "5", "dies"}, GetParam(), std::chrono::seconds(60));
+}
+
 // A training that stopped goes on with any number of processes: its losses are those of one that never stopped, and its state is.
 TEST_P(DistributedTest, ATrainingGoesOnWithAnotherNumberOfProcesses) {
   const auto train = [this](const std::string& name, int size, int last) {

@@ -4,6 +4,7 @@
 #include <xattn/load.h>
 #include <xattn/safetensors.h>
 
+#include <cstdlib>
 #include <exception>
 #include <filesystem>
 #include <iostream>
@@ -12,11 +13,13 @@
 #include "common/trainer.h"
 
 // One process of those that distributed_test.cpp starts: takes up the training whose state lies in a file, if it is there, goes on
-// to a step, and writes the state back. In float64, where the rounding of another order of sums stays far from any threshold.
+// to a step, and writes the state back. With a third argument the last process dies at that step, before its backward pass, and the
+// others are right if they are told. In float64, where the rounding of another order of sums stays far from any threshold.
 int main(int argc, char** argv) {
   try {
-    if (argc != 3) {
-      std::cerr << "usage: trainee STATE STEP\n";
+    const bool one_dies = argc == 4;
+    if (argc != 3 && !one_dies) {
+      std::cerr << "usage: trainee STATE STEP [dies]\n";
       return 2;
     }
     const std::string file = argv[1];
@@ -29,11 +32,18 @@ int main(int argc, char** argv) {
     examples::Trainer trainer(model.ptr(), {.steps = 24, .warm_up = 4, .seed = 7}, team);
     if (std::filesystem::exists(file)) trainer.load_state(xattn::load_tensors(file));
     const auto forward = [&](examples::Random& random) -> examples::Step {
+      if (one_dies && trainer.step() == last && team.rank() == team.size() - 1) std::_Exit(0);
       const auto x = team.part_of(torch::rand({11, 4}, random.generator(), torch::kDouble));
       const auto error = model->forward(x).squeeze(1) - x.sum(1);
       return {error.square().mean(), error.abs().lt(0.5).to(torch::kDouble).mean(), x.size(0)};
     };
-    trainer.run(forward, [](const auto&) {}, [&] { return trainer.step() == last; });
+    try {
+      trainer.run(forward, [](const auto&) {}, [&] { return !one_dies && trainer.step() == last; });
+    } catch (const examples::LostProcess& error) {
+      const auto expected = fmt::format("process {} of {} lost the others", team.rank(), team.size());
+      if (one_dies && std::string(error.what()).starts_with(expected)) std::_Exit(0);  // the group cannot be left in order
+      throw;
+    }
     if (trainer.step() != last) throw std::runtime_error(fmt::format("stands at step {}", trainer.step()));
     if (team.leads()) xattn::save_safetensors(file, trainer.state());
   } catch (const std::exception& error) {

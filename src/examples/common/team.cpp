@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "team.h"
 
+#include <c10/util/Exception.h>
 #include <fmt/format.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <chrono>
-#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "launch.h"
@@ -17,9 +18,27 @@ constexpr auto kTimeout = std::chrono::minutes(5);  // the leader may be writing
 
 using GroupPtr = c10::intrusive_ptr<c10d::ProcessGroup>;
 
+// Gloo's errors are runtime errors, which LibTorch's others are not; NCCL's are c10::DistBackendError.
+void exchange_in(const GroupPtr& group, const std::function<void()>& exchange) {
+  const auto fail = [&group](const std::exception& error) {
+    const std::string what = error.what();
+    throw LostProcess(fmt::format("process {} of {} lost the others: one has failed, or did not answer in time ({})",
+                                  group->getRank(), group->getSize(), what.substr(0, what.find('\n'))));
+  };
+  try {
+    exchange();
+  } catch (const LostProcess&) {
+    throw;
+  } catch (const std::runtime_error& error) {
+    fail(error);
+  } catch (const c10::DistBackendError& error) {
+    fail(error);
+  }
+}
+
 torch::Tensor sum_of_all(const torch::Tensor& x, const GroupPtr& group) {
   std::vector<torch::Tensor> tensors = {x.detach().clone().contiguous()};
-  group->allreduce(tensors)->wait();
+  exchange_in(group, [&] { group->allreduce(tensors)->wait(); });
   return tensors[0];
 }
 
@@ -56,6 +75,10 @@ torch::Tensor Team::part_of(const torch::Tensor& batch) const {
   if (n < size()) throw std::runtime_error(fmt::format("a batch of {} cannot be shared by {} processes", n, size()));
   const auto first = n * rank() / size();
   return batch.narrow(0, first, n * (rank() + 1) / size() - first);
+}
+
+void Team::together(const std::function<void()>& exchange) const {
+  group_ ? exchange_in(group_, exchange) : exchange();
 }
 
 torch::Tensor Team::sum(const torch::Tensor& x) const {

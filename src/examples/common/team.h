@@ -4,10 +4,17 @@
 #include <c10/util/intrusive_ptr.h>
 #include <torch/types.h>
 
-#include <cstdint>
+#include <functional>
+#include <stdexcept>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 namespace examples {
+
+/// Another process of the team has failed, or did not answer in time: the team is of no more use.
+class LostProcess : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
 
 /// The processes that train one model together, each on its part of every batch: started by scripts/launch.sh, torchrun or mpirun.
 /// Alone, if it was started alone. Copies are the same team.
@@ -29,7 +36,10 @@ class Team {
   /// This process's part of a batch whose first axis is its examples. Throws std::runtime_error if there are fewer than processes.
   torch::Tensor part_of(const torch::Tensor& batch) const;
 
-  /// The sum of all processes' numbers; x may ask for its gradient, which is that of all processes' losses together.
+  /// Does what exchanges something with the others. Throws LostProcess where that fails; what else it throws passes.
+  void together(const std::function<void()>& exchange) const;
+
+  /// The sum of all processes' numbers, got `together`; x may ask for its gradient, which is that of all processes' losses together.
   torch::Tensor sum(const torch::Tensor& x) const;
 
   /// Whether it is so in any process.

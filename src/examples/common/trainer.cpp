@@ -96,7 +96,7 @@ void Trainer::backward(Step& step) {
   const auto share = (own / all).to(step.loss.scalar_type());
   const auto loss = step.loss * share * team_.size();  // the reducer divides by their number
   reducer_->prepare_for_backward({loss});
-  loss.backward();
+  team_.together([&] { loss.backward(); });
   step.loss = team_.sum(step.loss.detach() * share);
   step.accuracy = team_.sum(step.accuracy * share);
   step.examples = static_cast<int64_t>(all.item<double>());
