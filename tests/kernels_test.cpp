@@ -581,6 +581,14 @@ INSTANTIATE_TEST_SUITE_P(Each, KernelsProductTest, testing::ValuesIn(all_kernels
 INSTANTIATE_TEST_SUITE_P(Each, KernelsPackTest, testing::ValuesIn(all_kernels().begin(), all_kernels().end()), name_of);
 INSTANTIATE_TEST_SUITE_P(Each, KernelsSoftmaxTest, testing::ValuesIn(all_kernels().begin(), all_kernels().end()), name_of);
 
+TEST(KernelsChoiceTest, GivesTheUnitProductsOfManyRowsColumnsAndTermsAlone) {
+  const auto rows = least_many_rows();
+  EXPECT_EQ(has_many_rows(rows, kLeastManyColumns, kLeastManyDepth), kernels().has_unit());
+  EXPECT_FALSE(has_many_rows(rows - 1, 4096, 4096));
+  EXPECT_FALSE(has_many_rows(4096, kLeastManyColumns - 1, 4096));
+  EXPECT_FALSE(has_many_rows(4096, 4096, kLeastManyDepth - 1));
+}
+
 TEST(KernelsChoiceTest, IsTheFirstOfThoseThatRun) {
   EXPECT_EQ(&kernels(), all_kernels().front());
   EXPECT_STREQ(all_kernels().back()->name, "plain");
