@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
+# Adds sources to a target. Nearly all of the time of a file goes into parsing LibTorch's headers, so with XATTN_UNITY the files of
+# one GROUP are compiled as one; a file with flags of its own is compiled alone.
+function(xattn_sources target group)
+  target_sources(${target} PRIVATE ${ARGN})
+  set_source_files_properties(${ARGN} PROPERTIES UNITY_GROUP ${group})
+endfunction()
+
 # The flags of our own targets. All are private: none reaches a user.
 function(xattn_set_flags target)
   set_target_properties(${target} PROPERTIES
@@ -8,6 +15,9 @@ function(xattn_set_flags target)
     VISIBILITY_INLINES_HIDDEN ON
     POSITION_INDEPENDENT_CODE ON
     COMPILE_WARNING_AS_ERROR ${XATTN_WERROR})
+  if(XATTN_UNITY)
+    set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)
+  endif()
   target_compile_options(${target} PRIVATE -Wall -Wextra)
   if(XATTN_SANITIZE)
     set(sanitize -fsanitize=${XATTN_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1)
@@ -16,8 +26,9 @@ function(xattn_set_flags target)
   endif()
 endfunction()
 
-# What nearly every file includes, and what takes most of the time of its compilation: for targets of many files. More headers
-# may follow.
+# Where files are compiled one by one: the headers that nearly every file of a target includes.
 function(xattn_precompile_headers target)
-  target_precompile_headers(${target} PRIVATE <torch/nn/cloneable.h> <torch/nn/modules/linear.h> <torch/utils.h> ${ARGN})
+  if(NOT XATTN_UNITY AND NOT CMAKE_UNITY_BUILD)
+    target_precompile_headers(${target} PRIVATE ${ARGN})
+  endif()
 endfunction()

@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "check.h"
+#include "describe.h"
 #include "engine/heads.h"
 #include "product.h"
 #include "softmax.h"
@@ -30,6 +31,7 @@ using detail::attend_on_kernels;
 using detail::check_type;
 using detail::check_value;
 using detail::differentiate_on_kernels;
+using detail::kMinusInfinity;
 using detail::matrix_product;
 using detail::run_on_kernels;
 using detail::shape_of;
@@ -39,8 +41,6 @@ using detail::wanted_weights;
 using detail::with_rows_filled;
 
 namespace {
-
-constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   constexpr auto kCaller = "attention";

@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "check.h"
+#include "describe.h"
 
 namespace xattn {
 

@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "check.h"
+#include "describe.h"
 #include "option_names.h"
 #include "text.h"
 
@@ -25,18 +26,18 @@ using torch::Tensor;
 
 namespace {
 
-constexpr auto kCaller = "cross_attention_block";
+constexpr auto kBlock = "cross_attention_block";
 
 // Refuses what cannot be, in reading order, and gives every default its value. `attention` checks its own options.
 CrossAttentionBlockOptions resolved(CrossAttentionBlockOptions options) {
   const auto dim_query = options.attention().dim_query(), dim_output = options.attention().dim_output();
-  check_value(dim_output == dim_query, kCaller,
+  check_value(dim_output == dim_query, kBlock,
               "attention must have a dim_output of {}, its dim_query, for the output to be added to the query, but has {}.",
               dim_query, dim_output);
-  check_value(options.norm_eps() >= 0, kCaller, "norm_eps must not be negative, but is {}.", options.norm_eps());
+  check_value(options.norm_eps() >= 0, kBlock, "norm_eps must not be negative, but is {}.", options.norm_eps());
   if (!options.feed_forward()) options.feed_forward(4 * dim_query);
-  check_value(*options.feed_forward() >= 0, kCaller, "feed_forward must not be negative, but is {}.", *options.feed_forward());
-  check_value(options.dropout() >= 0 && options.dropout() <= 1, kCaller, "dropout must lie in [0, 1], but is {}.",
+  check_value(*options.feed_forward() >= 0, kBlock, "feed_forward must not be negative, but is {}.", *options.feed_forward());
+  check_value(options.dropout() >= 0 && options.dropout() <= 1, kBlock, "dropout must lie in [0, 1], but is {}.",
               options.dropout());
   return options;
 }
@@ -137,9 +138,9 @@ std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::attend(const Tensor& query, 
   // The norm reads the query before the attention can refuse it; its type and its batch are left to the attention.
   const auto Eq = options.attention().dim_query();
   const auto device = attention->query_linear->weight.device();
-  check_value(query.defined() && (query.dim() == 2 || query.dim() == 3) && query.size(-1) == Eq, kCaller,
+  check_value(query.defined() && (query.dim() == 2 || query.dim() == 3) && query.size(-1) == Eq, kBlock,
               "query must have shape [B, Lq, {}], but has {}.", Eq, shape_of(query));
-  check_type(query.device() == device, kCaller, "query must be on {}, as the parameters, but is on {}.", device.str(),
+  check_type(query.device() == device, kBlock, "query must be on {}, as the parameters, but is on {}.", device.str(),
              query.device().str());
 
   const bool before = options.norm_placement() == NormPlacement::before;

@@ -13,7 +13,7 @@ namespace {
 
 // ---- The table -------------------------------------------------------------------------------------------------------------
 
-constexpr std::array kLayouts = {
+constexpr std::array kBlockLayouts = {
     BlockLayout{.name = "fc1_fc2",
                 .used_by = "BART, Marian (norms after); mBART, M2M-100, Pegasus, Whisper, MusicGen (before)",
                 .attention = "encoder_attn.",
@@ -248,7 +248,7 @@ class BlockMatch {
 };
 
 std::optional<FoundBlock> block_around(const FoundLayer& attention, const Infos& tensors) {
-  for (const auto& layout : kLayouts) {
+  for (const auto& layout : kBlockLayouts) {
     if (!attention.prefix.ends_with(layout.attention)) continue;
     const auto prefix = attention.prefix.substr(0, attention.prefix.size() - layout.attention.size());
     if (!prefix.empty() && !prefix.ends_with('.')) continue;
@@ -260,7 +260,7 @@ std::optional<FoundBlock> block_around(const FoundLayer& attention, const Infos&
 }  // namespace
 
 std::span<const BlockLayout> block_layouts() {
-  return kLayouts;
+  return kBlockLayouts;
 }
 
 std::vector<FoundBlock> find_blocks(const Infos& tensors, const Layout* only) {

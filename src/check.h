@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
-#include <string>
 #include <string_view>
 #include <utility>
 
@@ -25,16 +22,6 @@ void check_value(bool ok, std::string_view caller, fmt::format_string<Args...> f
 template <typename... Args>
 void check_type(bool ok, std::string_view caller, fmt::format_string<Args...> format, Args&&... args) {
   TORCH_CHECK_TYPE(ok, formatted("[{}] {}", caller, formatted(format, std::forward<Args>(args)...)));
-}
-
-/// "[2, 6, 128]", or "undefined".
-inline std::string shape_of(const at::Tensor& tensor) {
-  return tensor.defined() ? formatted("[{}]", joined(tensor.sizes())) : "undefined";
-}
-
-/// "float32", as Python spells it, or "undefined".
-inline std::string type_of(const at::Tensor& tensor) {
-  return tensor.defined() ? std::string(c10::getDtypeNames(tensor.scalar_type()).first) : "undefined";
 }
 
 }  // namespace xattn::detail

@@ -3,10 +3,8 @@
 
 #include <xattn/file_error.h>
 
-#include <cerrno>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -16,17 +14,10 @@
 namespace xattn::detail {
 
 /// `text` with its control characters escaped: names come from files, and must not break the line or drive the terminal.
-inline std::string one_line(std::string_view text) {
-  std::string line;
-  for (char c : text) {
-    if (const auto code = static_cast<unsigned char>(c); code < 0x20 || code == 0x7f) {
-      line += formatted("\\x{:02x}", code);
-    } else {
-      line += c;
-    }
-  }
-  return line;
-}
+std::string one_line(std::string_view text);
+
+/// In double quotes, as JSON: names come from files, and may hold anything.
+std::string in_quotes(std::string_view text);
 
 /// Throws FileError with "[reader] path: message".
 template <typename... Args>
@@ -47,13 +38,9 @@ void check_file(bool ok, std::string_view reader, std::string_view path, fmt::fo
 }
 
 /// "; missing: a, b", or nothing if there are none.
-inline std::string list(std::string_view what, const std::vector<std::string>& names) {
-  return names.empty() ? "" : formatted("; {}: {}", what, joined(names));
-}
+std::string list(std::string_view what, const std::vector<std::string>& names);
 
 /// What the operating system said last: "No such file or directory".
-inline std::string system_reason() {
-  return std::generic_category().message(errno);
-}
+std::string system_reason();
 
 }  // namespace xattn::detail

@@ -27,7 +27,7 @@ struct Checkpoint::Contents {
 
 namespace {
 
-constexpr std::string_view kReader = "checkpoint";
+constexpr std::string_view kCheckpoint = "checkpoint";
 
 // A length of eight bytes, then a JSON object.
 bool is_safetensors(std::string_view bytes) {
@@ -58,12 +58,12 @@ std::pair<FileFormat, detail::Index> read_file(const std::string& path, detail::
   if (is_safetensors(bytes)) return {FileFormat::safetensors, detail::read_safetensors(path, file)};
   if (is_old(bytes)) {
     detail::fail_file(
-        kReader, path,
+        kCheckpoint, path,
         "was written by torch.save in the form from before PyTorch 1.6, which is not read; save it anew in Python: "
         "torch.save(torch.load(PATH, map_location='cpu'), NEW_PATH)");
   }
   detail::fail_file(
-      kReader, path,
+      kCheckpoint, path,
       "must be a safetensors file, the index.json of a sharded set, or an archive of torch.save, torch.jit.save or "
       "torch.export.save, but is none of these");
 }
@@ -79,14 +79,14 @@ void read_shards(Checkpoint::Contents& contents, const detail::ShardIndex& shard
       contents.files.push_back(std::make_shared<detail::MappedFile>(path));
       auto [format, index] = read_file(path, contents.files.back()->bytes());
       const bool same = opened.empty() || format == contents.format;
-      detail::check_file(same && (format == FileFormat::safetensors || format == FileFormat::state_dict), kReader,
+      detail::check_file(same && (format == FileFormat::safetensors || format == FileFormat::state_dict), kCheckpoint,
                          contents.path, "must name shards that are all safetensors or all state dicts, but {} is {}", file_name,
                          to_string(format));
       contents.format = format;
       shard = opened.emplace(file_name, std::move(index.tensors)).first;
     }
     const auto tensor = shard->second.find(name);
-    detail::check_file(tensor != shard->second.end(), kReader, contents.path, "says that {} is in {}, but it is not there",
+    detail::check_file(tensor != shard->second.end(), kCheckpoint, contents.path, "says that {} is in {}, but it is not there",
                        detail::in_quotes(name), file_name);
     contents.index.tensors.emplace(name, tensor->second);
   }
@@ -95,7 +95,7 @@ void read_shards(Checkpoint::Contents& contents, const detail::ShardIndex& shard
 
 const detail::StoredTensor& find(const Checkpoint::Contents& contents, const std::string& name) {
   const auto found = contents.index.tensors.find(name);
-  detail::check_file(found != contents.index.tensors.end(), kReader, contents.path, "has no tensor {}",
+  detail::check_file(found != contents.index.tensors.end(), kCheckpoint, contents.path, "has no tensor {}",
                      detail::in_quotes(name));
   return found->second;
 }
@@ -155,7 +155,7 @@ at::Tensor Checkpoint::tensor(const std::string& name) const {
   const auto& stored = find(*contents_, name);
   for (const auto& file : contents_->files) file->check_unchanged();
   auto tensor = detail::materialize(stored);
-  detail::check_file(tensor.has_value(), kReader, path(), "tensor {} of type bool holds a byte other than 0 and 1",
+  detail::check_file(tensor.has_value(), kCheckpoint, path(), "tensor {} of type bool holds a byte other than 0 and 1",
                      detail::in_quotes(name));
   return *std::move(tensor);
 }
@@ -165,7 +165,7 @@ Checkpoint Checkpoint::with(const Checkpoint& other, const std::map<std::string,
   std::ranges::copy(other.contents_->files, std::back_inserter(contents->files));
   for (const auto& [theirs, ours] : names) {
     const bool is_new = contents->index.tensors.emplace(ours, find(*other.contents_, theirs)).second;
-    detail::check_file(is_new, kReader, path(), "already has a tensor {}", detail::in_quotes(ours));
+    detail::check_file(is_new, kCheckpoint, path(), "already has a tensor {}", detail::in_quotes(ours));
     contents->infos.emplace(ours, other.tensors().at(theirs));
   }
   return Checkpoint(std::move(contents));

@@ -22,12 +22,12 @@ using torch::Tensor;
 
 namespace {
 
-constexpr auto kCaller = "cross_attention";
+constexpr auto kCrossAttention = "cross_attention";
 
 // Refuses what cannot be, in reading order, and gives every default its value.
 CrossAttentionOptions resolved(CrossAttentionOptions options) {
   const auto check_positive = [](const char* name, int64_t size) {
-    check_value(size >= 1, kCaller, "{} must be at least 1, but is {}.", name, size);
+    check_value(size >= 1, kCrossAttention, "{} must be at least 1, but is {}.", name, size);
   };
   check_positive("dim_query", options.dim_query());
   check_positive("dim_key", options.dim_key());
@@ -37,10 +37,10 @@ CrossAttentionOptions resolved(CrossAttentionOptions options) {
   const auto heads = options.num_heads();
   if (!options.kv_heads()) options.kv_heads(heads);
   check_positive("kv_heads", *options.kv_heads());
-  check_value(heads % *options.kv_heads() == 0, kCaller, "num_heads must be a multiple of kv_heads, but they are {} and {}.",
+  check_value(heads % *options.kv_heads() == 0, kCrossAttention, "num_heads must be a multiple of kv_heads, but they are {} and {}.",
               heads, *options.kv_heads());
   if (!options.head_dim()) {
-    check_value(options.dim_output() % heads == 0, kCaller,
+    check_value(options.dim_output() % heads == 0, kCrossAttention,
                 "dim_output must be a multiple of num_heads, but they are {} and {}. Otherwise give head_dim.",
                 options.dim_output(), heads);
     options.head_dim(options.dim_output() / heads);
@@ -49,16 +49,16 @@ CrossAttentionOptions resolved(CrossAttentionOptions options) {
   if (!options.value_head_dim()) options.value_head_dim(options.head_dim());
   check_positive("value_head_dim", *options.value_head_dim());
   if (!options.scale()) options.scale(1 / std::sqrt(static_cast<double>(*options.head_dim())));
-  check_value(std::isfinite(*options.scale()), kCaller, "scale must be finite, but is {}.", *options.scale());
-  check_value(options.dropout() >= 0 && options.dropout() <= 1, kCaller, "dropout must lie in [0, 1], but is {}.",
+  check_value(std::isfinite(*options.scale()), kCrossAttention, "scale must be finite, but is {}.", *options.scale());
+  check_value(options.dropout() >= 0 && options.dropout() <= 1, kCrossAttention, "dropout must lie in [0, 1], but is {}.",
               options.dropout());
   for (const auto head : options.weight_heads()) {
-    check_value(head >= 0 && head < heads, kCaller, "weight_heads must be of the {} heads, but name {}.", heads, head);
+    check_value(head >= 0 && head < heads, kCrossAttention, "weight_heads must be of the {} heads, but name {}.", heads, head);
   }
-  check_value(options.qk_norm_eps() >= 0, kCaller, "qk_norm_eps must not be negative, but is {}.", options.qk_norm_eps());
-  check_value(options.qk_norm() != NormKind::none || options.qk_norm_scope() == NormScope::per_head, kCaller,
+  check_value(options.qk_norm_eps() >= 0, kCrossAttention, "qk_norm_eps must not be negative, but is {}.", options.qk_norm_eps());
+  check_value(options.qk_norm() != NormKind::none || options.qk_norm_scope() == NormScope::per_head, kCrossAttention,
               "qk_norm must be rms or layer for a qk_norm_scope of across_heads, but is none.");
-  detail::check_plan(kCaller, options.plan(), detail::request_of(options, 1, 1, 1));
+  detail::check_plan(kCrossAttention, options.plan(), detail::request_of(options, 1, 1, 1));
   return options;
 }
 
@@ -100,9 +100,9 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::forward(const Tensor& query,
                                                        const Tensor& key,
                                                        const Tensor& value,
                                                        const Mask& mask) {
-  detail::check_key_value(kCaller, key, value, mask, key_linear, value_linear, options.num_heads());
+  detail::check_key_value(kCrossAttention, key, value, mask, key_linear, value_linear, options.num_heads());
   const bool is_batched = key.dim() == 3;
-  detail::check_query(kCaller, query, is_batched, is_batched ? key.size(0) : 1, query_linear);
+  detail::check_query(kCrossAttention, query, is_batched, is_batched ? key.size(0) : 1, query_linear);
   const auto Lk = key.size(-2), keys = options.bias_kv() ? Lk : mask.needed_keys(Lk);
   if (keys < Lk) {
     const auto [output, weights] = forward(query, key.narrow(-2, 0, keys), value.narrow(-2, 0, keys), mask.first_keys(keys));
@@ -116,14 +116,14 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::forward(const Tensor& query,
 }
 
 Context CrossAttentionImpl::context(const Tensor& key, const Tensor& value, const Mask& mask) {
-  detail::check_key_value(kCaller, key, value, mask, key_linear, value_linear, options.num_heads());
+  detail::check_key_value(kCrossAttention, key, value, mask, key_linear, value_linear, options.num_heads());
   const auto side = detail::make_side({}, detail::LayerWeights(*this), {}, batched(key), batched(value));
   return Context(side.keys, side.values, mask, key.dim() == 3, context_weights());
 }
 
 std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Tensor& query, const Context& context) {
-  detail::check_query(kCaller, query, context, query_linear);
-  context.check_made_from(kCaller, context_weights());
+  detail::check_query(kCrossAttention, query, context, query_linear);
+  context.check_made_from(kCrossAttention, context_weights());
   const detail::Side side{context.key(), {}, context.value(), context.length() - (options.bias_kv() ? 1 : 0)};
   return attend({}, detail::LayerWeights(*this), {}, batched(query), side, context.mask(), context.is_batched());
 }
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Orders& orders,
                                                       const detail::Side& side,
                                                       const Mask& mask,
                                                       bool is_batched) const {
-  mask.check(kCaller, query.size(0), options.num_heads(), query.size(1), side.Lk, query.device());
+  mask.check(kCrossAttention, query.size(0), options.num_heads(), query.size(1), side.Lk, query.device());
   AttentionOptions how;
   how.mask = mask;
   how.scale = options.scale();

@@ -18,15 +18,15 @@ using torch::Tensor;
 
 namespace {
 
-constexpr auto kCaller = "decoupled_cross_attention";
+constexpr auto kDecoupled = "decoupled_cross_attention";
 
 // Refuses what cannot be, in reading order, and gives every default its value. `attention` checks its own options.
 DecoupledCrossAttentionOptions resolved(DecoupledCrossAttentionOptions options) {
   for (size_t i = 0; i < options.added().size(); ++i) {
     auto& added = options.added()[i];
-    check_value(added.dim_key() >= 1, kCaller, "added[{}].dim_key must be at least 1, but is {}.", i, added.dim_key());
-    check_value(added.dim_value() >= 1, kCaller, "added[{}].dim_value must be at least 1, but is {}.", i, added.dim_value());
-    check_value(std::isfinite(added.scale()), kCaller, "added[{}].scale must be finite, but is {}.", i, added.scale());
+    check_value(added.dim_key() >= 1, kDecoupled, "added[{}].dim_key must be at least 1, but is {}.", i, added.dim_key());
+    check_value(added.dim_value() >= 1, kDecoupled, "added[{}].dim_value must be at least 1, but is {}.", i, added.dim_value());
+    check_value(std::isfinite(added.scale()), kDecoupled, "added[{}].scale must be finite, but is {}.", i, added.scale());
     if (!added.key_bias()) added.key_bias(options.attention().key_bias());
     if (!added.value_bias()) added.value_bias(options.attention().value_bias());
   }
@@ -35,7 +35,7 @@ DecoupledCrossAttentionOptions resolved(DecoupledCrossAttentionOptions options) 
 
 // "decoupled_cross_attention.added0": messages about its key, value and mask begin so.
 std::string caller_of(size_t index) {
-  return detail::formatted("{}.added{}", kCaller, index);
+  return detail::formatted("{}.added{}", kDecoupled, index);
 }
 
 std::string batch_of(const Context& context) {
@@ -43,7 +43,7 @@ std::string batch_of(const Context& context) {
 }
 
 void check_count(size_t given, size_t expected) {
-  check_value(given == expected, kCaller, "added must have as many contexts as the options, {}, but has {}.", expected, given);
+  check_value(given == expected, kDecoupled, "added must have as many contexts as the options, {}, but has {}.", expected, given);
 }
 
 std::vector<Tensor> weights_of(const AddedProjection& side) {
@@ -129,7 +129,7 @@ Context DecoupledCrossAttentionImpl::context(const Tensor& key, const Tensor& va
 }
 
 Context DecoupledCrossAttentionImpl::added_context(size_t index, const Tensor& key, const Tensor& value, const Mask& mask) {
-  check_value(index < added_projections.size(), kCaller, "index must be below the number of added contexts, {}, but is {}.",
+  check_value(index < added_projections.size(), kDecoupled, "index must be below the number of added contexts, {}, but is {}.",
               added_projections.size(), index);
   auto& side = added_projections[index];
   const auto& heads = attention->options;
@@ -145,12 +145,12 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& que
                                                                const Context& context,
                                                                const std::vector<Context>& added) {
   auto& first = *attention;
-  detail::check_query(kCaller, query, context, first.query_linear);
+  detail::check_query(kDecoupled, query, context, first.query_linear);
   check_count(added.size(), added_projections.size());
   context.check_made_from(
-      kCaller, detail::context_weights(first.key_linear, first.value_linear, first.key_norm, first.bias_k, first.bias_v));
+      kDecoupled, detail::context_weights(first.key_linear, first.value_linear, first.key_norm, first.bias_k, first.bias_v));
   for (size_t i = 0; i < added.size(); ++i) {
-    check_value(added[i].is_batched() == context.is_batched() && added[i].batch_size() == context.batch_size(), kCaller,
+    check_value(added[i].is_batched() == context.is_batched() && added[i].batch_size() == context.batch_size(), kDecoupled,
                 "added[{}] must be {}, as the first context, but is {}.", i, batch_of(context), batch_of(added[i]));
     added[i].check_made_from(caller_of(i), weights_of(added_projections[i]));
   }
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& que
   const auto q =
       split_heads(project(first.query_linear, batched(query)), heads.num_heads(), *heads.head_dim(), heads.qk_norm_scope(),
                   first.query_norm);                                                                     // [B, H, Lq, d]
-  auto [mixed, weights, log_sum_exp] = detail::attend_heads(kCaller, q, context, heads, is_training());  // [B, H, Lq, e]
+  auto [mixed, weights, log_sum_exp] = detail::attend_heads(kDecoupled, q, context, heads, is_training());  // [B, H, Lq, e]
   auto quiet = heads;
   quiet.bias_kv(false).attention_weights(AttentionWeights::none);
   for (size_t i = 0; i < added.size(); ++i) {

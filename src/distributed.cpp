@@ -31,7 +31,7 @@ using detail::LayerWeights;
 
 namespace {
 
-constexpr auto kCaller = "context_parallel";
+constexpr auto kContextParallel = "context_parallel";
 
 // The tensors of one side of a layer, for the ranks to add up their gradients.
 std::vector<Tensor> of_query(const LayerWeights& w) {
@@ -96,8 +96,8 @@ std::vector<int64_t> exchange_lengths(
     const auto sizes = each.cpu();
     const auto other = sizes.const_data_ptr<int64_t>()[0];
     const auto rank = lengths.size();
-    check_value(other >= 0, kCaller, "{} must be right on all ranks, but rank {} refused its own.", name, rank);
-    check_value(other == B, kCaller, "{} must have one batch size on all ranks, but has {} on rank {} and {} on rank {}.", name,
+    check_value(other >= 0, kContextParallel, "{} must be right on all ranks, but rank {} refused its own.", name, rank);
+    check_value(other == B, kContextParallel, "{} must have one batch size on all ranks, but has {} on rank {} and {} on rank {}.", name,
                 B, ranks.rank(), other, rank);
     lengths.push_back(sizes.const_data_ptr<int64_t>()[1]);
   }
@@ -144,13 +144,13 @@ int64_t SharedContext::bytes() const {
 }
 
 ContextParallel::ContextParallel(CrossAttention module, c10::intrusive_ptr<c10d::ProcessGroup> group, Queries queries) {
-  check_value(!module.is_empty(), kCaller, "module must be a CrossAttention, but is empty.");
-  check_value(group.defined(), kCaller, "group must be a process group, but is null.");
-  check_value(!module->options.bias_kv(), kCaller,
+  check_value(!module.is_empty(), kContextParallel, "module must be a CrossAttention, but is empty.");
+  check_value(group.defined(), kContextParallel, "group must be a process group, but is null.");
+  check_value(!module->options.bias_kv(), kContextParallel,
               "module must have no bias_kv, whose free key belongs to no rank, but has one.");
   const auto& plan = module->options.plan();
   const auto ends_in_heads = [](Order order) { return order == Order::standard || order == Order::fold_into_query; };
-  check_value(!plan.pinned || (ends_in_heads(plan.orders.logits) && ends_in_heads(plan.orders.values)), kCaller,
+  check_value(!plan.pinned || (ends_in_heads(plan.orders.logits) && ends_in_heads(plan.orders.values)), kContextParallel,
               "plan must be of orders that end in heads, standard and fold_into_query, but is {}, {}.",
               name_of(plan.orders.logits), name_of(plan.orders.values));
   state_ = std::make_shared<State>(State{std::move(module), c10::make_intrusive<detail::Ranks>(std::move(group)), queries});
@@ -177,16 +177,16 @@ SharedContext ContextParallel::context(const Tensor& key,
   const auto& o = module.options;
   const auto expected = options.expected_queries;
   const auto lengths = exchange_lengths(key, "key", module.key_linear->weight.device(), *state_->ranks, [&] {
-    detail::check_key_value(kCaller, key, value, {}, module.key_linear, module.value_linear, o.num_heads());
+    detail::check_key_value(kContextParallel, key, value, {}, module.key_linear, module.value_linear, o.num_heads());
   });
   auto Xk = batched(key), Xv = batched(value);
   const auto rank = state_->ranks->rank(), own = Xk.size(1);
   const auto first = std::accumulate(lengths.begin(), lengths.begin() + rank, int64_t{0});
   const auto length = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
-  mask.check(kCaller, Xk.size(0), o.num_heads(), std::nullopt, length, Xk.device());
+  mask.check(kContextParallel, Xk.size(0), o.num_heads(), std::nullopt, length, Xk.device());
 
   const auto request = detail::for_context(
-      kCaller, module.request(Xk.size(0), 1, std::max<int64_t>(1, own), {}, Xk.requires_grad() || Xv.requires_grad()),
+      kContextParallel, module.request(Xk.size(0), 1, std::max<int64_t>(1, own), {}, Xk.requires_grad() || Xv.requires_grad()),
       expected);
   const auto orders = o.plan().pinned ? o.plan().orders : cheapest(request);
 
@@ -210,11 +210,11 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   const auto& o = module.options;
   const auto& c = *context.state_;
   const auto& ranks = state_->ranks;
-  check_value(c.owner == state_, kCaller, "context must be made by the ContextParallel that attends to it, but is another's.");
+  check_value(c.owner == state_, kContextParallel, "context must be made by the ContextParallel that attends to it, but is another's.");
   const bool apart = state_->queries == Queries::own;
   const auto check = [&] {
-    detail::check_query(kCaller, query, c.stamp.is_batched(), context.batch_size(), module.query_linear);
-    c.stamp.check_made_from(kCaller, module.context_weights());
+    detail::check_query(kContextParallel, query, c.stamp.is_batched(), context.batch_size(), module.query_linear);
+    c.stamp.check_made_from(kContextParallel, module.context_weights());
   };
   const auto device = module.query_linear->weight.device();
   std::vector<int64_t> lengths;
@@ -225,13 +225,13 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   }
   const auto own = batched(query);
   for (size_t rank = 0; rank < lengths.size() && !apart; ++rank) {
-    check_value(lengths[rank] == own.size(1), kCaller,
+    check_value(lengths[rank] == own.size(1), kContextParallel,
                 "query must have one length on all ranks, but has {} on rank {} and {} on rank {}.", own.size(1), ranks->rank(),
                 lengths[rank], rank);
   }
   const auto all = apart ? detail::all_rows(own, lengths, ranks) : own;
   const auto Lq = all.size(1);
-  c.mask.check(kCaller, context.batch_size(), o.num_heads(), Lq, c.length, all.device());
+  c.mask.check(kContextParallel, context.batch_size(), o.num_heads(), Lq, c.length, all.device());
 
   LayerWeights weights(module);
   auto replicated = of_query(weights);

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "check.h"
+#include "describe.h"
 #include "text.h"
 
 namespace xattn {

@@ -16,7 +16,9 @@
 #include <variant>
 
 #include "check.h"
+#include "describe.h"
 #include "engine/engine.h"
+#include "order_traits.h"
 #include "orders.h"
 #include "product.h"
 #include "projection.h"
@@ -26,10 +28,11 @@ namespace xattn {
 using at::Tensor;
 using detail::batched;
 using detail::check_value;
+using detail::uses_product;
 
 namespace {
 
-constexpr auto kCaller = "frozen";
+constexpr auto kFrozen = "frozen";
 
 detail::Folded in_type_of(const Tensor& weight, const detail::Folded& folded) {
   return {folded.weight.to(weight.scalar_type()), folded.bias.defined() ? folded.bias.to(weight.scalar_type()) : Tensor()};
@@ -54,10 +57,6 @@ std::pair<std::vector<int64_t>, Mask> split_lengths(const Mask& mask, int64_t B,
 int64_t mean_length(const std::vector<int64_t>& lengths) {
   const auto count = static_cast<int64_t>(lengths.size()), sum = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
   return count == 0 ? 1 : std::max<int64_t>(1, (sum + count - 1) / count);
-}
-
-bool uses_product(Order order) {
-  return order == Order::prefold || order == Order::prefold_into_context;
 }
 
 // The mask of a context for n queries of Lq rows, one behind the other.
@@ -115,7 +114,7 @@ struct Frozen::State {
   }
 
   PlanRequest request_for_context(int64_t B, int64_t Lk, int64_t expected) const {
-    return detail::for_context(kCaller, request(B, 1, Lk), expected);
+    return detail::for_context(kFrozen, request(B, 1, Lk), expected);
   }
 
   // query [B, Lq, Eq], or undefined for the constant one.
@@ -188,7 +187,7 @@ int64_t FrozenContext::bytes() const {
 }
 
 FrozenContext FrozenContext::slice(int64_t begin, int64_t end) const {
-  check_value(0 <= begin && begin < end && end <= state_->B, kCaller, "slice must lie in [0, {}], but is [{}, {}).", state_->B,
+  check_value(0 <= begin && begin < end && end <= state_->B, kFrozen, "slice must lie in [0, {}], but is [{}, {}).", state_->B,
               begin, end);
   auto sliced = std::make_shared<State>(*state_);
   sliced->B = end - begin;
@@ -222,7 +221,7 @@ FrozenContext FrozenContext::to(at::Device device) const {
 }
 
 FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
-  check_value(!contexts.empty(), kCaller, "contexts must be at least one, but are none.");
+  check_value(!contexts.empty(), kFrozen, "contexts must be at least one, but are none.");
   const auto& first = *contexts.front().state_;
   auto joined = std::make_shared<State>(first);
   std::vector<std::pair<Mask, int64_t>> masks;
@@ -231,7 +230,7 @@ FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
     const auto& state = *context.state_;
     check_value(state.owner == first.owner && state.orders == first.orders && state.Lk == first.Lk && state.batched &&
                     state.raw() == first.raw(),
-                kCaller, "contexts must be batches of one Frozen, of one length and orders, but they differ.");
+                kFrozen, "contexts must be batches of one Frozen, of one length and orders, but they differ.");
     masks.emplace_back(state.mask, state.B);
     joined->B += state.B;
   }
@@ -271,20 +270,20 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& options) {
 
   const auto request = detail::request_of(o, 1, 1, 1);
   const auto& [logits, values] = state->plan.orders;
-  detail::check_plan(kCaller, state->plan, request);
+  detail::check_plan(kFrozen, state->plan, request);
   if (options.query.defined()) {
-    check_value(options.query.dim() == 2 && options.query.size(1) == o.dim_query(), kCaller,
+    check_value(options.query.dim() == 2 && options.query.size(1) == o.dim_query(), kFrozen,
                 "query must have shape [Lq, {}], but has {}.", o.dim_query(), detail::shape_of(options.query));
-    detail::check_query(kCaller, options.query, /*is_batched=*/false, 1, copy->query_linear);
+    detail::check_query(kFrozen, options.query, /*is_batched=*/false, 1, copy->query_linear);
     state->query = options.query.detach().clone();
   }
 
   const bool no_norm = o.qk_norm() == NormKind::none && !o.bias_kv();
   const bool kernels = !o.bias_kv() && weights.query.is_cpu() && weights.query.scalar_type() == at::kFloat;
   if (options.storage) {
-    check_value(*options.storage == at::kFloat || *options.storage == at::kBFloat16, kCaller,
+    check_value(*options.storage == at::kFloat || *options.storage == at::kBFloat16, kFrozen,
                 "storage must be float32 or bfloat16, but is {}.", c10::getDtypeNames(*options.storage).first);
-    check_value(kernels, kCaller,
+    check_value(kernels, kFrozen,
                 "storage must be left out where the kernels do not run, but is given: they need float32 on the "
                 "CPU and no bias_kv.");
   }
@@ -311,13 +310,13 @@ std::tuple<Tensor, Tensor> Frozen::forward(const Tensor& query,
                                            const Mask& mask) const {
   const Inference inference;
   const bool is_batched = key.defined() && key.dim() == 3;
-  detail::check_query(kCaller, query, is_batched, is_batched ? key.size(0) : 1, state_->module->query_linear);
+  detail::check_query(kFrozen, query, is_batched, is_batched ? key.size(0) : 1, state_->module->query_linear);
   return forward_with(batched(query), key, value, mask);
 }
 
 std::tuple<Tensor, Tensor> Frozen::forward(const Tensor& key, const Tensor& value, const Mask& mask) const {
   const Inference inference;
-  check_value(state_->query.defined(), kCaller, "query must be given to freeze or to forward, but is given to neither.");
+  check_value(state_->query.defined(), kFrozen, "query must be given to freeze or to forward, but is given to neither.");
   return forward_with({}, key, value, mask);
 }
 
@@ -327,10 +326,10 @@ std::tuple<Tensor, Tensor> Frozen::forward_with(const Tensor& query,
                                                 const Tensor& value,
                                                 const Mask& mask) const {
   const auto& module = *state_->module;
-  detail::check_key_value(kCaller, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
+  detail::check_key_value(kFrozen, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
   const auto Xk = batched(key), Xv = batched(value);
   const auto B = Xk.size(0), Lq = query.defined() ? query.size(1) : state_->query.size(0), Lk = Xk.size(1);
-  mask.check(kCaller, B, options().num_heads(), Lq, Lk, key.device());
+  mask.check(kFrozen, B, options().num_heads(), Lq, Lk, key.device());
   if (!state_->engine) {
     const auto keys = options().bias_kv() ? Lk : mask.needed_keys(Lk);
     const auto cut_mask = mask.first_keys(keys);
@@ -348,7 +347,7 @@ FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask
   const auto& module = *state_->module;
   const Inference inference;
   const auto expected = options.expected_queries;
-  detail::check_key_value(kCaller, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
+  detail::check_key_value(kFrozen, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
   const auto Xk = batched(key);
   const auto keys = mean_length(split_lengths(mask, Xk.size(0), Xk.size(1)).first);
   const auto orders = state_->choose(state_->request_for_context(Xk.size(0), keys, expected));
@@ -382,17 +381,17 @@ std::tuple<Tensor, Tensor> Frozen::attend(const Tensor& query, const FrozenConte
   const Inference inference;
   const auto& c = *context.state_;
   const auto& module = *state_->module;
-  check_value(c.owner == state_, kCaller, "context must be made by the Frozen that attends to it, but is another's.");
+  check_value(c.owner == state_, kFrozen, "context must be made by the Frozen that attends to it, but is another's.");
   const auto given = query.defined() && query.dim() == 3 ? query.size(0) : 1;
-  detail::check_query(kCaller, query, c.batched, c.B > 0 && given % c.B == 0 ? given : c.B, module.query_linear);
+  detail::check_query(kFrozen, query, c.batched, c.B > 0 && given % c.B == 0 ? given : c.B, module.query_linear);
   return attend_with(query, context);
 }
 
 std::tuple<Tensor, Tensor> Frozen::attend(const FrozenContext& context) const {
   const Inference inference;
-  check_value(context.state_->owner == state_, kCaller,
+  check_value(context.state_->owner == state_, kFrozen,
               "context must be made by the Frozen that attends to it, but is another's.");
-  check_value(state_->query.defined(), kCaller, "query must be given to freeze or to attend, but is given to neither.");
+  check_value(state_->query.defined(), kFrozen, "query must be given to freeze or to attend, but is given to neither.");
   return attend_with({}, context);
 }
 
@@ -400,12 +399,12 @@ std::tuple<Tensor, Tensor> Frozen::attend(const FrozenContext& context) const {
 std::tuple<Tensor, Tensor> Frozen::attend_with(const Tensor& query, const FrozenContext& context) const {
   const auto& c = *context.state_;
   const auto device = std::visit([](const auto& side) { return side.keys.device(); }, c.side);
-  detail::check_type(device == state_->weights.query.device(), kCaller, "context must be on {}, as the weights, but is on {}.",
+  detail::check_type(device == state_->weights.query.device(), kFrozen, "context must be on {}, as the weights, but is on {}.",
                      state_->weights.query.device().str(), device.str());
   const auto wanted = options().attention_weights();
   const auto Xq = query.defined() ? batched(query) : Tensor();
   const auto Lq = query.defined() ? Xq.size(1) : state_->query.size(0);
-  c.mask.check(kCaller, c.B, options().num_heads(), Lq, c.Lk, state_->weights.query.device());
+  c.mask.check(kFrozen, c.B, options().num_heads(), Lq, c.Lk, state_->weights.query.device());
   if (const auto* side = std::get_if<detail::EngineSide>(&c.side)) {
     return as_given(detail::attend(*state_->engine, *side, state_->call(c.orders, Xq, c.mask)), c.batched);
   }

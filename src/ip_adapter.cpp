@@ -16,7 +16,7 @@
 namespace xattn {
 namespace {
 
-constexpr std::string_view kReader = "ip_adapter";
+constexpr std::string_view kIpAdapter = "ip_adapter";
 constexpr std::string_view kPlaces = "ip_adapter.";
 
 using Places = std::map<std::string, std::string>;  // prefixes of layers in the base -> in the adapter
@@ -43,7 +43,7 @@ Places places_by_order(const Checkpoint& base) {
     const bool in_time = layer.prefix.find("motion_modules.") != std::string::npos;  // AnimateDiff's
     if (layer.kind == AttentionKind::cross && !in_time) ordered.emplace(order_of(layer.prefix), layer.prefix);
   }
-  detail::check_file(!ordered.empty(), kReader, base.path(),
+  detail::check_file(!ordered.empty(), kIpAdapter, base.path(),
                      "must hold cross-attention layers that are spelled as in diffusers, but holds none");
   Places places;
   for (const auto& [order, prefix] : ordered)
@@ -68,7 +68,7 @@ Checkpoint with_ip_adapter(const Checkpoint& base, const Checkpoint& adapter, co
   for (const auto& [name, info] : adapter.tensors()) {
     if (places.empty() && name.starts_with(kPlaces) && !names.contains(name)) unexpected.push_back(name);
   }
-  detail::check_file(missing.empty() && unexpected.empty(), kReader, adapter.path(),
+  detail::check_file(missing.empty() && unexpected.empty(), kIpAdapter, adapter.path(),
                      "must have to_k_ip and to_v_ip for the {} cross-attention layers of {}{}{}", names.size() / 2, base.path(),
                      detail::list("missing", missing), detail::list("unexpected", unexpected));
   return base.with(adapter, names);

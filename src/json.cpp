@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "check_file.h"
-#include "stored_tensor.h"
 
 namespace xattn::detail {
 namespace {

@@ -13,6 +13,7 @@
 #include "check.h"
 #include "check_file.h"
 #include "choose.h"
+#include "describe.h"
 #include "option_names.h"
 #include "text.h"
 

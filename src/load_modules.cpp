@@ -23,7 +23,7 @@
 namespace xattn {
 namespace {
 
-constexpr std::string_view kReader = "load";
+constexpr std::string_view kLoadReader = "load";
 constexpr std::string_view kActivations = "relu, gelu, gelu_tanh, silu";
 
 using detail::in_quotes;
@@ -84,10 +84,10 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint, const FoundLayer& l
   const auto possible = layer.possible_heads();
   if (!num_heads && possible.size() == 1) num_heads = possible.front();
   if (!num_heads && layer.layout->name == "reference") num_heads = layer.options.num_heads();
-  detail::check_file(num_heads.has_value(), kReader, checkpoint.path(),
+  detail::check_file(num_heads.has_value(), kLoadReader, checkpoint.path(),
                      "the number of heads of {} is not among its weights, nor in a config.json beside it; give one of {}",
                      in_quotes(layer.prefix), detail::joined(possible));
-  detail::check_file(std::ranges::count(possible, *num_heads) == 1, kReader, checkpoint.path(),
+  detail::check_file(std::ranges::count(possible, *num_heads) == 1, kLoadReader, checkpoint.path(),
                      "the number of heads of {} must be one of {}, but is {}", in_quotes(layer.prefix),
                      detail::joined(possible), *num_heads);
   auto sizes = layer.with_heads(*num_heads).attention_weights(options.attention_weights);
@@ -95,7 +95,7 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint, const FoundLayer& l
   return sizes;
 }
 
-at::ScalarType type_of(const Checkpoint& checkpoint, const FoundLayer& layer) {
+at::ScalarType type_of_layer(const Checkpoint& checkpoint, const FoundLayer& layer) {
   return checkpoint.tensors().at(layer.prefix + std::string(layer.layout->query.weight)).type;
 }
 
@@ -136,7 +136,7 @@ FoundBlock choose_block(const Checkpoint& checkpoint, const std::optional<std::s
 CrossAttention cross_attention_from(const Checkpoint& checkpoint, const LayerOptions& options) {
   const auto layer = choose_layer(checkpoint, options.prefix, options.layout);
   CrossAttention attention(sizes_of(checkpoint, layer, options));
-  attention->to(type_of(checkpoint, layer));
+  attention->to(type_of_layer(checkpoint, layer));
   load_weights(*attention, checkpoint, {.prefix = layer.prefix, .allow_unexpected = true, .layout = options.layout});
   return attention;
 }
@@ -145,7 +145,7 @@ DecoupledCrossAttention decoupled_cross_attention_from(const Checkpoint& checkpo
                                                        const LayerOptions& options,
                                                        double scale) {
   const auto layer = choose_layer(checkpoint, options.prefix, options.layout);
-  detail::check_file(!layer.added.empty(), kReader, checkpoint.path(),
+  detail::check_file(!layer.added.empty(), kLoadReader, checkpoint.path(),
                      "layer {} must have projections of a second context, but has none that layout {} knows",
                      in_quotes(layer.prefix), layer.layout->name);
   const auto parts = added_recipes(layer, checkpoint.tensors());
@@ -162,7 +162,7 @@ DecoupledCrossAttention decoupled_cross_attention_from(const Checkpoint& checkpo
                         .scale(scale));
   }
   DecoupledCrossAttention attention(DecoupledCrossAttentionOptions(sizes_of(checkpoint, layer, options)).added(added));
-  attention->to(type_of(checkpoint, layer));
+  attention->to(type_of_layer(checkpoint, layer));
   load_weights(*attention, checkpoint, {.prefix = layer.prefix, .allow_unexpected = true, .layout = options.layout});
   return attention;
 }
@@ -172,7 +172,7 @@ CrossAttentionBlock cross_attention_block_from(const Checkpoint& checkpoint, con
   const auto& layout = *found.layout;
   const ModelConfig config(checkpoint);
   const auto told = [&](const auto& value, std::string_view option, std::string_view values) {
-    detail::check_file(value.has_value(), kReader, checkpoint.path(),
+    detail::check_file(value.has_value(), kLoadReader, checkpoint.path(),
                        "the {} of {} is not among its weights, nor in a config.json beside it; give one of {}", option,
                        in_quotes(found.prefix), values);
     return *value;
@@ -183,7 +183,7 @@ CrossAttentionBlock cross_attention_block_from(const Checkpoint& checkpoint, con
   auto activation = options.activation;
   if (const auto name = config.first<std::string>(layout.activation_in_config); name && !activation) {
     activation = activation_of(*name);
-    detail::check_file(activation.has_value(), kReader, checkpoint.path(),
+    detail::check_file(activation.has_value(), kLoadReader, checkpoint.path(),
                        "the activation in its config.json, {}, is not known; give one of {}", in_quotes(*name), kActivations);
   }
   if (!activation) activation = layout.activation;
@@ -198,7 +198,7 @@ CrossAttentionBlock cross_attention_block_from(const Checkpoint& checkpoint, con
       .activation(told(activation, "activation", kActivations))
       .norm_eps(eps.value_or(layout.norm_eps));
   CrossAttentionBlock block(block_options);
-  block->to(type_of(checkpoint, found.attention));
+  block->to(type_of_layer(checkpoint, found.attention));
   load_weights(*block, checkpoint, {.prefix = found.prefix, .layout = options.layout});
   return block;
 }

@@ -20,18 +20,19 @@
 #include <limits>
 
 #include "check.h"
+#include "describe.h"
+#include "softmax.h"
 #include "text.h"
 
 namespace xattn {
 
 using detail::check_type;
 using detail::check_value;
+using detail::kMinusInfinity;
 using detail::shape_of;
 using detail::type_of;
 
 namespace {
-
-constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 
 // What additive masks put in place of -inf where they mean "never"; the least of the values in use.
 constexpr double kForbidden = -10000;

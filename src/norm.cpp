@@ -6,6 +6,7 @@
 #include <torch/nn/init.h>
 
 #include "check.h"
+#include "describe.h"
 #include "text.h"
 
 namespace xattn {

@@ -9,6 +9,7 @@
 
 #include <optional>
 
+#include "order_traits.h"
 #include "product.h"
 #include "projection.h"
 #include "softmax.h"
@@ -18,10 +19,6 @@ namespace xattn::detail {
 using at::Tensor;
 
 namespace {
-
-bool uses_product(Order order) {
-  return order == Order::prefold || order == Order::prefold_into_context;
-}
 
 // [G, a, b] -> [H, a, b]: the H/G heads that share a key/value head have the same.
 Tensor for_every_head(const Tensor& x, int64_t H) {

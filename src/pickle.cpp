@@ -17,7 +17,7 @@ using Id = Pickle::Id;
 using Kind = Pickle::Kind;
 using Node = Pickle::Node;
 
-constexpr std::string_view kReader = "pickle";
+constexpr std::string_view kPickle = "pickle";
 constexpr Id kNowhere = ~Id{0};
 constexpr size_t kMaxBytes = size_t{1} << 26;  // some hundred thousand tensors; nodes can then be counted in 32 bits
 
@@ -155,7 +155,7 @@ class Machine {
 
   template <typename... Args>
   void check(bool ok, fmt::format_string<Args...> format, Args&&... args) const {
-    check_file(ok, kReader, path_, format, std::forward<Args>(args)...);
+    check_file(ok, kPickle, path_, format, std::forward<Args>(args)...);
   }
 
   // For an instruction that does not find what it works on.
@@ -326,7 +326,7 @@ class Machine {
     if (module == "torch._utils" && name.starts_with("_rebuild_")) return Use::other_tensor;
     if (module == "torch" && name.find('.') == std::string_view::npos) return Use::name;  // classes of storages, types
     if (names_ == PickleNames::torchscript) return Use::script_object;
-    fail_file(kReader, path_,
+    fail_file(kPickle, path_,
               "holds an object of class {}.{}, which is no tensor; save the tensors alone, in Python: "
               "torch.save(torch.load(PATH, weights_only=False){}, NEW_PATH)",
               module, name, stack_.empty() ? ".state_dict()" : "['model']");

@@ -15,10 +15,10 @@ namespace {
 using Id = Pickle::Id;
 using Kind = Pickle::Kind;
 
-constexpr int kMaxDepth = 100;
+constexpr int kMaxNesting = 100;
 constexpr size_t kChargesPerByte = 16;  // a tensor takes some 60 bytes of pickle, and is charged some 150
 
-constexpr std::array kTypes{PickledType{at::kDouble, true},         PickledType{at::kFloat, true},
+constexpr std::array kPickledTypes{PickledType{at::kDouble, true},         PickledType{at::kFloat, true},
                             PickledType{at::kHalf, true},           PickledType{at::kBFloat16, true},
                             PickledType{at::kLong, true},           PickledType{at::kInt, true},
                             PickledType{at::kShort, true},          PickledType{at::kChar, true},
@@ -32,21 +32,21 @@ constexpr std::array kTypes{PickledType{at::kDouble, true},         PickledType{
 
 // The types by their names, null if there is none. TorchScript has a storage class for each.
 const PickledType* type_of_name(std::string_view name) {
-  const auto* found = std::ranges::find_if(kTypes, [&](const auto& x) { return c10::getDtypeNames(x.type).first == name; });
-  return found == kTypes.end() ? nullptr : found;
+  const auto* found = std::ranges::find_if(kPickledTypes, [&](const auto& x) { return c10::getDtypeNames(x.type).first == name; });
+  return found == kPickledTypes.end() ? nullptr : found;
 }
 
 const PickledType* type_of_storage(std::string_view name) {
   const auto* found =
-      std::ranges::find_if(kTypes, [&](const auto& x) { return name == formatted("{}Storage", c10::toString(x.type)); });
-  return found == kTypes.end() ? nullptr : found;
+      std::ranges::find_if(kPickledTypes, [&](const auto& x) { return name == formatted("{}Storage", c10::toString(x.type)); });
+  return found == kPickledTypes.end() ? nullptr : found;
 }
 
 }  // namespace
 
 const PickledType* find_pickled_type(at::ScalarType type) {
-  const auto* found = std::ranges::find(kTypes, type, &PickledType::type);
-  return found == kTypes.end() ? nullptr : found;
+  const auto* found = std::ranges::find(kPickledTypes, type, &PickledType::type);
+  return found == kPickledTypes.end() ? nullptr : found;
 }
 
 PickledTensors::PickledTensors(
@@ -86,7 +86,7 @@ bool PickledTensors::holds_tensors(Id id, int depth) {
   if (kind != container_) return kind == Kind::tensor || kind == Kind::other_tensor;
   check(holds_[id] != Holds::being_asked, "must not hold a dict or a module that holds itself");
   if (holds_[id] != Holds::unknown) return holds_[id] == Holds::some;
-  check(depth <= kMaxDepth, "nests deeper than {} levels", kMaxDepth);
+  check(depth <= kMaxNesting, "nests deeper than {} levels", kMaxNesting);
   holds_[id] = Holds::being_asked;
   bool some = false;
   const auto all = entries(id);
@@ -96,7 +96,7 @@ bool PickledTensors::holds_tensors(Id id, int depth) {
 }
 
 void PickledTensors::add_all(const std::string& prefix, Id container, int depth) {
-  check(depth <= kMaxDepth, "nests deeper than {} levels", kMaxDepth);
+  check(depth <= kMaxNesting, "nests deeper than {} levels", kMaxNesting);
   const auto all = entries(container);
   charge(all.size());
   for (size_t i = 0; i < all.size(); i += 2) {

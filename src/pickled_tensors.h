@@ -16,6 +16,8 @@
 
 namespace xattn::detail {
 
+inline constexpr std::string_view kStateDict = "state dict";  ///< in messages
+
 /// A type of tensors that is saved; by name, torch.float32 is "float32", and lies in a "FloatStorage".
 struct PickledType {
   at::ScalarType type;

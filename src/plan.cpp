@@ -8,14 +8,15 @@
 #include <utility>
 
 #include "check.h"
-#include "engine/engine.h"
 #include "kernels/kernels.h"
+#include "order_traits.h"
 #include "text.h"
 
 namespace xattn {
 namespace {
 
 using detail::check_value;
+using detail::uses_product;
 
 constexpr std::string_view kNames[] = {"standard", "fold_into_query", "prefold", "fold_into_context", "prefold_into_context"};
 constexpr std::string_view kKernelNames[] = {"tensor_operations",           "heads", "heads_in_parts", "chain", "fused_cpu",
@@ -297,10 +298,6 @@ RunsOn modules_run_on() {
 namespace {
 
 constexpr std::string_view kNoProduct = "the product of weights is larger than both and was not made";
-
-bool uses_product(Order order) {
-  return order == Order::prefold || order == Order::prefold_into_context;
-}
 
 }  // namespace
 

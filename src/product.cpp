@@ -66,7 +66,7 @@ struct Part {
 };
 
 // packed: room for `rows` of its right side, of which some are packed after the others; null if it stays as it is.
-void multiply(const Part& p, float* packed, int64_t rows) {
+void multiply_block(const Part& p, float* packed, int64_t rows) {
   const auto& run = kernels();
   Product product{.m = p.m,
                   .n = p.n,
@@ -123,7 +123,7 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
     const auto batch = task / (of_columns * of_rows), first = task / of_rows % of_columns * task_panels * panel;
     const auto top = task % of_rows * task_rows;
     if (first >= n || top >= m) return;
-    multiply({.a = a.at(batch) + top * a.row_stride,
+    multiply_block({.a = a.at(batch) + top * a.row_stride,
               .a_stride = a.row_stride,
               .a_step = by_columns ? a.column_stride : 1,
               .b = b.at(batch) + first * b.column_stride,

@@ -1,23 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <c10/core/Device.h>
-#include <c10/util/Exception.h>
-#include <fmt/format.h>
-#include <torch/cuda.h>
-#include <torch/utils.h>
 
-#include <CLI/CLI.hpp>
-#include <algorithm>
 #include <cstdint>
-#include <exception>
 #include <functional>
-#include <iostream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
-// The manners that all our programs share: --device, --seed and --threads, errors in one line, and the exit status.
+namespace CLI {
+class App;
+class Option;
+}  // namespace CLI
+
+// The command line and the error handling of all our programs. CLI11 parses; program.cpp alone includes it.
 namespace program {
 
 /// The user asked the job to stop; what() says how to go on.
@@ -26,49 +23,83 @@ class Interrupted : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// Empty if it is one, otherwise what is wrong: what CLI11 asks of a check.
-inline std::string check_device_name(const std::string& name) {
-  const auto message = fmt::format("'{}' is not cpu, cuda or cuda:N", name);
-  try {
-    const c10::Device device(name);
-    return device.is_cpu() || device.is_cuda() ? "" : message;
-  } catch (const c10::Error&) {
-    return message;
-  }
-}
+/// An argument is wrong: "ARGUMENT: message". A program that throws it exits with status 2.
+class UsageError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+  UsageError(const std::string& argument, const std::string& message) : std::runtime_error(argument + ": " + message) {}
+};
 
-inline std::string default_device() {
-  return torch::cuda::is_available() ? "cuda" : "cpu";
-}
+/// A declared option, flag or positional argument. A handle: copies name the same one.
+class Option {
+ public:
+  Option& required();
+  Option& shows_default();  ///< in the help text
+  Option& range(int64_t least, int64_t most);
+  Option& positive();
+  Option& not_negative();
+  Option& one_of(const std::vector<std::string>& values);
+  Option& device();                            ///< cpu, cuda or cuda:N
+  Option& list(int least, int most);           ///< so many values, separated by commas
+  Option& one_at_a_time();                     ///< repeatable, and takes one value each time
+  Option& type_name(const std::string& name);  ///< of its value, in the help text
+  Option& description(const std::string& text);
+  Option& needs(const Option& other);
+  Option& excludes(const Option& other);
 
-inline void add_device_option(CLI::App& program, std::string& device) {
-  program.add_option("--device", device, "cpu, cuda or cuda:N; cuda where there is one")
-      ->check(check_device_name, "DEVICE")
-      ->capture_default_str();
-}
+ private:
+  friend class Command;
+  explicit Option(CLI::Option* option) : option_(option) {}
+  CLI::Option* option_;
+};
+
+/// A program, or one of its subcommands. A handle as well.
+class Command {
+ public:
+  /// `names` as in "--threads", or "FILE" for a positional argument. `value` is set when the arguments are parsed, and must live
+  /// until then: a string, an integer, a number, std::optional or std::vector of these.
+  template <class T>
+  Option option(const std::string& names, T& value, const std::string& help = {});
+  Option flag(const std::string& names, bool& value, const std::string& help);
+
+  Command subcommand(const std::string& name, const std::string& about, std::function<void()> job);
+
+  /// What the help text ends with: "Example: ...".
+  void footer(const std::string& text);
+
+ protected:
+  explicit Command(CLI::App* app) : app_(app) {}
+  CLI::App* app_;
+};
+
+class Program : public Command {
+ public:
+  Program(const std::string& name, const std::string& about);
+  ~Program();
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
+
+  /// What --version prints.
+  void version(const std::string& text);
+  /// Parses the arguments and runs the job. `main` returns what this returns: 0, 1 for a failed job, 2 for wrong usage, 130 if
+  /// interrupted. An error is one line on standard error.
+  int run(int argc, char** argv, const std::function<void()>& job);
+
+  /// The same with the job of the chosen subcommand. `none_chosen`: the error if there is none.
+  int run_subcommand(int argc, char** argv, const std::string& none_chosen);
+};
+
+std::string default_device();
+Option add_device_option(Command& command, std::string& device);
 
 /// threads: the default, or 0 for as many as LibTorch takes by itself.
-inline void add_threads_option(CLI::App& program, int& threads) {
-  auto* option = program.add_option("--threads", threads, "threads on the CPU; if not given, one for each core");
-  option->check(CLI::Range(1, 1024));
-  if (threads > 0) {
-    option->description("threads on the CPU")->capture_default_str();
-  }
-}
+void add_threads_option(Command& command, int& threads);
 
-/// The device of this name, which has passed `check_device_name`. Throws std::runtime_error if it is not there.
-inline c10::Device find_device(const std::string& name) {
-  const c10::Device device(name);
-  const auto there_are = static_cast<int>(torch::cuda::device_count());
-  if (device.is_cuda() && std::max<int>(device.index(), 0) >= there_are) {
-    throw std::runtime_error(fmt::format("there is no device {} here ({} CUDA devices); try --device cpu", name, there_are));
-  }
-  return device;
-}
+/// The device of this name, which has passed `Option::device`. Throws std::runtime_error if it is not there.
+c10::Device find_device(const std::string& name);
 
-inline void set_threads(int threads) {
-  if (threads > 0) at::set_num_threads(threads);
-}
+/// Does nothing for 0.
+void set_threads(int threads);
 
 /// The options of a program that runs a model.
 struct CommonOptions {
@@ -77,40 +108,9 @@ struct CommonOptions {
   int threads = 0;
 };
 
-inline void add_common_options(CLI::App& program, CommonOptions& options) {
-  add_device_option(program, options.device);
-  program.add_option("--seed", options.seed, "same seed, threads and device, same result")->capture_default_str();
-  add_threads_option(program, options.threads);
-}
+void add_common_options(Command& command, CommonOptions& options);
 
 /// Sets the threads and the seed, and makes sure of the device.
-inline c10::Device apply(const CommonOptions& options) {
-  set_threads(options.threads);
-  torch::manual_seed(options.seed);
-  return find_device(options.device);
-}
-
-/// Parses the arguments, which runs subcommands, and runs the job; `main` returns what this returns: 0, 1 for a failed job, 2 for wrong usage.
-inline int run(CLI::App& program, int argc, char** argv, const std::function<void()>& job) {
-  const auto fail = [&program](int status, const std::string& message) {
-    std::cerr << program.get_name() << ": " << message.substr(0, message.find('\n')) << std::endl;
-    return status;
-  };
-  try {
-    program.parse(argc, argv);
-    job();
-    return 0;
-  } catch (const CLI::Success& help) {
-    return program.exit(help);
-  } catch (const CLI::ParseError& error) {
-    return fail(2, error.what());
-  } catch (const Interrupted& interrupted) {
-    return fail(130, interrupted.what());  // as shells have it for Ctrl-C
-  } catch (const c10::Error& error) {
-    return fail(1, error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    return fail(1, error.what());
-  }
-}
+c10::Device apply(const CommonOptions& options);
 
 }  // namespace program

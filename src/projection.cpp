@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "check.h"
+#include "describe.h"
 #include "product.h"
 #include "text.h"
 

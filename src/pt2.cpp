@@ -26,14 +26,14 @@ static_assert(std::endian::native == std::endian::little, "storages are read as 
 
 using Json = nlohmann::json;
 
-constexpr std::string_view kReader = "pt2";
+constexpr std::string_view kPt2 = "pt2";
 constexpr uint64_t kStrided = 7;
 constexpr char kOldForm[] =
     "{} pickled, as older versions of PyTorch wrote them, and pickles are not run; save it anew in Python: "
     "torch.save(torch.export.load(PATH).state_dict, NEW_PATH)";
 
 // Both numbers, as all in the configs, are those of torch/_export/serde/schema.py, not of c10.
-constexpr std::array<std::pair<uint64_t, at::ScalarType>, 21> kTypes{{
+constexpr std::array<std::pair<uint64_t, at::ScalarType>, 21> kTypeNumbers{{
     {1, at::kByte},
     {2, at::kChar},
     {3, at::kShort},
@@ -85,8 +85,8 @@ class Entry {
     const auto layout = get<uint64_t>("tensor_meta/layout");
     check(layout == kStrided, "{} must have layout {}, strided, but has {}", tensor_, kStrided, layout);
     const auto number = get<uint64_t>("tensor_meta/dtype");
-    const auto* type = std::ranges::find(kTypes, number, &std::pair<uint64_t, at::ScalarType>::first);
-    check(type != kTypes.end(), "{} has dtype {}, which is none of PyTorch's numbers of types", tensor_, number);
+    const auto* type = std::ranges::find(kTypeNumbers, number, &std::pair<uint64_t, at::ScalarType>::first);
+    check(type != kTypeNumbers.end(), "{} has dtype {}, which is none of PyTorch's numbers of types", tensor_, number);
 
     std::string reason;
     auto view = view_of(zip.bytes(record), type->second, counts("tensor_meta/sizes"), counts("tensor_meta/strides"),
@@ -98,7 +98,7 @@ class Entry {
  private:
   template <typename... Args>
   void check(bool ok, fmt::format_string<Args...> format, Args&&... args) const {
-    check_file(ok, kReader, path_, format, std::forward<Args>(args)...);
+    check_file(ok, kPt2, path_, format, std::forward<Args>(args)...);
   }
 
   /// The value at `place`, as in "tensor_meta/dtype".
@@ -128,7 +128,7 @@ class Entry {
 
 Index read_pt2(const std::string& path, const ZipFile& zip) {
   const auto check = [&path]<typename... Args>(bool ok, fmt::format_string<Args...> format, Args&&... args) {
-    check_file(ok, kReader, path, format, std::forward<Args>(args)...);
+    check_file(ok, kPt2, path, format, std::forward<Args>(args)...);
   };
   const auto says = [&zip](std::string_view record, std::string_view text) {
     return zip.has(record) && as_text(zip.bytes(record)) == text;
@@ -154,7 +154,7 @@ Index read_pt2(const std::string& path, const ZipFile& zip) {
     check(!zip.has(formatted("{}{}.pt", folder, models[0])), kOldForm, "its " + kind + " are");
     const auto config = formatted("{}{}_{}_config.json", folder, models[0], kind);
     check(zip.has(config), "has no {}", in_quotes(config));
-    const auto json = parse_json(kReader, path + ": " + config, zip.bytes(config));
+    const auto json = parse_json(kPt2, path + ": " + config, zip.bytes(config));
     check(json.is_object() && json.contains("config") && json["config"].is_object(), "{} must have config, an object",
           in_quotes(config));
     for (const auto& [name, entry] : json["config"].items()) {

@@ -14,8 +14,7 @@
 namespace xattn {
 namespace {
 
-constexpr std::string_view kReader = "safetensors";
-constexpr char kNotJson[] = "header is not JSON in UTF-8, at its byte {}";
+constexpr char kHeaderNotJson[] = "header is not JSON in UTF-8, at its byte {}";
 
 using detail::in_quotes;
 
@@ -106,13 +105,13 @@ class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
   bool number_float(double, const std::string&) override { refuse(); }
   bool binary(nlohmann::json::binary_t&) override { refuse(); }
   bool parse_error(size_t position, const std::string&, const nlohmann::json::exception&) override {
-    detail::fail_file(kReader, path_, kNotJson, position);
+    detail::fail_file(detail::kSafetensors, path_, kHeaderNotJson, position);
   }
 
  private:
   template <typename... Args>
   void check(bool ok, fmt::format_string<Args...> format, Args&&... args) const {
-    detail::check_file(ok, kReader, path_, format, std::forward<Args>(args)...);
+    detail::check_file(ok, detail::kSafetensors, path_, format, std::forward<Args>(args)...);
   }
 
   // For a token that may not stand here: says what should.
@@ -122,7 +121,7 @@ class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
     const auto wanted = field_ == "dtype"   ? "a string"
                         : field_ == "shape" ? "a list of at most 64 non-negative integers"
                                             : "a list of two non-negative integers";
-    detail::fail_file(kReader, path_, "{} of tensor {} must be {}", field_, in_quotes(name_), wanted);
+    detail::fail_file(detail::kSafetensors, path_, "{} of tensor {} must be {}", field_, in_quotes(name_), wanted);
   }
 
   template <typename T>
@@ -145,7 +144,7 @@ std::map<std::string, detail::StoredTensor> laid_out(const std::string& path,
                                                      const std::map<std::string, Record>& records,
                                                      detail::Bytes data) {
   const auto check = [&path]<typename... Args>(bool ok, fmt::format_string<Args...> format, Args&&... args) {
-    detail::check_file(ok, kReader, path, format, std::forward<Args>(args)...);
+    detail::check_file(ok, detail::kSafetensors, path, format, std::forward<Args>(args)...);
   };
 
   struct Place {
@@ -191,7 +190,7 @@ std::map<std::string, detail::StoredTensor> laid_out(const std::string& path,
 
 detail::Index detail::read_safetensors(const std::string& path, Bytes file) {
   const auto check = [&path]<typename... Args>(bool ok, fmt::format_string<Args...> format, Args&&... args) {
-    check_file(ok, kReader, path, format, std::forward<Args>(args)...);
+    check_file(ok, detail::kSafetensors, path, format, std::forward<Args>(args)...);
   };
 
   uint64_t header_size = 0;
@@ -207,7 +206,7 @@ detail::Index detail::read_safetensors(const std::string& path, Bytes file) {
   check(header.starts_with('{'), "header must begin with '{{'");
   // The parser would take a zero byte for the end and ignore what follows.
   const size_t zero = header.find('\0');
-  check(zero == std::string_view::npos, kNotJson, zero + 1);
+  check(zero == std::string_view::npos, kHeaderNotJson, zero + 1);
 
   HeaderParser parser(path);
   nlohmann::json::sax_parse(header, &parser);

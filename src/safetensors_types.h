@@ -14,6 +14,7 @@ namespace xattn::detail {
 
 static_assert(std::endian::native == std::endian::little, "safetensors files are little-endian");
 
+inline constexpr std::string_view kSafetensors = "safetensors";           // in messages
 inline constexpr std::string_view kSafetensorsMetadata = "__metadata__";  // the name that tensors must not have
 inline constexpr uint64_t kMaxSafetensorsHeader = 100'000'000;            // bytes, the limit of the official implementation
 

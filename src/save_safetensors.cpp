@@ -16,8 +16,6 @@
 namespace xattn {
 namespace {
 
-constexpr std::string_view kReader = "safetensors";
-
 using detail::in_quotes;
 
 }  // namespace
@@ -25,12 +23,12 @@ using detail::in_quotes;
 void save_safetensors(const std::string& path,
                       const NamedTensors& tensors,
                       const std::map<std::string, std::string>& metadata) {
-  save_safetensors(path, detail::writable(kReader, path, tensors), metadata);
+  save_safetensors(path, detail::writable(detail::kSafetensors, path, tensors), metadata);
 }
 
 void save_safetensors(const std::string& path, const LazyTensors& tensors, const std::map<std::string, std::string>& metadata) {
   const auto check = [&path]<typename... Args>(bool ok, fmt::format_string<Args...> format, Args&&... args) {
-    detail::check_file(ok, kReader, path, format, std::forward<Args>(args)...);
+    detail::check_file(ok, detail::kSafetensors, path, format, std::forward<Args>(args)...);
   };
 
   struct Item {
@@ -61,7 +59,7 @@ void save_safetensors(const std::string& path, const LazyTensors& tensors, const
       offset = end;
     }
   } catch (const nlohmann::json::type_error&) {
-    detail::fail_file(kReader, path, "names and metadata must be UTF-8");
+    detail::fail_file(detail::kSafetensors, path, "names and metadata must be UTF-8");
   }
   header += header.empty() ? "{}" : "}";
   header.resize((header.size() + 7) / 8 * 8, ' ');  // aligns the data
@@ -69,7 +67,7 @@ void save_safetensors(const std::string& path, const LazyTensors& tensors, const
   check(header_size <= detail::kMaxSafetensorsHeader, "header length {} exceeds the format's limit of {}", header_size,
         detail::kMaxSafetensorsHeader);
 
-  detail::write_beside(kReader, path, [&](std::ostream& out) {
+  detail::write_beside(detail::kSafetensors, path, [&](std::ostream& out) {
     out.write(reinterpret_cast<const char*>(&header_size), sizeof(header_size));
     out.write(header.data(), static_cast<std::streamsize>(header_size));
     for (const auto& item : items) {

@@ -18,8 +18,6 @@ namespace {
 
 using detail::in_quotes;
 
-constexpr std::string_view kReader = "state dict";
-
 // Instructions of a pickle of protocol 2, as Python's pickletools explains them.
 template <typename T>
 void put_number(std::string& out, T value) {
@@ -87,16 +85,16 @@ std::string pickle_of(const std::map<std::string, TensorInfo>& infos) {
 }  // namespace
 
 void save_state_dict(const std::string& path, const NamedTensors& tensors) {
-  save_state_dict(path, detail::writable(kReader, path, tensors));
+  save_state_dict(path, detail::writable(detail::kStateDict, path, tensors));
 }
 
 void save_state_dict(const std::string& path, const LazyTensors& tensors) {
   for (const auto& [name, info] : tensors.infos) {
-    detail::check_file(is_utf8(name), kReader, path, "names must be UTF-8");
-    detail::check_file(detail::find_pickled_type(info.type), kReader, path, "tensor {} is {}, which is not saved so",
+    detail::check_file(is_utf8(name), detail::kStateDict, path, "names must be UTF-8");
+    detail::check_file(detail::find_pickled_type(info.type), detail::kStateDict, path, "tensor {} is {}, which is not saved so",
                        in_quotes(name), c10::toString(info.type));
   }
-  detail::write_beside(kReader, path, [&](std::ostream& out) {
+  detail::write_beside(detail::kStateDict, path, [&](std::ostream& out) {
     // Whether writing failed is asked of `out` at the end: PyTorch's writer must not be told, as it throws in its destructor.
     const auto write = [&out](const void* data, size_t size) {
       out.write(static_cast<const char*>(data), static_cast<std::streamsize>(size));

@@ -11,7 +11,7 @@ namespace {
 
 using namespace std::string_view_literals;
 
-constexpr std::string_view kReader = "shards";
+constexpr std::string_view kShards = "shards";
 
 // Whether it can only mean a file in the same folder.
 bool is_plain_name(const std::string& name) {
@@ -22,10 +22,10 @@ bool is_plain_name(const std::string& name) {
 
 ShardIndex read_shard_index(const std::string& path, Bytes file) {
   const auto check = [&path]<typename... Args>(bool ok, fmt::format_string<Args...> format, Args&&... args) {
-    check_file(ok, kReader, path, format, std::forward<Args>(args)...);
+    check_file(ok, kShards, path, format, std::forward<Args>(args)...);
   };
 
-  const auto json = parse_json(kReader, path, file);
+  const auto json = parse_json(kShards, path, file);
   check(json.is_object() && json.contains("weight_map"),
         "must be the index of a sharded set, an object with the file of each tensor as weight_map, but has no weight_map");
   const auto& weight_map = json["weight_map"];

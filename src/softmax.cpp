@@ -8,7 +8,6 @@
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/stack.h>
 
-#include <limits>
 #include <vector>
 
 namespace xattn::detail {
@@ -16,8 +15,6 @@ namespace xattn::detail {
 using at::Tensor;
 
 namespace {
-
-constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 
 // The type of returned weights: that of the logits, unless autocast makes every softmax float32, as it does on CUDA.
 at::ScalarType weights_type(const Tensor& logits) {

@@ -6,10 +6,13 @@
 #include <xattn/mask.h>
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 // The softmax of attention in plain tensor operations, for whatever order the logits came from.
 namespace xattn::detail {
+
+inline constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 
 struct SoftmaxResult {
   at::Tensor weights;      ///< [B, H, Lq, Lk], at least float32; zeros in a row without keys; differentiable

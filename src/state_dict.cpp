@@ -21,7 +21,6 @@ namespace {
 using detail::in_quotes;
 using detail::Pickle;
 
-constexpr std::string_view kReader = "state dict";
 constexpr char kChosen[] = "state_dict_key";  // metadata: where in a checkpoint the state dict is
 
 // Under which key programs save the model, beside its optimizer, its averages and more; the first that is there counts.
@@ -44,7 +43,7 @@ class Reader {
   Reader(const std::string& path, const detail::ZipFile& zip)
       : path_(path),
         pickle_(detail::read_pickle(path, zip.bytes("data.pkl"), detail::PickleNames::state_dict)),
-        found_(kReader, path, zip, pickle_, Pickle::Kind::dict) {}
+        found_(detail::kStateDict, path, zip, pickle_, Pickle::Kind::dict) {}
 
   detail::Index read() {
     auto dict = pickle_.root;
@@ -72,7 +71,7 @@ class Reader {
 
   template <typename... Args>
   void check(bool ok, fmt::format_string<Args...> format, Args&&... args) const {
-    detail::check_file(ok, kReader, path_, format, std::forward<Args>(args)...);
+    detail::check_file(ok, detail::kStateDict, path_, format, std::forward<Args>(args)...);
   }
 
   // The entry of a checkpoint that is the model's state dict: under a key that is known, or the only one that holds tensors.

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <nlohmann/json.hpp>
 #include <utility>
 
 #include "text.h"
@@ -80,11 +79,6 @@ std::optional<at::Tensor> materialize(const StoredTensor& stored) {
   if (elements > 0) std::memcpy(flat.data_ptr(), stored.data.data(), stored.data.size());
   const auto view = flat.as_strided(stored.shape, stored.strides);
   return view.numel() <= elements ? view.contiguous() : view;
-}
-
-std::string in_quotes(std::string_view text) {
-  using Json = nlohmann::json;
-  return Json(text).dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 
 }  // namespace xattn::detail

@@ -52,7 +52,4 @@ std::optional<StoredTensor> view_of(Bytes storage,
 /// more than lies in the file. Can be trained. Nothing if a boolean is neither 0 nor 1, which would be undefined behaviour.
 std::optional<at::Tensor> materialize(const StoredTensor& stored);
 
-/// In double quotes, as JSON: names come from files, and may hold anything.
-std::string in_quotes(std::string_view text);
-
 }  // namespace xattn::detail

@@ -14,19 +14,19 @@
 namespace xattn::detail {
 namespace {
 
-constexpr std::string_view kReader = "torchscript";
+constexpr std::string_view kTorchScript = "torchscript";
 
 }  // namespace
 
 Index read_torchscript(const std::string& path, const ZipFile& zip) {
   const auto pickle = read_pickle(path, zip.bytes("data.pkl"), PickleNames::torchscript);
-  check_file(pickle.kind(pickle.root) == Pickle::Kind::object, kReader, path, "must hold a module, but holds something else");
-  PickledTensors found(kReader, path, zip, pickle, Pickle::Kind::object);
+  check_file(pickle.kind(pickle.root) == Pickle::Kind::object, kTorchScript, path, "must hold a module, but holds something else");
+  PickledTensors found(kTorchScript, path, zip, pickle, Pickle::Kind::object);
   if (found.holds_tensors(pickle.root)) {
     found.add_all("", pickle.root);
   } else {
     check_file(
-        !zip.has("constants/0"), kReader, path,
+        !zip.has("constants/0"), kTorchScript, path,
         "has no parameters, but constants without names, as torch.jit.freeze makes them; save the module before it is frozen");
   }
   return {std::move(found.tensors), {}};

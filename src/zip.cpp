@@ -18,7 +18,7 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "zip archives are little-endian");
 
-constexpr std::string_view kReader = "zip";
+constexpr std::string_view kZip = "zip";
 
 // The records by their signatures, with the sizes of their fixed parts.
 constexpr std::string_view kLocalHeader = "PK\3\4";
@@ -98,7 +98,7 @@ class Parser {
  private:
   template <typename... Args>
   void check(bool ok, fmt::format_string<Args...> format, Args&&... args) const {
-    check_file(ok, kReader, path_, format, std::forward<Args>(args)...);
+    check_file(ok, kZip, path_, format, std::forward<Args>(args)...);
   }
 
   std::optional<Record> record(uint64_t begin, uint64_t size) const {
@@ -113,7 +113,7 @@ class Parser {
       const Record end{file_.subspan(begin)};
       if (end.is(kEnd) && end.number<uint16_t>(20) == comment) return begin;
     }
-    fail_file(kReader, path_, "has no directory at its end; a download may have been cut off");
+    fail_file(kZip, path_, "has no directory at its end; a download may have been cut off");
   }
 
   Directory find_directory() const {
@@ -246,8 +246,8 @@ bool ZipFile::has(std::string_view name) const {
 
 Bytes ZipFile::bytes(std::string_view name) const {
   const auto entry = entries_.find(folder_ + std::string(name));
-  check_file(entry != entries_.end(), kReader, path_, "has no entry {}", in_quotes(name));
-  check_file(!entry->second.compressed, kReader, path_, "entry {} is compressed, and only stored entries are read",
+  check_file(entry != entries_.end(), kZip, path_, "has no entry {}", in_quotes(name));
+  check_file(!entry->second.compressed, kZip, path_, "entry {} is compressed, and only stored entries are read",
              in_quotes(name));
   return entry->second.bytes;
 }

@@ -16,7 +16,6 @@
 namespace xattn::test {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kB = 2, kH = 4, kLq = 5, kLk = 7, kD = 8;
 
 const std::vector<at::ScalarType> kTypes = {torch::kDouble, torch::kFloat, torch::kBFloat16, torch::kHalf};

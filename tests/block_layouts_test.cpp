@@ -13,12 +13,14 @@
 #include <string>
 #include <vector>
 
+#include "compare.h"
 #include "test_util.h"
 
 namespace xattn {
 namespace {
 
 using nlohmann::json;
+using test::copy_of;
 using test::data_path;
 using test::error_of;
 using test::TempDir;
@@ -29,8 +31,8 @@ const std::map<std::string, Activation> kActivations = {
     {"relu", Activation::relu}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh}, {"silu", Activation::silu}};
 
 // Made by scripts/layout_fixtures.py: weights with their neighbours, and what a whole block makes of inputs.
-struct Family {
-  explicit Family(const std::string& name_) : name(name_) {}
+struct BlockFamily {
+  explicit BlockFamily(const std::string& name_) : name(name_) {}
 
   std::string name;
   Checkpoint weights = open_checkpoint(data_path("layouts/" + name + ".safetensors"));
@@ -69,7 +71,7 @@ struct Family {
   }
 };
 
-std::vector<std::string> families() {
+std::vector<std::string> block_families() {
   std::vector<std::string> names;
   for (const auto& entry : std::filesystem::directory_iterator(data_path("layouts"))) {
     const auto file = entry.path().filename().string();
@@ -83,12 +85,6 @@ std::vector<std::string> families() {
 void expect_equal(const Tensor& output, const Tensor& expected, const std::string& what) {
   const auto difference = (output - expected).abs().max().item<double>() / expected.abs().max().item<double>();
   EXPECT_LE(difference, 2e-6) << what;
-}
-
-NamedTensors copy_of(const torch::nn::Module& module) {
-  NamedTensors tensors;
-  for (const auto& item : module.named_parameters()) tensors[item.key()] = item.value().detach().clone();
-  return tensors;
 }
 
 // What is said of a file that does not fit, and that nothing changed.
@@ -107,7 +103,7 @@ std::string refusal(torch::nn::Module& module, const Checkpoint& file, const Loa
 class BlockLayoutsTest : public testing::TestWithParam<std::string> {};
 
 TEST_P(BlockLayoutsTest, GivesTheFamilysOwnOutput) {
-  const Family family{GetParam()};
+  const BlockFamily family{GetParam()};
   auto block = cross_attention_block_from(family.weights, family.options());
   EXPECT_EQ(block->options.norm_eps(), family.told.at("norm_eps").get<double>());
   EXPECT_EQ(block->options.feed_forward(), family.told.at("feed_forward").get<int64_t>());
@@ -118,14 +114,14 @@ TEST_P(BlockLayoutsTest, GivesTheFamilysOwnOutput) {
 }
 
 // A user's model.
-struct ModelImpl : torch::nn::Module {
-  explicit ModelImpl(const CrossAttentionBlockOptions& options)
+struct ModelWithABlock : torch::nn::Module {
+  explicit ModelWithABlock(const CrossAttentionBlockOptions& options)
       : fusion(register_module("fusion", CrossAttentionBlock(options))) {}
   CrossAttentionBlock fusion;
 };
 
 TEST_P(BlockLayoutsTest, LoadsIntoAModuleThatHoldsABlock) {
-  const Family family{GetParam()};
+  const BlockFamily family{GetParam()};
   const auto prefix = family.prefix();
   const auto alone = cross_attention_block_from(family.weights, family.options());
   NamedTensors renamed;  // as if the file's layer were called "model.fusion"
@@ -133,7 +129,7 @@ TEST_P(BlockLayoutsTest, LoadsIntoAModuleThatHoldsABlock) {
     if (!name.starts_with(prefix)) continue;
     renamed["model.fusion." + name.substr(prefix.size())] = family.weights.tensor(name);
   }
-  ModelImpl model(alone->options);
+  ModelWithABlock model(alone->options);
   const auto report = load_weights(model, renamed, {.prefix = "model."});
   EXPECT_EQ(report.loaded.size(), model.parameters().size());
   EXPECT_TRUE(report.unexpected.empty());
@@ -147,7 +143,7 @@ TEST_P(BlockLayoutsTest, LoadsIntoAModuleThatHoldsABlock) {
 }
 
 TEST_P(BlockLayoutsTest, IsFoundByItselfIfItIsTheOnlyOne) {
-  const Family family{GetParam()};
+  const BlockFamily family{GetParam()};
   const auto blocks = find_blocks(family.weights.tensors());
   ASSERT_EQ(blocks.size(), 1U);
   EXPECT_EQ(blocks[0].prefix, family.prefix());
@@ -158,7 +154,7 @@ TEST_P(BlockLayoutsTest, IsFoundByItselfIfItIsTheOnlyOne) {
 }
 
 TEST_P(BlockLayoutsTest, RefusesAnotherArithmetic) {
-  const Family family{GetParam()};
+  const BlockFamily family{GetParam()};
   const LoadOptions options{.prefix = family.prefix(), .allow_missing = true, .allow_unexpected = true};
   const auto right = cross_attention_block_from(family.weights, family.options())->options;
   const auto& layout = *choose_block(family.weights, family.prefix()).layout;
@@ -188,7 +184,7 @@ TEST_P(BlockLayoutsTest, RefusesAnotherArithmetic) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Families, BlockLayoutsTest, testing::ValuesIn(families()), [](const auto& info) {
+INSTANTIATE_TEST_SUITE_P(Families, BlockLayoutsTest, testing::ValuesIn(block_families()), [](const auto& info) {
   return info.param;
 });
 
@@ -298,7 +294,7 @@ TEST(BlockConfigTest, IgnoresWhatIsOfAnotherType) {
 }
 
 TEST(BlockConfigTest, RefusesAPlacementThatNoneSpelledSoHas) {
-  const Family family("t5");
+  const BlockFamily family("t5");
   auto options = family.options();
   options.norm_placement = NormPlacement::after;
   EXPECT_EQ(error_of<LoadError>([&] { cross_attention_block_from(family.weights, options); }),
@@ -406,7 +402,7 @@ TEST(LoadBlockTest, NamesOfTheBlockAreNeverLeftOutSilently) {
 
 TEST(LoadBlockTest, BiasesOfNormsAreNeverLeftOutSilently) {
   const auto error = [](const std::string& name) {
-    const Family family{name};
+    const BlockFamily family{name};
     auto options = cross_attention_block_from(family.weights, family.options())->options;
     CrossAttentionBlock block(options.norm_bias(!options.norm_bias()));
     const auto message = refusal(*block, family.weights, {.prefix = family.prefix()});
@@ -418,7 +414,7 @@ TEST(LoadBlockTest, BiasesOfNormsAreNeverLeftOutSilently) {
 }
 
 TEST(LoadBlockTest, GatesOfAnyShapeFitIfTheyHaveAsManyNumbers) {
-  const Family family("idefics");
+  const BlockFamily family("idefics");
   NamedTensors tensors;
   for (const auto& [name, info] : family.weights.tensors()) tensors[name] = family.weights.tensor(name);
   const auto options = cross_attention_block_from(family.weights, family.options())->options;

@@ -54,7 +54,7 @@ CrossAttentionBlockOptions block_options(const Fixture& fixture) {
 
 // The lengths of all sums that a gradient passes through, put into `tolerance` of compare.h. The half types store a result at
 // the end of either branch and of either sum: twice as often as attention alone, which `tolerance` has in mind.
-double tolerance_of(const Fixture& fixture, at::ScalarType type) {
+double block_tolerance(const Fixture& fixture, at::ScalarType type) {
   const auto options = CrossAttentionBlock(block_options(fixture))->options;
   const auto& inner = options.attention();
   const auto features = 4 * inner.dim_query() + inner.dim_key() + inner.dim_value() + 2 * *options.feed_forward();
@@ -87,7 +87,7 @@ void expect_matches(const Fixture& fixture, at::ScalarType type, at::Device devi
 
   const auto what = fixture.name + " in " + std::string(c10::toString(type)) + " on " + device.str() + ", made by " +
                     fixture.about("truth") + " (stale? python3 " + fixture.about("script") + ")";
-  const auto allowed = tolerance_of(fixture, type);
+  const auto allowed = block_tolerance(fixture, type);
   EXPECT_EQ(output.scalar_type(), type);
   expect_close(output, fixture.tensors.at("output"), allowed, "output of " + what);
   expect_close(weights, fixture.tensors.at("attention_weights"), allowed, "attention_weights of " + what);
@@ -121,10 +121,10 @@ INSTANTIATE_TEST_SUITE_P(, BlockFixtureTest, testing::ValuesIn(block_fixtures())
 
 // ---- What always holds ----------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kB = 2, kLq = 4, kLk = 6;
-
 class CrossAttentionBlockTest : public testing::TestWithParam<torch::Device> {
  protected:
+  static constexpr int64_t kB = 2, kLq = 4, kLk = 6;
+
   CrossAttentionBlockTest() { torch::manual_seed(0); }
 
   // float64, so that results can be compared closely.

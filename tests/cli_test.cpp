@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <sys/wait.h>
 #include <torch/torch.h>
 #include <xattn/cross_attention.h>
 #include <xattn/load.h>
@@ -7,12 +6,13 @@
 #include <xattn/safetensors.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "cli/cli.h"
+#include "run_program.h"
 #include "test_util.h"
 
 namespace xattn {
@@ -23,18 +23,9 @@ using test::data_path;
 
 class CliTest : public testing::Test {
  protected:
-  struct Result {
-    int status;
-    std::string out;
-    std::string err;
-  };
-
-  // Runs the program that was built, in the temporary directory.
-  Result xattn(const std::string& arguments) const {
-    const auto command = "cd " + dir.path() + " && " XATTN_CLI_PATH " " + arguments + " > .out 2> .err";
-    const int status = std::system(command.c_str());
-    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, test::read_bytes(dir.file(".out")),
-            test::read_bytes(dir.file(".err"))};
+  // Runs the program in the temporary directory.
+  test::ProgramResult xattn(const std::string& arguments) const {
+    return test::run_here(cli::run, "xattn " + arguments, dir.path());
   }
 
   // The one line on standard error, without the program's name, of a run that ends with this status.
@@ -467,6 +458,15 @@ TEST_F(CliTest, WrongUsageIsOneLineAndStatusTwo) {
   EXPECT_EQ(error(2, "run x --inputs in"), "--output is required");
   EXPECT_EQ(error(2, "run x --inputs in --output out --heads 0"), "--heads: Value 0 not in range 1 to 65536");
   EXPECT_EQ(error(2, "run x --inputs in --output out --weights all"), "--weights: all not in {none,mean,per-head}");
+}
+
+TEST_F(CliTest, IsInTheProgramThatIsInstalled) {
+  for (const auto& arguments : {std::string("--version"), "inspect " + data_path("reference.pt"), std::string("inspect missing")}) {
+    const auto here = xattn(arguments), there = test::run_process(XATTN_CLI_PATH " " + arguments, dir);
+    EXPECT_EQ(there.status, here.status) << arguments;
+    EXPECT_EQ(there.out, here.out) << arguments;
+    EXPECT_EQ(there.err, here.err) << arguments;
+  }
 }
 
 TEST_F(CliTest, EveryHelpShowsAnExample) {

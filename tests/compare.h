@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <xattn/checkpoint.h>
+#include <xattn/plan.h>
 
 #include <algorithm>
 #include <functional>
@@ -12,6 +14,11 @@
 
 // How tests compare tensors, and which devices they run on.
 namespace xattn::test {
+
+inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+inline constexpr Order kAllOrders[] = {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context,
+                                       Order::prefold_into_context};
 
 /// Every device that is there. Suites that touch values run once on each.
 inline std::vector<torch::Device> devices() {
@@ -23,6 +30,14 @@ inline std::vector<torch::Device> devices() {
 /// "cpu", "cuda": the suffix of a parameterised test.
 inline std::string device_name(const testing::TestParamInfo<torch::Device>& info) {
   return info.param.is_cuda() ? "cuda" : "cpu";
+}
+
+/// Parameters and buffers as they are now.
+inline NamedTensors copy_of(const torch::nn::Module& module) {
+  NamedTensors tensors;
+  for (const auto& item : module.named_parameters()) tensors[item.key()] = item.value().detach().clone();
+  for (const auto& item : module.named_buffers()) tensors[item.key()] = item.value().detach().clone();
+  return tensors;
 }
 
 /// The difference from the exact result that rounding allows, relative to the largest element.

@@ -15,10 +15,10 @@
 namespace xattn::test {
 namespace {
 
-constexpr int64_t kB = 2, kLq = 4, kLk = 6;
-
 class CrossAttentionTest : public testing::TestWithParam<torch::Device> {
  protected:
+  static constexpr int64_t kB = 2, kLq = 4, kLk = 6;
+
   CrossAttentionTest() { torch::manual_seed(0); }
 
   // float64, so that results can be compared closely.

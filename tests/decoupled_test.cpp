@@ -24,7 +24,6 @@ namespace {
 
 using torch::Tensor;
 
-constexpr int64_t kB = 2, kLq = 4, kLk = 6, kLi = 3;  // Li: length of the images, the added contexts
 
 // ---- The definition in plain operations -----------------------------------------------------------------------------------
 
@@ -67,6 +66,8 @@ Tensor plain(DecoupledCrossAttention module, const Tensor& query, const std::vec
 
 class DecoupledTest : public testing::TestWithParam<torch::Device> {
  protected:
+  static constexpr int64_t kB = 2, kLq = 4, kLk = 6, kLi = 3;  // Li: length of the images, the added contexts
+
   DecoupledTest() { torch::manual_seed(0); }
 
   // float64, so that results can be compared closely.
@@ -432,8 +433,8 @@ TEST(DecoupledOptionsTest, ResetParametersStartsAfresh) {
 
 // ---- What diffusers computed, from tests/data/layouts ---------------------------------------------------------------------
 
-struct Family {
-  explicit Family(const std::string& name_) : name(name_) {}
+struct DecoupledFamily {
+  explicit DecoupledFamily(const std::string& name_) : name(name_) {}
 
   std::string name;
   Checkpoint expected = open(name + ".expect");
@@ -465,7 +466,7 @@ struct Family {
 class DecoupledFixtureTest : public testing::TestWithParam<const char*> {};
 
 TEST_P(DecoupledFixtureTest, MatchesDiffusers) {
-  const Family family(GetParam());
+  const DecoupledFamily family(GetParam());
   auto module = family.made();
   for (const auto device : devices()) {
     module->to(device);
@@ -474,26 +475,26 @@ TEST_P(DecoupledFixtureTest, MatchesDiffusers) {
 }
 
 // A user's model.
-struct ModelImpl : torch::nn::Module {
-  explicit ModelImpl(const DecoupledCrossAttentionOptions& options)
+struct ModelWithAddedContexts : torch::nn::Module {
+  explicit ModelWithAddedContexts(const DecoupledCrossAttentionOptions& options)
       : fusion(register_module("fusion", DecoupledCrossAttention(options))) {}
   DecoupledCrossAttention fusion;
 };
 
 TEST_P(DecoupledFixtureTest, LoadsIntoAModuleThatHoldsOneOrNotAtAll) {
-  const Family family(GetParam());
+  const DecoupledFamily family(GetParam());
   NamedTensors renamed;  // as if the file's layer were called "model.fusion"
   for (const auto& [name, info] : family.weights.tensors()) {
     if (!name.starts_with(family.prefix)) continue;
     renamed["model.fusion." + name.substr(family.prefix.size())] = family.weights.tensor(name);
   }
-  ModelImpl model(family.made()->options);
+  ModelWithAddedContexts model(family.made()->options);
   const auto report = load_weights(model, renamed, {.prefix = "model."});
   EXPECT_EQ(report.loaded.size(), model.parameters().size());
   EXPECT_EQ(report.summary(), "loaded " + std::to_string(renamed.size()) + " tensors");
   family.expect_output_of(model.fusion);
 
-  ModelImpl empty(family.made()->options);
+  ModelWithAddedContexts empty(family.made()->options);
   const auto layer = find_layers(lazy(renamed).infos).at(0);
   renamed.erase(added_recipes(layer, lazy(renamed).infos).at("added0.value_linear.weight").source);
   const auto before = empty.fusion->attention->query_linear->weight.clone();
@@ -504,7 +505,7 @@ TEST_P(DecoupledFixtureTest, LoadsIntoAModuleThatHoldsOneOrNotAtAll) {
 }
 
 TEST_P(DecoupledFixtureTest, IsFoundByItselfIfItIsTheOnlyOne) {
-  const Family family(GetParam());
+  const DecoupledFamily family(GetParam());
   DecoupledCrossAttention module(family.made()->options);
   if (!family.has_base) {
     load_weights(*module, family.weights);

@@ -34,7 +34,7 @@ class DistributedTest : public testing::TestWithParam<int> {
            int size,
            std::chrono::seconds limit = std::chrono::seconds(120),
            bool last_stops = false) {
-    start_all({XATTN_RANK_PATH, scenario}, size, limit, last_stops);
+    start_all({XATTN_TESTS_PATH, "rank", scenario}, size, limit, last_stops);
   }
 
   // The processes find a store that is there already, as torchrun's agent has one, so that no port can be taken. A last rank that
@@ -155,13 +155,13 @@ TEST_P(DistributedTest, ProcessesTrainAsOne) {
 
 TEST_P(DistributedTest, ATrainingThatLosesAProcessSaysSo) {
   if (GetParam() > 1)
-    start_all({XATTN_TRAINEE_PATH, (folder_ / "lost").string(), "5", "dies"}, GetParam(), std::chrono::seconds(60));
+    start_all({XATTN_TESTS_PATH, "trainee", (folder_ / "lost").string(), "5", "dies"}, GetParam(), std::chrono::seconds(60));
 }
 
 // A training that stopped goes on with any number of processes: its losses are those of one that never stopped, and its state is.
 TEST_P(DistributedTest, ATrainingGoesOnWithAnotherNumberOfProcesses) {
   const auto train = [this](const std::string& name, int size, int last) {
-    start_all({XATTN_TRAINEE_PATH, (folder_ / name).string(), std::to_string(last)}, size, std::chrono::seconds(60));
+    start_all({XATTN_TESTS_PATH, "trainee", (folder_ / name).string(), std::to_string(last)}, size, std::chrono::seconds(60));
   };
   train("alone", 1, 24);
   train("stopped", GetParam(), 9);

@@ -2,34 +2,29 @@
 
 // The example programs as a user runs them. Their parts have tests of their own.
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "caption/commands.h"
 #include "common/png.h"
+#include "run_program.h"
 #include "test_util.h"
+#include "vqa/commands.h"
 
 namespace xattn {
 namespace {
 
-struct Result {
-  int status;
-  std::string out;
-  std::string err;
-};
-
 class ExamplesTest : public testing::Test {
  protected:
-  // Runs a program in the temporary directory.
-  Result run(const std::string& program, const std::string& arguments) const {
-    const auto command = "cd " + dir.path() + " && " + program + " " + arguments + " > .out 2> .err";
-    const int status = std::system(command.c_str());
-    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, test::read_bytes(dir.file(".out")),
-            test::read_bytes(dir.file(".err"))};
+  // Runs a program in the temporary directory: vqa and caption without a process of their own.
+  test::ProgramResult run(const std::string& program, const std::string& arguments) const {
+    const auto line = program + " " + arguments;
+    if (line.starts_with("vqa ")) return test::run_here(vqa::run, line, dir.path());
+    if (line.starts_with("caption ")) return test::run_here(caption::run, line, dir.path());
+    return test::run_process(line, dir);
   }
 
   const test::TempDir dir;
@@ -44,9 +39,9 @@ TEST_F(ExamplesTest, ReferencePrintsTheShapesOfTheReference) {
 
 TEST_F(ExamplesTest, HelpShowsAnExample) {
   for (const std::string program :
-       {XATTN_REFERENCE_PATH, XATTN_VQA_PATH, XATTN_VQA_PATH " ask", XATTN_VQA_PATH " train", XATTN_VQA_PATH " evaluate",
-        XATTN_VQA_PATH " draw", XATTN_CAPTION_PATH, XATTN_CAPTION_PATH " describe", XATTN_CAPTION_PATH " train",
-        XATTN_CAPTION_PATH " evaluate"}) {
+       {XATTN_REFERENCE_PATH, "vqa", "vqa ask", "vqa train", "vqa evaluate",
+        "vqa draw", "caption", "caption describe", "caption train",
+        "caption evaluate"}) {
     const auto result = run(program, "--help");
     EXPECT_EQ(result.status, 0);
     EXPECT_NE(result.out.find("\nExample: "), std::string::npos) << program << "\n" << result.out;
@@ -61,11 +56,11 @@ TEST_F(ExamplesTest, WrongUsageIsOneLineAndStatusTwo) {
     return result.err;
   };
   EXPECT_EQ(refused(XATTN_REFERENCE_PATH, "--device toaster"), "reference: --device: 'toaster' is not cpu, cuda or cuda:N\n");
-  EXPECT_EQ(refused(XATTN_VQA_PATH, "evaluate --threads 0"), "vqa: --threads: Value 0 not in range 1 to 1024\n");
-  EXPECT_EQ(refused(XATTN_VQA_PATH, ""), "vqa: A subcommand is required\n");
-  EXPECT_EQ(refused(XATTN_VQA_PATH, "train --text cnn"), "vqa: --text: cnn not in {rnn,transformer}\n");
-  EXPECT_EQ(refused(XATTN_VQA_PATH, "train --resume --steps 5"), "vqa: --resume excludes --steps\n");
-  EXPECT_EQ(refused(XATTN_CAPTION_PATH, "describe"), "caption: BOARD.png is required\n");
+  EXPECT_EQ(refused("vqa", "evaluate --threads 0"), "vqa: --threads: Value 0 not in range 1 to 1024\n");
+  EXPECT_EQ(refused("vqa", ""), "vqa: A subcommand is required\n");
+  EXPECT_EQ(refused("vqa", "train --text cnn"), "vqa: --text: cnn not in {rnn,transformer}\n");
+  EXPECT_EQ(refused("vqa", "train --resume --steps 5"), "vqa: --resume excludes --steps\n");
+  EXPECT_EQ(refused("caption", "describe"), "caption: BOARD.png is required\n");
 }
 
 TEST_F(ExamplesTest, AFailedJobIsOneLineAndStatusOne) {
@@ -76,29 +71,29 @@ TEST_F(ExamplesTest, AFailedJobIsOneLineAndStatusOne) {
     return result.err;
   };
   EXPECT_EQ(failed(XATTN_REFERENCE_PATH, "--device cuda:99").find("reference: there is no device cuda:99 here"), 0U);
-  EXPECT_EQ(failed(XATTN_VQA_PATH, "evaluate --digits missing.safetensors"),
+  EXPECT_EQ(failed("vqa", "evaluate --digits missing.safetensors"),
             "vqa: [file] missing.safetensors: cannot be opened: No such file or directory\n");
-  EXPECT_EQ(failed(XATTN_VQA_PATH, "train --report missing/report.html"),
+  EXPECT_EQ(failed("vqa", "train --report missing/report.html"),
             "vqa: cannot write missing/report.html: there is no folder missing\n");
-  EXPECT_EQ(failed(XATTN_VQA_PATH, "train --resume --output none.safetensors"),
+  EXPECT_EQ(failed("vqa", "train --resume --output none.safetensors"),
             "vqa: [file] none.safetensors.training: cannot be opened: No such file or directory\n");
   test::write_bytes(dir.file("text.png"), "no picture");
-  EXPECT_EQ(failed(XATTN_VQA_PATH, "ask text.png 'is there a one'"), "vqa: cannot read text.png: Not a PNG file\n");
-  ASSERT_EQ(run(XATTN_VQA_PATH, "draw 7.3...1.. board.png").status, 0);
-  EXPECT_EQ(failed(XATTN_VQA_PATH, "ask board.png 'is there a seveen'"),
+  EXPECT_EQ(failed("vqa", "ask text.png 'is there a one'"), "vqa: cannot read text.png: Not a PNG file\n");
+  ASSERT_EQ(run("vqa", "draw 7.3...1.. board.png").status, 0);
+  EXPECT_EQ(failed("vqa", "ask board.png 'is there a seveen'"),
             "vqa: the word 'seveen' is not known; the nearest known words are seven, even, see\n");
-  EXPECT_EQ(failed(XATTN_VQA_PATH, "ask board.png '?'"), "vqa: the question has no words\n");
-  EXPECT_EQ(failed(XATTN_VQA_PATH, "ask board.png 'is there a one' --checkpoint " XATTN_EXAMPLE_DATA "/caption.safetensors"),
+  EXPECT_EQ(failed("vqa", "ask board.png '?'"), "vqa: the question has no words\n");
+  EXPECT_EQ(failed("vqa", "ask board.png 'is there a one' --checkpoint " XATTN_EXAMPLE_DATA "/caption.safetensors"),
             "vqa: " XATTN_EXAMPLE_DATA
             "/caption.safetensors: must be a checkpoint of vqa, but is one of caption; `vqa train` "
             "writes one\n");
-  EXPECT_EQ(failed(XATTN_VQA_PATH, "draw 7.3 board.png"),
+  EXPECT_EQ(failed("vqa", "draw 7.3 board.png"),
             "vqa: a board is written as nine cells, row by row, each a digit or '.', as in 7.3...1.., not as '7.3'\n");
 }
 
 TEST_F(ExamplesTest, VqaAnswersAQuestionAboutAPictureAndDrawsWhereItLooked) {
-  ASSERT_EQ(run(XATTN_VQA_PATH, "draw 7.3...1.. board.png --seed 3").status, 0);
-  const auto result = run(XATTN_VQA_PATH, "ask board.png 'What is in the top right?' --picture answer.png --device cpu");
+  ASSERT_EQ(run("vqa", "draw 7.3...1.. board.png --seed 3").status, 0);
+  const auto result = run("vqa", "ask board.png 'What is in the top right?' --picture answer.png --device cpu");
   EXPECT_EQ(result.status, 0) << result.err;
   EXPECT_EQ(result.out.find("three ("), 0U) << result.out;
   EXPECT_NE(result.out.find("Where it looked is drawn in answer.png."), std::string::npos) << result.out;
@@ -107,9 +102,9 @@ TEST_F(ExamplesTest, VqaAnswersAQuestionAboutAPictureAndDrawsWhereItLooked) {
 }
 
 TEST_F(ExamplesTest, CaptionDescribesAPictureAndDrawsWhereItLooked) {
-  ASSERT_EQ(run(XATTN_VQA_PATH, "draw 7.3...1.. board.png --seed 3").status, 0);
+  ASSERT_EQ(run("vqa", "draw 7.3...1.. board.png --seed 3").status, 0);
   for (const std::string beams : {"1", "5"}) {
-    const auto result = run(XATTN_CAPTION_PATH, "describe board.png --picture words.png --device cpu --beams " + beams);
+    const auto result = run("caption", "describe board.png --picture words.png --device cpu --beams " + beams);
     EXPECT_EQ(result.status, 0) << result.err;
     for (const auto* digit : {"a seven", "a three", "a one"}) {
       EXPECT_NE(result.out.find(digit), std::string::npos) << result.out;
@@ -119,13 +114,13 @@ TEST_F(ExamplesTest, CaptionDescribesAPictureAndDrawsWhereItLooked) {
 }
 
 TEST_F(ExamplesTest, EvaluateJsonIsOneObject) {
-  const auto vqa = run(XATTN_VQA_PATH, "evaluate --json --boards 100 --device cpu");
+  const auto vqa = run("vqa", "evaluate --json --boards 100 --device cpu");
   EXPECT_EQ(vqa.status, 0) << vqa.err;
   const auto answers = nlohmann::json::parse(vqa.out);
   EXPECT_GT(answers.at("accuracy").get<double>(), 0.9);
   EXPECT_EQ(answers.at("kinds").size(), 7u);
   EXPECT_EQ(answers.at("kinds").at("place").at("questions").get<int>(), 200);
-  const auto caption = run(XATTN_CAPTION_PATH, "evaluate --json --boards 100 --device cpu");
+  const auto caption = run("caption", "evaluate --json --boards 100 --device cpu");
   EXPECT_EQ(caption.status, 0) << caption.err;
   const auto captions = nlohmann::json::parse(caption.out);
   EXPECT_GT(captions.at("exact_match").get<double>(), 0.85);
@@ -157,7 +152,7 @@ TEST_F(ExamplesTest, AnInterruptedTrainingGoesOnToTheSameResult) {
 }
 
 TEST_F(ExamplesTest, ReportsAreWritten) {
-  for (const std::string program : {XATTN_VQA_PATH, XATTN_CAPTION_PATH}) {
+  for (const std::string program : {"vqa", "caption"}) {
     const auto result = run(program, "evaluate --boards 50 --device cpu --report report.html");
     EXPECT_EQ(result.status, 0) << result.err;
     EXPECT_EQ(test::read_bytes(dir.file("report.html")).find("<!DOCTYPE html>"), 0u);

@@ -20,9 +20,6 @@ namespace {
 
 using torch::Tensor;
 
-constexpr Order kAllOrders[] = {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context,
-                                Order::prefold_into_context};
-
 // Every file with inputs and outputs, by name.
 std::vector<std::string> fixture_names() {
   std::vector<std::string> names;

@@ -15,9 +15,6 @@ namespace {
 
 using torch::Tensor;
 
-constexpr Order kAllOrders[] = {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context,
-                                Order::prefold_into_context};
-
 // Sizes of which none is a multiple of what vectors hold, with heads that share keys.
 struct Layer {
   int64_t H, G, d, e, Eq, Ek, Ev, Eo;

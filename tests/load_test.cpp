@@ -16,6 +16,7 @@
 namespace xattn {
 namespace {
 
+using test::copy_of;
 using test::data_path;
 using test::error_of;
 using test::TempDir;
@@ -24,13 +25,6 @@ using Names = std::vector<std::string>;
 // query_linear is 4 -> 8, as small as the four widths allow to be told apart.
 CrossAttention small() {
   return CrossAttention(4, 5, 6, 8);
-}
-
-NamedTensors copy_of(const torch::nn::Module& module) {
-  NamedTensors tensors;
-  for (const auto& item : module.named_parameters()) tensors[item.key()] = item.value().detach().clone();
-  for (const auto& item : module.named_buffers()) tensors[item.key()] = item.value().detach().clone();
-  return tensors;
 }
 
 bool equal(const NamedTensors& a, const NamedTensors& b) {

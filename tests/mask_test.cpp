@@ -10,8 +10,6 @@
 namespace xattn::test {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
 // A boolean table from rows of 0 and 1.
 torch::Tensor table(std::vector<std::vector<int>> rows) {
   auto result = torch::empty({static_cast<int64_t>(rows.size()), static_cast<int64_t>(rows.front().size())}, torch::kBool);

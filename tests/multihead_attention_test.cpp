@@ -22,7 +22,6 @@ using torch::Tensor;
 using torch::nn::MultiheadAttention;
 using torch::nn::MultiheadAttentionOptions;
 
-constexpr int64_t kB = 2, kLq = 4, kLk = 6, kE = 8, kHeads = 2;
 
 // Their axes for ours and back: [B, L, E] <-> [L, B, E].
 Tensor turned(const Tensor& x) {
@@ -31,6 +30,8 @@ Tensor turned(const Tensor& x) {
 
 class MultiheadAttentionTest : public testing::TestWithParam<torch::Device> {
  protected:
+  static constexpr int64_t kB = 2, kLq = 4, kLk = 6, kE = 8, kHeads = 2;
+
   MultiheadAttentionTest() { torch::manual_seed(0); }
 
   // float64, with biases that are not zero, as theirs are at first.

@@ -20,9 +20,6 @@ using detail::attend;
 using detail::LayerWeights;
 using torch::Tensor;
 
-constexpr Order kAllOrders[] = {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context,
-                                Order::prefold_into_context};
-constexpr int64_t kB = 2, kLq = 3, kLk = 5;
 
 // The line of the order that was chosen for the logits.
 std::string chosen(const std::string& explanation) {
@@ -55,6 +52,8 @@ std::string kernel_of(const F& call) {
 
 class OrdersTest : public testing::TestWithParam<torch::Device> {
  protected:
+  static constexpr int64_t kB = 2, kLq = 3, kLk = 5;
+
   OrdersTest() { torch::manual_seed(0); }
 
   CrossAttention make(const CrossAttentionOptions& options) const {

@@ -37,7 +37,7 @@ Pickle read(const std::string& bytes, PickleNames names = kStateDict) {
 Pickle read(std::string&& bytes, PickleNames names = kStateDict) = delete;
 
 // What is said about a pickle of these instructions, which must be one line that names its file.
-std::string refusal(const std::string& instructions, PickleNames names = kStateDict) {
+std::string pickle_refusal(const std::string& instructions, PickleNames names = kStateDict) {
   const auto bytes = whole(instructions);
   return test::refusal_by("pickle", "x.pt", [&] { read(bytes, names); });
 }
@@ -242,21 +242,21 @@ TEST(PickleTest, RefusesObjectsByTheNameOfTheirClass) {
            ", which is no tensor; save the tensors alone, in Python: " + "torch.save(torch.load(PATH, weights_only=False)" +
            part + ", NEW_PATH)";
   };
-  EXPECT_EQ(refusal(global("__main__", "Model") + ")\x81"), message("__main__.Model", ".state_dict()"));
-  EXPECT_EQ(refusal("}(" + text("args") + global("argparse", "Namespace")), message("argparse.Namespace", "['model']"));
-  EXPECT_EQ(refusal(global("os", "system") + text("true") + "\x85R"), message("os.system", ".state_dict()"));
-  EXPECT_EQ(refusal("\x8c\2os\x8c\6system\x93"), message("os.system", ".state_dict()"));
-  EXPECT_EQ(refusal(global("torch", "nn.Linear")), message("torch.nn.Linear", ".state_dict()"));
-  EXPECT_EQ(refusal(global("torch._utils", "_import_dotted_name")),
+  EXPECT_EQ(pickle_refusal(global("__main__", "Model") + ")\x81"), message("__main__.Model", ".state_dict()"));
+  EXPECT_EQ(pickle_refusal("}(" + text("args") + global("argparse", "Namespace")), message("argparse.Namespace", "['model']"));
+  EXPECT_EQ(pickle_refusal(global("os", "system") + text("true") + "\x85R"), message("os.system", ".state_dict()"));
+  EXPECT_EQ(pickle_refusal("\x8c\2os\x8c\6system\x93"), message("os.system", ".state_dict()"));
+  EXPECT_EQ(pickle_refusal(global("torch", "nn.Linear")), message("torch.nn.Linear", ".state_dict()"));
+  EXPECT_EQ(pickle_refusal(global("torch._utils", "_import_dotted_name")),
             message("torch._utils._import_dotted_name", ".state_dict()"));
-  EXPECT_EQ(refusal(global("a\x1b[1m", "b")), message("a\\x1b[1m.b", ".state_dict()"));
-  EXPECT_EQ(refusal(global("__torch__", "Module")), message("__torch__.Module", ".state_dict()"));
+  EXPECT_EQ(pickle_refusal(global("a\x1b[1m", "b")), message("a\\x1b[1m.b", ".state_dict()"));
+  EXPECT_EQ(pickle_refusal(global("__torch__", "Module")), message("__torch__.Module", ".state_dict()"));
 }
 
 TEST(PickleTest, RefusesInstructionsThatItDoesNotHave) {
-  EXPECT_EQ(refusal("I1\n"), "has the instruction 0x49 at byte 2, which is not read");
-  EXPECT_EQ(refusal("N\xff"), "has the instruction 0xff at byte 3, which is not read");
-  EXPECT_EQ(refusal("\x82\1"), "has the instruction 0x82 at byte 2, which is not read");  // a class by number
+  EXPECT_EQ(pickle_refusal("I1\n"), "has the instruction 0x49 at byte 2, which is not read");
+  EXPECT_EQ(pickle_refusal("N\xff"), "has the instruction 0xff at byte 3, which is not read");
+  EXPECT_EQ(pickle_refusal("\x82\1"), "has the instruction 0x82 at byte 2, which is not read");  // a class by number
 }
 
 TEST(PickleTest, RefusesAPickleThatIsCutOff) {
@@ -267,9 +267,9 @@ TEST(PickleTest, RefusesAPickleThatIsCutOff) {
     const auto message = test::error_of<FileError>([&] { read(part); });
     EXPECT_TRUE(message.starts_with("[pickle] x.pt: ends inside the instruction at byte ")) << message;
   }
-  EXPECT_EQ(refusal("X" + little_endian(0xffff'ffff, 4)), "ends inside the instruction at byte 2");
-  EXPECT_EQ(refusal("\x8d" + little_endian(~uint64_t{0}, 8)), "ends inside the instruction at byte 2");
-  EXPECT_EQ(refusal("cos"), "ends inside the instruction at byte 2");
+  EXPECT_EQ(pickle_refusal("X" + little_endian(0xffff'ffff, 4)), "ends inside the instruction at byte 2");
+  EXPECT_EQ(pickle_refusal("\x8d" + little_endian(~uint64_t{0}, 8)), "ends inside the instruction at byte 2");
+  EXPECT_EQ(pickle_refusal("cos"), "ends inside the instruction at byte 2");
 }
 
 TEST(PickleTest, RefusesAPickleOverTheLimit) {
@@ -279,54 +279,54 @@ TEST(PickleTest, RefusesAPickleOverTheLimit) {
 
 TEST(PickleTest, RefusesInstructionsWithoutTheirValues) {
   const std::string at = " for the instruction at byte ";
-  EXPECT_EQ(refusal(""), "must have a value" + at + "2");
-  EXPECT_EQ(refusal("0"), "must have a value" + at + "2");
-  EXPECT_EQ(refusal("2"), "must have a value" + at + "2");
-  EXPECT_EQ(refusal("q\1"), "must have a value" + at + "2");
-  EXPECT_EQ(refusal("K\1(2"), "must have a value" + at + "5");  // the one below the mark is out of reach
-  EXPECT_EQ(refusal("K\1(\x85"), "must have more values" + at + "5");
-  EXPECT_EQ(refusal("K\1\x86"), "must have more values" + at + "4");
-  EXPECT_EQ(refusal("K\1a"), "must have more values" + at + "4");
-  EXPECT_EQ(refusal("(K\1e"), "must have more values" + at + "5");
-  EXPECT_EQ(refusal("t"), "must have a mark" + at + "2");
-  EXPECT_EQ(refusal("]K\1e"), "must have a mark" + at + "5");
-  EXPECT_EQ(refusal("b"), "must have a value" + at + "2");
-  EXPECT_EQ(refusal("Q"), "must have a value" + at + "2");
-  EXPECT_EQ(refusal("R"), "must have a value" + at + "2");
+  EXPECT_EQ(pickle_refusal(""), "must have a value" + at + "2");
+  EXPECT_EQ(pickle_refusal("0"), "must have a value" + at + "2");
+  EXPECT_EQ(pickle_refusal("2"), "must have a value" + at + "2");
+  EXPECT_EQ(pickle_refusal("q\1"), "must have a value" + at + "2");
+  EXPECT_EQ(pickle_refusal("K\1(2"), "must have a value" + at + "5");  // the one below the mark is out of reach
+  EXPECT_EQ(pickle_refusal("K\1(\x85"), "must have more values" + at + "5");
+  EXPECT_EQ(pickle_refusal("K\1\x86"), "must have more values" + at + "4");
+  EXPECT_EQ(pickle_refusal("K\1a"), "must have more values" + at + "4");
+  EXPECT_EQ(pickle_refusal("(K\1e"), "must have more values" + at + "5");
+  EXPECT_EQ(pickle_refusal("t"), "must have a mark" + at + "2");
+  EXPECT_EQ(pickle_refusal("]K\1e"), "must have a mark" + at + "5");
+  EXPECT_EQ(pickle_refusal("b"), "must have a value" + at + "2");
+  EXPECT_EQ(pickle_refusal("Q"), "must have a value" + at + "2");
+  EXPECT_EQ(pickle_refusal("R"), "must have a value" + at + "2");
 }
 
 TEST(PickleTest, RefusesInstructionsOnOtherKindsOfValues) {
   const std::string at = " for the instruction at byte ";
-  EXPECT_EQ(refusal("}K\1a"), "must have a list" + at + "5");
-  EXPECT_EQ(refusal(")K\1a"), "must have a list" + at + "5");
-  EXPECT_EQ(refusal("]K\1K\2s"), "must have a dict" + at + "7");
-  EXPECT_EQ(refusal("}(K\1u"), "must have a value for each key" + at + "6");
-  EXPECT_EQ(refusal("(K\1d"), "must have a value for each key" + at + "5");
-  EXPECT_EQ(refusal("K\1K\2\x93"), "must have two texts" + at + "6");
-  EXPECT_EQ(refusal("K\1)R"), "must have a class and a tuple" + at + "5");
-  EXPECT_EQ(refusal(global("torch", "Size") + "]R"), "must have a class and a tuple" + at + "15");
-  EXPECT_EQ(refusal(global("torch", "float32") + ")R"), "must have something that can be called" + at + "18");
-  EXPECT_EQ(refusal(global("collections", "OrderedDict") + "]\x85R"), "must have no arguments" + at + "29");
-  EXPECT_EQ(refusal(global("torch._utils", "_rebuild_parameter") + ")R"), "must have an argument" + at + "36");
-  EXPECT_EQ(refusal(global("torch._tensor", "_rebuild_from_type_v2") + ")R"), "must have a tensor with attributes" + at + "40");
-  EXPECT_EQ(refusal("K\1Nb"), "must have something that has a state" + at + "5");
-  EXPECT_EQ(refusal(test::pickle::object("") + "}b", kTorchScript), "must have an object without a state" + at + "27");
-  EXPECT_EQ(refusal("K\1Q"), "must have a storage's class, key, device and size" + at + "4");
-  EXPECT_EQ(refusal("(" + text("module") + "NNNNtQ"), "must have a storage's class, key, device and size" + at + "19");
+  EXPECT_EQ(pickle_refusal("}K\1a"), "must have a list" + at + "5");
+  EXPECT_EQ(pickle_refusal(")K\1a"), "must have a list" + at + "5");
+  EXPECT_EQ(pickle_refusal("]K\1K\2s"), "must have a dict" + at + "7");
+  EXPECT_EQ(pickle_refusal("}(K\1u"), "must have a value for each key" + at + "6");
+  EXPECT_EQ(pickle_refusal("(K\1d"), "must have a value for each key" + at + "5");
+  EXPECT_EQ(pickle_refusal("K\1K\2\x93"), "must have two texts" + at + "6");
+  EXPECT_EQ(pickle_refusal("K\1)R"), "must have a class and a tuple" + at + "5");
+  EXPECT_EQ(pickle_refusal(global("torch", "Size") + "]R"), "must have a class and a tuple" + at + "15");
+  EXPECT_EQ(pickle_refusal(global("torch", "float32") + ")R"), "must have something that can be called" + at + "18");
+  EXPECT_EQ(pickle_refusal(global("collections", "OrderedDict") + "]\x85R"), "must have no arguments" + at + "29");
+  EXPECT_EQ(pickle_refusal(global("torch._utils", "_rebuild_parameter") + ")R"), "must have an argument" + at + "36");
+  EXPECT_EQ(pickle_refusal(global("torch._tensor", "_rebuild_from_type_v2") + ")R"), "must have a tensor with attributes" + at + "40");
+  EXPECT_EQ(pickle_refusal("K\1Nb"), "must have something that has a state" + at + "5");
+  EXPECT_EQ(pickle_refusal(test::pickle::object("") + "}b", kTorchScript), "must have an object without a state" + at + "27");
+  EXPECT_EQ(pickle_refusal("K\1Q"), "must have a storage's class, key, device and size" + at + "4");
+  EXPECT_EQ(pickle_refusal("(" + text("module") + "NNNNtQ"), "must have a storage's class, key, device and size" + at + "19");
 }
 
 TEST(PickleTest, RefusesNestedCallsOfTensorsWithAttributes) {
   // Each would be taken apart by the one around it, without end.
   const auto function = global("torch._tensor", "_rebuild_from_type_v2");
-  EXPECT_EQ(refusal(function + "(" + function + "N)NtR"), "must have a tensor with attributes for the instruction at byte 81");
+  EXPECT_EQ(pickle_refusal(function + "(" + function + "N)NtR"), "must have a tensor with attributes for the instruction at byte 81");
 }
 
 TEST(PickleTest, RefusesNumbersUnderWhichNothingIsKept) {
   const std::string at = " for the instruction at byte ";
-  EXPECT_EQ(refusal("h\1"), "must have a value kept under its number" + at + "2");
-  EXPECT_EQ(refusal("Nq\2h\1"), "must have a value kept under its number" + at + "5");
-  EXPECT_EQ(refusal("j\xff\xff\xff\xff"), "must have a value kept under its number" + at + "2");
-  EXPECT_EQ(refusal("Nr\xff\xff\xff\xff"), "must have a smaller number" + at + "3");
+  EXPECT_EQ(pickle_refusal("h\1"), "must have a value kept under its number" + at + "2");
+  EXPECT_EQ(pickle_refusal("Nq\2h\1"), "must have a value kept under its number" + at + "5");
+  EXPECT_EQ(pickle_refusal("j\xff\xff\xff\xff"), "must have a value kept under its number" + at + "2");
+  EXPECT_EQ(pickle_refusal("Nr\xff\xff\xff\xff"), "must have a smaller number" + at + "3");
 }
 
 TEST(PickleTest, ThrowsNothingElseWhateverByteIsChanged) {

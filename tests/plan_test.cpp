@@ -14,9 +14,6 @@
 namespace xattn::test {
 namespace {
 
-constexpr Order kAllOrders[] = {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context,
-                                Order::prefold_into_context};
-
 PlanRequest request(int64_t B, int64_t H, int64_t Lq, int64_t Lk, int64_t Eq, int64_t Ek, int64_t inner) {
   PlanRequest r;
   r.B = B;
@@ -141,7 +138,7 @@ TEST(PlanTest, AConstantQueryCostsNothingUntilItMeetsTheKeys) {
 
 // ---- Legality: each rule, and the wrong result that breaking it would give --------------------------------------------------
 
-struct Layer {
+struct RandomLayer {
   torch::Tensor Xq = torch::randn({3, 4}, torch::kDouble), Xk = torch::randn({5, 6}, torch::kDouble);
   torch::Tensor Wq = torch::randn({4, 8}, torch::kDouble), Wk = torch::randn({6, 8}, torch::kDouble);
 };
@@ -164,7 +161,7 @@ TEST(LegalityTest, ANormOfTheQueryForbidsWhatTouchesWqBeforeIt) {
   r.query_norm = true;
   expect_illegal(r, {Order::standard, Order::fold_into_query});
   torch::manual_seed(0);
-  const Layer x;
+  const RandomLayer x;
   const auto right = torch::matmul(rms(torch::matmul(x.Xq, x.Wq)), torch::matmul(x.Xk, x.Wk).t());
   const auto prefolded = torch::matmul(torch::matmul(x.Xq, torch::matmul(x.Wq, x.Wk.t())), x.Xk.t());
   EXPECT_GT((right - prefolded).abs().max().item<double>(), 0.1);
@@ -175,7 +172,7 @@ TEST(LegalityTest, ANormOfTheKeyForbidsWhatTouchesWkAfterTheQuery) {
   r.key_norm = true;
   expect_illegal(r, {Order::standard, Order::fold_into_context});
   torch::manual_seed(0);
-  const Layer x;
+  const RandomLayer x;
   const auto right = torch::matmul(torch::matmul(x.Xq, x.Wq), rms(torch::matmul(x.Xk, x.Wk)).t());
   const auto folded = torch::matmul(torch::matmul(torch::matmul(x.Xq, x.Wq), x.Wk.t()), x.Xk.t());
   EXPECT_GT((right - folded).abs().max().item<double>(), 0.1);
@@ -202,7 +199,7 @@ TEST(LegalityTest, AKeyThatNoProjectionMadeForbidsEveryFold) {
   module->to(torch::kDouble);
   const auto Wq = module->query_linear->weight.t(), Wk = module->key_linear->weight.t(), Wv = module->value_linear->weight.t(),
              Wo = module->output_linear->weight.t(), scale = torch::tensor(1 / std::sqrt(8.0), torch::kDouble);
-  const Layer x;
+  const RandomLayer x;
   const auto q = torch::matmul(x.Xq, Wq) * scale;
   const auto k = torch::cat({torch::matmul(x.Xk, Wk), module->bias_k[0]}),
              v = torch::cat({torch::matmul(x.Xk, Wv), module->bias_v[0]});
@@ -226,7 +223,7 @@ TEST(LegalityTest, InTrainingAProductOfWeightsIsMadeAndChargedInEachCall) {
 
   // A product that was kept does not know what a step made of the weights.
   torch::manual_seed(0);
-  const Layer x;
+  const RandomLayer x;
   const auto product = torch::matmul(x.Wq, x.Wk.t()), stepped = x.Wq - 0.1 * torch::randn({4, 8}, torch::kDouble);
   const auto right = torch::matmul(torch::matmul(x.Xq, stepped), torch::matmul(x.Xk, x.Wk).t());
   EXPECT_GT((right - torch::matmul(torch::matmul(x.Xq, product), x.Xk.t())).abs().max().item<double>(), 0.1);

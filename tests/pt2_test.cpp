@@ -66,22 +66,22 @@ Records archive_with(const Fields& fields) {
   return archive(config_of("\"a\":" + fields.json()));
 }
 
-Index read(const std::string& bytes) {
+Index read_archive(const std::string& bytes) {
   auto index = read_pt2("x.pt2", ZipFile("x.pt2", std::as_bytes(std::span(bytes))));
   for (auto& [name, stored] : index.tensors) stored.data = {};  // they would dangle
   return index;
 }
 
-Index read(const Records& records) {
+Index read_archive(const Records& records) {
   std::vector<std::pair<std::string, std::string>> entries;
   for (const auto& [name, bytes] : records) entries.emplace_back("x/" + name, bytes);
-  return read(test::zip_of(entries));
+  return read_archive(test::zip_of(entries));
 }
 
 // What is said about an archive, without the part that names the file.
 template <typename Archive>
-std::string refusal(const Archive& archive) {
-  return test::refusal_by("pt2", "x.pt2", [&] { read(archive); });
+std::string pt2_refusal(const Archive& archive) {
+  return test::refusal_by("pt2", "x.pt2", [&] { read_archive(archive); });
 }
 
 std::map<std::string, at::Tensor> tensors_of(const Index& index) {
@@ -135,7 +135,7 @@ TEST(Pt2Test, KeepsViewsOfOneStorage) {
 }
 
 TEST(Pt2Test, ReadsWeightsAndConstants) {
-  const auto index = read(archive(config_of("\"a\":" + Fields().json()),
+  const auto index = read_archive(archive(config_of("\"a\":" + Fields().json()),
                                   config_of("\"b\":" + Fields{.path_name = "\"tensor_0\"", .dtype = "12"}.json())));
   EXPECT_EQ(index.tensors.size(), 2U);
   EXPECT_EQ(index.tensors.at("a").type, at::kFloat);
@@ -152,18 +152,18 @@ TEST(Pt2Test, ReadsAModelOfAnotherName) {
     record.key() = to;
     records.insert(std::move(record));
   }
-  EXPECT_TRUE(read(records).tensors.contains("a"));
+  EXPECT_TRUE(read_archive(records).tensors.contains("a"));
 }
 
 // ---- What is refused --------------------------------------------------------------------------------------------------------
 
 TEST(Pt2Test, RefusesOtherZipFiles) {
-  EXPECT_EQ(refusal(Records{}), kNoArchive);
-  EXPECT_EQ(refusal(Records{{"word/document.xml", "<xml/>"}}), kNoArchive);
-  EXPECT_EQ(refusal(test::zip_of({{"a", ""}, {"b/c", ""}})), kNoArchive);
+  EXPECT_EQ(pt2_refusal(Records{}), kNoArchive);
+  EXPECT_EQ(pt2_refusal(Records{{"word/document.xml", "<xml/>"}}), kNoArchive);
+  EXPECT_EQ(pt2_refusal(test::zip_of({{"a", ""}, {"b/c", ""}})), kNoArchive);
   auto records = archive_with({});
   records["archive_format"] = "pt3";
-  EXPECT_EQ(refusal(records), kNoArchive);
+  EXPECT_EQ(pt2_refusal(records), kNoArchive);
 }
 
 TEST(Pt2Test, RefusesPickledWeightsOfOlderVersions) {
@@ -171,18 +171,18 @@ TEST(Pt2Test, RefusesPickledWeightsOfOlderVersions) {
       " pickled, as older versions of PyTorch wrote them, and pickles are not run; save it anew in Python: "
       "torch.save(torch.export.load(PATH).state_dict, NEW_PATH)";
   EXPECT_EQ(
-      refusal(test::zip_of({{"version", "8.8"}, {"serialized_exported_program.json", ""}, {"serialized_state_dict.pt", ""}})),
+      pt2_refusal(test::zip_of({{"version", "8.8"}, {"serialized_exported_program.json", ""}, {"serialized_state_dict.pt", ""}})),
       "its weights are" + cure);
   auto records = archive_with({});
   records["data/weights/model.pt"] = "";
-  EXPECT_EQ(refusal(records), "its weights are" + cure);
+  EXPECT_EQ(pt2_refusal(records), "its weights are" + cure);
   records = archive_with({});
   records["data/constants/model.pt"] = "";
-  EXPECT_EQ(refusal(records), "its constants are" + cure);
+  EXPECT_EQ(pt2_refusal(records), "its constants are" + cure);
 }
 
 TEST(Pt2Test, RefusesPickledTensors) {
-  EXPECT_EQ(refusal(archive_with({.use_pickle = "true"})),
+  EXPECT_EQ(pt2_refusal(archive_with({.use_pickle = "true"})),
             "tensor \"a\" is pickled, as objects and tensors of classes of their own are, and pickles are not run; save plain "
             "tensors in Python: torch.save({NAME: TENSOR, ...}, NEW_PATH)");
 }
@@ -190,125 +190,125 @@ TEST(Pt2Test, RefusesPickledTensors) {
 TEST(Pt2Test, RefusesOtherVersionsAndByteOrders) {
   auto records = archive_with({});
   records["archive_version"] = "1";
-  EXPECT_EQ(refusal(records), "must have archive_version 0");
+  EXPECT_EQ(pt2_refusal(records), "must have archive_version 0");
   records = archive_with({});
   records["byteorder"] = "big";
-  EXPECT_EQ(refusal(records), "must have byteorder little");
+  EXPECT_EQ(pt2_refusal(records), "must have byteorder little");
   records.erase("byteorder");
-  EXPECT_EQ(refusal(records), "must have byteorder little");
+  EXPECT_EQ(pt2_refusal(records), "must have byteorder little");
 }
 
 TEST(Pt2Test, RefusesAnyNumberOfModelsButOne) {
   auto records = archive_with({});
   records["models/other.json"] = "";
-  EXPECT_EQ(refusal(records), "must have one model, models/NAME.json, but has 2");
+  EXPECT_EQ(pt2_refusal(records), "must have one model, models/NAME.json, but has 2");
   records.erase("models/model.json");
   records.erase("models/other.json");
-  EXPECT_EQ(refusal(records), "must have one model, models/NAME.json, but has 0");
+  EXPECT_EQ(pt2_refusal(records), "must have one model, models/NAME.json, but has 0");
   records["models/"] = "";
   records["models.json"] = "";
   records["models/json"] = "";
-  EXPECT_EQ(refusal(records), "must have one model, models/NAME.json, but has 0");
+  EXPECT_EQ(pt2_refusal(records), "must have one model, models/NAME.json, but has 0");
 }
 
 TEST(Pt2Test, RefusesAnArchiveWithoutConfigs) {
   for (const std::string config : {kWeights, kConstants}) {
     auto records = archive_with({});
     records.erase(config);
-    EXPECT_EQ(refusal(records), "has no \"" + config + "\"");
+    EXPECT_EQ(pt2_refusal(records), "has no \"" + config + "\"");
   }
 }
 
 TEST(Pt2Test, RefusesAConfigThatIsNotJson) {
-  EXPECT_EQ(error_of<FileError>([] { read(archive("{\"config\":{")); }),
+  EXPECT_EQ(error_of<FileError>([] { read_archive(archive("{\"config\":{")); }),
             "[pt2] x.pt2: data/weights/model_weights_config.json: is not JSON in UTF-8, at its byte 12");
 }
 
 TEST(Pt2Test, RefusesAConfigThatIsNoObject) {
   for (const std::string config : {"{}", "[]", "1", "{\"config\":[]}", "{\"config\":null}"}) {
-    EXPECT_EQ(refusal(archive(config)), "\"data/weights/model_weights_config.json\" must have config, an object") << config;
+    EXPECT_EQ(pt2_refusal(archive(config)), "\"data/weights/model_weights_config.json\" must have config, an object") << config;
   }
 }
 
 TEST(Pt2Test, RefusesATensorThatIsNoObject) {
   for (const std::string entry : {"null", "[]", "1", "\"x\"", "{}"}) {
-    EXPECT_EQ(refusal(archive(config_of("\"a\":" + entry))), "tensor \"a\" must have use_pickle, true or false") << entry;
+    EXPECT_EQ(pt2_refusal(archive(config_of("\"a\":" + entry))), "tensor \"a\" must have use_pickle, true or false") << entry;
   }
 }
 
 TEST(Pt2Test, RefusesFieldsOfOtherKinds) {
-  EXPECT_EQ(refusal(archive_with({.path_name = "null"})), "tensor \"a\" must have path_name, a string");
-  EXPECT_EQ(refusal(archive_with({.use_pickle = "0"})), "tensor \"a\" must have use_pickle, true or false");
+  EXPECT_EQ(pt2_refusal(archive_with({.path_name = "null"})), "tensor \"a\" must have path_name, a string");
+  EXPECT_EQ(pt2_refusal(archive_with({.use_pickle = "0"})), "tensor \"a\" must have use_pickle, true or false");
   for (const std::string number : {"-1", "7.0", "\"7\"", "null", "true", "{}", "18446744073709551616"}) {
-    EXPECT_EQ(refusal(archive_with({.dtype = number})), "tensor \"a\" must have tensor_meta/dtype, a non-negative integer");
-    EXPECT_EQ(refusal(archive_with({.layout = number})), "tensor \"a\" must have tensor_meta/layout, a non-negative integer");
-    EXPECT_EQ(refusal(archive_with({.sizes = "[{\"as_int\":" + number + "}]"})),
+    EXPECT_EQ(pt2_refusal(archive_with({.dtype = number})), "tensor \"a\" must have tensor_meta/dtype, a non-negative integer");
+    EXPECT_EQ(pt2_refusal(archive_with({.layout = number})), "tensor \"a\" must have tensor_meta/layout, a non-negative integer");
+    EXPECT_EQ(pt2_refusal(archive_with({.sizes = "[{\"as_int\":" + number + "}]"})),
               "tensor \"a\" must have tensor_meta/sizes/0/as_int, a non-negative integer");
-    EXPECT_EQ(refusal(archive_with({.strides = "[{\"as_int\":" + number + "}]"})),
+    EXPECT_EQ(pt2_refusal(archive_with({.strides = "[{\"as_int\":" + number + "}]"})),
               "tensor \"a\" must have tensor_meta/strides/0/as_int, a non-negative integer");
-    EXPECT_EQ(refusal(archive_with({.storage_offset = "{\"as_int\":" + number + "}"})),
+    EXPECT_EQ(pt2_refusal(archive_with({.storage_offset = "{\"as_int\":" + number + "}"})),
               "tensor \"a\" must have tensor_meta/storage_offset/as_int, a non-negative integer");
   }
-  EXPECT_EQ(refusal(archive_with({.sizes = "{}"})), "tensor \"a\" must have tensor_meta/sizes, a list");
-  EXPECT_EQ(refusal(archive_with({.strides = "2"})), "tensor \"a\" must have tensor_meta/strides, a list");
+  EXPECT_EQ(pt2_refusal(archive_with({.sizes = "{}"})), "tensor \"a\" must have tensor_meta/sizes, a list");
+  EXPECT_EQ(pt2_refusal(archive_with({.strides = "2"})), "tensor \"a\" must have tensor_meta/strides, a list");
 }
 
 TEST(Pt2Test, RefusesSizesThatAreSymbols) {
-  EXPECT_EQ(refusal(archive_with({.sizes = R"([{"as_int":2},{"as_expr":{"expr_str":"s0","hint":null}}])"})),
+  EXPECT_EQ(pt2_refusal(archive_with({.sizes = R"([{"as_int":2},{"as_expr":{"expr_str":"s0","hint":null}}])"})),
             "tensor \"a\" must have tensor_meta/sizes/1/as_int, a non-negative integer");
 }
 
 TEST(Pt2Test, RefusesATensorWithoutMeta) {
-  EXPECT_EQ(refusal(archive(config_of(R"("a":{"path_name":"weight_0","use_pickle":false,"tensor_meta":null})"))),
+  EXPECT_EQ(pt2_refusal(archive(config_of(R"("a":{"path_name":"weight_0","use_pickle":false,"tensor_meta":null})"))),
             "tensor \"a\" must have tensor_meta/layout, a non-negative integer");
 }
 
 TEST(Pt2Test, RefusesTypesThatPyTorchDoesNotHave) {
   for (const std::string number : {"0", "14", "27", "36", "18446744073709551615"}) {
-    EXPECT_EQ(refusal(archive_with({.dtype = number})),
+    EXPECT_EQ(pt2_refusal(archive_with({.dtype = number})),
               "tensor \"a\" has dtype " + number + ", which is none of PyTorch's numbers of types");
   }
 }
 
 TEST(Pt2Test, RefusesTensorsThatAreNotStrided) {
-  EXPECT_EQ(refusal(archive_with({.layout = "1"})), "tensor \"a\" must have layout 7, strided, but has 1");
+  EXPECT_EQ(pt2_refusal(archive_with({.layout = "1"})), "tensor \"a\" must have layout 7, strided, but has 1");
 }
 
 TEST(Pt2Test, RefusesRecordsThatAreNotThere) {
   for (const std::string record : {"weight_1", "", "../constants/tensor_0", "/etc/passwd"}) {
-    EXPECT_EQ(refusal(archive_with({.path_name = "\"" + record + "\""})),
+    EXPECT_EQ(pt2_refusal(archive_with({.path_name = "\"" + record + "\""})),
               "tensor \"a\" should be in \"data/weights/" + record + "\", which is not there");
   }
 }
 
 TEST(Pt2Test, RefusesTensorsThatEndBeyondTheirStorage) {
-  EXPECT_EQ(refusal(archive_with({.storage_offset = R"({"as_int":3})"})),
+  EXPECT_EQ(pt2_refusal(archive_with({.storage_offset = R"({"as_int":3})"})),
             "tensor \"a\" of shape [2], strides [1] and offset 3 ends beyond its storage of 16 bytes");
-  EXPECT_EQ(refusal(archive_with({.strides = R"([{"as_int":3}])"})),
+  EXPECT_EQ(pt2_refusal(archive_with({.strides = R"([{"as_int":3}])"})),
             "tensor \"a\" of shape [2], strides [3] and offset 1 ends beyond its storage of 16 bytes");
-  EXPECT_EQ(refusal(archive_with({.storage_offset = R"({"as_int":9223372036854775807})"})),
+  EXPECT_EQ(pt2_refusal(archive_with({.storage_offset = R"({"as_int":9223372036854775807})"})),
             "tensor \"a\" of shape [2], strides [1] and offset 9223372036854775807 ends beyond its storage of 16 bytes");
-  EXPECT_EQ(refusal(archive_with({.dtype = "11", .storage_offset = R"({"as_int":0})"})),
+  EXPECT_EQ(pt2_refusal(archive_with({.dtype = "11", .storage_offset = R"({"as_int":0})"})),
             "tensor \"a\" of shape [2], strides [1] and offset 0 ends beyond its storage of 16 bytes");
 }
 
 TEST(Pt2Test, RefusesNumbersThatMakeNoTensor) {
-  EXPECT_EQ(refusal(archive_with({.strides = "[]"})),
+  EXPECT_EQ(pt2_refusal(archive_with({.strides = "[]"})),
             "tensor \"a\" has shape [2], strides [] and offset 1, which make no tensor");
-  EXPECT_EQ(refusal(archive_with({.sizes = R"([{"as_int":18446744073709551615}])"})),
+  EXPECT_EQ(pt2_refusal(archive_with({.sizes = R"([{"as_int":18446744073709551615}])"})),
             "tensor \"a\" has shape [-1], strides [1] and offset 1, which make no tensor");
 }
 
 TEST(Pt2Test, RefusesANameGivenTwice) {
   const auto one = "\"a\":" + Fields().json();
-  EXPECT_EQ(error_of<FileError>([&] { read(archive(config_of(one + "," + one))); }),
+  EXPECT_EQ(error_of<FileError>([&] { read_archive(archive(config_of(one + "," + one))); }),
             "[pt2] x.pt2: data/weights/model_weights_config.json: has the name \"a\" twice in one object");
-  EXPECT_EQ(refusal(archive(config_of(one), config_of("\"a\":" + Fields{.path_name = "\"tensor_0\""}.json()))),
+  EXPECT_EQ(pt2_refusal(archive(config_of(one), config_of("\"a\":" + Fields{.path_name = "\"tensor_0\""}.json()))),
             "has the tensor \"a\" twice, in weights and in constants");
 }
 
 TEST(Pt2Test, KeepsMessagesOnOneLineWhateverTheNames) {
-  EXPECT_EQ(refusal(archive(config_of("\"\\n\\u001b[31m\x7f\":1"))),
+  EXPECT_EQ(pt2_refusal(archive(config_of("\"\\n\\u001b[31m\x7f\":1"))),
             "tensor \"\\n\\u001b[31m\\x7f\" must have use_pickle, true or false");
 }
 

@@ -32,7 +32,7 @@ std::string header_of(const std::string& type, const std::string& shape, const s
 }
 
 // What is said about a file of these bytes, which must be one line that names it.
-std::string refusal(const std::string& bytes) {
+std::string safetensors_refusal(const std::string& bytes) {
   return test::refusal_by("safetensors", "broken",
                           [&] { detail::read_safetensors("broken", std::as_bytes(std::span(bytes))); });
 }
@@ -183,14 +183,14 @@ TEST(SafetensorsTest, RefusesToWriteWhereItCannot) {
 // ---- What is refused ---------------------------------------------------------------------------------------------------------
 
 TEST(SafetensorsTest, RefusesAFileShorterThanItsHeaderLength) {
-  EXPECT_EQ(refusal(""), "must begin with a header length of 8 bytes, but has 0 bytes");
-  EXPECT_EQ(refusal("1234567"), "must begin with a header length of 8 bytes, but has 7 bytes");
+  EXPECT_EQ(safetensors_refusal(""), "must begin with a header length of 8 bytes, but has 0 bytes");
+  EXPECT_EQ(safetensors_refusal("1234567"), "must begin with a header length of 8 bytes, but has 7 bytes");
 }
 
 TEST(SafetensorsTest, RefusesAHeaderThatIsCutOff) {
-  EXPECT_EQ(refusal(file_of(header_of("\"F32\"", "[1]", "[0,4]"), 4).substr(0, 40)),
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"F32\"", "[1]", "[0,4]"), 4).substr(0, 40)),
             "header length 54 exceeds the file's 40 bytes; a download may have been cut off");
-  EXPECT_EQ(refusal(std::string(8, '\xff')),
+  EXPECT_EQ(safetensors_refusal(std::string(8, '\xff')),
             "header length 18446744073709551615 exceeds the file's 8 bytes; a download may have been cut off");
 }
 
@@ -205,78 +205,78 @@ TEST(SafetensorsTest, RefusesAHeaderOverTheLimit) {
 }
 
 TEST(SafetensorsTest, RefusesAHeaderThatIsNoObject) {
-  EXPECT_EQ(refusal(file_of("")), "header must begin with '{'");
-  EXPECT_EQ(refusal(file_of("[]")), "header must begin with '{'");
-  EXPECT_EQ(refusal(file_of(" {}")), "header must begin with '{'");
-  EXPECT_EQ(refusal(file_of("\xef\xbb\xbf{}")), "header must begin with '{'");
+  EXPECT_EQ(safetensors_refusal(file_of("")), "header must begin with '{'");
+  EXPECT_EQ(safetensors_refusal(file_of("[]")), "header must begin with '{'");
+  EXPECT_EQ(safetensors_refusal(file_of(" {}")), "header must begin with '{'");
+  EXPECT_EQ(safetensors_refusal(file_of("\xef\xbb\xbf{}")), "header must begin with '{'");
 }
 
 TEST(SafetensorsTest, RefusesAHeaderThatIsNotJson) {
-  EXPECT_EQ(refusal(file_of("{\"a\"")), "header is not JSON in UTF-8, at its byte 5");
-  EXPECT_EQ(refusal(file_of("{}x")), "header is not JSON in UTF-8, at its byte 3");
-  EXPECT_EQ(refusal(file_of("{}{}")), "header is not JSON in UTF-8, at its byte 3");
-  EXPECT_EQ(refusal(file_of("{,}")), "header is not JSON in UTF-8, at its byte 2");
-  EXPECT_EQ(refusal(file_of("{/**/}")), "header is not JSON in UTF-8, at its byte 2");
+  EXPECT_EQ(safetensors_refusal(file_of("{\"a\"")), "header is not JSON in UTF-8, at its byte 5");
+  EXPECT_EQ(safetensors_refusal(file_of("{}x")), "header is not JSON in UTF-8, at its byte 3");
+  EXPECT_EQ(safetensors_refusal(file_of("{}{}")), "header is not JSON in UTF-8, at its byte 3");
+  EXPECT_EQ(safetensors_refusal(file_of("{,}")), "header is not JSON in UTF-8, at its byte 2");
+  EXPECT_EQ(safetensors_refusal(file_of("{/**/}")), "header is not JSON in UTF-8, at its byte 2");
 }
 
 TEST(SafetensorsTest, RefusesAHeaderThatIsNotUtf8) {
-  EXPECT_EQ(refusal(file_of("{\"\xff\":{}}")), "header is not JSON in UTF-8, at its byte 3");
-  EXPECT_EQ(refusal(file_of("{\"\xc0\xaf\":{}}")), "header is not JSON in UTF-8, at its byte 3");
-  EXPECT_EQ(refusal(file_of("{\"\\ud800\":{}}")), "header is not JSON in UTF-8, at its byte 9");
+  EXPECT_EQ(safetensors_refusal(file_of("{\"\xff\":{}}")), "header is not JSON in UTF-8, at its byte 3");
+  EXPECT_EQ(safetensors_refusal(file_of("{\"\xc0\xaf\":{}}")), "header is not JSON in UTF-8, at its byte 3");
+  EXPECT_EQ(safetensors_refusal(file_of("{\"\\ud800\":{}}")), "header is not JSON in UTF-8, at its byte 9");
 }
 
 TEST(SafetensorsTest, RefusesZeroBytesInTheHeader) {
-  EXPECT_EQ(refusal(file_of(std::string("{}\0garbage", 10))), "header is not JSON in UTF-8, at its byte 3");
+  EXPECT_EQ(safetensors_refusal(file_of(std::string("{}\0garbage", 10))), "header is not JSON in UTF-8, at its byte 3");
 }
 
 TEST(SafetensorsTest, RefusesDeepNesting) {
-  EXPECT_EQ(refusal(file_of("{\"a\":" + std::string(1'000'000, '['))), "the value of \"a\" must be an object");
+  EXPECT_EQ(safetensors_refusal(file_of("{\"a\":" + std::string(1'000'000, '['))), "the value of \"a\" must be an object");
   std::string objects = "{";
   for (int i = 0; i < 100'000; ++i) objects += "\"shape\":{";
-  EXPECT_EQ(refusal(file_of(objects)), "shape of tensor \"shape\" must be a list of at most 64 non-negative integers");
-  EXPECT_EQ(refusal(file_of(header_of("\"U8\"", "[[1]]", "[0,1]"), 1)),
+  EXPECT_EQ(safetensors_refusal(file_of(objects)), "shape of tensor \"shape\" must be a list of at most 64 non-negative integers");
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"U8\"", "[[1]]", "[0,1]"), 1)),
             "shape of tensor \"a\" must be a list of at most 64 non-negative integers");
 }
 
 TEST(SafetensorsTest, RefusesANameGivenTwice) {
   const std::string empty = R"({"dtype":"U8","shape":[0],"data_offsets":[0,0]})";
-  EXPECT_EQ(refusal(file_of("{\"a\":" + empty + ",\"a\":" + empty + "}")), "has the name \"a\" twice");
-  EXPECT_EQ(refusal(file_of(R"({"a":)" + empty + R"(,"\u0061":)" + empty + "}")), "has the name \"a\" twice");
-  EXPECT_EQ(refusal(file_of(R"({"__metadata__":{},"__metadata__":{}})")), "has the name \"__metadata__\" twice");
-  EXPECT_EQ(refusal(file_of(R"({"__metadata__":{"k":"1","k":"2"}})")), "has the metadata \"k\" twice");
-  EXPECT_EQ(refusal(file_of(R"({"a":{"dtype":"U8","dtype":"U8"}})")), "tensor \"a\" has dtype twice");
+  EXPECT_EQ(safetensors_refusal(file_of("{\"a\":" + empty + ",\"a\":" + empty + "}")), "has the name \"a\" twice");
+  EXPECT_EQ(safetensors_refusal(file_of(R"({"a":)" + empty + R"(,"\u0061":)" + empty + "}")), "has the name \"a\" twice");
+  EXPECT_EQ(safetensors_refusal(file_of(R"({"__metadata__":{},"__metadata__":{}})")), "has the name \"__metadata__\" twice");
+  EXPECT_EQ(safetensors_refusal(file_of(R"({"__metadata__":{"k":"1","k":"2"}})")), "has the metadata \"k\" twice");
+  EXPECT_EQ(safetensors_refusal(file_of(R"({"a":{"dtype":"U8","dtype":"U8"}})")), "tensor \"a\" has dtype twice");
 }
 
 TEST(SafetensorsTest, RefusesATensorThatIsNoObject) {
   for (const std::string value : {"1", "-1", "0.5", "null", "true", "\"x\"", "[]"}) {
-    EXPECT_EQ(refusal(file_of("{\"a\":" + value + "}")), "the value of \"a\" must be an object");
+    EXPECT_EQ(safetensors_refusal(file_of("{\"a\":" + value + "}")), "the value of \"a\" must be an object");
   }
 }
 
 TEST(SafetensorsTest, RefusesMetadataThatIsNoString) {
   for (const std::string value : {"1", "-1", "0.5", "null", "true", "{}", "[]"}) {
-    EXPECT_EQ(refusal(file_of("{\"__metadata__\":{\"k\":" + value + "}}")), "metadata \"k\" must be a string");
+    EXPECT_EQ(safetensors_refusal(file_of("{\"__metadata__\":{\"k\":" + value + "}}")), "metadata \"k\" must be a string");
   }
-  EXPECT_EQ(refusal(file_of("{\"__metadata__\":3}")), "the value of \"__metadata__\" must be an object");
+  EXPECT_EQ(safetensors_refusal(file_of("{\"__metadata__\":3}")), "the value of \"__metadata__\" must be an object");
 }
 
 TEST(SafetensorsTest, RefusesATensorWithoutOneOfItsFields) {
   const std::string mould = "tensor \"a\" must have dtype, shape and data_offsets, but lacks ";
-  EXPECT_EQ(refusal(file_of(R"({"a":{}})")), mould + "dtype");
-  EXPECT_EQ(refusal(file_of(R"({"a":{"dtype":"U8","data_offsets":[0,0]}})")), mould + "shape");
-  EXPECT_EQ(refusal(file_of(R"({"a":{"dtype":"U8","shape":[0]}})")), mould + "data_offsets");
+  EXPECT_EQ(safetensors_refusal(file_of(R"({"a":{}})")), mould + "dtype");
+  EXPECT_EQ(safetensors_refusal(file_of(R"({"a":{"dtype":"U8","data_offsets":[0,0]}})")), mould + "shape");
+  EXPECT_EQ(safetensors_refusal(file_of(R"({"a":{"dtype":"U8","shape":[0]}})")), mould + "data_offsets");
 }
 
 TEST(SafetensorsTest, RefusesATensorWithAForeignField) {
-  EXPECT_EQ(refusal(file_of(R"({"a":{"dtype":"U8","strides":[1]}})")),
+  EXPECT_EQ(safetensors_refusal(file_of(R"({"a":{"dtype":"U8","strides":[1]}})")),
             "tensor \"a\" must have dtype, shape and data_offsets only, but has \"strides\"");
 }
 
 TEST(SafetensorsTest, RefusesAForeignType) {
-  EXPECT_EQ(refusal(file_of(header_of("\"F128\"", "[0]", "[0,0]"))),
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"F128\"", "[0]", "[0,0]"))),
             "tensor \"a\" has the dtype \"F128\", which torch does not have");
-  EXPECT_EQ(refusal(file_of(header_of("3", "[0]", "[0,0]"))), "dtype of tensor \"a\" must be a string");
-  EXPECT_EQ(refusal(file_of(header_of("[]", "[0]", "[0,0]"))), "dtype of tensor \"a\" must be a string");
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("3", "[0]", "[0,0]"))), "dtype of tensor \"a\" must be a string");
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("[]", "[0]", "[0,0]"))), "dtype of tensor \"a\" must be a string");
 }
 
 TEST(SafetensorsTest, RefusesAShapeThatIsNoListOfSizes) {
@@ -285,7 +285,7 @@ TEST(SafetensorsTest, RefusesAShapeThatIsNoListOfSizes) {
   for (const std::string& shape :
        {std::string("[-1]"), std::string("[1.0]"), std::string("[1e2]"), std::string("[\"1\"]"), std::string("[null]"),
         std::string("[18446744073709551616]"), std::string("1"), std::string("\"1\""), std::string("{}"), many + "]"}) {
-    EXPECT_EQ(refusal(file_of(header_of("\"U8\"", shape, "[0,1]"), 1)),
+    EXPECT_EQ(safetensors_refusal(file_of(header_of("\"U8\"", shape, "[0,1]"), 1)),
               "shape of tensor \"a\" must be a list of at most 64 non-negative integers")
         << shape;
   }
@@ -293,54 +293,54 @@ TEST(SafetensorsTest, RefusesAShapeThatIsNoListOfSizes) {
 
 TEST(SafetensorsTest, RefusesOffsetsThatAreNoPair) {
   for (const std::string offsets : {"[]", "[0]", "[0,1,2]", "[0,-1]", "[0,1.5]", "0", "{}"}) {
-    EXPECT_EQ(refusal(file_of(header_of("\"U8\"", "[1]", offsets), 1)),
+    EXPECT_EQ(safetensors_refusal(file_of(header_of("\"U8\"", "[1]", offsets), 1)),
               "data_offsets of tensor \"a\" must be a list of two non-negative integers")
         << offsets;
   }
 }
 
 TEST(SafetensorsTest, RefusesATensorThatEndsBeforeItBegins) {
-  EXPECT_EQ(refusal(file_of(header_of("\"U8\"", "[1]", "[1,0]"), 1)), "tensor \"a\" ends at 0 before it begins at 1");
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"U8\"", "[1]", "[1,0]"), 1)), "tensor \"a\" ends at 0 before it begins at 1");
 }
 
 TEST(SafetensorsTest, RefusesDataThatIsCutOff) {
-  EXPECT_EQ(refusal(file_of(header_of("\"F32\"", "[2]", "[0,8]"), 7)),
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"F32\"", "[2]", "[0,8]"), 7)),
             "tensor \"a\" ends at 8, beyond the file's 7 bytes of data; a download may have been cut off");
-  EXPECT_EQ(refusal(file_of(header_of("\"F32\"", "[2]", "[0,18446744073709551615]"), 8)),
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"F32\"", "[2]", "[0,18446744073709551615]"), 8)),
             "tensor \"a\" ends at 18446744073709551615, beyond the file's 8 bytes of data; a download may have been cut off");
 }
 
 TEST(SafetensorsTest, RefusesAShapeThatDoesNotTakeTheBytes) {
-  EXPECT_EQ(refusal(file_of(header_of("\"F32\"", "[2, 3]", "[0,20]"), 20)),
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"F32\"", "[2, 3]", "[0,20]"), 20)),
             "tensor \"a\" of type F32 and shape [2, 3] takes 24 bytes, but its data_offsets [0, 20] hold 20");
 }
 
 TEST(SafetensorsTest, RefusesAShapeThatOverflows) {
-  EXPECT_EQ(refusal(file_of(header_of("\"F32\"", "[4294967296, 4294967296]", "[0,0]"))),
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"F32\"", "[4294967296, 4294967296]", "[0,0]"))),
             "shape [4294967296, 4294967296] of tensor \"a\" is more than can be counted");
-  EXPECT_EQ(refusal(file_of(header_of("\"F32\"", "[0, 4294967296, 4294967296]", "[0,0]"))),
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"F32\"", "[0, 4294967296, 4294967296]", "[0,0]"))),
             "shape [0, 4294967296, 4294967296] of tensor \"a\" is more than can be counted");
-  EXPECT_EQ(refusal(file_of(header_of("\"U8\"", "[18446744073709551615]", "[0,0]"))),
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"U8\"", "[18446744073709551615]", "[0,0]"))),
             "shape [18446744073709551615] of tensor \"a\" is more than can be counted");
 }
 
 TEST(SafetensorsTest, RefusesTensorsThatOverlap) {
-  EXPECT_EQ(refusal(file_of(R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},)"
+  EXPECT_EQ(safetensors_refusal(file_of(R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},)"
                             R"("b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}})",
                             3)),
             "tensor \"b\" begins at 1, inside another that ends at 2");
 }
 
 TEST(SafetensorsTest, RefusesHolesBetweenTensors) {
-  EXPECT_EQ(refusal(file_of(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
+  EXPECT_EQ(safetensors_refusal(file_of(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
                             R"("b":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}})",
                             3)),
             "tensor \"b\" begins at 2, but the one before it ends at 1");
 }
 
 TEST(SafetensorsTest, RefusesBytesAfterTheLastTensor) {
-  EXPECT_EQ(refusal(file_of(header_of("\"U8\"", "[1]", "[0,1]"), 5)), "has 5 bytes of data, but its tensors end at 1");
-  EXPECT_EQ(refusal(file_of("{}", 1)), "has 1 bytes of data, but its tensors end at 0");
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"U8\"", "[1]", "[0,1]"), 5)), "has 5 bytes of data, but its tensors end at 1");
+  EXPECT_EQ(safetensors_refusal(file_of("{}", 1)), "has 1 bytes of data, but its tensors end at 0");
 }
 
 TEST(SafetensorsTest, RefusesBytesThatAreNoBool) {
@@ -354,7 +354,7 @@ TEST(SafetensorsTest, RefusesBytesThatAreNoBool) {
 }
 
 TEST(SafetensorsTest, KeepsMessagesOnOneLineWhateverTheNames) {
-  EXPECT_EQ(refusal(file_of("{\"\\n\\u001b[31m\x7f\":1}")), "the value of \"\\n\\u001b[31m\\x7f\" must be an object");
+  EXPECT_EQ(safetensors_refusal(file_of("{\"\\n\\u001b[31m\x7f\":1}")), "the value of \"\\n\\u001b[31m\\x7f\" must be an object");
 }
 
 // Damages every byte of a good file in turn: each result is either read or refused, and nothing else happens.

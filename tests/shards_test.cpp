@@ -14,13 +14,13 @@
 namespace xattn::detail {
 namespace {
 
-ShardIndex read(const std::string& json) {
+ShardIndex read_index(const std::string& json) {
   return read_shard_index("index.json", std::as_bytes(std::span(json)));
 }
 
 // What is said about an index of these bytes, without the part that names the file.
-std::string refusal(const std::string& json) {
-  return test::refusal_by("shards", "index.json", [&] { read(json); });
+std::string shards_refusal(const std::string& json) {
+  return test::refusal_by("shards", "index.json", [&] { read_index(json); });
 }
 
 // An index of one tensor in this file, given as JSON.
@@ -31,7 +31,7 @@ std::string index_of(const std::string& file) {
 using Texts = std::map<std::string, std::string>;
 
 TEST(ShardsTest, TellsTheFileOfEachTensorAndTheMetadata) {
-  const auto index = read(R"({
+  const auto index = read_index(R"({
     "metadata": {"total_size": 409600, "format": "pt", "über": ["x", {"y": null}]},
     "weight_map": {
       "decoder.weight": "model-00002-of-00002.safetensors",
@@ -46,96 +46,96 @@ TEST(ShardsTest, TellsTheFileOfEachTensorAndTheMetadata) {
 }
 
 TEST(ShardsTest, NeedsNoMetadata) {
-  const auto index = read(index_of("\"x.safetensors\""));
+  const auto index = read_index(index_of("\"x.safetensors\""));
   EXPECT_EQ(index.file_of, (Texts{{"a", "x.safetensors"}}));
   EXPECT_TRUE(index.metadata.empty());
-  EXPECT_TRUE(read(R"({"weight_map":{}})").file_of.empty());
+  EXPECT_TRUE(read_index(R"({"weight_map":{}})").file_of.empty());
 }
 
 TEST(ShardsTest, RefusesOtherJsonFiles) {
   const std::string expected =
       "must be the index of a sharded set, an object with the file of each tensor as weight_map, but has no weight_map";
-  EXPECT_EQ(refusal(R"({"architectures": ["BertModel"], "hidden_size": 768})"), expected);
+  EXPECT_EQ(shards_refusal(R"({"architectures": ["BertModel"], "hidden_size": 768})"), expected);
   for (const std::string json : {"{}", "[]", "null", "1", "\"weight_map\"", "[{\"weight_map\":{}}]"}) {
-    EXPECT_EQ(refusal(json), expected) << json;
+    EXPECT_EQ(shards_refusal(json), expected) << json;
   }
 }
 
 TEST(ShardsTest, RefusesAWeightMapThatIsNoObject) {
   for (const std::string map : {"null", "[]", "\"x\"", "1"}) {
-    EXPECT_EQ(refusal("{\"weight_map\":" + map + "}"), "weight_map must be an object") << map;
+    EXPECT_EQ(shards_refusal("{\"weight_map\":" + map + "}"), "weight_map must be an object") << map;
   }
 }
 
 TEST(ShardsTest, RefusesAFileThatIsNoString) {
   for (const std::string file : {"null", "1", "[\"x\"]", "{\"file\":\"x\"}", "true"}) {
-    EXPECT_EQ(refusal(index_of(file)), "the file of tensor \"a\" must be a string") << file;
+    EXPECT_EQ(shards_refusal(index_of(file)), "the file of tensor \"a\" must be a string") << file;
   }
 }
 
 TEST(ShardsTest, RefusesFilesInOtherFolders) {
   for (const std::string file : {"\"\"", "\".\"", "\"..\"", "\"../x\"", "\"/etc/passwd\"", "\"shards/x\"", R"("..\\x")",
                                  R"("x.safetensors\u0000.txt")", "\"x/\""}) {
-    EXPECT_EQ(refusal(index_of(file)), "the file of tensor \"a\" must be a plain name in the same folder, but is " + file);
+    EXPECT_EQ(shards_refusal(index_of(file)), "the file of tensor \"a\" must be a plain name in the same folder, but is " + file);
   }
 }
 
 TEST(ShardsTest, RefusesMetadataThatIsNoObject) {
-  EXPECT_EQ(refusal(R"({"weight_map":{},"metadata":[]})"), "metadata must be an object");
-  EXPECT_EQ(refusal(R"({"weight_map":{},"metadata":null})"), "metadata must be an object");
+  EXPECT_EQ(shards_refusal(R"({"weight_map":{},"metadata":[]})"), "metadata must be an object");
+  EXPECT_EQ(shards_refusal(R"({"weight_map":{},"metadata":null})"), "metadata must be an object");
 }
 
 TEST(ShardsTest, RefusesANameGivenTwice) {
-  EXPECT_EQ(refusal(R"({"weight_map":{"a":"x","b":"x","a":"y"}})"), "has the name \"a\" twice in one object");
-  EXPECT_EQ(refusal(R"({"weight_map":{"a":"x","\u0061":"y"}})"), "has the name \"a\" twice in one object");
-  EXPECT_EQ(refusal(R"({"weight_map":{},"weight_map":{}})"), "has the name \"weight_map\" twice in one object");
-  EXPECT_EQ(refusal(R"({"weight_map":{},"metadata":{"l":[{"k":1,"k":2}]}})"), "has the name \"k\" twice in one object");
+  EXPECT_EQ(shards_refusal(R"({"weight_map":{"a":"x","b":"x","a":"y"}})"), "has the name \"a\" twice in one object");
+  EXPECT_EQ(shards_refusal(R"({"weight_map":{"a":"x","\u0061":"y"}})"), "has the name \"a\" twice in one object");
+  EXPECT_EQ(shards_refusal(R"({"weight_map":{},"weight_map":{}})"), "has the name \"weight_map\" twice in one object");
+  EXPECT_EQ(shards_refusal(R"({"weight_map":{},"metadata":{"l":[{"k":1,"k":2}]}})"), "has the name \"k\" twice in one object");
 }
 
 TEST(ShardsTest, TakesTheSameNameInOtherObjects) {
-  EXPECT_EQ(read(R"({"weight_map":{"a":"x"},"metadata":{"a":{"a":1},"b":[{"a":1},{"a":2}]}})").metadata,
+  EXPECT_EQ(read_index(R"({"weight_map":{"a":"x"},"metadata":{"a":{"a":1},"b":[{"a":1},{"a":2}]}})").metadata,
             (Texts{{"a", R"({"a":1})"}, {"b", R"([{"a":1},{"a":2}])"}}));
 }
 
 TEST(ShardsTest, RefusesWhatIsNotJson) {
-  EXPECT_EQ(refusal(""), "is not JSON in UTF-8, at its byte 1");
-  EXPECT_EQ(refusal("{\"weight_map\""), "is not JSON in UTF-8, at its byte 14");
-  EXPECT_EQ(refusal("{}x"), "is not JSON in UTF-8, at its byte 3");
-  EXPECT_EQ(refusal("{}{}"), "is not JSON in UTF-8, at its byte 3");
-  EXPECT_EQ(refusal("{/**/}"), "is not JSON in UTF-8, at its byte 2");
-  EXPECT_EQ(refusal("{\"a\":NaN}"), "is not JSON in UTF-8, at its byte 6");
-  EXPECT_EQ(refusal("{\"a\":1e999}"), "is not JSON in UTF-8, at its byte 10");
-  EXPECT_EQ(refusal(std::string("{}\0garbage", 10)), "is not JSON in UTF-8, at its byte 3");
+  EXPECT_EQ(shards_refusal(""), "is not JSON in UTF-8, at its byte 1");
+  EXPECT_EQ(shards_refusal("{\"weight_map\""), "is not JSON in UTF-8, at its byte 14");
+  EXPECT_EQ(shards_refusal("{}x"), "is not JSON in UTF-8, at its byte 3");
+  EXPECT_EQ(shards_refusal("{}{}"), "is not JSON in UTF-8, at its byte 3");
+  EXPECT_EQ(shards_refusal("{/**/}"), "is not JSON in UTF-8, at its byte 2");
+  EXPECT_EQ(shards_refusal("{\"a\":NaN}"), "is not JSON in UTF-8, at its byte 6");
+  EXPECT_EQ(shards_refusal("{\"a\":1e999}"), "is not JSON in UTF-8, at its byte 10");
+  EXPECT_EQ(shards_refusal(std::string("{}\0garbage", 10)), "is not JSON in UTF-8, at its byte 3");
 }
 
 TEST(ShardsTest, RefusesWhatIsNotUtf8) {
-  EXPECT_EQ(refusal("{\"\xff\":1}"), "is not JSON in UTF-8, at its byte 3");
-  EXPECT_EQ(refusal("{\"\xc0\xaf\":1}"), "is not JSON in UTF-8, at its byte 3");
-  EXPECT_EQ(refusal("{\"\\ud800\":1}"), "is not JSON in UTF-8, at its byte 9");
+  EXPECT_EQ(shards_refusal("{\"\xff\":1}"), "is not JSON in UTF-8, at its byte 3");
+  EXPECT_EQ(shards_refusal("{\"\xc0\xaf\":1}"), "is not JSON in UTF-8, at its byte 3");
+  EXPECT_EQ(shards_refusal("{\"\\ud800\":1}"), "is not JSON in UTF-8, at its byte 9");
 }
 
 TEST(ShardsTest, RefusesDeepNesting) {
   const auto nested = [](size_t lists) { return std::string(lists, '[') + std::string(lists, ']'); };
-  EXPECT_EQ(refusal(nested(33)), "is nested deeper than 32 levels");
-  EXPECT_EQ(read(R"({"weight_map":{},"metadata":{"a":)" + nested(30) + "}}").metadata.at("a"), nested(30));
-  EXPECT_EQ(refusal(std::string(1'000'000, '[')), "is nested deeper than 32 levels");
+  EXPECT_EQ(shards_refusal(nested(33)), "is nested deeper than 32 levels");
+  EXPECT_EQ(read_index(R"({"weight_map":{},"metadata":{"a":)" + nested(30) + "}}").metadata.at("a"), nested(30));
+  EXPECT_EQ(shards_refusal(std::string(1'000'000, '[')), "is nested deeper than 32 levels");
   std::string objects;
   for (int i = 0; i < 100'000; ++i) objects += "{\"a\":";
-  EXPECT_EQ(refusal(objects), "is nested deeper than 32 levels");
+  EXPECT_EQ(shards_refusal(objects), "is nested deeper than 32 levels");
 }
 
 TEST(ShardsTest, RefusesMoreJsonThanTheLimit) {
-  EXPECT_EQ(refusal(std::string(100'000'001, ' ')), "has 100000001 bytes of JSON, more than the limit of 100000000");
+  EXPECT_EQ(shards_refusal(std::string(100'000'001, ' ')), "has 100000001 bytes of JSON, more than the limit of 100000000");
 }
 
 TEST(ShardsTest, TakesTimeByTheLengthOfTheIndex) {
   std::string lists = "0";
   for (int i = 0; i < 200'000; ++i) lists += ",{}";
-  EXPECT_EQ(read(R"({"weight_map":{},"metadata":{"a":[)" + lists + "]}}").metadata.at("a"), "[" + lists + "]");
+  EXPECT_EQ(read_index(R"({"weight_map":{},"metadata":{"a":[)" + lists + "]}}").metadata.at("a"), "[" + lists + "]");
 }
 
 TEST(ShardsTest, KeepsMessagesOnOneLineWhateverTheNames) {
-  EXPECT_EQ(refusal("{\"weight_map\":{\"\\n\\u001b[31m\x7f\":1}}"),
+  EXPECT_EQ(shards_refusal("{\"weight_map\":{\"\\n\\u001b[31m\x7f\":1}}"),
             "the file of tensor \"\\n\\u001b[31m\\x7f\" must be a string");
 }
 

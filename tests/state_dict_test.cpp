@@ -63,14 +63,14 @@ std::vector<std::string> names_in(const std::string& value) {
 }
 
 // What is said about a file of these bytes, which must be one line that names it.
-std::string refusal(const std::string& bytes, const std::string& reader = "state dict") {
+std::string state_dict_refusal(const std::string& bytes, const std::string& reader = "state dict") {
   const TempDir dir;
   test::write_bytes(dir.file("x.pt"), bytes);
   return test::refusal_by(reader, dir.file("x.pt"), [&] { open_checkpoint(dir.file("x.pt")); });
 }
 
 std::string refusal_of(const std::string& value, const std::string& reader = "state dict") {
-  return refusal(archive(value), reader);
+  return state_dict_refusal(archive(value), reader);
 }
 
 std::string floats(int64_t elements) {
@@ -177,7 +177,7 @@ TEST(StateDictTest, IgnoresWhatIsNotAsked) {
 
 // ---- What is written --------------------------------------------------------------------------------------------------------
 
-NamedTensors round_trip(const NamedTensors& tensors) {
+NamedTensors through_state_dict(const NamedTensors& tensors) {
   const TempDir dir;
   save_state_dict(dir.file("x.pt"), tensors);
   EXPECT_EQ(open_checkpoint(dir.file("x.pt")).format(), FileFormat::state_dict);
@@ -187,7 +187,7 @@ NamedTensors round_trip(const NamedTensors& tensors) {
 TEST(StateDictTest, KeepsEveryType) {
   NamedTensors tensors;
   for (const auto type : kTypes) tensors.emplace(c10::toString(type), zero_to_five(type));
-  const auto back = round_trip(tensors);
+  const auto back = through_state_dict(tensors);
   ASSERT_EQ(back.size(), tensors.size());
   for (const auto& [name, tensor] : tensors) {
     EXPECT_EQ(back.at(name).scalar_type(), tensor.scalar_type());
@@ -198,7 +198,7 @@ TEST(StateDictTest, KeepsEveryType) {
 TEST(StateDictTest, WritesWhatAViewShows) {
   const auto base = torch::arange(12.).view({3, 4});
   const auto complex = torch::complex(base, base + 1);
-  const auto back = round_trip({{"base", base},
+  const auto back = through_state_dict({{"base", base},
                                 {"transposed", base.t()},
                                 {"columns", base.slice(1, 1, 4, 2)},
                                 {"expanded", base[0].expand({5, 4})},
@@ -215,15 +215,15 @@ TEST(StateDictTest, WritesWhatAViewShows) {
 TEST(StateDictTest, KeepsScalarsEmptyTensorsAndNamesInAnyLanguage) {
   const NamedTensors tensors = {
       {"größe \"1\"\n", torch::tensor(2.5)}, {"", torch::zeros({3, 0, 2})}, {"日本語", torch::ones({1})}};
-  expect_equal(round_trip(tensors), tensors);
+  expect_equal(through_state_dict(tensors), tensors);
 }
 
 TEST(StateDictTest, KeepsAFileWithoutTensors) {
-  EXPECT_TRUE(round_trip({}).empty());
+  EXPECT_TRUE(through_state_dict({}).empty());
 }
 
 TEST(StateDictTest, WritesParametersWithoutTheirGradients) {
-  const auto back = round_trip({{"a", torch::ones({2}).requires_grad_()}});
+  const auto back = through_state_dict({{"a", torch::ones({2}).requires_grad_()}});
   EXPECT_FALSE(back.at("a").requires_grad());
 }
 
@@ -344,7 +344,7 @@ TEST(StateDictTest, RefusesViewsThatShowConjugates) {
 }
 
 TEST(StateDictTest, RefusesNumbersOfTheOtherByteOrder) {
-  EXPECT_EQ(refusal(archive(one(two_zeros()), {{"archive/byteorder", "big"}})),
+  EXPECT_EQ(state_dict_refusal(archive(one(two_zeros()), {{"archive/byteorder", "big"}})),
             "must be little-endian, but says of its byte order \"big\"");
 }
 

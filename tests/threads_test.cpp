@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What several threads may share, in a program of its own: the thread sanitizer needs nothing else.
+// What several threads may share. Built also as a program of its own, as the thread sanitizer needs nothing else.
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randn.h>
@@ -22,17 +22,17 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kB = 2, kH = 4, kLq = 9, kLk = 77;
+struct SharedInputs {
+  static constexpr int64_t kB = 2, kLq = 9, kLk = 77;
 
-struct Inputs {
-  explicit Inputs(at::ScalarType type)
+  explicit SharedInputs(at::ScalarType type)
       : query(at::randn({kB, kLq, 20}, type)), key(at::randn({kB, kLk, 24}, type)), value(at::randn({kB, kLk, 12}, type)) {}
   Tensor query, key, value;
   Mask mask = Mask::lengths(at::tensor({77, 50}), kLk) & Mask::dense(at::rand({kB, 1, kLq, kLk}) < 0.7);
 };
 
-CrossAttentionOptions options() {
-  return CrossAttentionOptions(20, 24, 12, 40).num_heads(kH).kv_heads(kH / 2);
+CrossAttentionOptions shared_options() {
+  return CrossAttentionOptions(20, 24, 12, 40).num_heads(4).kv_heads(2);
 }
 
 using Results = std::vector<std::tuple<Tensor, Tensor>>;  // outputs and weights
@@ -66,9 +66,9 @@ void expect_equal_bits_on_all_threads(const std::function<Results()>& call) {
 TEST(ThreadsTest, ShareAModuleAndItsContextAndGetTheSameBits) {
   for (const auto type : {at::kDouble, at::kFloat}) {  // on LibTorch's operators, and on this library's kernels
     SCOPED_TRACE(type);
-    CrossAttention module(options());
+    CrossAttention module(shared_options());
     module->to(type);
-    const Inputs x(type);
+    const SharedInputs x(type);
     const auto shared = module->context(x.key, x.value, x.mask);
     expect_equal_bits_on_all_threads([&]() -> Results {
       const auto own = module->context(x.key, x.value, x.mask);
@@ -91,10 +91,10 @@ TEST(ThreadsTest, ShareAFrozenLayerAndItsContextsAndGetTheSameBits) {
         Case{.name = "bfloat16", .storage = at::kBFloat16}, Case{.name = "mean weights", .weights = AttentionWeights::mean},
         Case{.name = "on operators", .bias_kv = true}}) {
     SCOPED_TRACE(c.name);
-    CrossAttention module(options().attention_weights(c.weights).bias_kv(c.bias_kv));
+    CrossAttention module(shared_options().attention_weights(c.weights).bias_kv(c.bias_kv));
     const auto frozen = module->freeze({.plan = PlanMode::pin({c.order, c.order}), .storage = c.storage});
     EXPECT_EQ(frozen.uses_kernels(), !c.bias_kv);
-    const Inputs x(at::kFloat);
+    const SharedInputs x(at::kFloat);
     const auto many = frozen.context(x.key, x.value, x.mask),
                few = frozen.context(x.key, x.value, x.mask, {.expected_queries = 1});
     expect_equal_bits_on_all_threads([&]() -> Results {

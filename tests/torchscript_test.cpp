@@ -42,7 +42,7 @@ NamedTensors load_bytes(const std::string& bytes) {
 }
 
 // What is said about a file of these bytes, which must be one line that names it.
-std::string refusal(const std::string& bytes, const std::string& reader = "torchscript") {
+std::string torchscript_refusal(const std::string& bytes, const std::string& reader = "torchscript") {
   const TempDir dir;
   test::write_bytes(dir.file("x.pt"), bytes);
   return test::refusal_by(reader, dir.file("x.pt"), [&] { open_checkpoint(dir.file("x.pt")); });
@@ -183,28 +183,28 @@ TEST(TorchScriptTest, RefusesAFrozenModule) {
 }
 
 TEST(TorchScriptTest, RefusesWhatIsNoModule) {
-  EXPECT_EQ(refusal(module_archive(two_zeros())), "must hold a module, but holds something else");
+  EXPECT_EQ(torchscript_refusal(module_archive(two_zeros())), "must hold a module, but holds something else");
 }
 
 TEST(TorchScriptTest, RefusesATensorThatDoesNotLieInTheFile) {
   const auto storage = test::pickle::storage("FloatStorage", "0", 2);
-  EXPECT_EQ(refusal(module_archive(object(text("x") + object(text("a") + test::pickle::tensor(storage, {3}, {1}))))),
+  EXPECT_EQ(torchscript_refusal(module_archive(object(text("x") + object(text("a") + test::pickle::tensor(storage, {3}, {1}))))),
             "tensor \"x.a\" of shape [3], strides [1] and offset 0 ends beyond its storage of 8 bytes");
 }
 
 TEST(TorchScriptTest, RefusesModulesThatHoldThemselves) {
   const auto self = global("__torch__", "Module") + ")\x81q\1" + dict(text("a") + two_zeros() + text("x") + "h\1") + "b";
-  EXPECT_EQ(refusal(module_archive(self)), "must not hold a dict or a module that holds itself");
+  EXPECT_EQ(torchscript_refusal(module_archive(self)), "must not hold a dict or a module that holds itself");
 }
 
 TEST(TorchScriptTest, RefusesASmallFileThatNamesTensorsWithoutEnd) {
   auto value = object(text("a") + two_zeros()) + "q\1";
   for (int i = 0; i < 40; ++i) value = value + "0" + object(text("x") + "h\1" + text("y") + "h\1") + "q\1";
-  EXPECT_TRUE(refusal(module_archive(value)).starts_with("names far more than a pickle of "));
+  EXPECT_TRUE(torchscript_refusal(module_archive(value)).starts_with("names far more than a pickle of "));
 }
 
 TEST(TorchScriptTest, RefusesNumbersOfTheOtherByteOrder) {
-  EXPECT_EQ(refusal(module_archive(object(text("a") + two_zeros()), {{"archive/byteorder", "big"}})),
+  EXPECT_EQ(torchscript_refusal(module_archive(object(text("a") + two_zeros()), {{"archive/byteorder", "big"}})),
             "must be little-endian, but says of its byte order \"big\"");
 }
 
@@ -215,18 +215,18 @@ TEST(TorchScriptTest, RefusesAFileThatIsNotThere) {
 
 TEST(TorchScriptTest, RefusesAnArchiveThatIsCutOff) {
   const auto bytes = test::read_bytes(data_path("reference.pt"));
-  EXPECT_EQ(refusal(bytes.substr(0, bytes.size() / 2), "zip"), "has no directory at its end; a download may have been cut off");
+  EXPECT_EQ(torchscript_refusal(bytes.substr(0, bytes.size() / 2), "zip"), "has no directory at its end; a download may have been cut off");
 }
 
 TEST(TorchScriptTest, RefusesOneTensorWithoutAName) {
   const auto bytes = torch::jit::pickle_save(torch::ones({2}));
   EXPECT_EQ(
-      refusal(std::string(bytes.begin(), bytes.end()), "state dict"),
+      torchscript_refusal(std::string(bytes.begin(), bytes.end()), "state dict"),
       "must hold a dict of tensors by name, but holds one tensor; save it so in Python: torch.save({'NAME': tensor}, PATH)");
 }
 
 TEST(TorchScriptTest, RefusesBytesOfAnotherKind) {
-  EXPECT_EQ(refusal("these are\nno weights\n", "checkpoint"),
+  EXPECT_EQ(torchscript_refusal("these are\nno weights\n", "checkpoint"),
             "must be a safetensors file, the index.json of a sharded set, or an archive of torch.save, torch.jit.save or "
             "torch.export.save, but is none of these");
 }

@@ -30,7 +30,7 @@ std::string text_of(detail::Bytes bytes) {
 }
 
 // What is said about an archive, which must be one line that names it.
-std::string refusal(const std::string& file) {
+std::string zip_refusal(const std::string& file) {
   return test::refusal_by("zip", "x.zip", [&] { ZipFile("x.zip", bytes_of(file)); });
 }
 
@@ -131,69 +131,69 @@ TEST(ZipTest, RefusesAnEntryThatIsNotThere) {
 
 TEST(ZipTest, RefusesAFileWithoutADirectory) {
   for (const auto& file : {std::string(), kOne.substr(0, kEnd), kOne + "x", std::string(100, 'x')}) {
-    EXPECT_EQ(refusal(file), "has no directory at its end; a download may have been cut off");
+    EXPECT_EQ(zip_refusal(file), "has no directory at its end; a download may have been cut off");
   }
 }
 
 TEST(ZipTest, RefusesADirectoryThatLiesElsewhere) {
-  EXPECT_EQ(refusal(with(kOne, kEnd + 16, little_endian(kDirectory + 1, 4))),
+  EXPECT_EQ(zip_refusal(with(kOne, kEnd + 16, little_endian(kDirectory + 1, 4))),
             "has a directory of 49 bytes at 38, but it must end before 86");
-  EXPECT_EQ(refusal(with(kOne, kEnd + 12, little_endian(0xffff'ffff, 4))),
+  EXPECT_EQ(zip_refusal(with(kOne, kEnd + 12, little_endian(0xffff'ffff, 4))),
             "has a directory of 4294967295 bytes at 37, but it must end before 86");
-  EXPECT_EQ(refusal(with(kOne, kEnd + 16, little_endian(kDirectory - 1, 4))), "has a directory with a damaged entry at 36");
+  EXPECT_EQ(zip_refusal(with(kOne, kEnd + 16, little_endian(kDirectory - 1, 4))), "has a directory with a damaged entry at 36");
 }
 
 TEST(ZipTest, RefusesANumberOfEntriesThatCannotBe) {
-  EXPECT_EQ(refusal(with(kOne, kEnd + 8, little_endian(0xffff'ffff, 4))),
+  EXPECT_EQ(zip_refusal(with(kOne, kEnd + 8, little_endian(0xffff'ffff, 4))),
             "has 65535 entries in a directory of 49 bytes, which cannot be");
-  EXPECT_EQ(refusal(with(kOne, kEnd + 8, little_endian(0, 4))),
+  EXPECT_EQ(zip_refusal(with(kOne, kEnd + 8, little_endian(0, 4))),
             "has a directory of 49 bytes, but its 0 entries end 49 bytes before");
 }
 
 TEST(ZipTest, RefusesAnEntryThatGoesOnBehindTheDirectory) {
-  EXPECT_EQ(refusal(with(kOne, kDirectory + 28, little_endian(4, 2))), "has a directory that ends inside of its entry at 37");
+  EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 28, little_endian(4, 2))), "has a directory that ends inside of its entry at 37");
 }
 
 TEST(ZipTest, RefusesEncryption) {
   for (const uint64_t flag : {0x1, 0x40, 0x2000}) {
-    EXPECT_EQ(refusal(with(kOne, kDirectory + 8, little_endian(flag, 2))), "entry \"a/b\" is encrypted");
+    EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 8, little_endian(flag, 2))), "entry \"a/b\" is encrypted");
   }
 }
 
 TEST(ZipTest, RefusesPartsOfAnArchive) {
   const std::string message = "must be whole, but is one part of an archive in several";
-  EXPECT_EQ(refusal(with(kOne, kEnd + 4, little_endian(1, 2))), message);
-  EXPECT_EQ(refusal(with(kOne, kEnd + 6, little_endian(1, 2))), message);
-  EXPECT_EQ(refusal(with(kOne, kEnd + 8, little_endian(2, 2))), message);
-  EXPECT_EQ(refusal(with(kOne, kDirectory + 34, little_endian(1, 2))), "entry \"a/b\" is in another part of the archive");
+  EXPECT_EQ(zip_refusal(with(kOne, kEnd + 4, little_endian(1, 2))), message);
+  EXPECT_EQ(zip_refusal(with(kOne, kEnd + 6, little_endian(1, 2))), message);
+  EXPECT_EQ(zip_refusal(with(kOne, kEnd + 8, little_endian(2, 2))), message);
+  EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 34, little_endian(1, 2))), "entry \"a/b\" is in another part of the archive");
 }
 
 TEST(ZipTest, RefusesANameGivenTwice) {
-  EXPECT_EQ(refusal(zip_of({{"a", ""}, {"a", ""}})), "has two entries \"a\"");
+  EXPECT_EQ(zip_refusal(zip_of({{"a", ""}, {"a", ""}})), "has two entries \"a\"");
 }
 
 TEST(ZipTest, RefusesAHeaderThatSaysOtherwise) {
-  EXPECT_EQ(refusal(with(kOne, 30, "x")), "entry \"a/b\" has another name in front of its data");
-  EXPECT_EQ(refusal(with(kOne, 26, little_endian(0xffff, 2))), "entry \"a/b\" has another name in front of its data");
-  EXPECT_EQ(refusal(with(kOne, 8, little_endian(8, 2))), "entry \"a/b\" has another method in front of its data");
-  EXPECT_EQ(refusal(with(kOne, 0, "PK\3\5")), "entry \"a/b\" has no header at 0, where one should be");
-  EXPECT_EQ(refusal(with(kOne, kDirectory + 42, little_endian(1, 4))), "entry \"a/b\" has no header at 1, where one should be");
-  EXPECT_EQ(refusal(with(kOne, kDirectory + 42, little_endian(0xffff'fffe, 4))),
+  EXPECT_EQ(zip_refusal(with(kOne, 30, "x")), "entry \"a/b\" has another name in front of its data");
+  EXPECT_EQ(zip_refusal(with(kOne, 26, little_endian(0xffff, 2))), "entry \"a/b\" has another name in front of its data");
+  EXPECT_EQ(zip_refusal(with(kOne, 8, little_endian(8, 2))), "entry \"a/b\" has another method in front of its data");
+  EXPECT_EQ(zip_refusal(with(kOne, 0, "PK\3\5")), "entry \"a/b\" has no header at 0, where one should be");
+  EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 42, little_endian(1, 4))), "entry \"a/b\" has no header at 1, where one should be");
+  EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 42, little_endian(0xffff'fffe, 4))),
             "entry \"a/b\" has no header at 4294967294, where one should be");
 }
 
 TEST(ZipTest, RefusesDataOutsideOfTheFile) {
   const auto sizes = [](uint64_t size) { return little_endian(size, 4) + little_endian(size, 4); };
-  EXPECT_EQ(refusal(with(kOne, kDirectory + 20, sizes(5))),
+  EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 20, sizes(5))),
             "entry \"a/b\" has 5 bytes at 33, but must end before the directory at 37");
-  EXPECT_EQ(refusal(with(kOne, kDirectory + 20, sizes(0xffff'fffe))),
+  EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 20, sizes(0xffff'fffe))),
             "entry \"a/b\" has 4294967294 bytes at 33, but must end before the directory at 37");
-  EXPECT_EQ(refusal(with(kOne, 28, little_endian(0xffff, 2))),
+  EXPECT_EQ(zip_refusal(with(kOne, 28, little_endian(0xffff, 2))),
             "entry \"a/b\" has 4 bytes at 65568, but must end before the directory at 37");
 }
 
 TEST(ZipTest, RefusesAStoredEntryOfTwoSizes) {
-  EXPECT_EQ(refusal(with(kOne, kDirectory + 24, little_endian(1000, 4))),
+  EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 24, little_endian(1000, 4))),
             "entry \"a/b\" is stored as 4 bytes, but should have 1000 when taken out");
 }
 
@@ -202,30 +202,30 @@ TEST(ZipTest, RefusesEntriesThatOverlap) {
   const auto inner = zip_of({{"b", "data"}}).substr(0, 35);
   const auto file = zip_of({{"a", inner}, {"b", "data"}});
   const auto directory_of_b = file.rfind("PK\1\2");
-  EXPECT_EQ(refusal(with(file, directory_of_b + 42, little_endian(31, 4))),
+  EXPECT_EQ(zip_refusal(with(file, directory_of_b + 42, little_endian(31, 4))),
             "has an entry that begins at 31, inside another that ends at 66");
 }
 
 TEST(ZipTest, RefusesDamageToNumbersOf64Bits) {
   const std::string lacks = "entry \"a/b\" lacks a size or an offset of 64 bits";
-  EXPECT_EQ(refusal(one_in_64_bits("")), lacks);
-  EXPECT_EQ(refusal(one_in_64_bits(kField.substr(0, kField.size() - 1))), lacks);
-  EXPECT_EQ(refusal(one_in_64_bits(with(kField, 7, little_endian(16, 2)))), lacks);
-  EXPECT_EQ(refusal(one_in_64_bits(with(kField, 25, std::string(8, '\xff')))),
+  EXPECT_EQ(zip_refusal(one_in_64_bits("")), lacks);
+  EXPECT_EQ(zip_refusal(one_in_64_bits(kField.substr(0, kField.size() - 1))), lacks);
+  EXPECT_EQ(zip_refusal(one_in_64_bits(with(kField, 7, little_endian(16, 2)))), lacks);
+  EXPECT_EQ(zip_refusal(one_in_64_bits(with(kField, 25, std::string(8, '\xff')))),
             "entry \"a/b\" has no header at 18446744073709551615, where one should be");
 
   const auto file = one_in_64_bits(kField);
   const auto end64 = file.find("PK\6\6");
   const auto locator = file.find("PK\6\7");
-  EXPECT_EQ(refusal(with(file, end64, "x")), fmt::format("has no zip64 end record at {}, where one should be", end64));
-  EXPECT_EQ(refusal(with(file, locator + 8, std::string(8, '\xff'))),
+  EXPECT_EQ(zip_refusal(with(file, end64, "x")), fmt::format("has no zip64 end record at {}, where one should be", end64));
+  EXPECT_EQ(zip_refusal(with(file, locator + 8, std::string(8, '\xff'))),
             "has no zip64 end record at 18446744073709551615, where one should be");
   EXPECT_EQ(
-      refusal(with(file, end64 + 48, std::string(8, '\xff'))),
+      zip_refusal(with(file, end64 + 48, std::string(8, '\xff'))),
       fmt::format("has a directory of {} bytes at 18446744073709551615, but it must end before {}", end64 - kDirectory, end64));
-  EXPECT_EQ(refusal(with(file, end64 + 24, std::string(16, '\xff'))),
+  EXPECT_EQ(zip_refusal(with(file, end64 + 24, std::string(16, '\xff'))),
             fmt::format("has 18446744073709551615 entries in a directory of {} bytes, which cannot be", end64 - kDirectory));
-  EXPECT_EQ(refusal(with(file, end64 + 16, little_endian(1, 4))), "must be whole, but is one part of an archive in several");
+  EXPECT_EQ(zip_refusal(with(file, end64 + 16, little_endian(1, 4))), "must be whole, but is one part of an archive in several");
 }
 
 TEST(ZipTest, ThrowsNothingElseWhateverByteIsChanged) {
@@ -239,7 +239,7 @@ TEST(ZipTest, ThrowsNothingElseWhateverByteIsChanged) {
         } catch (const FileError&) {
         }
       }
-      EXPECT_NE(refusal(whole.substr(0, i)), "");
+      EXPECT_NE(zip_refusal(whole.substr(0, i)), "");
     }
   }
 }

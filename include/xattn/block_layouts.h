@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <xattn/block.h>
+#include <xattn/block_options.h>
 #include <xattn/checkpoint.h>
 #include <xattn/export.h>
 #include <xattn/layouts.h>

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <xattn/checkpoint.h>
-#include <xattn/cross_attention.h>
+#include <xattn/cross_attention_options.h>
 #include <xattn/export.h>
 
 #include <array>

@@ -6,9 +6,11 @@
 #include <xattn/attention_map.h>
 #include <xattn/block.h>
 #include <xattn/block_layouts.h>
+#include <xattn/block_options.h>
 #include <xattn/checkpoint.h>
 #include <xattn/context.h>
 #include <xattn/cross_attention.h>
+#include <xattn/cross_attention_options.h>
 #include <xattn/decoupled.h>
 #include <xattn/distributed.h>
 #include <xattn/file_error.h>
@@ -18,6 +20,7 @@
 #include <xattn/mask.h>
 #include <xattn/multihead_attention.h>
 #include <xattn/norm.h>
+#include <xattn/norm_options.h>
 #include <xattn/plan.h>
 #include <xattn/safetensors.h>
 #include <xattn/state_dict.h>

@@ -6,7 +6,6 @@
 #include <torch/utils.h>
 #include <xattn/distributed.h>
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <iostream>
@@ -89,17 +88,14 @@ void run(const Arguments& a) {
 
 int main(int argc, char** argv) {
   bench::Arguments arguments;
-  CLI::App program("Times attention to a context that is shared out over the processes it is started as.", "context_parallel");
-  program.add_option("--keys", arguments.keys, "Of the whole context")->check(CLI::PositiveNumber)->capture_default_str();
-  program.add_option("--queries", arguments.queries, "The same on all ranks")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  program.add_option("--features", arguments.features, "Of everything")->check(CLI::PositiveNumber)->capture_default_str();
-  program.add_option("--heads", arguments.heads)->check(CLI::PositiveNumber)->capture_default_str();
-  program.add_option("--calls", arguments.calls, "The median of so many is reported")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  program::Program program("context_parallel",
+                           "Times attention to a context that is shared out over the processes it is started as.");
+  program.option("--keys", arguments.keys, "Of the whole context").positive().shows_default();
+  program.option("--queries", arguments.queries, "The same on all ranks").positive().shows_default();
+  program.option("--features", arguments.features, "Of everything").positive().shows_default();
+  program.option("--heads", arguments.heads).positive().shows_default();
+  program.option("--calls", arguments.calls, "The median of so many is reported").positive().shows_default();
   program::add_device_option(program, arguments.device);
   program.footer(bench::kFooter);
-  return program::run(program, argc, argv, [&] { bench::run(arguments); });
+  return program.run(argc, argv, [&] { bench::run(arguments); });
 }

@@ -60,7 +60,7 @@ std::vector<Shape> chosen_rows(const Arguments& arguments) {
   std::vector<Shape> rows;
   for (const auto& name : arguments.names) {
     const auto found = shapes::matching(name);
-    if (found.empty()) throw CLI::ValidationError("--shape", "no row has " + name + " in its name; --list shows all");
+    if (found.empty()) throw program::UsageError("--shape", "no row has " + name + " in its name; --list shows all");
     rows.insert(rows.end(), found.begin(), found.end());
   }
   if (arguments.names.empty()) rows = shapes::all();
@@ -149,28 +149,22 @@ void run(Arguments arguments) {
 
 int main(int argc, char** argv) {
   bench::Arguments arguments;
-  CLI::App program("Times cross attention in several ways, on layers of real models.", "xattn_bench");
-  program.add_option("--shape", arguments.names, "A row by its name, or all with this in their names; repeatable")
-      ->allow_extra_args(false);
-  program.add_option("--threads", arguments.threads, "Numbers of threads; 1 and 2 if not given")->check(CLI::Range(1, 1024));
+  program::Program program("xattn_bench", "Times cross attention in several ways, on layers of real models.");
+  program.option("--shape", arguments.names, "A row by its name, or all with this in their names; repeatable").one_at_a_time();
+  program.option("--threads", arguments.threads, "Numbers of threads; 1 and 2 if not given").range(1, 1024);
   program
-      .add_option("--weights", arguments.weights,
-                  "Which attention weights are returned; maps only of rows where someone wants them")
-      ->check(CLI::IsMember({"none", "mean", "per-head"}))
-      ->capture_default_str();
-  program.add_option("--device", arguments.device, "cpu, in float32, or cuda or cuda:N, in bfloat16")
-      ->check(program::check_device_name, "DEVICE")
-      ->capture_default_str();
-  program.add_option("--seconds", arguments.seconds, "For each candidate of a row")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  program.add_option("--limit", arguments.limit, "Leave out rows of more operations, in 1e9; 0 for none")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  program.add_flag("--crossover", arguments.crossover, "Time pinned orders over a grid of lengths, in place of the rows");
-  program.add_flag("--regret", arguments.regret, "Time all orders of a frozen layer against those that it chooses");
-  program.add_flag("--list", arguments.list, "Name the rows, and do nothing");
-  program.add_flag("--json", arguments.json, "Print JSON, as described below");
+      .option("--weights", arguments.weights, "Which attention weights are returned; maps only of rows where someone wants them")
+      .one_of({"none", "mean", "per-head"})
+      .shows_default();
+  program.option("--device", arguments.device, "cpu, in float32, or cuda or cuda:N, in bfloat16").device().shows_default();
+  program.option("--seconds", arguments.seconds, "For each candidate of a row").positive().shows_default();
+  program.option("--limit", arguments.limit, "Leave out rows of more operations, in 1e9; 0 for none")
+      .not_negative()
+      .shows_default();
+  program.flag("--crossover", arguments.crossover, "Time pinned orders over a grid of lengths, in place of the rows");
+  program.flag("--regret", arguments.regret, "Time all orders of a frozen layer against those that it chooses");
+  program.flag("--list", arguments.list, "Name the rows, and do nothing");
+  program.flag("--json", arguments.json, "Print JSON, as described below");
   program.footer(bench::kFooter);
-  return program::run(program, argc, argv, [&] { bench::run(arguments); });
+  return program.run(argc, argv, [&] { bench::run(arguments); });
 }

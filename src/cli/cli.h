@@ -4,21 +4,25 @@
 #include <string>
 #include <vector>
 
-namespace CLI {
-class App;
+namespace program {
+class Command;
 }
 
-// One function for each subcommand of the program: declares its arguments, and the job that runs once they are parsed. A job
-// throws CLI::ParseError for wrong usage, anything else for a failure.
 namespace xattn::cli {
 
-void add_convert(CLI::App& program);
-void add_explain(CLI::App& program);
-void add_inspect(CLI::App& program);
-void add_run(CLI::App& program);
-void add_verify(CLI::App& program);
+/// The program `xattn`: parses the arguments, and returns what `main` returns.
+int run(int argc, char** argv);
 
-/// Throws CLI::ParseError if the output is one of the inputs, files of weights or tensors, or of their shards, whether or not their
+// One function for each subcommand: declares its arguments, and the job that runs once they are parsed. A job throws
+// program::UsageError for wrong usage, anything else for a failure.
+
+void add_convert(program::Command& xattn);
+void add_explain(program::Command& xattn);
+void add_inspect(program::Command& xattn);
+void add_run(program::Command& xattn);
+void add_verify(program::Command& xattn);
+
+/// Throws program::UsageError if the output is one of the inputs, files of weights or tensors, or of their shards, whether or not their
 /// names differ: a hard link is the same file. An input without a name is none.
 void check_output(const std::string& output, const std::vector<std::string>& inputs);
 

@@ -1,23 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <ATen/ops/empty.h>
 #include <fmt/format.h>
 #include <unistd.h>
 #include <xattn/layouts.h>
 #include <xattn/safetensors.h>
 #include <xattn/state_dict.h>
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
+#include <array>
 #include <iostream>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "cli.h"
+#include "program.h"
 
 namespace xattn::cli {
 namespace {
 
-struct Arguments {
+struct ConvertArguments {
   std::string input;
   std::string output;
   std::string layout;
@@ -30,7 +32,7 @@ NamedTensors parameters_of(const FoundLayer& layer, const LazyTensors& tensors, 
   for (const auto& [name, recipe] : recipes(layer, tensors.infos)) {
     const auto& info = tensors.infos.at(recipe.source);
     parameters[name] = recipe.apply(data ? tensors.make(recipe.source)
-                                         : torch::empty(info.shape, torch::dtype(info.type).device(torch::kMeta)));
+                                         : at::empty(info.shape, at::dtype(info.type).device(at::kMeta)));
   }
   return parameters;
 }
@@ -75,9 +77,9 @@ bool is_state_dict(const std::string& path) {
   return std::ranges::any_of(kEndings, [&](const auto* ending) { return path.ends_with(ending); });
 }
 
-void convert(const Arguments& arguments) {
+void convert(const ConvertArguments& arguments) {
   if (!is_state_dict(arguments.output) && !arguments.output.ends_with(".safetensors")) {
-    throw CLI::ValidationError("OUT", "must end in .safetensors, .pt, .pth or .bin, but is " + arguments.output);
+    throw program::UsageError("OUT", "must end in .safetensors, .pt, .pth or .bin, but is " + arguments.output);
   }
   check_output(arguments.output, {arguments.input});
   const auto checkpoint = open_checkpoint(arguments.input);
@@ -96,22 +98,18 @@ void convert(const Arguments& arguments) {
 
 }  // namespace
 
-void add_convert(CLI::App& program) {
-  auto* command = program.add_subcommand("convert", "Write a file anew, in another format or with other names.");
-  const auto arguments = std::make_shared<Arguments>();
+void add_convert(program::Command& xattn) {
+  const auto arguments = std::make_shared<ConvertArguments>();
+  auto command = xattn.subcommand("convert", "Write a file anew, in another format or with other names.",
+                                  [arguments] { convert(*arguments); });
   std::vector<std::string> names;
   for (const auto& layout : layouts()) names.emplace_back(layout.name);
-  command->add_option("IN", arguments->input, "Weights, in any format that inspect reads; of a sharded set its index.json")
-      ->required();
-  command->add_option("OUT", arguments->output, "File to write: safetensors, or for .pt, .pth and .bin a state dict of PyTorch")
-      ->required();
-  auto* to =
-      command->add_option("--to", arguments->to, "Spell the attention layers in this layout")->check(CLI::IsMember(names));
-  command->add_option("--layout", arguments->layout, "Only those that are spelled in this one")
-      ->check(CLI::IsMember(names))
-      ->needs(to);
-  command->footer("Example: xattn convert pytorch_model.bin model.safetensors --to reference");
-  command->callback([arguments] { convert(*arguments); });
+  command.option("IN", arguments->input, "Weights, in any format that inspect reads; of a sharded set its index.json").required();
+  command.option("OUT", arguments->output, "File to write: safetensors, or for .pt, .pth and .bin a state dict of PyTorch")
+      .required();
+  const auto to = command.option("--to", arguments->to, "Spell the attention layers in this layout").one_of(names);
+  command.option("--layout", arguments->layout, "Only those that are spelled in this one").one_of(names).needs(to);
+  command.footer("Example: xattn convert pytorch_model.bin model.safetensors --to reference");
 }
 
 }  // namespace xattn::cli

@@ -4,7 +4,6 @@
 #include <fmt/ranges.h>
 #include <xattn/plan.h>
 
-#include <CLI/CLI.hpp>
 #include <iostream>
 #include <map>
 #include <memory>
@@ -14,12 +13,13 @@
 #include <vector>
 
 #include "cli.h"
+#include "program.h"
 #include "shapes.h"
 
 namespace xattn::cli {
 namespace {
 
-constexpr auto kFooter = R"(Example: xattn explain 1,12,1,1500,768,768,768 --frozen
+constexpr auto kExplainFooter = R"(Example: xattn explain 1,12,1,1500,768,768,768 --frozen
          xattn explain --shape "SD1.5 16x16" --reuse 12800
 
 --json prints one object:
@@ -41,7 +41,7 @@ Masks change nothing about it, but for a learned bias.)";
 
 const std::map<std::string, int64_t> kBytesOf = {{"float64", 8}, {"float32", 4}, {"float16", 2}, {"bfloat16", 2}};
 
-struct Arguments {
+struct ExplainArguments {
   std::vector<int64_t> sizes;
   std::string shape;
   std::optional<int64_t> kv_heads, reuse;
@@ -57,16 +57,16 @@ PlanRequest request_of(const std::vector<int64_t>& sizes) {
   const auto inner_qk = sizes[6], inner_v = sizes.size() > 7 ? sizes[7] : inner_qk;
   r.Eo = sizes.size() > 8 ? sizes[8] : inner_v;
   if (r.H < 1 || inner_qk % r.H != 0 || inner_v % r.H != 0) {
-    throw CLI::ValidationError(
+    throw program::UsageError(
         "SIZES", fmt::format("INNER_QK and INNER_V must be multiples of H, but are {} and {} for {}", inner_qk, inner_v, r.H));
   }
   r.d = inner_qk / r.H, r.e = inner_v / r.H;
   return r;
 }
 
-PlanRequest request_of(const Arguments& arguments) {
+PlanRequest request_of(const ExplainArguments& arguments) {
   if (arguments.sizes.empty() == arguments.shape.empty()) {
-    throw CLI::ValidationError("expected either sizes or --shape, but " +
+    throw program::UsageError("expected either sizes or --shape, but " +
                                std::string(arguments.shape.empty() ? "none" : "both") + " came");
   }
   PlanRequest request;
@@ -77,7 +77,7 @@ PlanRequest request_of(const Arguments& arguments) {
     std::vector<std::string> names;
     for (const auto& row : rows.empty() ? shapes::all() : rows) names.push_back(row.name);
     if (rows.size() != 1) {
-      throw CLI::ValidationError("--shape",
+      throw program::UsageError("--shape",
                                  fmt::format("must name one row of {}, but is '{}'", fmt::join(names, "; "), arguments.shape));
     }
     request = shapes::plan_request(rows.front());
@@ -134,42 +134,38 @@ void print_json(const PlanRequest& request) {
 
 }  // namespace
 
-void add_explain(CLI::App& program) {
-  auto arguments = std::make_shared<Arguments>();
-  auto* command =
-      program.add_subcommand("explain", "Says in which order a layer would multiply, what every order costs, and why.");
-  command->footer(kFooter);
-  command->add_option("SIZES", arguments->sizes, "B,H,Lq,Lk,Eq,Ek,INNER_QK[,INNER_V[,EO]]: see attention.h for the symbols")
-      ->delimiter(',')
-      ->expected(7, 9);
-  command->add_option("--shape", arguments->shape,
-                      "a layer of a real model, by its name in src/bench/shapes.csv, or a part of it");
-  command->add_option("--kv-heads", arguments->kv_heads, "key/value heads (H)")->check(CLI::PositiveNumber);
-  command->add_flag("--qk-norm", arguments->qk_norm, "projected queries and keys are normalised");
-  auto* frozen = command->add_flag("--frozen", arguments->frozen,
+void add_explain(program::Command& xattn) {
+  const auto arguments = std::make_shared<ExplainArguments>();
+  auto command = xattn.subcommand("explain", "Says in which order a layer would multiply, what every order costs, and why.",
+                                  [arguments] {
+                                    const auto request = request_of(*arguments);
+                                    if (arguments->json) return print_json(request);
+                                    std::cout << explain(request);
+                                  });
+  std::vector<std::string> types;
+  for (const auto& [name, bytes] : kBytesOf) types.push_back(name);
+  command.footer(kExplainFooter);
+  command.option("SIZES", arguments->sizes, "B,H,Lq,Lk,Eq,Ek,INNER_QK[,INNER_V[,EO]]: see attention.h for the symbols")
+      .list(7, 9);
+  command.option("--shape", arguments->shape, "a layer of a real model, by its name in src/bench/shapes.csv, or a part of it");
+  command.option("--kv-heads", arguments->kv_heads, "key/value heads (H)").positive();
+  command.flag("--qk-norm", arguments->qk_norm, "projected queries and keys are normalised");
+  const auto frozen = command.flag("--frozen", arguments->frozen,
                                    "of a frozen module: products of weights are made ahead, our own kernels run");
-  command->add_flag("--training", arguments->training, "a backward pass follows")->excludes(frozen);
-  command->add_flag("--dropout", arguments->dropout, "attention weights are dropped")->excludes(frozen);
+  command.flag("--training", arguments->training, "a backward pass follows").excludes(frozen);
+  command.flag("--dropout", arguments->dropout, "attention weights are dropped").excludes(frozen);
   command
-      ->add_flag("--learned-bias", arguments->learned_bias,
-                 "the mask has a bias that asks for its gradient; implies --training")
-      ->excludes(frozen);
-  command->add_option("--weights", arguments->weights, "attention weights to return")
-      ->check(CLI::IsMember({"none", "mean", "per-head"}))
-      ->capture_default_str();
-  command->add_option("--type", arguments->type, "of inputs and weights")
-      ->check(CLI::IsMember(kBytesOf))
-      ->capture_default_str();
-  command->add_option("--reuse", arguments->reuse, "query rows that the context serves in all, over every call")
-      ->check(CLI::PositiveNumber);
-  command->add_option("--threads", arguments->threads, "threads (those that LibTorch would take)")->check(CLI::PositiveNumber);
-  command->add_flag("--cuda", arguments->cuda, "on a GPU");
-  command->add_flag("--json", arguments->json, "print one JSON object");
-  command->callback([arguments] {
-    const auto request = request_of(*arguments);
-    if (arguments->json) return print_json(request);
-    std::cout << explain(request);
-  });
+      .flag("--learned-bias", arguments->learned_bias,
+            "the mask has a bias that asks for its gradient; implies --training")
+      .excludes(frozen);
+  command.option("--weights", arguments->weights, "attention weights to return")
+      .one_of({"none", "mean", "per-head"})
+      .shows_default();
+  command.option("--type", arguments->type, "of inputs and weights").one_of(types).shows_default();
+  command.option("--reuse", arguments->reuse, "query rows that the context serves in all, over every call").positive();
+  command.option("--threads", arguments->threads, "threads (those that LibTorch would take)").positive();
+  command.flag("--cuda", arguments->cuda, "on a GPU");
+  command.flag("--json", arguments->json, "print one JSON object");
 }
 
 }  // namespace xattn::cli

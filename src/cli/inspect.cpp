@@ -6,7 +6,6 @@
 #include <xattn/checkpoint.h>
 #include <xattn/layouts.h>
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <array>
 #include <iostream>
@@ -18,13 +17,14 @@
 
 #include "cli.h"
 #include "option_names.h"
+#include "program.h"
 
 namespace xattn::cli {
 namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr auto kFooter = R"(Example: xattn inspect weights.safetensors
+constexpr auto kInspectFooter = R"(Example: xattn inspect weights.safetensors
 
 --json prints one object:
   format    "safetensors", "state dict", "torchscript" or "pt2"
@@ -38,7 +38,7 @@ constexpr auto kFooter = R"(Example: xattn inspect weights.safetensors
             prefix: what is around a cross-attention layer. attention is the layer's prefix; norm is "rms" or "layer"; gate is
             "none", "scalar" or "per_feature"; feed_forward is the number of hidden features.)";
 
-struct Arguments {
+struct InspectArguments {
   std::string file;
   bool json = false;
 };
@@ -131,7 +131,7 @@ void print(const Checkpoint& file, const Found& found) {
   list(found.blocks);
 }
 
-void inspect(const Arguments& arguments) {
+void inspect(const InspectArguments& arguments) {
   const auto file = open_checkpoint(arguments.file);
   const auto found = find(file);
   if (arguments.json) {
@@ -143,18 +143,18 @@ void inspect(const Arguments& arguments) {
 
 }  // namespace
 
-void add_inspect(CLI::App& program) {
-  auto* command =
-      program.add_subcommand("inspect", "Show the tensors of a file, and the attention layers and blocks among them.");
-  const auto arguments = std::make_shared<Arguments>();
+void add_inspect(program::Command& xattn) {
+  const auto arguments = std::make_shared<InspectArguments>();
+  auto command =
+      xattn.subcommand("inspect", "Show the tensors of a file, and the attention layers and blocks among them.",
+                       [arguments] { inspect(*arguments); });
   command
-      ->add_option("FILE", arguments->file,
-                   "safetensors (of a sharded set the index.json), or an archive of torch.save, torch.jit.save or "
-                   "torch.export.save; nothing in it is ever executed")
-      ->required();
-  command->add_flag("--json", arguments->json, "Print JSON, as described below");
-  command->footer(kFooter);
-  command->callback([arguments] { inspect(*arguments); });
+      .option("FILE", arguments->file,
+              "safetensors (of a sharded set the index.json), or an archive of torch.save, torch.jit.save or "
+              "torch.export.save; nothing in it is ever executed")
+      .required();
+  command.flag("--json", arguments->json, "Print JSON, as described below");
+  command.footer(kInspectFooter);
 }
 
 }  // namespace xattn::cli

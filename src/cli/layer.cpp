@@ -63,24 +63,22 @@ const char* const kInputsHelp =
     "true = may attend, [B|1, Lk] or [B|1, H|1, Lq|1, Lk]), bias (added to the logits), and ip_context [B, Lk2, Ek2] for a\n"
     "layer with a second context (IP-Adapter, Wan image-to-video). The layer runs in the type of query.";
 
-void add_layer_options(CLI::App& command, LayerArguments& arguments) {
-  command.add_option("--prefix", arguments.prefix, "What the layer's names begin with; needed if FILE holds several");
-  command.add_option("--layout", arguments.layout,
-                     "How its names are spelled, as inspect calls it; told from the names if not given");
-  command.add_option("--heads", arguments.heads, "Number of heads; from a config.json beside FILE if not given")
-      ->check(CLI::Range(1, 65536));
+void add_layer_options(program::Command& command, LayerArguments& arguments) {
+  command.option("--prefix", arguments.prefix, "What the layer's names begin with; needed if FILE holds several");
+  command.option("--layout", arguments.layout,
+                 "How its names are spelled, as inspect calls it; told from the names if not given");
+  command.option("--heads", arguments.heads, "Number of heads; from a config.json beside FILE if not given").range(1, 65536);
   command
-      .add_option("--qk-norm-eps", arguments.qk_norm_eps,
-                  "Of norms of queries and keys; what the layout's family uses if not given")
-      ->check(CLI::NonNegativeNumber);
-  command.add_option("--ip-scale", arguments.ip_scale, "What the attention to ip_context is multiplied by")
-      ->capture_default_str();
-  auto* adapter = command.add_option("--ip-adapter", arguments.ip_adapter,
-                                     "An IP-Adapter's own file, of which the layer of FILE gets its second context");
+      .option("--qk-norm-eps", arguments.qk_norm_eps,
+              "Of norms of queries and keys; what the layout's family uses if not given")
+      .not_negative();
+  command.option("--ip-scale", arguments.ip_scale, "What the attention to ip_context is multiplied by").shows_default();
+  const auto adapter = command.option("--ip-adapter", arguments.ip_adapter,
+                                      "An IP-Adapter's own file, of which the layer of FILE gets its second context");
   command
-      .add_option("--ip-prefix", arguments.ip_prefix,
-                  "What its names there begin with; told by the place of the layer in FILE if not given")
-      ->needs(adapter);
+      .option("--ip-prefix", arguments.ip_prefix,
+              "What its names there begin with; told by the place of the layer in FILE if not given")
+      .needs(adapter);
   program::add_device_option(command, arguments.device);
   program::add_threads_option(command, arguments.threads);
 }

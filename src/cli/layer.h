@@ -4,7 +4,6 @@
 #include <xattn/attention.h>
 #include <xattn/checkpoint.h>
 
-#include <CLI/CLI.hpp>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -27,7 +26,7 @@ struct LayerArguments {
   int threads = 0;
 };
 
-void add_layer_options(CLI::App& command, LayerArguments& arguments);
+void add_layer_options(program::Command& command, LayerArguments& arguments);
 
 /// The inputs as `run --help` describes them.
 extern const char* const kInputsHelp;

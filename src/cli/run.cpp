@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 #include <xattn/safetensors.h>
 
-#include <CLI/CLI.hpp>
 #include <map>
 #include <memory>
 #include <string>
@@ -13,7 +12,7 @@
 namespace xattn::cli {
 namespace {
 
-struct Arguments {
+struct RunArguments {
   std::string file;
   std::string inputs;
   std::string output;
@@ -24,7 +23,7 @@ struct Arguments {
 const std::map<std::string, AttentionWeights> kWeights = {
     {"none", AttentionWeights::none}, {"mean", AttentionWeights::mean}, {"per-head", AttentionWeights::per_head}};
 
-void run(const Arguments& arguments) {
+void run(const RunArguments& arguments) {
   check_output(arguments.output, {arguments.file, arguments.inputs, arguments.layer.ip_adapter});
   const auto [output, weights] =
       run_layer(arguments.file, arguments.inputs, arguments.layer, kWeights.at(arguments.weights), /*fixture=*/false);
@@ -35,22 +34,22 @@ void run(const Arguments& arguments) {
 
 }  // namespace
 
-void add_run(CLI::App& program) {
-  auto* command = program.add_subcommand("run", "Run an attention layer of a file on inputs from another.");
-  const auto arguments = std::make_shared<Arguments>();
-  command->add_option("FILE", arguments->file, "Weights, in any format that inspect reads")->required();
-  command->add_option("--inputs", arguments->inputs, "File with the inputs, as described below")->required()->type_name("IN");
-  command->add_option("--output", arguments->output, "safetensors to write")->required()->type_name("OUT");
-  command->add_option("--weights", arguments->weights, "Also write attention weights: their mean over heads, or of each head")
-      ->check(CLI::IsMember({"none", "mean", "per-head"}))
-      ->capture_default_str();
-  add_layer_options(*command, arguments->layer);
-  command->footer(
+void add_run(program::Command& xattn) {
+  const auto arguments = std::make_shared<RunArguments>();
+  auto command = xattn.subcommand("run", "Run an attention layer of a file on inputs from another.",
+                                  [arguments] { run(*arguments); });
+  command.option("FILE", arguments->file, "Weights, in any format that inspect reads").required();
+  command.option("--inputs", arguments->inputs, "File with the inputs, as described below").required().type_name("IN");
+  command.option("--output", arguments->output, "safetensors to write").required().type_name("OUT");
+  command.option("--weights", arguments->weights, "Also write attention weights: their mean over heads, or of each head")
+      .one_of({"none", "mean", "per-head"})
+      .shows_default();
+  add_layer_options(command, arguments->layer);
+  command.footer(
       fmt::format("Example: xattn run weights.safetensors --inputs in.safetensors --output out.safetensors --weights mean\n\n"
                   "IN holds {}\n"
                   "OUT gets output [B, Lq, Eo] and, if asked for, weights: mean [B, Lq, Lk] or per-head [B, H, Lq, Lk].",
                   kInputsHelp));
-  command->callback([arguments] { run(*arguments); });
 }
 
 }  // namespace xattn::cli

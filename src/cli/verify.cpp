@@ -4,7 +4,6 @@
 #include <xattn/checkpoint.h>
 #include <xattn/file_error.h>
 
-#include <CLI/CLI.hpp>
 #include <iostream>
 #include <memory>
 #include <optional>
@@ -16,7 +15,7 @@
 namespace xattn::cli {
 namespace {
 
-struct Arguments {
+struct VerifyArguments {
   std::string file;
   std::string expected;
   std::optional<double> tolerance;
@@ -74,7 +73,7 @@ bool compare(const char* name, const at::Tensor& found, const at::Tensor& expect
   return equal;
 }
 
-void verify(const Arguments& arguments) {
+void verify(const VerifyArguments& arguments) {
   const auto fixture = open_checkpoint(arguments.expected);
   if (!fixture.contains("output")) throw FileError(fmt::format("[verify] {}: must hold output", fixture.path()));
   const auto output = fixture.tensor("output");
@@ -96,25 +95,25 @@ void verify(const Arguments& arguments) {
 
 }  // namespace
 
-void add_verify(CLI::App& program) {
-  auto* command = program.add_subcommand("verify", "Run a layer, and compare its output with what it is known to give.");
-  const auto arguments = std::make_shared<Arguments>();
-  command->add_option("FILE", arguments->file, "Weights, in any format that inspect reads")->required();
-  command->add_option("--expect", arguments->expected, "What scripts/record.py recorded, as described below")
-      ->required()
-      ->type_name("FIXTURE");
+void add_verify(program::Command& xattn) {
+  const auto arguments = std::make_shared<VerifyArguments>();
+  auto command = xattn.subcommand("verify", "Run a layer, and compare its output with what it is known to give.",
+                                  [arguments] { verify(*arguments); });
+  command.option("FILE", arguments->file, "Weights, in any format that inspect reads").required();
+  command.option("--expect", arguments->expected, "What scripts/record.py recorded, as described below")
+      .required()
+      .type_name("FIXTURE");
   command
-      ->add_option("--tolerance", arguments->tolerance,
-                   "Largest difference, relative to the largest element; by the type of output if not given")
-      ->check(CLI::NonNegativeNumber);
-  add_layer_options(*command, arguments->layer);
-  command->footer(
+      .option("--tolerance", arguments->tolerance,
+              "Largest difference, relative to the largest element; by the type of output if not given")
+      .not_negative();
+  add_layer_options(command, arguments->layer);
+  command.footer(
       fmt::format("Example: xattn verify weights.safetensors --expect fixture.safetensors\n\n"
                   "FIXTURE holds output [B, Lq, Eo], optionally weights ([B, Lq, Lk] or [B, H, Lq, Lk]), and the inputs:\n"
                   "{}\n"
                   "Its metadata may name prefix, num_heads, qk_norm_eps and ip_scale. Exit status 0 if all is equal, else 1.",
                   kInputsHelp));
-  command->callback([arguments] { verify(*arguments); });
 }
 
 }  // namespace xattn::cli

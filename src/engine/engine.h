@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "engine/products.h"
+#include "order_traits.h"
 #include "orders.h"
 
 // Attention in any order of its products, in float32 on the CPU, by this library's own kernels: what `Frozen` runs there. A call
@@ -18,14 +19,6 @@
 // number of threads nor on what the rows beside it hold; on how many they are, where the processor multiplies many rows by a unit
 // for matrices.
 namespace xattn::detail {
-
-/// Whether the context stays as it came, and whether it takes in all of the weights.
-inline bool is_raw(Order order) {
-  return order == Order::fold_into_query || order == Order::prefold;
-}
-inline bool is_folded(Order order) {
-  return order == Order::fold_into_context || order == Order::prefold_into_context;
-}
 
 /// A norm of projected rows, of which each head or the whole row is one vector.
 struct EngineNorm {
@@ -59,16 +52,6 @@ struct EngineWeights {
   Packed values_product_of_heads;  ///< of each head, H times [Ev, Eo]
   at::Tensor values_product_bias;  ///< bv Wo of each head, [H, Eo]
 };
-
-/// How Xk and Xv lie where they are all that is kept of a context.
-enum class Raw {
-  packed,
-  rows,      ///< as they came, for the rows of a task or two, each of which packs the keys as it reads them
-  few_rows,  ///< as they came, for so few rows that packing takes longer than it saves
-};
-
-/// For so many query rows of H heads, which meet the keys in one product.
-Raw raw_for(int64_t query_rows, int64_t H);
 
 /// The key/value side as the engine reads it. Immutable; safe to share between threads.
 struct EngineSide {

@@ -14,7 +14,7 @@ using namespace engine;
 
 namespace {
 
-constexpr int64_t kKeysAtATime = 1024;
+constexpr int64_t kKeysOfABlock = 1024;
 constexpr int64_t kFloatsAtATime = 3 << 16;  // of logits and their gradients: what a core's cache holds beside those keys
 
 // [B, L, n, size] as it lies, [B, n, L, size] as it is seen: as the gradient of what split_heads returns.
@@ -54,7 +54,7 @@ class Gradients {
         into_(into),
         scale_(static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3)))))),
         weighing_(options.mask, q.size(1), q.size(2), k.size(2), scale_, AttentionWeights::none, {}),
-        parts_((Lk_ + kKeysAtATime - 1) / kKeysAtATime),
+        parts_((Lk_ + kKeysOfABlock - 1) / kKeysOfABlock),
         keys_((Lk_ + parts_ - 1) / parts_),
         rows_(std::clamp<int64_t>(kFloatsAtATime / (2 * keys_), 1, Lq_)) {}
 

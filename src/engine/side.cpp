@@ -66,7 +66,7 @@ Tensor project_keys(const EngineWeights& w, const EngineSide& side, const Tensor
 }
 
 // Xk Wk or Xv Wv, [B, Lk, n].
-Tensor project(const EngineSide& side, const Tensor& x, const Packed& weight, const Tensor& bias) {
+Tensor project_rows(const EngineSide& side, const Tensor& x, const Packed& weight, const Tensor& bias) {
   const auto projected = in_huge_pages(at::empty({side.B, side.Lk, weight.n}, x.options()));
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
     const auto row = b * side.Lk + first;
@@ -140,7 +140,7 @@ Tensor pack_values(const EngineWeights& w, const EngineSide& side, const Tensor&
 void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
   const auto& run = kernels();
   const bool by_product = side.orders.logits == Order::prefold_into_context;
-  const auto projected = by_product ? key : project(side, key, w.key, w.key_bias);
+  const auto projected = by_product ? key : project_rows(side, key, w.key, w.key_bias);
   const auto& bias = by_product ? w.logits_product_bias : w.query_bias;
   const auto features = projected.size(2), terms = by_product ? w.Ek : w.d, columns = w.H * side.Lk;
   const auto rows = in_huge_pages(at::empty({side.B, columns, w.Eq}, key.options()));
@@ -181,7 +181,7 @@ void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
 Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor& value) {
   const auto& run = kernels();
   const bool by_product = side.orders.values == Order::prefold_into_context;
-  const auto projected = by_product ? value : project(side, value, w.value, w.value_bias);
+  const auto projected = by_product ? value : project_rows(side, value, w.value, w.value_bias);
   const auto features = projected.size(2), size = run.packed_size(w.H * side.Lk, w.Eo);
   const auto values = in_huge_pages(at::empty({side.B, size}, value.options()));
   each(w.H * side.B, [&](int64_t i) {
@@ -206,11 +206,6 @@ Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor&
 }
 
 }  // namespace
-
-Raw raw_for(int64_t query_rows, int64_t H) {
-  constexpr int64_t kRowsOfATask = 112;  // about: they read the context once, and so are alone in needing it packed
-  return query_rows <= kFewRows / H ? Raw::few_rows : query_rows <= kRowsOfATask / H ? Raw::rows : Raw::packed;
-}
 
 EngineSide make_side(const Orders& orders,
                      const EngineWeights& w,

@@ -3,6 +3,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "check.h"
+#include "describe.h"
 #include "engine/norm.h"
 #include "engine/products.h"
 #include "huge_pages.h"

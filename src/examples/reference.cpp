@@ -4,7 +4,6 @@
 #include <torch/types.h>
 #include <xattn/cross_attention.h>
 
-#include <CLI/CLI.hpp>
 #include <iostream>
 
 #include "program.h"
@@ -27,9 +26,9 @@ void run_example(torch::Device device) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Runs cross attention once, on random numbers, and prints the shapes of what comes out.", "reference");
-  app.footer("Example: reference --seed 1 --device cpu");
+  program::Program program("reference", "Runs cross attention once, on random numbers, and prints the shapes of what comes out.");
+  program.footer("Example: reference --seed 1 --device cpu");
   program::CommonOptions options;
-  program::add_common_options(app, options);
-  return program::run(app, argc, argv, [&] { run_example(program::apply(options)); });
+  program::add_common_options(program, options);
+  return program.run(argc, argv, [&] { run_example(program::apply(options)); });
 }

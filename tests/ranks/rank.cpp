@@ -14,12 +14,13 @@
 #include <vector>
 
 #include "launch.h"
+#include "processes.h"
 
 // One process of those that distributed_test.cpp starts: runs a scenario, and fails unless this rank found what one process finds
 // by itself. All ranks draw the same inputs from the same seed.
+namespace xattn::test::ranks {
 namespace {
 
-using namespace xattn;
 using torch::Tensor;
 
 constexpr auto kTimeout = std::chrono::seconds(60), kShortTimeout = std::chrono::seconds(5);
@@ -423,9 +424,7 @@ void silence(const Ranks& ranks) {
   lose(ranks, [] { std::raise(SIGSTOP); }, false);
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run(int argc, char** argv) {
   const std::map<std::string, void (*)(const Ranks&)> scenarios = {
       {"equal", equal},     {"own-queries", own_queries},
       {"traffic", traffic}, {"errors", errors},
@@ -450,3 +449,8 @@ int main(int argc, char** argv) {
   }
   return failures > 0 ? 1 : 0;
 }
+
+const bool is_known = processes().emplace("rank", run).second;
+
+}  // namespace
+}  // namespace xattn::test::ranks

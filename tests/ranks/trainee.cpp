@@ -11,11 +11,15 @@
 #include <string>
 
 #include "common/trainer.h"
+#include "processes.h"
 
 // One process of those that distributed_test.cpp starts: takes up the training whose state lies in a file, if it is there, goes on
 // to a step, and writes the state back. With a third argument the last process dies at that step, before its backward pass, and the
 // others are right if they are told. In float64, where the rounding of another order of sums stays far from any threshold.
-int main(int argc, char** argv) {
+namespace xattn::test::trainee {
+namespace {
+
+int run(int argc, char** argv) {
   try {
     const bool one_dies = argc == 4;
     if (argc != 3 && !one_dies) {
@@ -52,3 +56,8 @@ int main(int argc, char** argv) {
   }
   return 0;
 }
+
+const bool is_known = processes().emplace("trainee", run).second;
+
+}  // namespace
+}  // namespace xattn::test::trainee

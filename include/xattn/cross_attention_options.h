@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/arg.h>
+#include <xattn/attention.h>
+#include <xattn/export.h>
+#include <xattn/norm_options.h>
+#include <xattn/plan.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace xattn {
+
+/// What one query/key norm spans.
+enum class NormScope {
+  per_head,      ///< each head of d features by itself, all heads with the same weight [d]
+  across_heads,  ///< all heads together, before they are split: weight [H * d] for queries, [G * d] for keys
+};
+
+/// Options of `CrossAttention`: the four sizes of the reference, everything else by name.
+///
+///   CrossAttentionOptions(320, 768, 768, 320).num_heads(8).qkv_bias(false)
+struct XATTN_API CrossAttentionOptions {
+  CrossAttentionOptions(int64_t dim_query, int64_t dim_key, int64_t dim_value, int64_t dim_output)
+      : dim_query_(dim_query), dim_key_(dim_key), dim_value_(dim_value), dim_output_(dim_output) {}
+
+  /// Sets query_bias, key_bias and value_bias at once.
+  CrossAttentionOptions& qkv_bias(bool on) { return query_bias(on).key_bias(on).value_bias(on); }
+
+  /// Features of the query, Eq.
+  TORCH_ARG(int64_t, dim_query);
+  /// Features of the key, Ek.
+  TORCH_ARG(int64_t, dim_key);
+  /// Features of the value, Ev.
+  TORCH_ARG(int64_t, dim_value);
+  /// Features of the output, Eo; and of all heads together, unless head_dim says otherwise.
+  TORCH_ARG(int64_t, dim_output);
+
+  /// Heads, H. Default: 1, the reference.
+  TORCH_ARG(int64_t, num_heads) = 1;
+  /// Key/value heads, G; each serves num_heads / kv_heads query heads (grouped-query attention). Default: num_heads.
+  TORCH_ARG(std::optional<int64_t>, kv_heads);
+  /// Features of one query/key head, d. Default: dim_output / num_heads.
+  TORCH_ARG(std::optional<int64_t>, head_dim);
+  /// Features of one value head, e. Default: head_dim. A size of its own gives up the fused kernel in training on the CPU.
+  TORCH_ARG(std::optional<int64_t>, value_head_dim);
+
+  /// Whether the four projections have a bias. Default: true.
+  TORCH_ARG(bool, query_bias) = true;
+  TORCH_ARG(bool, key_bias) = true;
+  TORCH_ARG(bool, value_bias) = true;
+  TORCH_ARG(bool, output_bias) = true;
+
+  /// One more key and value that are learned, behind the projections and the last key of each context; no mask hides them, and
+  /// returned weights have a column for them, Lk + 1 in all (bias_k and bias_v of torch.nn.MultiheadAttention). Default: false.
+  TORCH_ARG(bool, bias_kv) = false;
+
+  /// Multiplies the logits; 1 for none (T5). Default: 1 / sqrt(head_dim).
+  TORCH_ARG(std::optional<double>, scale);
+  /// Probability of dropping an attention weight in training. Returned weights are those before dropout. Default: 0.
+  TORCH_ARG(double, dropout) = 0;
+
+  /// Normalises projected queries and keys. Default: none.
+  TORCH_ARG(NormKind, qk_norm) = NormKind::none;
+  /// What one query/key norm spans. Default: per_head.
+  TORCH_ARG(NormScope, qk_norm_scope) = NormScope::per_head;
+  /// Added under the root of the query/key norms. Default: 1e-6.
+  TORCH_ARG(double, qk_norm_eps) = 1e-6;
+
+  /// Which weights `forward` and `attend` return. `none` is the fastest. Default: mean, the reference's own with one head.
+  TORCH_ARG(AttentionWeights, attention_weights) = AttentionWeights::mean;
+
+  /// Of which heads `per_head` returns the weights, in this order: [B, n, Lq, Lk]. Default: empty, which is all.
+  TORCH_ARG(std::vector<int64_t>, weight_heads);
+
+  /// In which order `forward` multiplies. `PlanMode::standard` is the reference's; `PlanMode::pin` any other; `PlanMode::by` the
+  /// cheapest by rates that were measured. Results differ by rounding alone, and gradients do. Default: automatic, the cheapest
+  /// for the sizes of each call by built-in rates.
+  TORCH_ARG(PlanMode, plan) = PlanMode::automatic;
+};
+
+}  // namespace xattn

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli.h"
+
+#include <fmt/format.h>
+#include <xattn/checkpoint.h>
+#include <xattn/version.h>
+
+#include <filesystem>
+
+#include "program.h"
+
+void xattn::cli::check_output(const std::string& output, const std::vector<std::string>& inputs) {
+  std::error_code ignored;
+  if (!std::filesystem::exists(output, ignored)) return;
+  for (const auto& input : inputs) {
+    if (input.empty()) continue;
+    for (const auto& file : open_checkpoint(input).files()) {
+      if (std::filesystem::equivalent(file, output, ignored)) {
+        throw program::UsageError("output", "must not be an input, but is " + file);
+      }
+    }
+  }
+}
+
+int xattn::cli::run(int argc, char** argv) {
+  program::Program program("xattn", "Looks into files of weights, runs the attention layers in them, writes them anew, and tells plans.");
+  program.version(fmt::format("xattn {}.{}.{}", XATTN_VERSION_MAJOR, XATTN_VERSION_MINOR, XATTN_VERSION_PATCH));
+  program.footer("Example: xattn inspect weights.safetensors");
+  add_inspect(program);
+  add_run(program);
+  add_verify(program);
+  add_convert(program);
+  add_explain(program);
+  return program.run_subcommand(argc, argv, "expected inspect, run, verify, convert or explain, but none came");
+}
