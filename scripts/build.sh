@@ -10,14 +10,15 @@ usage: scripts/build.sh [--tests] [--target NAME] [-B DIR] [CMake options]
 Sets everything up and makes a release build. What is there already is not fetched again.
 
   --tests        build the tests too
-  --target NAME  build this target and what it needs, and nothing else
+  --target NAME  build this target and what it needs, and nothing else; repeatable
   -B DIR         the build folder (build)
   -h, --help     show this
 
 1. System packages (compiler, CMake, libraries): installed by apt where root or sudo without a password allows it.
 2. LibTorch, the first of: Torch_DIR or CMAKE_PREFIX_PATH; the torch of the active Python; .venv in the project, where
    PyTorch 2.13.0 is installed by pip if need be. XATTN_TORCH_INDEX may name a package index that has builds for the CPU only.
-3. CMake, with the options given here.
+3. CMake, with the options given here. Several files are compiled as one, which is quick as a whole; who edits one file again and
+   again gives -DXATTN_UNITY=OFF.
 
 example: scripts/build.sh -DTorch_DIR=/opt/libtorch/share/cmake/Torch
 END
@@ -31,7 +32,7 @@ while (($#)); do
   case $1 in
     -h | --help) usage; exit ;;
     --tests) tests=ON ;;
-    --target) target=(--target "${2:?"--target needs a name"}"); shift ;;
+    --target) target+=(--target "${2:?"--target needs a name"}"); shift ;;
     -B) folder=${2:?"-B needs a folder"}; shift ;;
     -*) options+=("$1") ;;
     *) echo "scripts/build.sh: unknown argument '$1'; see --help" >&2; exit 2 ;;

@@ -27,14 +27,11 @@ fi
 board=${1:-src/examples/data/board.png}
 question=${2:-what is left of the seven}
 
-scripts/build.sh
-echo "The reference's example:"
-build/reference
-echo "Visual question answering, on $board: $question?"
-build/vqa ask "$board" "$question" --picture build/answer.png
-echo "Captioning, on the same board:"
-build/caption describe "$board" --picture build/caption.png
-echo "Visual question answering on boards of held-out digits:"
-build/vqa evaluate --boards 500
-echo "Captioning of such boards:"
-build/caption evaluate --boards 500
+source scripts/steps.sh
+step "Building the library and the reference's example" scripts/build.sh --target reference
+step "The reference's example" build/reference
+step "Building vqa and caption" scripts/build.sh --target vqa --target caption
+step "Visual question answering, on $board: $question?" build/vqa ask "$board" "$question" --picture build/answer.png
+step "Captioning, on the same board" build/caption describe "$board" --picture build/caption.png
+step "Visual question answering on boards of held-out digits" build/vqa evaluate --boards 500
+step "Captioning of such boards" build/caption evaluate --boards 500

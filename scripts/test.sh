@@ -31,5 +31,6 @@ while (($#)); do
   shift
 done
 
-scripts/build.sh --tests -B "$folder" "${build[@]}"
-ctest --test-dir "$folder" --output-on-failure -j "$(nproc)" "${ctest[@]}"
+source scripts/steps.sh
+step "Building the library, the programs and the tests" scripts/build.sh --tests -B "$folder" "${build[@]}"
+step "Running the tests" ctest --test-dir "$folder" --output-on-failure -j "$(nproc)" "${ctest[@]}"

@@ -37,8 +37,8 @@ CrossAttentionOptions resolved(CrossAttentionOptions options) {
   const auto heads = options.num_heads();
   if (!options.kv_heads()) options.kv_heads(heads);
   check_positive("kv_heads", *options.kv_heads());
-  check_value(heads % *options.kv_heads() == 0, kCrossAttention, "num_heads must be a multiple of kv_heads, but they are {} and {}.",
-              heads, *options.kv_heads());
+  check_value(heads % *options.kv_heads() == 0, kCrossAttention,
+              "num_heads must be a multiple of kv_heads, but they are {} and {}.", heads, *options.kv_heads());
   if (!options.head_dim()) {
     check_value(options.dim_output() % heads == 0, kCrossAttention,
                 "dim_output must be a multiple of num_heads, but they are {} and {}. Otherwise give head_dim.",
@@ -55,7 +55,8 @@ CrossAttentionOptions resolved(CrossAttentionOptions options) {
   for (const auto head : options.weight_heads()) {
     check_value(head >= 0 && head < heads, kCrossAttention, "weight_heads must be of the {} heads, but name {}.", heads, head);
   }
-  check_value(options.qk_norm_eps() >= 0, kCrossAttention, "qk_norm_eps must not be negative, but is {}.", options.qk_norm_eps());
+  check_value(options.qk_norm_eps() >= 0, kCrossAttention, "qk_norm_eps must not be negative, but is {}.",
+              options.qk_norm_eps());
   check_value(options.qk_norm() != NormKind::none || options.qk_norm_scope() == NormScope::per_head, kCrossAttention,
               "qk_norm must be rms or layer for a qk_norm_scope of across_heads, but is none.");
   detail::check_plan(kCrossAttention, options.plan(), detail::request_of(options, 1, 1, 1));

@@ -43,7 +43,8 @@ std::string batch_of(const Context& context) {
 }
 
 void check_count(size_t given, size_t expected) {
-  check_value(given == expected, kDecoupled, "added must have as many contexts as the options, {}, but has {}.", expected, given);
+  check_value(given == expected, kDecoupled, "added must have as many contexts as the options, {}, but has {}.", expected,
+              given);
 }
 
 std::vector<Tensor> weights_of(const AddedProjection& side) {
@@ -158,7 +159,7 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& que
   const auto& heads = first.options;
   const auto q =
       split_heads(project(first.query_linear, batched(query)), heads.num_heads(), *heads.head_dim(), heads.qk_norm_scope(),
-                  first.query_norm);                                                                     // [B, H, Lq, d]
+                  first.query_norm);                                                                        // [B, H, Lq, d]
   auto [mixed, weights, log_sum_exp] = detail::attend_heads(kDecoupled, q, context, heads, is_training());  // [B, H, Lq, e]
   auto quiet = heads;
   quiet.bias_kv(false).attention_weights(AttentionWeights::none);

@@ -97,8 +97,9 @@ std::vector<int64_t> exchange_lengths(
     const auto other = sizes.const_data_ptr<int64_t>()[0];
     const auto rank = lengths.size();
     check_value(other >= 0, kContextParallel, "{} must be right on all ranks, but rank {} refused its own.", name, rank);
-    check_value(other == B, kContextParallel, "{} must have one batch size on all ranks, but has {} on rank {} and {} on rank {}.", name,
-                B, ranks.rank(), other, rank);
+    check_value(other == B, kContextParallel,
+                "{} must have one batch size on all ranks, but has {} on rank {} and {} on rank {}.", name, B, ranks.rank(),
+                other, rank);
     lengths.push_back(sizes.const_data_ptr<int64_t>()[1]);
   }
   return lengths;
@@ -210,7 +211,8 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   const auto& o = module.options;
   const auto& c = *context.state_;
   const auto& ranks = state_->ranks;
-  check_value(c.owner == state_, kContextParallel, "context must be made by the ContextParallel that attends to it, but is another's.");
+  check_value(c.owner == state_, kContextParallel,
+              "context must be made by the ContextParallel that attends to it, but is another's.");
   const bool apart = state_->queries == Queries::own;
   const auto check = [&] {
     detail::check_query(kContextParallel, query, c.stamp.is_batched(), context.batch_size(), module.query_linear);

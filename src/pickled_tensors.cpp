@@ -19,20 +19,21 @@ constexpr int kMaxNesting = 100;
 constexpr size_t kChargesPerByte = 16;  // a tensor takes some 60 bytes of pickle, and is charged some 150
 
 constexpr std::array kPickledTypes{PickledType{at::kDouble, true},         PickledType{at::kFloat, true},
-                            PickledType{at::kHalf, true},           PickledType{at::kBFloat16, true},
-                            PickledType{at::kLong, true},           PickledType{at::kInt, true},
-                            PickledType{at::kShort, true},          PickledType{at::kChar, true},
-                            PickledType{at::kByte, true},           PickledType{at::kBool, true},
-                            PickledType{at::kComplexDouble, true},  PickledType{at::kComplexFloat, true},
-                            PickledType{at::kComplexHalf, false},   PickledType{at::kUInt64, false},
-                            PickledType{at::kUInt32, false},        PickledType{at::kUInt16, false},
-                            PickledType{at::kFloat8_e4m3fn, false}, PickledType{at::kFloat8_e4m3fnuz, false},
-                            PickledType{at::kFloat8_e5m2, false},   PickledType{at::kFloat8_e5m2fnuz, false},
-                            PickledType{at::kFloat8_e8m0fnu, false}};
+                                   PickledType{at::kHalf, true},           PickledType{at::kBFloat16, true},
+                                   PickledType{at::kLong, true},           PickledType{at::kInt, true},
+                                   PickledType{at::kShort, true},          PickledType{at::kChar, true},
+                                   PickledType{at::kByte, true},           PickledType{at::kBool, true},
+                                   PickledType{at::kComplexDouble, true},  PickledType{at::kComplexFloat, true},
+                                   PickledType{at::kComplexHalf, false},   PickledType{at::kUInt64, false},
+                                   PickledType{at::kUInt32, false},        PickledType{at::kUInt16, false},
+                                   PickledType{at::kFloat8_e4m3fn, false}, PickledType{at::kFloat8_e4m3fnuz, false},
+                                   PickledType{at::kFloat8_e5m2, false},   PickledType{at::kFloat8_e5m2fnuz, false},
+                                   PickledType{at::kFloat8_e8m0fnu, false}};
 
 // The types by their names, null if there is none. TorchScript has a storage class for each.
 const PickledType* type_of_name(std::string_view name) {
-  const auto* found = std::ranges::find_if(kPickledTypes, [&](const auto& x) { return c10::getDtypeNames(x.type).first == name; });
+  const auto* found =
+      std::ranges::find_if(kPickledTypes, [&](const auto& x) { return c10::getDtypeNames(x.type).first == name; });
   return found == kPickledTypes.end() ? nullptr : found;
 }
 

@@ -124,19 +124,19 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
     const auto top = task % of_rows * task_rows;
     if (first >= n || top >= m) return;
     multiply_block({.a = a.at(batch) + top * a.row_stride,
-              .a_stride = a.row_stride,
-              .a_step = by_columns ? a.column_stride : 1,
-              .b = b.at(batch) + first * b.column_stride,
-              .b_stride = is_transposed ? b.column_stride : b.row_stride,
-              .b_is_transposed = is_transposed,
-              .has_many_rows = has_many,
-              .bias = bias.defined() ? bias.const_data_ptr<float>() + first : nullptr,
-              .c = result.mutable_data_ptr<float>() + batch * m * n + top * n + first,
-              .c_stride = n,
-              .m = std::min(task_rows, m - top),
-              .n = std::min(task_panels * panel, n - first),
-              .k = k},
-             is_packed ? scratch.mutable_data_ptr<float>() + thread * scratch.stride(0) : nullptr, packed_rows);
+                    .a_stride = a.row_stride,
+                    .a_step = by_columns ? a.column_stride : 1,
+                    .b = b.at(batch) + first * b.column_stride,
+                    .b_stride = is_transposed ? b.column_stride : b.row_stride,
+                    .b_is_transposed = is_transposed,
+                    .has_many_rows = has_many,
+                    .bias = bias.defined() ? bias.const_data_ptr<float>() + first : nullptr,
+                    .c = result.mutable_data_ptr<float>() + batch * m * n + top * n + first,
+                    .c_stride = n,
+                    .m = std::min(task_rows, m - top),
+                    .n = std::min(task_panels * panel, n - first),
+                    .k = k},
+                   is_packed ? scratch.mutable_data_ptr<float>() + thread * scratch.stride(0) : nullptr, packed_rows);
   };
   const auto tasks = batches * of_columns * of_rows;
   if (threads == 1) {

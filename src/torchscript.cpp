@@ -20,7 +20,8 @@ constexpr std::string_view kTorchScript = "torchscript";
 
 Index read_torchscript(const std::string& path, const ZipFile& zip) {
   const auto pickle = read_pickle(path, zip.bytes("data.pkl"), PickleNames::torchscript);
-  check_file(pickle.kind(pickle.root) == Pickle::Kind::object, kTorchScript, path, "must hold a module, but holds something else");
+  check_file(pickle.kind(pickle.root) == Pickle::Kind::object, kTorchScript, path,
+             "must hold a module, but holds something else");
   PickledTensors found(kTorchScript, path, zip, pickle, Pickle::Kind::object);
   if (found.holds_tensors(pickle.root)) {
     found.add_all("", pickle.root);

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "cli/cli.h"
+
 #include <torch/torch.h>
 #include <xattn/cross_attention.h>
 #include <xattn/load.h>
@@ -11,7 +13,6 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
-#include "cli/cli.h"
 #include "run_program.h"
 #include "test_util.h"
 
@@ -461,7 +462,8 @@ TEST_F(CliTest, WrongUsageIsOneLineAndStatusTwo) {
 }
 
 TEST_F(CliTest, IsInTheProgramThatIsInstalled) {
-  for (const auto& arguments : {std::string("--version"), "inspect " + data_path("reference.pt"), std::string("inspect missing")}) {
+  for (const auto& arguments :
+       {std::string("--version"), "inspect " + data_path("reference.pt"), std::string("inspect missing")}) {
     const auto here = xattn(arguments), there = test::run_process(XATTN_CLI_PATH " " + arguments, dir);
     EXPECT_EQ(there.status, here.status) << arguments;
     EXPECT_EQ(there.out, here.out) << arguments;

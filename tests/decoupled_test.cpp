@@ -24,7 +24,6 @@ namespace {
 
 using torch::Tensor;
 
-
 // ---- The definition in plain operations -----------------------------------------------------------------------------------
 
 // [B, L, n * size] -> [B, H, L, size]: heads that share a key/value head are repeated.

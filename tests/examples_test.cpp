@@ -38,10 +38,8 @@ TEST_F(ExamplesTest, ReferencePrintsTheShapesOfTheReference) {
 }
 
 TEST_F(ExamplesTest, HelpShowsAnExample) {
-  for (const std::string program :
-       {XATTN_REFERENCE_PATH, "vqa", "vqa ask", "vqa train", "vqa evaluate",
-        "vqa draw", "caption", "caption describe", "caption train",
-        "caption evaluate"}) {
+  for (const std::string program : {XATTN_REFERENCE_PATH, "vqa", "vqa ask", "vqa train", "vqa evaluate", "vqa draw", "caption",
+                                    "caption describe", "caption train", "caption evaluate"}) {
     const auto result = run(program, "--help");
     EXPECT_EQ(result.status, 0);
     EXPECT_NE(result.out.find("\nExample: "), std::string::npos) << program << "\n" << result.out;

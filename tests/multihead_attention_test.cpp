@@ -22,7 +22,6 @@ using torch::Tensor;
 using torch::nn::MultiheadAttention;
 using torch::nn::MultiheadAttentionOptions;
 
-
 // Their axes for ours and back: [B, L, E] <-> [L, B, E].
 Tensor turned(const Tensor& x) {
   return x.transpose(0, 1);

@@ -20,7 +20,6 @@ using detail::attend;
 using detail::LayerWeights;
 using torch::Tensor;
 
-
 // The line of the order that was chosen for the logits.
 std::string chosen(const std::string& explanation) {
   return explanation.substr(explanation.find("<- chosen") - 70, 70);

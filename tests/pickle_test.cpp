@@ -308,7 +308,8 @@ TEST(PickleTest, RefusesInstructionsOnOtherKindsOfValues) {
   EXPECT_EQ(pickle_refusal(global("torch", "float32") + ")R"), "must have something that can be called" + at + "18");
   EXPECT_EQ(pickle_refusal(global("collections", "OrderedDict") + "]\x85R"), "must have no arguments" + at + "29");
   EXPECT_EQ(pickle_refusal(global("torch._utils", "_rebuild_parameter") + ")R"), "must have an argument" + at + "36");
-  EXPECT_EQ(pickle_refusal(global("torch._tensor", "_rebuild_from_type_v2") + ")R"), "must have a tensor with attributes" + at + "40");
+  EXPECT_EQ(pickle_refusal(global("torch._tensor", "_rebuild_from_type_v2") + ")R"),
+            "must have a tensor with attributes" + at + "40");
   EXPECT_EQ(pickle_refusal("K\1Nb"), "must have something that has a state" + at + "5");
   EXPECT_EQ(pickle_refusal(test::pickle::object("") + "}b", kTorchScript), "must have an object without a state" + at + "27");
   EXPECT_EQ(pickle_refusal("K\1Q"), "must have a storage's class, key, device and size" + at + "4");
@@ -318,7 +319,8 @@ TEST(PickleTest, RefusesInstructionsOnOtherKindsOfValues) {
 TEST(PickleTest, RefusesNestedCallsOfTensorsWithAttributes) {
   // Each would be taken apart by the one around it, without end.
   const auto function = global("torch._tensor", "_rebuild_from_type_v2");
-  EXPECT_EQ(pickle_refusal(function + "(" + function + "N)NtR"), "must have a tensor with attributes for the instruction at byte 81");
+  EXPECT_EQ(pickle_refusal(function + "(" + function + "N)NtR"),
+            "must have a tensor with attributes for the instruction at byte 81");
 }
 
 TEST(PickleTest, RefusesNumbersUnderWhichNothingIsKept) {

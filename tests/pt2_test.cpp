@@ -136,7 +136,7 @@ TEST(Pt2Test, KeepsViewsOfOneStorage) {
 
 TEST(Pt2Test, ReadsWeightsAndConstants) {
   const auto index = read_archive(archive(config_of("\"a\":" + Fields().json()),
-                                  config_of("\"b\":" + Fields{.path_name = "\"tensor_0\"", .dtype = "12"}.json())));
+                                          config_of("\"b\":" + Fields{.path_name = "\"tensor_0\"", .dtype = "12"}.json())));
   EXPECT_EQ(index.tensors.size(), 2U);
   EXPECT_EQ(index.tensors.at("a").type, at::kFloat);
   EXPECT_EQ(index.tensors.at("b").type, at::kBool);
@@ -170,9 +170,9 @@ TEST(Pt2Test, RefusesPickledWeightsOfOlderVersions) {
   const std::string cure =
       " pickled, as older versions of PyTorch wrote them, and pickles are not run; save it anew in Python: "
       "torch.save(torch.export.load(PATH).state_dict, NEW_PATH)";
-  EXPECT_EQ(
-      pt2_refusal(test::zip_of({{"version", "8.8"}, {"serialized_exported_program.json", ""}, {"serialized_state_dict.pt", ""}})),
-      "its weights are" + cure);
+  EXPECT_EQ(pt2_refusal(
+                test::zip_of({{"version", "8.8"}, {"serialized_exported_program.json", ""}, {"serialized_state_dict.pt", ""}})),
+            "its weights are" + cure);
   auto records = archive_with({});
   records["data/weights/model.pt"] = "";
   EXPECT_EQ(pt2_refusal(records), "its weights are" + cure);
@@ -241,7 +241,8 @@ TEST(Pt2Test, RefusesFieldsOfOtherKinds) {
   EXPECT_EQ(pt2_refusal(archive_with({.use_pickle = "0"})), "tensor \"a\" must have use_pickle, true or false");
   for (const std::string number : {"-1", "7.0", "\"7\"", "null", "true", "{}", "18446744073709551616"}) {
     EXPECT_EQ(pt2_refusal(archive_with({.dtype = number})), "tensor \"a\" must have tensor_meta/dtype, a non-negative integer");
-    EXPECT_EQ(pt2_refusal(archive_with({.layout = number})), "tensor \"a\" must have tensor_meta/layout, a non-negative integer");
+    EXPECT_EQ(pt2_refusal(archive_with({.layout = number})),
+              "tensor \"a\" must have tensor_meta/layout, a non-negative integer");
     EXPECT_EQ(pt2_refusal(archive_with({.sizes = "[{\"as_int\":" + number + "}]"})),
               "tensor \"a\" must have tensor_meta/sizes/0/as_int, a non-negative integer");
     EXPECT_EQ(pt2_refusal(archive_with({.strides = "[{\"as_int\":" + number + "}]"})),

@@ -233,7 +233,8 @@ TEST(SafetensorsTest, RefusesDeepNesting) {
   EXPECT_EQ(safetensors_refusal(file_of("{\"a\":" + std::string(1'000'000, '['))), "the value of \"a\" must be an object");
   std::string objects = "{";
   for (int i = 0; i < 100'000; ++i) objects += "\"shape\":{";
-  EXPECT_EQ(safetensors_refusal(file_of(objects)), "shape of tensor \"shape\" must be a list of at most 64 non-negative integers");
+  EXPECT_EQ(safetensors_refusal(file_of(objects)),
+            "shape of tensor \"shape\" must be a list of at most 64 non-negative integers");
   EXPECT_EQ(safetensors_refusal(file_of(header_of("\"U8\"", "[[1]]", "[0,1]"), 1)),
             "shape of tensor \"a\" must be a list of at most 64 non-negative integers");
 }
@@ -300,7 +301,8 @@ TEST(SafetensorsTest, RefusesOffsetsThatAreNoPair) {
 }
 
 TEST(SafetensorsTest, RefusesATensorThatEndsBeforeItBegins) {
-  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"U8\"", "[1]", "[1,0]"), 1)), "tensor \"a\" ends at 0 before it begins at 1");
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"U8\"", "[1]", "[1,0]"), 1)),
+            "tensor \"a\" ends at 0 before it begins at 1");
 }
 
 TEST(SafetensorsTest, RefusesDataThatIsCutOff) {
@@ -326,20 +328,21 @@ TEST(SafetensorsTest, RefusesAShapeThatOverflows) {
 
 TEST(SafetensorsTest, RefusesTensorsThatOverlap) {
   EXPECT_EQ(safetensors_refusal(file_of(R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},)"
-                            R"("b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}})",
-                            3)),
+                                        R"("b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}})",
+                                        3)),
             "tensor \"b\" begins at 1, inside another that ends at 2");
 }
 
 TEST(SafetensorsTest, RefusesHolesBetweenTensors) {
   EXPECT_EQ(safetensors_refusal(file_of(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
-                            R"("b":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}})",
-                            3)),
+                                        R"("b":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}})",
+                                        3)),
             "tensor \"b\" begins at 2, but the one before it ends at 1");
 }
 
 TEST(SafetensorsTest, RefusesBytesAfterTheLastTensor) {
-  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"U8\"", "[1]", "[0,1]"), 5)), "has 5 bytes of data, but its tensors end at 1");
+  EXPECT_EQ(safetensors_refusal(file_of(header_of("\"U8\"", "[1]", "[0,1]"), 5)),
+            "has 5 bytes of data, but its tensors end at 1");
   EXPECT_EQ(safetensors_refusal(file_of("{}", 1)), "has 1 bytes of data, but its tensors end at 0");
 }
 
@@ -354,7 +357,8 @@ TEST(SafetensorsTest, RefusesBytesThatAreNoBool) {
 }
 
 TEST(SafetensorsTest, KeepsMessagesOnOneLineWhateverTheNames) {
-  EXPECT_EQ(safetensors_refusal(file_of("{\"\\n\\u001b[31m\x7f\":1}")), "the value of \"\\n\\u001b[31m\\x7f\" must be an object");
+  EXPECT_EQ(safetensors_refusal(file_of("{\"\\n\\u001b[31m\x7f\":1}")),
+            "the value of \"\\n\\u001b[31m\\x7f\" must be an object");
 }
 
 // Damages every byte of a good file in turn: each result is either read or refused, and nothing else happens.

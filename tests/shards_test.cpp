@@ -76,7 +76,8 @@ TEST(ShardsTest, RefusesAFileThatIsNoString) {
 TEST(ShardsTest, RefusesFilesInOtherFolders) {
   for (const std::string file : {"\"\"", "\".\"", "\"..\"", "\"../x\"", "\"/etc/passwd\"", "\"shards/x\"", R"("..\\x")",
                                  R"("x.safetensors\u0000.txt")", "\"x/\""}) {
-    EXPECT_EQ(shards_refusal(index_of(file)), "the file of tensor \"a\" must be a plain name in the same folder, but is " + file);
+    EXPECT_EQ(shards_refusal(index_of(file)),
+              "the file of tensor \"a\" must be a plain name in the same folder, but is " + file);
   }
 }
 

@@ -199,11 +199,11 @@ TEST(StateDictTest, WritesWhatAViewShows) {
   const auto base = torch::arange(12.).view({3, 4});
   const auto complex = torch::complex(base, base + 1);
   const auto back = through_state_dict({{"base", base},
-                                {"transposed", base.t()},
-                                {"columns", base.slice(1, 1, 4, 2)},
-                                {"expanded", base[0].expand({5, 4})},
-                                {"conjugate", complex.conj()},
-                                {"negative", at::imag(complex.conj())}});
+                                        {"transposed", base.t()},
+                                        {"columns", base.slice(1, 1, 4, 2)},
+                                        {"expanded", base[0].expand({5, 4})},
+                                        {"conjugate", complex.conj()},
+                                        {"negative", at::imag(complex.conj())}});
   expect_equal(back, {{"base", base},
                       {"transposed", base.t()},
                       {"columns", base.slice(1, 1, 4, 2)},

@@ -188,8 +188,9 @@ TEST(TorchScriptTest, RefusesWhatIsNoModule) {
 
 TEST(TorchScriptTest, RefusesATensorThatDoesNotLieInTheFile) {
   const auto storage = test::pickle::storage("FloatStorage", "0", 2);
-  EXPECT_EQ(torchscript_refusal(module_archive(object(text("x") + object(text("a") + test::pickle::tensor(storage, {3}, {1}))))),
-            "tensor \"x.a\" of shape [3], strides [1] and offset 0 ends beyond its storage of 8 bytes");
+  EXPECT_EQ(
+      torchscript_refusal(module_archive(object(text("x") + object(text("a") + test::pickle::tensor(storage, {3}, {1}))))),
+      "tensor \"x.a\" of shape [3], strides [1] and offset 0 ends beyond its storage of 8 bytes");
 }
 
 TEST(TorchScriptTest, RefusesModulesThatHoldThemselves) {
@@ -215,7 +216,8 @@ TEST(TorchScriptTest, RefusesAFileThatIsNotThere) {
 
 TEST(TorchScriptTest, RefusesAnArchiveThatIsCutOff) {
   const auto bytes = test::read_bytes(data_path("reference.pt"));
-  EXPECT_EQ(torchscript_refusal(bytes.substr(0, bytes.size() / 2), "zip"), "has no directory at its end; a download may have been cut off");
+  EXPECT_EQ(torchscript_refusal(bytes.substr(0, bytes.size() / 2), "zip"),
+            "has no directory at its end; a download may have been cut off");
 }
 
 TEST(TorchScriptTest, RefusesOneTensorWithoutAName) {

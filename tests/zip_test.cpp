@@ -151,7 +151,8 @@ TEST(ZipTest, RefusesANumberOfEntriesThatCannotBe) {
 }
 
 TEST(ZipTest, RefusesAnEntryThatGoesOnBehindTheDirectory) {
-  EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 28, little_endian(4, 2))), "has a directory that ends inside of its entry at 37");
+  EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 28, little_endian(4, 2))),
+            "has a directory that ends inside of its entry at 37");
 }
 
 TEST(ZipTest, RefusesEncryption) {
@@ -177,7 +178,8 @@ TEST(ZipTest, RefusesAHeaderThatSaysOtherwise) {
   EXPECT_EQ(zip_refusal(with(kOne, 26, little_endian(0xffff, 2))), "entry \"a/b\" has another name in front of its data");
   EXPECT_EQ(zip_refusal(with(kOne, 8, little_endian(8, 2))), "entry \"a/b\" has another method in front of its data");
   EXPECT_EQ(zip_refusal(with(kOne, 0, "PK\3\5")), "entry \"a/b\" has no header at 0, where one should be");
-  EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 42, little_endian(1, 4))), "entry \"a/b\" has no header at 1, where one should be");
+  EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 42, little_endian(1, 4))),
+            "entry \"a/b\" has no header at 1, where one should be");
   EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 42, little_endian(0xffff'fffe, 4))),
             "entry \"a/b\" has no header at 4294967294, where one should be");
 }
@@ -225,7 +227,8 @@ TEST(ZipTest, RefusesDamageToNumbersOf64Bits) {
       fmt::format("has a directory of {} bytes at 18446744073709551615, but it must end before {}", end64 - kDirectory, end64));
   EXPECT_EQ(zip_refusal(with(file, end64 + 24, std::string(16, '\xff'))),
             fmt::format("has 18446744073709551615 entries in a directory of {} bytes, which cannot be", end64 - kDirectory));
-  EXPECT_EQ(zip_refusal(with(file, end64 + 16, little_endian(1, 4))), "must be whole, but is one part of an archive in several");
+  EXPECT_EQ(zip_refusal(with(file, end64 + 16, little_endian(1, 4))),
+            "must be whole, but is one part of an archive in several");
 }
 
 TEST(ZipTest, ThrowsNothingElseWhateverByteIsChanged) {

@@ -153,7 +153,8 @@ int main(int argc, char** argv) {
   program.option("--shape", arguments.names, "A row by its name, or all with this in their names; repeatable").one_at_a_time();
   program.option("--threads", arguments.threads, "Numbers of threads; 1 and 2 if not given").range(1, 1024);
   program
-      .option("--weights", arguments.weights, "Which attention weights are returned; maps only of rows where someone wants them")
+      .option("--weights", arguments.weights,
+              "Which attention weights are returned; maps only of rows where someone wants them")
       .one_of({"none", "mean", "per-head"})
       .shows_default();
   program.option("--device", arguments.device, "cpu, in float32, or cuda or cuda:N, in bfloat16").device().shows_default();

@@ -31,8 +31,8 @@ NamedTensors parameters_of(const FoundLayer& layer, const LazyTensors& tensors, 
   NamedTensors parameters;
   for (const auto& [name, recipe] : recipes(layer, tensors.infos)) {
     const auto& info = tensors.infos.at(recipe.source);
-    parameters[name] = recipe.apply(data ? tensors.make(recipe.source)
-                                         : at::empty(info.shape, at::dtype(info.type).device(at::kMeta)));
+    parameters[name] =
+        recipe.apply(data ? tensors.make(recipe.source) : at::empty(info.shape, at::dtype(info.type).device(at::kMeta)));
   }
   return parameters;
 }
@@ -104,7 +104,8 @@ void add_convert(program::Command& xattn) {
                                   [arguments] { convert(*arguments); });
   std::vector<std::string> names;
   for (const auto& layout : layouts()) names.emplace_back(layout.name);
-  command.option("IN", arguments->input, "Weights, in any format that inspect reads; of a sharded set its index.json").required();
+  command.option("IN", arguments->input, "Weights, in any format that inspect reads; of a sharded set its index.json")
+      .required();
   command.option("OUT", arguments->output, "File to write: safetensors, or for .pt, .pth and .bin a state dict of PyTorch")
       .required();
   const auto to = command.option("--to", arguments->to, "Spell the attention layers in this layout").one_of(names);

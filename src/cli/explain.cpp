@@ -67,7 +67,7 @@ PlanRequest request_of(const std::vector<int64_t>& sizes) {
 PlanRequest request_of(const ExplainArguments& arguments) {
   if (arguments.sizes.empty() == arguments.shape.empty()) {
     throw program::UsageError("expected either sizes or --shape, but " +
-                               std::string(arguments.shape.empty() ? "none" : "both") + " came");
+                              std::string(arguments.shape.empty() ? "none" : "both") + " came");
   }
   PlanRequest request;
   if (arguments.shape.empty()) {
@@ -78,7 +78,7 @@ PlanRequest request_of(const ExplainArguments& arguments) {
     for (const auto& row : rows.empty() ? shapes::all() : rows) names.push_back(row.name);
     if (rows.size() != 1) {
       throw program::UsageError("--shape",
-                                 fmt::format("must name one row of {}, but is '{}'", fmt::join(names, "; "), arguments.shape));
+                                fmt::format("must name one row of {}, but is '{}'", fmt::join(names, "; "), arguments.shape));
     }
     request = shapes::plan_request(rows.front());
   }
@@ -136,12 +136,12 @@ void print_json(const PlanRequest& request) {
 
 void add_explain(program::Command& xattn) {
   const auto arguments = std::make_shared<ExplainArguments>();
-  auto command = xattn.subcommand("explain", "Says in which order a layer would multiply, what every order costs, and why.",
-                                  [arguments] {
-                                    const auto request = request_of(*arguments);
-                                    if (arguments->json) return print_json(request);
-                                    std::cout << explain(request);
-                                  });
+  auto command =
+      xattn.subcommand("explain", "Says in which order a layer would multiply, what every order costs, and why.", [arguments] {
+        const auto request = request_of(*arguments);
+        if (arguments->json) return print_json(request);
+        std::cout << explain(request);
+      });
   std::vector<std::string> types;
   for (const auto& [name, bytes] : kBytesOf) types.push_back(name);
   command.footer(kExplainFooter);
@@ -154,9 +154,7 @@ void add_explain(program::Command& xattn) {
                                    "of a frozen module: products of weights are made ahead, our own kernels run");
   command.flag("--training", arguments->training, "a backward pass follows").excludes(frozen);
   command.flag("--dropout", arguments->dropout, "attention weights are dropped").excludes(frozen);
-  command
-      .flag("--learned-bias", arguments->learned_bias,
-            "the mask has a bias that asks for its gradient; implies --training")
+  command.flag("--learned-bias", arguments->learned_bias, "the mask has a bias that asks for its gradient; implies --training")
       .excludes(frozen);
   command.option("--weights", arguments->weights, "attention weights to return")
       .one_of({"none", "mean", "per-head"})

@@ -145,9 +145,8 @@ void inspect(const InspectArguments& arguments) {
 
 void add_inspect(program::Command& xattn) {
   const auto arguments = std::make_shared<InspectArguments>();
-  auto command =
-      xattn.subcommand("inspect", "Show the tensors of a file, and the attention layers and blocks among them.",
-                       [arguments] { inspect(*arguments); });
+  auto command = xattn.subcommand("inspect", "Show the tensors of a file, and the attention layers and blocks among them.",
+                                  [arguments] { inspect(*arguments); });
   command
       .option("FILE", arguments->file,
               "safetensors (of a sharded set the index.json), or an archive of torch.save, torch.jit.save or "

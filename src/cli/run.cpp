@@ -36,8 +36,8 @@ void run(const RunArguments& arguments) {
 
 void add_run(program::Command& xattn) {
   const auto arguments = std::make_shared<RunArguments>();
-  auto command = xattn.subcommand("run", "Run an attention layer of a file on inputs from another.",
-                                  [arguments] { run(*arguments); });
+  auto command =
+      xattn.subcommand("run", "Run an attention layer of a file on inputs from another.", [arguments] { run(*arguments); });
   command.option("FILE", arguments->file, "Weights, in any format that inspect reads").required();
   command.option("--inputs", arguments->inputs, "File with the inputs, as described below").required().type_name("IN");
   command.option("--output", arguments->output, "safetensors to write").required().type_name("OUT");

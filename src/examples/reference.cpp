@@ -26,7 +26,8 @@ void run_example(torch::Device device) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  program::Program program("reference", "Runs cross attention once, on random numbers, and prints the shapes of what comes out.");
+  program::Program program("reference",
+                           "Runs cross attention once, on random numbers, and prints the shapes of what comes out.");
   program.footer("Example: reference --seed 1 --device cpu");
   program::CommonOptions options;
   program::add_common_options(program, options);

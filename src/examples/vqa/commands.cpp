@@ -218,8 +218,7 @@ int run(int argc, char** argv) {
   };
   const auto add_report = [&](program::Command& command) {
     command.option("--report", options.report, "write an HTML page here that shows the evaluation");
-    command
-        .option("--boards", options.boards, fmt::format("boards to evaluate on, {} questions each", kQuestionsPerBoard))
+    command.option("--boards", options.boards, fmt::format("boards to evaluate on, {} questions each", kQuestionsPerBoard))
         .range(1, 1000000)
         .shows_default();
   };
@@ -239,8 +238,7 @@ int run(int argc, char** argv) {
               "a TorchScript module to use frozen in place of the CNN; its code is run, so trust it")
       .excludes(resume);
   train_command.option("--text-encoder", options.text_encoder, "the same in place of the text encoder").excludes(resume);
-  train_command
-      .flag("--mean-pooling", options.mean_pooling, "give every place of the image the same weight, to compare")
+  train_command.flag("--mean-pooling", options.mean_pooling, "give every place of the image the same weight, to compare")
       .excludes(resume);
   add_report(train_command);
 
