@@ -7,8 +7,8 @@ usage() {
   cat <<'END'
 usage: scripts/bench.sh [--quick] [--shape NAME]... [--limit GFLOP] [--passes N] [--seconds S] [--compile all] [--device cpu|cuda]
 
-Measures this library beside other runtimes on layers of real models, and writes what it finds: src/bench/results.json, the table
-in README.md and the plots in src/bench.
+Measures this library beside other runtimes on layers of real models, and writes what it finds to src/bench: results.json, the table
+in README.md, and the plots.
 
   --quick        one short pass over the smaller rows; no maps, no map of crossovers
   --shape NAME   only rows with this in their names; repeatable. The other rows keep what was measured before

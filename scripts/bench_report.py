@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Merges what xattn_bench and bench_peers.py printed into src/bench/results.json, and writes from it the tables between the markers
-of README.md and the plots of src/bench. For scripts/bench.sh.
+of src/bench/README.md and the plots beside it. For scripts/bench.sh.
 
     .venv-bench/bin/python scripts/bench_report.py [FILE ...]
 
@@ -216,7 +216,7 @@ def summary(store, shapes):
 
 
 def write_readme(store, shapes):
-    readme = ROOT / "README.md"
+    readme = ROOT / "src/bench/README.md"
     text = readme.read_text()
     machine, versions = store["machine"], store["versions"]
     peaks = ", ".join(f"{p:.0f} GFLOP/s with {t}" for t, p in sorted(store.get("peaks", {}).items()))
@@ -228,7 +228,7 @@ def write_readme(store, shapes):
     block = f"{note}\n\n{summary(store, shapes)}\n\n{table(store, shapes)}"
     pattern = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.S)
     if not pattern.search(text):
-        raise SystemExit("bench_report.py: README.md has no markers <!-- speed --> and <!-- /speed -->")
+        raise SystemExit("bench_report.py: src/bench/README.md has no markers <!-- speed --> and <!-- /speed -->")
     readme.write_text(pattern.sub(lambda m: m[1] + block + "\n" + m[2], text))
 
 

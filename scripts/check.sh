@@ -7,7 +7,8 @@ usage() {
   cat <<'END'
 usage: scripts/check.sh [--skip COMMAND]
 
-Runs every command of README.md, the lines of its blocks marked sh, in order, and stops at the first that fails.
+Runs every command of README.md and of the pages in src, the lines of their blocks marked sh, in order, and stops at the first that
+fails.
 
   --skip COMMAND  but not this one
   -h, --help      show this
@@ -24,7 +25,7 @@ while (($#)); do
   shift
 done
 
-mapfile -t commands < <(awk '/^```/ {inside = $0 == "```sh"; next} inside' README.md)
+mapfile -t commands < <(awk '/^```/ {inside = $0 == "```sh"; next} inside' README.md src/README.md src/*/README.md)
 for command in "${commands[@]}"; do
   [[ $command != "$skipped" ]] || continue
   echo "\$ $command"

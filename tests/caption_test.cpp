@@ -26,7 +26,7 @@ using examples::kCells;
 using examples::kEmpty;
 using xattn::test::OneThread;
 
-constexpr double kPublishedExactMatch = 0.964;  // of the shipped checkpoint, in README.md
+constexpr double kPublishedExactMatch = 0.964;  // of the shipped checkpoint, in src/examples/README.md
 
 const examples::DigitSets& digits() {
   static const auto sets = examples::load_digits(XATTN_EXAMPLE_DATA "/digits.safetensors");
@@ -218,7 +218,7 @@ TEST(CaptionShippedTest, ReproducesItsPublishedAccuracy) {
   const auto score = evaluate(trained.model, digits().held_out, trained.grammar, torch::kCPU, /*boards=*/1000, /*beams=*/1,
                               /*seed=*/12345);
   EXPECT_EQ(score.boards, 1000);
-  EXPECT_NEAR(static_cast<double>(score.right), 1000 * kPublishedExactMatch, 5);  // README.md
+  EXPECT_NEAR(static_cast<double>(score.right), 1000 * kPublishedExactMatch, 5);  // src/examples/README.md
   EXPECT_GE(score.right, 900);
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C++ of README.md, compiled and run. Each ```cpp block there must stand here, word by word.
+// The C++ of the project's pages, compiled and run. Each ```cpp block of a page must stand here, word by word.
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <xattn/xattn.h>
@@ -28,25 +28,27 @@ std::string words_of(const std::string& text) {
 }
 
 TEST(ReadmeTest, EveryBlockOfCodeStandsInThisFile) {
-  const auto readme = read_bytes(XATTN_SOURCE_DIR "/README.md");
   const auto here = words_of(read_bytes(XATTN_SOURCE_DIR "/tests/readme_test.cpp"));
   const std::string open = "```cpp\n", close = "```";
-  int blocks = 0;
-  for (auto at = readme.find(open); at != std::string::npos; at = readme.find(open, at)) {
-    at += open.size();
-    const auto block = readme.substr(at, readme.find(close, at) - at);
-    EXPECT_NE(here.find(words_of(block)), std::string::npos) << "not in this file:\n" << block;
-    at += block.size();
-    ++blocks;
+  for (const std::string page : {"README.md", "src/README.md"}) {
+    const auto text = read_bytes(XATTN_SOURCE_DIR "/" + page);
+    int blocks = 0;
+    for (auto at = text.find(open); at != std::string::npos; at = text.find(open, at)) {
+      at += open.size();
+      const auto block = text.substr(at, text.find(close, at) - at);
+      EXPECT_NE(here.find(words_of(block)), std::string::npos) << page << " has a block that is not in this file:\n" << block;
+      at += block.size();
+      ++blocks;
+    }
+    EXPECT_GE(blocks, 5) << page;
   }
-  EXPECT_GE(blocks, 5);
 }
 
 TEST(ReadmeTest, Example) {
   testing::internal::CaptureStdout();
   xattn::CrossAttention attention(128, 256, 256, 512);  // dim_query, dim_key, dim_value, dim_output
-  auto query = torch::randn({2, 4, 128});               // [B, Lq, dim_query]: what asks, as 4 words
-  auto image = torch::randn({2, 6, 256});               // [B, Lk, dim_key]: what answers, as 6 regions
+  auto query = torch::randn({2, 4, 128});               // [B, Lq, dim_query]: 4 words
+  auto image = torch::randn({2, 6, 256});               // [B, Lk, dim_key]: 6 regions
   auto [output, weights] = attention->forward(query, /*key=*/image, /*value=*/image);
   std::cout << "Output shape: " << output.sizes() << "\n";
   std::cout << "Attention weights shape: " << weights.sizes() << "\n";

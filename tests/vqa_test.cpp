@@ -34,7 +34,7 @@ using xattn::test::error_of;
 using xattn::test::OneThread;
 using xattn::test::TempDir;
 
-constexpr double kPublishedAccuracy = 0.988;  // of the shipped checkpoint, in README.md
+constexpr double kPublishedAccuracy = 0.988;  // of the shipped checkpoint, in src/examples/README.md
 
 const examples::DigitSets& digits() {
   static const auto sets = examples::load_digits(XATTN_EXAMPLE_DATA "/digits.safetensors");
@@ -324,7 +324,7 @@ TEST(VqaCheckpointTest, RefusesFilesOfOtherPrograms) {
 TEST(VqaShippedTest, ReproducesItsPublishedAccuracy) {
   auto trained = load_trained(XATTN_EXAMPLE_DATA "/vqa.safetensors", torch::kCPU);
   const auto score = evaluate(trained.model, digits().held_out, trained.grammar, torch::kCPU, /*boards=*/1000, /*seed=*/12345);
-  EXPECT_NEAR(score.accuracy(), kPublishedAccuracy, 0.002);  // README.md; other instructions may turn a few of 14,000 answers
+  EXPECT_NEAR(score.accuracy(), kPublishedAccuracy, 0.002);  // src/examples/README.md; other instructions may turn a few of 14,000 answers
   EXPECT_GE(score.accuracy(), 0.97);
   for (size_t kind = 0; kind < score.kinds.size(); ++kind) {
     const auto& [name, right, total] = score.kinds[kind];

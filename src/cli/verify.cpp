@@ -22,7 +22,7 @@ struct VerifyArguments {
   LayerArguments layer;
 };
 
-// What rounding in this type explains; README.md, "Accuracy".
+// What rounding in this type explains; tests/README.md, "Accuracy".
 double tolerance_of(at::ScalarType type) {
   switch (type) {
     case at::kDouble: return 1e-12;
