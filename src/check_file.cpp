@@ -1,31 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "check_file.h"
 
+#include <algorithm>
 #include <cerrno>
-#include <nlohmann/json.hpp>
 #include <system_error>
 
 namespace xattn::detail {
 
-std::string one_line(std::string_view text) {
-  std::string line;
-  for (char c : text) {
-    if (const auto code = static_cast<unsigned char>(c); code < 0x20 || code == 0x7f) {
-      line += formatted("\\x{:02x}", code);
-    } else {
-      line += c;
-    }
-  }
-  return line;
-}
-
-std::string in_quotes(std::string_view text) {
-  using Json = nlohmann::json;
-  return Json(text).dump(-1, ' ', false, Json::error_handler_t::replace);
-}
-
 std::string list(std::string_view what, const std::vector<std::string>& names) {
-  return names.empty() ? "" : formatted("; {}: {}", what, joined(names));
+  constexpr size_t kMostNames = 100;
+  constexpr size_t kMostOfEntry = 2 * kMostOfName;  // a name, and what is wrong with it
+  if (names.empty()) return "";
+  std::vector<std::string> listed;
+  for (size_t i = 0; i < std::min(names.size(), kMostNames); ++i) listed.push_back(shown(names[i], kMostOfEntry));
+  const auto more = names.size() - listed.size();
+  return formatted("; {}: {}{}", what, joined(listed), more == 0 ? "" : formatted(" and {} more", more));
 }
 
 std::string system_reason() {

@@ -8,16 +8,11 @@
 #include <utility>
 #include <vector>
 
+#include "printed.h"
 #include "text.h"
 
-// How the library refuses a file: "[reader] path: what was expected and what came", always one line.
+// How the library refuses a file: "[reader] path: what was expected and what came", always one line, and never a long one.
 namespace xattn::detail {
-
-/// `text` with its control characters escaped: names come from files, and must not break the line or drive the terminal.
-std::string one_line(std::string_view text);
-
-/// In double quotes, as JSON: names come from files, and may hold anything.
-std::string in_quotes(std::string_view text);
 
 /// Throws FileError with "[reader] path: message".
 template <typename... Args>
@@ -37,7 +32,7 @@ void check_file(bool ok, std::string_view reader, std::string_view path, fmt::fo
   }
 }
 
-/// "; missing: a, b", or nothing if there are none.
+/// "; missing: a, b", or nothing if there are none; of more than a hundred the first, and how many more there are.
 std::string list(std::string_view what, const std::vector<std::string>& names);
 
 /// What the operating system said last: "No such file or directory".

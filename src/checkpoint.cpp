@@ -5,7 +5,9 @@
 #include <filesystem>
 #include <functional>
 #include <iterator>
+#include <new>
 #include <numeric>
+#include <optional>
 #include <string_view>
 #include <utility>
 
@@ -47,7 +49,7 @@ bool is_json(std::string_view bytes) {
   return first != std::string_view::npos && bytes[first] == '{' && !(is_safetensors(bytes) && bytes[7] == '\0');
 }
 
-std::pair<FileFormat, detail::Index> read_file(const std::string& path, detail::Bytes file) {
+std::pair<FileFormat, detail::Index> read_format(const std::string& path, detail::Bytes file) {
   const auto bytes = detail::as_text(file);
   if (bytes.starts_with("PK\3\4") || bytes.starts_with("PK\5\6")) {
     const detail::ZipFile zip(path, file);
@@ -68,6 +70,28 @@ std::pair<FileFormat, detail::Index> read_file(const std::string& path, detail::
       "torch.export.save, but is none of these");
 }
 
+// A view may show one number any number of times, and any number of names may share a storage: what they ask for in memory
+// counts against the size of the file.
+void check_amount(const std::string& path, const detail::Index& index, uint64_t file_bytes) {
+  constexpr uint64_t kMostShown = 32;  // layers that share their weights, each under names of its own
+  uint64_t all = 0;
+  for (const auto& [name, stored] : index.tensors) {
+    const auto bytes = detail::shown_bytes(stored);
+    detail::check_file(bytes && *bytes <= file_bytes, kCheckpoint, path,
+                       "tensor {} of shape [{}] shows more bytes than the {} of the whole file; save it anew in Python as "
+                       "TENSOR.clone(), or as what it repeats",
+                       detail::in_quotes(name), detail::joined(stored.shape), file_bytes);
+    detail::check_file(!__builtin_add_overflow(all, *bytes, &all) && all / kMostShown <= file_bytes, kCheckpoint, path,
+                       "names tensors of more than {} times its {} bytes, which share their storages", kMostShown, file_bytes);
+  }
+}
+
+std::pair<FileFormat, detail::Index> read_file(const std::string& path, detail::Bytes file) {
+  auto read = read_format(path, file);
+  check_amount(path, read.second, file.size());
+  return read;
+}
+
 // Opens the shards that the index names, and takes the tensors that it says they hold.
 void read_shards(Checkpoint::Contents& contents, const detail::ShardIndex& shards) {
   const auto folder = std::filesystem::path(contents.path).parent_path();
@@ -80,14 +104,14 @@ void read_shards(Checkpoint::Contents& contents, const detail::ShardIndex& shard
       auto [format, index] = read_file(path, contents.files.back()->bytes());
       const bool same = opened.empty() || format == contents.format;
       detail::check_file(same && (format == FileFormat::safetensors || format == FileFormat::state_dict), kCheckpoint,
-                         contents.path, "must name shards that are all safetensors or all state dicts, but {} is {}", file_name,
-                         to_string(format));
+                         contents.path, "must name shards that are all safetensors or all state dicts, but {} is {}",
+                         detail::in_quotes(file_name), to_string(format));
       contents.format = format;
       shard = opened.emplace(file_name, std::move(index.tensors)).first;
     }
     const auto tensor = shard->second.find(name);
     detail::check_file(tensor != shard->second.end(), kCheckpoint, contents.path, "says that {} is in {}, but it is not there",
-                       detail::in_quotes(name), file_name);
+                       detail::in_quotes(name), detail::in_quotes(file_name));
     contents.index.tensors.emplace(name, tensor->second);
   }
   contents.index.metadata = shards.metadata;
@@ -98,6 +122,13 @@ const detail::StoredTensor& find(const Checkpoint::Contents& contents, const std
   detail::check_file(found != contents.index.tensors.end(), kCheckpoint, contents.path, "has no tensor {}",
                      detail::in_quotes(name));
   return found->second;
+}
+
+[[noreturn]] void refuse_for_memory(const Checkpoint::Contents& contents,
+                                    const std::string& name,
+                                    const detail::StoredTensor& stored) {
+  detail::fail_file(kCheckpoint, contents.path, "tensor {} of {} bytes does not fit into memory", detail::in_quotes(name),
+                    stored.data.size());
 }
 
 }  // namespace
@@ -154,7 +185,14 @@ const std::map<std::string, std::string>& Checkpoint::metadata() const {
 at::Tensor Checkpoint::tensor(const std::string& name) const {
   const auto& stored = find(*contents_, name);
   for (const auto& file : contents_->files) file->check_unchanged();
-  auto tensor = detail::materialize(stored);
+  std::optional<at::Tensor> tensor;
+  try {
+    tensor = detail::materialize(stored);
+  } catch (const std::bad_alloc&) {
+    refuse_for_memory(*contents_, name, stored);
+  } catch (const c10::Error&) {  // by LibTorch's allocator
+    refuse_for_memory(*contents_, name, stored);
+  }
   detail::check_file(tensor.has_value(), kCheckpoint, path(), "tensor {} of type bool holds a byte other than 0 and 1",
                      detail::in_quotes(name));
   return *std::move(tensor);
@@ -182,7 +220,12 @@ LazyTensors lazy(NamedTensors tensors) {
     detail::check_value(tensor.defined(), "lazy", "tensor {} must be defined, but is not.", detail::in_quotes(name));
     result.infos.emplace(name, TensorInfo{tensor.scalar_type(), tensor.sizes().vec()});
   }
-  result.make = [tensors = std::move(tensors)](const std::string& name) { return tensors.at(name); };
+  result.make = [tensors = std::move(tensors)](const std::string& name) {
+    const auto tensor = tensors.find(name);
+    detail::check_value(tensor != tensors.end(), "lazy", "name must be one of the tensors', but is {}.",
+                        detail::in_quotes(name));
+    return tensor->second;
+  };
   return result;
 }
 

@@ -191,10 +191,15 @@ std::vector<int64_t> FoundLayer::possible_heads() const {
   if (heads_known) return {options.num_heads()};
   const auto inner_key = *options.kv_heads() * *options.head_dim(),
              inner_value = *options.kv_heads() * *options.value_head_dim();
+  // Divisors of both widths come in pairs, of which one is at most the square root.
+  const auto common = std::gcd(inner_key, inner_value);
   std::vector<int64_t> possible;
-  for (int64_t kv_heads = 1; kv_heads <= std::min(inner_key, inner_value); ++kv_heads) {
-    if (inner_key % kv_heads == 0 && inner_value % kv_heads == 0) possible.push_back(group * kv_heads);
+  for (int64_t kv_heads = 1; kv_heads <= common / kv_heads; ++kv_heads) {
+    if (common % kv_heads != 0) continue;
+    possible.push_back(group * kv_heads);
+    if (const auto other = common / kv_heads; other != kv_heads) possible.push_back(group * other);
   }
+  std::ranges::sort(possible);
   return possible;
 }
 

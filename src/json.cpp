@@ -12,8 +12,8 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr size_t kMaxLength = 100'000'000;
 constexpr size_t kMaxDepth = 32;
+constexpr size_t kMaxValues = 2'000'000;
 constexpr char kNotJson[] = "is not JSON in UTF-8, at its byte {}";
 
 // Builds the document token by token. (Json::parse keeps the last of equal names, and with a callback takes quadratic time.)
@@ -48,6 +48,7 @@ class Builder : public nlohmann::json_sax<Json> {
 
  private:
   bool add(Json value) {
+    check_file(++values_ <= kMaxValues, reader_, path_, "has more than {} values", kMaxValues);
     if (!open_.empty() && open_.back()->is_array()) value_ = &open_.back()->emplace_back();
     *value_ = std::move(value);
     return true;
@@ -67,15 +68,15 @@ class Builder : public nlohmann::json_sax<Json> {
 
   std::string_view reader_;
   const std::string& path_;
+  size_t values_ = 0;
   std::vector<Json*> open_;  // objects and lists, from the outermost
   Json* value_ = &document;  // where the next value goes, unless that is the end of a list
 };
 
 }  // namespace
 
-Json parse_json(std::string_view reader, const std::string& path, Bytes text) {
-  check_file(text.size() <= kMaxLength, reader, path, "has {} bytes of JSON, more than the limit of {}", text.size(),
-             kMaxLength);
+Json parse_json(std::string_view reader, const std::string& path, Bytes text, size_t most) {
+  check_file(text.size() <= most, reader, path, "has {} bytes of JSON, more than the limit of {}", text.size(), most);
   // The parser would take a zero byte for the end and ignore what follows.
   const auto zero = std::ranges::find(text, std::byte{0});
   check_file(zero == text.end(), reader, path, kNotJson, zero - text.begin() + 1);

@@ -2,14 +2,23 @@
 #include "launch.h"
 
 #include <fmt/format.h>
+#include <netdb.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
+#include <cerrno>
 #include <csignal>
 #include <cstdlib>
 #include <limits>
+#include <memory>
 #include <stdexcept>
+#include <string>
+#include <system_error>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
+
+#include "printed.h"
 
 #ifdef XATTN_HAS_NCCL
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
@@ -62,12 +71,45 @@ c10::intrusive_ptr<c10d::Backend> nccl([[maybe_unused]] const Place& place,
                                        [[maybe_unused]] const c10::intrusive_ptr<c10d::Store>& store,
                                        [[maybe_unused]] std::chrono::milliseconds timeout) {
 #ifdef XATTN_HAS_NCCL
+  if (is_loopback(place.address)) setenv("NCCL_SOCKET_IFNAME", "lo", /*overwrite=*/0);  // which NCCL leaves out otherwise
   auto options = c10d::ProcessGroupNCCL::Options::create();
   options->timeout = timeout;
   return c10::make_intrusive<c10d::ProcessGroupNCCL>(store, place.rank, place.size, options);
 #else
   throw std::runtime_error("several processes on CUDA need NCCL, and this build has none; try --device cpu");
 #endif
+}
+
+// A socket that listens at the first address of this name that is one of this machine, and at no other: LibTorch's store would
+// listen on every interface. The store takes it over.
+int listen_at(const std::string& address, uint16_t port) {
+  const addrinfo hints = {.ai_flags = AI_NUMERICSERV,
+                          .ai_family = AF_UNSPEC,
+                          .ai_socktype = SOCK_STREAM,
+                          .ai_protocol = 0,
+                          .ai_addrlen = 0,
+                          .ai_addr = nullptr,
+                          .ai_canonname = nullptr,
+                          .ai_next = nullptr};
+  addrinfo* found = nullptr;
+  if (const int error = getaddrinfo(address.c_str(), std::to_string(port).c_str(), &hints, &found); error != 0) {
+    throw std::runtime_error(
+        fmt::format("MASTER_ADDR must name a machine, but is '{}': {}", xattn::detail::shown(address), gai_strerror(error)));
+  }
+  const std::unique_ptr<addrinfo, void (*)(addrinfo*)> all(found, freeaddrinfo);
+  std::string reason;
+  for (const auto* one = found; one != nullptr; one = one->ai_next) {
+    const int listener = socket(one->ai_family, one->ai_socktype | SOCK_CLOEXEC, one->ai_protocol);
+    const int yes = 1;  // a port is free again as soon as the last program that had it is gone
+    if (listener >= 0 && setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes)) == 0 &&
+        bind(listener, one->ai_addr, one->ai_addrlen) == 0 && listen(listener, SOMAXCONN) == 0) {
+      return listener;
+    }
+    reason = std::generic_category().message(errno);
+    if (listener >= 0) close(listener);
+  }
+  throw std::runtime_error(fmt::format("the first process must run where MASTER_ADDR is, but cannot listen at {} port {}: {}",
+                                       xattn::detail::shown(address), port, reason));
 }
 
 // Gloo may write to a process that has just died. That sends SIGPIPE, which ends a program without a word unless it is ignored (as
@@ -103,6 +145,7 @@ c10::intrusive_ptr<c10d::ProcessGroup> join(const Place& place, c10::Device devi
   options.isServer = place.rank == 0 && !place.store_is_there;
   options.timeout = timeout;
   options.waitWorkers = false;  // the backends wait for each other
+  if (options.isServer) options.masterListenFd = listen_at(place.address, place.port);
   c10::intrusive_ptr<c10d::Store> store = c10::make_intrusive<c10d::TCPStore>(place.address, options);
   // torchrun's store outlives the processes that it restarts.
   const auto attempt = variable("TORCHELASTIC_RESTART_COUNT").value_or("0");

@@ -26,10 +26,11 @@ struct Place {
 std::optional<Place> find_place();
 
 /// Waits for the others, at most `timeout`, which is also the time that a collective may take. Gloo for tensors on the CPU; if
-/// `device` is one of CUDA, NCCL too for those on CUDA, in builds that have it. With a loopback address Gloo stays on loopback;
-/// GLOO_SOCKET_IFNAME names another interface.
+/// `device` is one of CUDA, NCCL too for those on CUDA, in builds that have it. The store listens at the address of the place
+/// and at no other. With a loopback address Gloo and NCCL stay on loopback; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name other
+/// interfaces.
 /// From then on the program ignores SIGPIPE, unless it handles it: else a process that dies could take the others with it, silently.
-/// Throws std::runtime_error where the backend is missing.
+/// Throws std::runtime_error where the backend is missing, and in the first process if its machine has no such address.
 c10::intrusive_ptr<c10d::ProcessGroup> join(const Place& place, c10::Device device, std::chrono::milliseconds timeout);
 
 }  // namespace launch

@@ -5,17 +5,19 @@
 #include <algorithm>
 #include <array>
 #include <filesystem>
-#include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <string_view>
+#include <system_error>
 #include <type_traits>
 #include <utility>
 
 #include "check.h"
 #include "check_file.h"
 #include "choose.h"
+#include "json.h"
+#include "mapped_file.h"
 #include "stored_tensor.h"
 #include "text.h"
 
@@ -33,12 +35,17 @@ std::vector<std::string> words(std::string_view text) {
   return {std::istream_iterator<std::string>(in), {}};
 }
 
-// config.json beside a file of weights. Other files, and those that are no JSON, say nothing.
+// config.json beside a file of weights; says nothing if it is not there. Read as the weights are: FileError unless it is a regular
+// file of JSON, of at most some MB.
 class ModelConfig {
  public:
   explicit ModelConfig(const Checkpoint& checkpoint) {
-    std::ifstream in(std::filesystem::path(checkpoint.path()).parent_path() / "config.json");
-    json_ = nlohmann::json::parse(in, nullptr, /*allow_exceptions=*/false);
+    constexpr size_t kMaxConfig = 8'000'000;  // bytes; those that name ten thousands of classes take one
+    const auto path = (std::filesystem::path(checkpoint.path()).parent_path() / "config.json").string();
+    std::error_code error;
+    if (std::filesystem::status(path, error).type() == std::filesystem::file_type::not_found) return;
+    const detail::MappedFile file(path, kMaxConfig);
+    json_ = detail::parse_json(kLoadReader, path, file.bytes(), kMaxConfig);
   }
 
   // What it has under these names, as far as it is a T; see Layout::num_heads for where they are.

@@ -326,10 +326,11 @@ class Machine {
     if (module == "torch._utils" && name.starts_with("_rebuild_")) return Use::other_tensor;
     if (module == "torch" && name.find('.') == std::string_view::npos) return Use::name;  // classes of storages, types
     if (names_ == PickleNames::torchscript) return Use::script_object;
-    fail_file(kPickle, path_,
-              "holds an object of class {}.{}, which is no tensor; save the tensors alone, in Python: "
-              "torch.save(torch.load(PATH, weights_only=False){}, NEW_PATH)",
-              module, name, stack_.empty() ? ".state_dict()" : "['model']");
+    fail_file(
+        kPickle, path_,
+        "holds an object of class {}.{}, which is no tensor; if you trust the file, whose code that runs, save the tensors "
+        "alone, in Python: torch.save(torch.load(PATH, weights_only=False){}, NEW_PATH)",
+        shown(module), shown(name), stack_.empty() ? ".state_dict()" : "['model']");
   }
 
   // REDUCE or, `as_object`, NEWOBJ: a global and a tuple of arguments become what is made of them.

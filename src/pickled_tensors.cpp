@@ -123,7 +123,7 @@ void PickledTensors::charge(size_t cost) {
 // Arguments: storage, offset, shape, strides, whether it is trained, hooks; then its type, in _v3 only; then flags, if any.
 void PickledTensors::add(const std::string& name, Id tensor) {
   check(pickle_.kind(tensor) == Kind::tensor, "tensor {} is of a kind that is not read, made by torch._utils.{}",
-        in_quotes(name), pickle_.kind(tensor) == Kind::tensor ? "" : pickle_.text(tensor));
+        in_quotes(name), pickle_.kind(tensor) == Kind::tensor ? "" : shown(pickle_.text(tensor)));
   const auto arguments = pickle_.items(tensor);
   const auto is = [&](size_t i, Kind kind) { return i < arguments.size() && pickle_.kind(arguments[i]) == kind; };
   check(is(0, Kind::storage) && is(1, Kind::integer) && is(2, Kind::tuple) && is(3, Kind::tuple),

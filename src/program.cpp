@@ -4,14 +4,23 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <torch/cuda.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <cstdio>
 #include <exception>
 #include <iostream>
+#include <new>
 #include <optional>
+#include <system_error>
+
+#include "printed.h"
 
 namespace program {
 namespace {
@@ -27,6 +36,29 @@ std::string check_device_name(const std::string& name) {
   } catch (const c10::Error&) {
     return message;
   }
+}
+
+// Where a program was started without one of its standard streams, the next file that it opened would take its number, and what
+// is printed would go into that file. Reads from what stands there instead find nothing, and writes fail.
+void keep_standard_streams() {
+  for (const int stream : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+    if (fcntl(stream, F_GETFD) == -1 && errno == EBADF) open("/dev/null", stream == STDOUT_FILENO ? O_RDONLY : O_RDWR);
+  }
+}
+
+// Where files may not grow over a size (`ulimit -f`), writing fails with a reason, as on a full disk, and does not end the program.
+void report_limits_of_files() {
+  struct sigaction found = {};
+  if (sigaction(SIGXFSZ, nullptr, &found) == 0 && found.sa_handler == SIG_DFL) std::signal(SIGXFSZ, SIG_IGN);
+}
+
+// What is printed may wait in memory: only when it is flushed, the system says whether there was room for it.
+void check_output() {
+  errno = 0;
+  std::cout.flush();
+  if (std::cout.good() && std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return;
+  throw std::runtime_error("standard output cannot be written" +
+                           (errno != 0 ? ": " + std::generic_category().message(errno) : ""));
 }
 
 }  // namespace
@@ -142,23 +174,30 @@ void Program::version(const std::string& text) {
 
 int Program::run(int argc, char** argv, const std::function<void()>& job) {
   const auto fail = [this](int status, const std::string& message) {
-    std::cerr << app_->get_name() << ": " << message.substr(0, message.find('\n')) << std::endl;
+    std::cerr << app_->get_name() << ": " << xattn::detail::one_line(message.substr(0, message.find('\n'))) << std::endl;
     return status;
   };
+  keep_standard_streams();
+  report_limits_of_files();
   try {
-    app_->parse(argc, argv);  // which runs the job of a subcommand
-    job();
+    try {
+      app_->parse(argc, argv);  // which runs the job of a subcommand
+      job();
+    } catch (const CLI::Success& help) {
+      app_->exit(help);
+    }
+    check_output();
     return 0;
-  } catch (const CLI::Success& help) {
-    return app_->exit(help);
   } catch (const CLI::ParseError& error) {
     return fail(2, error.what());
   } catch (const UsageError& error) {
     return fail(2, error.what());
   } catch (const Interrupted& interrupted) {
-    return fail(130, interrupted.what());  // as shells have it for Ctrl-C
+    return fail(128 + interrupted.signal(), interrupted.what());
   } catch (const c10::Error& error) {
     return fail(1, error.what_without_backtrace());
+  } catch (const std::bad_alloc&) {
+    return fail(1, "there is not enough memory");
   } catch (const std::exception& error) {
     return fail(1, error.what());
   }

@@ -3,6 +3,7 @@
 
 #include <c10/core/Device.h>
 
+#include <csignal>
 #include <cstdint>
 #include <functional>
 #include <stdexcept>
@@ -17,10 +18,15 @@ class Option;
 // The command line and the error handling of all our programs. CLI11 parses; program.cpp alone includes it.
 namespace program {
 
-/// The user asked the job to stop; what() says how to go on.
+/// The user asked the job to stop; what() says how to go on. A program that throws it exits with status 128 and the number of the
+/// signal, as shells have it: 130 for Ctrl-C.
 class Interrupted : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  explicit Interrupted(const std::string& message, int signal = SIGINT) : std::runtime_error(message), signal_(signal) {}
+  int signal() const { return signal_; }
+
+ private:
+  int signal_;
 };
 
 /// An argument is wrong: "ARGUMENT: message". A program that throws it exits with status 2.
@@ -82,7 +88,7 @@ class Program : public Command {
   /// What --version prints.
   void version(const std::string& text);
   /// Parses the arguments and runs the job. `main` returns what this returns: 0, 1 for a failed job, 2 for wrong usage, 130 if
-  /// interrupted. An error is one line on standard error.
+  /// interrupted. An error is one line on standard error. Output that cannot be written is a failed job.
   int run(int argc, char** argv, const std::function<void()>& job);
 
   /// The same with the job of the chosen subcommand. `none_chosen`: the error if there is none.

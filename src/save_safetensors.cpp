@@ -11,6 +11,7 @@
 #include "safetensors_types.h"
 #include "stored_tensor.h"
 #include "text.h"
+#include "writable.h"
 #include "write_beside.h"
 
 namespace xattn {
@@ -71,6 +72,7 @@ void save_safetensors(const std::string& path, const LazyTensors& tensors, const
     out.write(reinterpret_cast<const char*>(&header_size), sizeof(header_size));
     out.write(header.data(), static_cast<std::streamsize>(header_size));
     for (const auto& item : items) {
+      if (!out) return;  // the disk is full: the rest need not be made
       const auto plain = detail::plain(tensors.make(item.name));
       out.write(static_cast<const char*>(plain.const_data_ptr()), static_cast<std::streamsize>(plain.nbytes()));
     }

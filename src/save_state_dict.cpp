@@ -11,6 +11,7 @@
 #include "pickled_tensors.h"
 #include "stored_tensor.h"
 #include "text.h"
+#include "writable.h"
 #include "write_beside.h"
 
 namespace xattn {
@@ -106,6 +107,7 @@ void save_state_dict(const std::string& path, const LazyTensors& tensors) {
     archive.writeRecord("byteorder", "little", 6);
     int64_t key = 0;
     for (const auto& [name, info] : tensors.infos) {
+      if (!out) break;  // the disk is full: the rest need not be made
       const auto plain = detail::plain(tensors.make(name));
       archive.writeRecord(detail::formatted("data/{}", key++), plain.const_data_ptr(), plain.nbytes());
     }

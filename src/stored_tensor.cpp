@@ -68,6 +68,13 @@ std::optional<StoredTensor> view_of(Bytes storage,
                       storage.subspan(first_byte, static_cast<size_t>(end) - first_byte)};
 }
 
+std::optional<uint64_t> shown_bytes(const StoredTensor& stored) {
+  const auto elements = count_elements(stored.shape);
+  uint64_t bytes = 0;
+  if (!elements || __builtin_mul_overflow(static_cast<uint64_t>(*elements), c10::elementSize(stored.type), &bytes)) return {};
+  return bytes;
+}
+
 std::optional<at::Tensor> materialize(const StoredTensor& stored) {
   c10::InferenceMode off(false);  // a tensor made in inference mode could never be trained
   if (stored.type == at::kBool) {

@@ -48,6 +48,10 @@ std::optional<StoredTensor> view_of(Bytes storage,
                                     int64_t offset,
                                     std::string* reason);
 
+/// The bytes that a tensor shows; those of a view may lie in the file once and be shown many times. Nothing if they cannot be
+/// counted.
+std::optional<uint64_t> shown_bytes(const StoredTensor& stored);
+
 /// A new tensor with memory of its own, contiguous unless it is a view that shows elements more than once: memory taken is never
 /// more than lies in the file. Can be trained. Nothing if a boolean is neither 0 nor 1, which would be undefined behaviour.
 std::optional<at::Tensor> materialize(const StoredTensor& stored);

@@ -4,19 +4,25 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <xattn/file_error.h>
+#include <xattn/safetensors.h>
 
 #include <array>
+#include <optional>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "caption/captions.h"
+#include "caption/commands.h"
 #include "caption/decode.h"
 #include "caption/model.h"
 #include "caption/task.h"
 #include "caption/trained.h"
 #include "common/board.h"
+#include "common/png.h"
 #include "one_thread.h"
+#include "run_program.h"
 #include "test_util.h"
 
 namespace caption {
@@ -76,6 +82,52 @@ TEST(CaptionsTest, ReadsItemsInAnyOrderAndRefusesWhatIsNotInTheGrammar) {
                             "there is a seven in the top left and an eight in the centre please"}) {  // words left over
     EXPECT_EQ(read(wrong), std::nullopt) << wrong;
   }
+}
+
+TEST(CaptionsTest, LongestCaptionIsOfTheLongestPhrases) {
+  EXPECT_EQ(longest_caption(grammar()),
+            3 + 6 * (2 + 2 + 2) + 5 * 1);  // "the board shows", "a one", "in the", "top left", "and"
+}
+
+// A grammar whose items can be said in thousands of millions of ways.
+TEST(CaptionsTest, NotEveryWayToSayAnItemIsListed) {
+  std::string text = "caption: {items}\nitem: {digit} {cell}\nbetween: ,\nbefore_last: and\n";
+  for (const auto& [slot, values] : {std::pair("digit", 10), {"cell", 9}}) {
+    for (int value = 0; value < values; ++value) {
+      text += "slot " + std::string(slot) + " " + std::to_string(value) + ": ";
+      for (int i = 0; i < 600; ++i)
+        text += (i == 0 ? "" : "|") + std::string(1, slot[0]) + std::to_string(value) + " x" + std::to_string(i);
+      text += "\n";
+    }
+  }
+  ASSERT_GT(text.size(), 60'000U);
+  const Grammar large(text, "large", caption_rules());
+  EXPECT_EQ(longest_caption(large), 6 * 4 + 5);
+  const CaptionReader reader(large);
+  std::array<int64_t, kCells> expected;
+  expected.fill(kEmpty);
+  expected[0] = 7;
+  expected[4] = 8;
+  EXPECT_EQ(reader.read(examples::split("d7 x599 c0 x3 and d8 x0 c4 x17")), expected);
+  EXPECT_EQ(reader.read(examples::split("d7 x599 c0 x600")), std::nullopt);
+}
+
+TEST(CaptionsTest, CaptionsOfACheckpointCannotDriveTheTerminal) {
+  const xattn::test::TempDir dir;
+  auto text = grammar().text();
+  for (auto place = text.find("a seven"); place != std::string::npos; place = text.find("a seven", place)) {
+    text.replace(place, 7, "a \x1b[2J");
+  }
+  const Grammar hostile(text, "hostile", caption_rules());
+  const auto shipped = xattn::load_tensors(XATTN_EXAMPLE_DATA "/caption.safetensors");
+  xattn::save_safetensors(dir.file("x"), shipped, metadata_of(hostile));
+  Random random(0);
+  const auto board = examples::board_of("7........", digits().held_out, random);
+  examples::write_png(dir.file("board.png"), examples::board_picture(paint({board}, digits().held_out)[0][0], 1));
+  const auto result = xattn::test::run_here(caption::run, "caption describe board.png --checkpoint x --device cpu", dir.path());
+  EXPECT_EQ(result.status, 0) << result.err;
+  EXPECT_NE(result.out.find("a \\x1b[2J"), std::string::npos) << result.out;
+  EXPECT_EQ(result.out.find('\x1b'), std::string::npos);
 }
 
 TEST(CaptionModelTest, WordsSeeNoLaterWord) {

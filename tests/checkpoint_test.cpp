@@ -1,15 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/checkpoint.h>
 
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <torch/torch.h>
+#include <unistd.h>
 #include <xattn/safetensors.h>
 #include <xattn/state_dict.h>
 
 #include <filesystem>
+#include <fstream>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "pickle_writer.h"
 #include "test_util.h"
+#include "zip_writer.h"
 
 namespace xattn {
 namespace {
@@ -112,6 +119,113 @@ TEST(CheckpointTest, RefusesToReadAFileThatHasChangedSinceItWasOpened) {
   std::filesystem::resize_file(dir.file("x"), 100);
   EXPECT_EQ(error_of<FileError>([&] { checkpoint.tensor("a"); }),
             "[file] " + dir.file("x") + ": has changed since it was opened");
+}
+
+// A state dict of the tensors that these parts of a pickle make.
+Checkpoint opened_pickle(const TempDir& dir, const std::vector<std::pair<std::string, std::string>>& tensors) {
+  std::string items;
+  for (const auto& [name, tensor] : tensors) items += test::pickle::text(name) + tensor;
+  test::write_bytes(dir.file("x.pt"), test::pickle::archive(test::pickle::dict(items)));
+  return open_checkpoint(dir.file("x.pt"));
+}
+
+TEST(CheckpointTest, RefusesViewsThatShowMoreThanTheFileHas) {
+  const TempDir dir;
+  const auto storage = test::pickle::storage("FloatStorage", "0", 2);
+  const auto expect_refused = [&](const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                                  const std::string& text) {
+    const auto message =
+        error_of<FileError>([&] { opened_pickle(dir, {{"a", test::pickle::tensor(storage, shape, strides)}}); });
+    EXPECT_EQ(message, "[checkpoint] " + dir.file("x.pt") + ": tensor \"a\" of shape " + text + " shows more bytes than the " +
+                           std::to_string(std::filesystem::file_size(dir.file("x.pt"))) +
+                           " of the whole file; save it anew in Python as TENSOR.clone(), or as what it repeats");
+  };
+  expect_refused({int64_t{1} << 40, 1}, {0, 1}, "[1099511627776, 1]");
+  expect_refused({16384, 16384}, {0, 0}, "[16384, 16384]");
+  expect_refused({int64_t{1} << 62}, {0}, "[4611686018427387904]");
+
+  const auto few = opened_pickle(dir, {{"a", test::pickle::tensor(storage, {5, 2}, {0, 1})}});
+  EXPECT_EQ(few.tensor("a").sizes(), at::IntArrayRef({5, 2}));
+}
+
+TEST(CheckpointTest, RefusesManyNamesOfOneStorage) {
+  const TempDir dir;
+  constexpr int64_t kElements = 50'000;
+  const auto file_of = [&](int names) {
+    const auto storage = test::pickle::storage("FloatStorage", "0", kElements);
+    std::string items;
+    for (int i = 0; i < names; ++i) {
+      items += test::pickle::text("a" + std::to_string(i)) + test::pickle::tensor(storage, {kElements}, {1});
+    }
+    test::write_bytes(dir.file("x.pt"), test::zip_of({{"x/data.pkl", test::pickle::whole(test::pickle::dict(items))},
+                                                      {"x/data/0", std::string(kElements * 4, '\0')}}));
+    return dir.file("x.pt");
+  };
+  EXPECT_EQ(load_tensors(file_of(24)).size(), 24U) << "layers that share their weights";
+  const auto path = file_of(3000);
+  EXPECT_EQ(error_of<FileError>([&] { open_checkpoint(path); }),
+            "[checkpoint] " + path + ": names tensors of more than 32 times its " +
+                std::to_string(std::filesystem::file_size(path)) + " bytes, which share their storages");
+}
+
+TEST(CheckpointTest, ReadsASetOfMoreFilesThanAProcessMayOpen) {
+  const TempDir dir;
+  std::string map;
+  for (int i = 0; i < 100; ++i) {
+    const auto name = std::to_string(i);
+    save_safetensors(dir.file(name), NamedTensors{{"t" + name, torch::full({2}, i)}});
+    map += (map.empty() ? "\"t" : ",\"t") + name + "\":\"" + name + "\"";
+  }
+  test::write_bytes(dir.file("index.json"), R"({"weight_map":{)" + map + "}}");
+  rlimit before{};
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &before), 0);
+  const rlimit few{64, before.rlim_max};
+  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &few), 0);
+  NamedTensors tensors;
+  EXPECT_NO_THROW(tensors = load_tensors(dir.file("index.json")));
+  setrlimit(RLIMIT_NOFILE, &before);
+  ASSERT_EQ(tensors.size(), 100U);
+  EXPECT_TRUE(tensors.at("t99").equal(torch::full({2}, 99)));
+}
+
+TEST(CheckpointTest, AFileThatWasReplacedIsReadAsItWas) {
+  const TempDir dir;
+  save_safetensors(dir.file("x"), NamedTensors{{"a", torch::ones({100})}});
+  const auto checkpoint = open_checkpoint(dir.file("x"));
+  save_safetensors(dir.file("x"), NamedTensors{{"b", torch::zeros({1})}});
+  EXPECT_TRUE(checkpoint.tensor("a").equal(torch::ones({100})));
+}
+
+TEST(CheckpointTest, NamesTheTensorThatDoesNotFitIntoMemory) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "sanitizers map more than any limit, and end the process";
+#endif
+  const TempDir dir;
+  constexpr uint64_t kBytes = uint64_t{8} << 30;
+  const std::string header = R"({"a":{"dtype":"U8","shape":[8589934592],"data_offsets":[0,8589934592]}})";
+  const uint64_t length = header.size();
+  test::write_bytes(dir.file("x"), std::string(reinterpret_cast<const char*>(&length), 8) + header);
+  std::filesystem::resize_file(dir.file("x"), 8 + length + kBytes);  // sparse: takes no disk
+  const auto checkpoint = open_checkpoint(dir.file("x"));
+  rlimit before{};
+  ASSERT_EQ(getrlimit(RLIMIT_AS, &before), 0);
+  uint64_t pages = 0;  // that the process has mapped
+  std::ifstream("/proc/self/statm") >> pages;
+  const rlimit tight{pages * static_cast<uint64_t>(sysconf(_SC_PAGESIZE)) + kBytes / 2, before.rlim_max};
+  ASSERT_EQ(setrlimit(RLIMIT_AS, &tight), 0);
+  std::string message;
+  try {
+    checkpoint.tensor("a");
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  setrlimit(RLIMIT_AS, &before);
+  EXPECT_EQ(message, "[checkpoint] " + dir.file("x") + ": tensor \"a\" of 8589934592 bytes does not fit into memory");
+}
+
+TEST(CheckpointTest, LazyTensorsNameWhatIsNotThere) {
+  const auto tensors = lazy(NamedTensors{{"a", torch::ones({1})}});
+  EXPECT_EQ(error_of<c10::ValueError>([&] { tensors.make("b"); }), "[lazy] name must be one of the tensors', but is \"b\".");
 }
 
 TEST(CheckpointTest, TakesTensorsOfAnotherUnderNewNames) {

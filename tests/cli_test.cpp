@@ -11,8 +11,11 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <string>
+#include <utility>
 
+#include "pickle_writer.h"
 #include "run_program.h"
 #include "test_util.h"
 
@@ -256,6 +259,71 @@ TEST_F(CliTest, InspectPrintsALineForEachTensor) {
             "no attention layer\n");
 }
 
+TEST_F(CliTest, InspectPrintsNoMoreThanItNeedsAndNothingThatDrivesTheTerminal) {
+  const std::string hostile =
+      "\xe2\x80\xae\xc2\x9b"
+      "31m\x7f";
+  NamedTensors tensors = {{hostile, torch::ones({1})}, {std::string(100'000, 'n'), torch::ones({1})}};
+  for (int i = 0; i < 2'000; ++i) tensors["t" + std::to_string(i)] = torch::ones({1});
+  save_safetensors(dir.file("x"), tensors, {{"text", std::string(100'000, 'm') + hostile}});
+  const auto text = xattn("inspect x");
+  ASSERT_EQ(text.status, 0) << text.err;
+  EXPECT_LT(text.out.size(), 300'000U);
+  EXPECT_NE(text.out.find(R"("\u202e\u009b31m\u007f" )"), std::string::npos);
+  EXPECT_NE(text.out.find("nnn\" (100000 bytes)  float32          [1]\n"), std::string::npos);
+  EXPECT_NE(text.out.find("mmm\" (100009 bytes)\n"), std::string::npos);
+
+  const auto printed = xattn("inspect x --json").out;
+  const auto document = json::parse(printed);
+  EXPECT_EQ(document["tensors"].size(), 2'002U);
+  EXPECT_EQ(document["metadata"]["text"], std::string(100'000, 'm') + hostile);
+  EXPECT_EQ(document["tensors"].back()["name"], hostile);
+  for (const std::string control : {"\xe2\x80\xae", "\xc2\x9b", "\x7f"}) EXPECT_EQ(printed.find(control), std::string::npos);
+}
+
+TEST_F(CliTest, InspectShowsNamesThatAreNoUtf8) {
+  const auto tensor = test::pickle::text("a\xff") + test::pickle::two_zeros();
+  test::write_bytes(dir.file("x.pt"), test::pickle::archive(test::pickle::dict(tensor)));
+  const auto result = xattn("inspect x.pt");
+  EXPECT_EQ(result.status, 0) << result.err;
+  EXPECT_NE(result.out.find("  \"a\xef\xbf\xbd\" "), std::string::npos) << result.out;
+  EXPECT_EQ(json::parse(xattn("inspect x.pt --json").out)["tensors"][0]["name"], "a\xef\xbf\xbd");
+}
+
+TEST_F(CliTest, ErrorsAreShortWhateverTheFileHolds) {
+  const auto order = std::string(10'000'000, '\x1b');
+  test::write_bytes(dir.file("x.pt"),
+                    test::pickle::archive(test::pickle::dict(test::pickle::text("a") + test::pickle::two_zeros()),
+                                          {{"archive/byteorder", order}}));
+  const auto message = error(1, "inspect x.pt");
+  EXPECT_LT(message.size(), 3'000U);
+  EXPECT_EQ(message.find('\x1b'), std::string::npos);
+  EXPECT_TRUE(message.ends_with("(10000000 bytes)")) << message;
+}
+
+// What a shell says of the whole program, whose standard output goes elsewhere.
+TEST_F(CliTest, OutputThatIsLostIsAFailure) {
+  save_safetensors(dir.file("x"), NamedTensors{{"a", torch::ones({2})}});
+  for (const std::string arguments : {"inspect x", "inspect x --json", "--help", "--version", "explain 1,1,1,1,8,8,8"}) {
+    const auto reason = [&](const std::string& text) {  // which is known no more where CLI11 has flushed
+      return arguments == "--version" ? std::string("\n") : ": " + text + "\n";
+    };
+    const auto full = test::run_process("sh -c '" XATTN_CLI_PATH " " + arguments + " > /dev/full'", dir);
+    EXPECT_EQ(full.status, 1) << arguments;
+    EXPECT_EQ(full.err, "xattn: standard output cannot be written" + reason("No space left on device")) << arguments;
+    const auto closed = test::run_process("sh -c '" XATTN_CLI_PATH " " + arguments + " >&-'", dir);
+    EXPECT_EQ(closed.status, 1) << arguments;
+    EXPECT_EQ(closed.err, "xattn: standard output cannot be written" + reason("Bad file descriptor")) << arguments;
+  }
+}
+
+TEST_F(CliTest, NothingIsPrintedIntoAFileWhereStandardOutputIsClosed) {
+  save_safetensors(dir.file("x.safetensors"), NamedTensors{{"a", torch::ones({2})}});
+  const auto result = test::run_process("sh -c '" XATTN_CLI_PATH " convert x.safetensors y.safetensors >&- 2>&-'", dir);
+  EXPECT_EQ(result.status, 0);
+  EXPECT_EQ(test::read_bytes(dir.file("y.safetensors")), test::read_bytes(dir.file("x.safetensors")));
+}
+
 TEST_F(CliTest, InspectRefusesBrokenFiles) {
   EXPECT_EQ(error(1, "inspect nothing"), "[file] nothing: cannot be opened: No such file or directory");
   test::write_bytes(dir.file("x"), "some text");
@@ -336,6 +404,11 @@ TEST_F(CliTest, VerifyWantsAnOutputToCompareWith) {
   save_safetensors(dir.file("weights"), *CrossAttention(4, 6, 6, 8));
   save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key}});
   EXPECT_EQ(error(1, "verify weights --expect in"), "[verify] in: must hold output");
+  for (const std::string heads : {"1e300", "nan", "0"}) {
+    save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key}, {"output", query}},
+                     {{"num_heads", heads}});
+    EXPECT_EQ(error(1, "verify weights --expect in"), "[verify] in: metadata num_heads must be from 1 to 65536");
+  }
 }
 
 // ---- convert -----------------------------------------------------------------------------------------------------------------
@@ -349,6 +422,54 @@ TEST_F(CliTest, ConvertGoesFromFormatToFormatAndBack) {
   const auto back = load_tensors(dir.file("z.safetensors"));
   ASSERT_EQ(back.size(), tensors.size());
   for (const auto& [name, tensor] : tensors) EXPECT_TRUE(torch::equal(back.at(name), tensor)) << name;
+}
+
+TEST_F(CliTest, ConvertRefusesToWriteTwoTensorsUnderOneName) {
+  auto tensors = load_tensors(data_path("layouts/bert.safetensors"));
+  ASSERT_EQ(xattn("convert " + data_path("layouts/bert.safetensors") + " y.safetensors --to reference").status, 0);
+  const auto names = open_checkpoint(dir.file("y.safetensors")).tensors();
+  const auto taken = std::ranges::find_if(names, [&](const auto& item) { return !tensors.contains(item.first); })->first;
+  tensors[taken] = torch::ones({1});
+  save_safetensors(dir.file("x.safetensors"), tensors);
+  std::filesystem::remove(dir.file("y.safetensors"));
+  const auto message = error(1, "convert x.safetensors y.safetensors --to reference");
+  EXPECT_NE(message.find(taken), std::string::npos) << message;
+  EXPECT_FALSE(std::filesystem::exists(dir.file("y.safetensors")));
+}
+
+TEST_F(CliTest, ConvertLeavesNothingBehindWhenItIsStopped) {
+  std::string header;
+  constexpr uint64_t kTensors = 200;
+  constexpr uint64_t kBytes = uint64_t{1} << 25;  // 6.7 GB in all, sparse: it takes no disk, and more than a moment to write
+  for (uint64_t i = 0; i < kTensors; ++i) {
+    header += (i == 0 ? "{\"t" : ",\"t") + std::to_string(i) + R"(":{"dtype":"U8","shape":[)" + std::to_string(kBytes) +
+              R"(],"data_offsets":[)" + std::to_string(i * kBytes) + "," + std::to_string((i + 1) * kBytes) + "]}";
+  }
+  header += "}";
+  const uint64_t length = header.size();
+  test::write_bytes(dir.file("in.safetensors"), std::string(reinterpret_cast<const char*>(&length), 8) + header);
+  std::filesystem::resize_file(dir.file("in.safetensors"), 8 + length + kTensors * kBytes);
+  test::write_bytes(dir.file("out.safetensors"), "old");
+  for (const auto& [signal, status] : {std::pair("INT", 130), {"TERM", 143}, {"HUP", 129}}) {
+    const auto stopped = test::run_process(
+        std::string("sh -c '" XATTN_CLI_PATH " convert in.safetensors out.safetensors & "
+                    "until ls -A | grep -q \"[0-9a-f].tmp$\"; do kill -0 $! || break; sleep 0.01; done; kill -") +
+            signal + " $!; wait $!'",
+        dir);
+    EXPECT_EQ(stopped.status, status) << signal << ": " << stopped.err;
+    EXPECT_EQ(stopped.err, "xattn: stopped; out.safetensors was not written\n");
+    std::set<std::string> files;
+    for (const auto& entry : std::filesystem::directory_iterator(dir.path())) files.insert(entry.path().filename());
+    EXPECT_EQ(files, (std::set<std::string>{".err", ".out", "in.safetensors", "out.safetensors"}));
+    EXPECT_EQ(test::read_bytes(dir.file("out.safetensors")), "old");
+  }
+}
+
+TEST_F(CliTest, OutputsThatCannotBeWrittenAreToldFirst) {
+  EXPECT_EQ(error(1, "convert missing.safetensors no/y.safetensors"),
+            "[output] no/y.safetensors: cannot be written: No such file or directory");
+  EXPECT_EQ(error(1, "run missing --inputs missing --output no/y"),
+            "[output] no/y: cannot be written: No such file or directory");
 }
 
 TEST_F(CliTest, ConvertSpellsLayersAnewAndKeepsTheRest) {

@@ -2,6 +2,7 @@
 
 // The example programs as a user runs them. Their parts have tests of their own.
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -72,7 +73,13 @@ TEST_F(ExamplesTest, AFailedJobIsOneLineAndStatusOne) {
   EXPECT_EQ(failed("vqa", "evaluate --digits missing.safetensors"),
             "vqa: [file] missing.safetensors: cannot be opened: No such file or directory\n");
   EXPECT_EQ(failed("vqa", "train --report missing/report.html"),
-            "vqa: cannot write missing/report.html: there is no folder missing\n");
+            "vqa: [output] missing/report.html: cannot be written: No such file or directory\n");
+  EXPECT_EQ(failed("vqa", "train --output missing/x"),
+            "vqa: [output] missing/x: cannot be written: No such file or directory\n");
+  EXPECT_EQ(failed("caption", "train --output ."), "caption: [output] .: cannot be written: Is a directory\n");
+  const std::string long_name(250, 'n');  // whose state's name is too long
+  EXPECT_EQ(failed("caption", "train --output " + long_name),
+            "caption: [output] " + long_name + ".training: cannot be written: File name too long\n");
   EXPECT_EQ(failed("vqa", "train --resume --output none.safetensors"),
             "vqa: [file] none.safetensors.training: cannot be opened: No such file or directory\n");
   test::write_bytes(dir.file("text.png"), "no picture");
@@ -146,6 +153,47 @@ TEST_F(ExamplesTest, AnInterruptedTrainingGoesOnToTheSameResult) {
     EXPECT_EQ(test::read_bytes(dir.file("parts.safetensors")), test::read_bytes(dir.file("whole.safetensors")));
     EXPECT_FALSE(std::filesystem::exists(dir.file("parts.safetensors.training")));
     std::filesystem::remove(dir.file("parts.safetensors"));
+  }
+}
+
+TEST_F(ExamplesTest, TrainAsksWhatToDoWithATrainingThatWasStopped) {
+  for (const std::string program : {"vqa", "caption"}) {
+    test::write_bytes(dir.file("x.training"), "a state");
+    const auto train = program + " train --device cpu --boards 5 --steps 2 --output x";
+    const auto asked = test::run_here(program == "vqa" ? vqa::run : caption::run, train, dir.path());
+    EXPECT_EQ(asked.status, 2);
+    EXPECT_EQ(asked.err, program +
+                             ": x.training holds a training that was stopped; go on with it by --resume, or begin anew by "
+                             "--restart\n");
+    EXPECT_EQ(test::read_bytes(dir.file("x.training")), "a state");
+    const auto resumed = run(program, "train --device cpu --resume --output x");
+    EXPECT_EQ(resumed.status, 1) << "this is no state: " << resumed.err;
+    const auto anew = run(program, train.substr(program.size() + 1) + " --restart");
+    EXPECT_EQ(anew.status, 0) << anew.err;
+    EXPECT_FALSE(std::filesystem::exists(dir.file("x.training")));
+    EXPECT_EQ(run(program, "train --resume --restart").status, 2);
+    std::filesystem::remove(dir.file("x"));
+  }
+}
+
+TEST_F(ExamplesTest, NoFileIsWaitedFor) {
+  ASSERT_EQ(mkfifo(dir.file("pipe").c_str(), 0600), 0);
+  ASSERT_EQ(run("vqa", "draw 7.3...1.. board.png").status, 0);
+  for (const std::string arguments : {"vqa ask pipe what", "vqa evaluate --checkpoint pipe", "vqa evaluate --digits pipe",
+                                      "vqa train --grammar pipe", "vqa train --image-encoder pipe", "caption describe pipe",
+                                      "caption train --grammar pipe", "caption evaluate --checkpoint pipe"}) {
+    const auto space = arguments.find(' ');
+    const auto result = run(arguments.substr(0, space), arguments.substr(space + 1));
+    EXPECT_EQ(result.status, 1) << arguments;
+    EXPECT_NE(result.err.find(": [file] pipe: must be a regular file, but is none\n"), std::string::npos) << result.err;
+  }
+}
+
+TEST_F(ExamplesTest, OutputThatIsLostIsAFailure) {
+  for (const std::string program : {XATTN_VQA_PATH, XATTN_CAPTION_PATH, XATTN_REFERENCE_PATH}) {
+    const auto result = test::run_process("sh -c '" + program + " --help > /dev/full'", dir);
+    EXPECT_EQ(result.status, 1);
+    EXPECT_TRUE(result.err.ends_with(": standard output cannot be written: No space left on device\n")) << result.err;
   }
 }
 

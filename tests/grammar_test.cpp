@@ -69,7 +69,28 @@ TEST(GrammarTest, SaysWhatIsMissing) {
 
 TEST(GrammarTest, SaysWhichFileCannotBeRead) {
   EXPECT_EQ(error_of<std::runtime_error>([] { read_grammar("/no/such/file", kRules); }),
-            "/no/such/file: cannot be opened; it should hold a grammar");
+            "[file] /no/such/file: cannot be opened: No such file or directory");
+}
+
+TEST(GrammarTest, RefusesMoreThanItsLimits) {
+  std::string words;
+  for (int i = 0; i < 33; ++i) words += " w";
+  EXPECT_EQ(error_in("tell:" + words + "\n"), "g.txt:1: may have 32 words in a phrase or form, but has 33");
+  EXPECT_EQ(error_in("slot digit 0:" + words + "\n"), "g.txt:1: may have 32 words in a phrase or form, but has 33");
+  EXPECT_EQ(error_in("tell: " + std::string(101, 'w') + "\n"),
+            "g.txt:1: a word may have 100 bytes, but '" + std::string(101, 'w') + "' has 101");
+  EXPECT_EQ(error_in(std::string(1'000'001, '\n')), "g.txt:0: has 1000001 bytes, more than the limit of 1000000");
+  auto many = kText;
+  for (int i = 0; i < 10'000; ++i) many += "tell: w" + std::to_string(i) + "\n";
+  EXPECT_EQ(error_in(many), "g.txt:10009: may have 10000 words in all, but has 10010");
+  const auto quoted = error_in(std::string(900'000, 'x'));
+  EXPECT_LT(quoted.size(), 500U);
+}
+
+TEST(GrammarTest, AWordInOneBraceIsAWord) {
+  const Grammar grammar(kText + "tell: {nothing\n", "g.txt", kRules);
+  EXPECT_EQ(grammar.forms("tell").at(1).words, Words{"{nothing"});
+  EXPECT_TRUE(grammar.forms("tell").at(1).slots.empty());
 }
 
 TEST(GrammarTest, SplitsWhatAUserTypes) {

@@ -1,14 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "launch.h"
 
+#include <arpa/inet.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <ifaddrs.h>
+#include <net/if.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <torch/types.h>
+#include <torch/utils.h>
+#include <unistd.h>
 
+#include <chrono>
 #include <cstdlib>
+#include <fstream>
 #include <functional>
 #include <map>
 #include <optional>
+#include <set>
+#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace xattn::test {
 namespace {
@@ -113,6 +127,98 @@ TEST_F(LaunchTest, NamesTheVariableThatIsMissingOrMakesNoSense) {
   EXPECT_EQ(with("WORLD_SIZE", "0"), "WORLD_SIZE must be a number from 1 to 2147483647, but is '0'");
   EXPECT_EQ(with("MASTER_PORT", "65536"), "MASTER_PORT must be a number from 1 to 65535, but is '65536'");
   EXPECT_EQ(with("MASTER_PORT", "29500x"), "MASTER_PORT must be a number from 1 to 65535, but is '29500x'");
+}
+
+// The local addresses of sockets of this port that listen, as the system writes them: hexadecimal, in the machine's byte order.
+std::set<std::string> listening_at(uint16_t port) {
+  std::set<std::string> addresses;
+  for (const auto* table : {"/proc/net/tcp", "/proc/net/tcp6"}) {
+    std::ifstream lines(table);
+    std::string line;
+    std::getline(lines, line);  // the heading
+    while (std::getline(lines, line)) {
+      std::istringstream fields(line);
+      std::string number, local, remote, state;
+      fields >> number >> local >> remote >> state;
+      const auto colon = local.find(':');
+      constexpr auto kListens = "0A";
+      if (state == kListens && std::stoi(local.substr(colon + 1), nullptr, 16) == port)
+        addresses.insert(local.substr(0, colon));
+    }
+  }
+  return addresses;
+}
+
+// Addresses of IPv4 of this machine, beside loopback.
+std::vector<std::string> own_addresses() {
+  std::vector<std::string> addresses;
+  ifaddrs* all = nullptr;
+  if (getifaddrs(&all) != 0) return addresses;
+  for (const auto* one = all; one != nullptr; one = one->ifa_next) {
+    if (one->ifa_addr == nullptr || one->ifa_addr->sa_family != AF_INET || (one->ifa_flags & IFF_LOOPBACK) != 0) continue;
+    char text[INET_ADDRSTRLEN] = {};
+    inet_ntop(AF_INET, &reinterpret_cast<const sockaddr_in*>(one->ifa_addr)->sin_addr, text, sizeof(text));
+    addresses.emplace_back(text);
+  }
+  freeifaddrs(all);
+  return addresses;
+}
+
+std::string hexadecimal_of(const std::string& address) {
+  in_addr number = {};
+  EXPECT_EQ(inet_pton(AF_INET, address.c_str(), &number), 1);
+  return fmt::format("{:08X}", number.s_addr);
+}
+
+uint16_t free_port() {
+  const int probe = socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address = {};
+  address.sin_family = AF_INET;
+  socklen_t size = sizeof(address);
+  EXPECT_EQ(bind(probe, reinterpret_cast<sockaddr*>(&address), size), 0);
+  EXPECT_EQ(getsockname(probe, reinterpret_cast<sockaddr*>(&address), &size), 0);
+  close(probe);
+  return ntohs(address.sin_port);
+}
+
+std::set<std::string> listening_of_group_at(const std::string& address) {
+  const launch::Place place = {.rank = 0, .size = 1, .address = address, .port = free_port()};
+  const auto group = launch::join(place, c10::kCPU, std::chrono::seconds(20));
+  std::vector<torch::Tensor> sum = {torch::ones({1})};
+  group->allreduce(sum)->wait();
+  return listening_at(place.port);
+}
+
+TEST_F(LaunchTest, TheStoreListensAtTheAddressThatWasGivenAndAtNoOther) {
+  set({});
+  EXPECT_EQ(listening_of_group_at("127.0.0.1"), std::set{hexadecimal_of("127.0.0.1")});
+  EXPECT_EQ(listening_of_group_at("127.0.0.2"), std::set{hexadecimal_of("127.0.0.2")});
+  const auto local = listening_of_group_at("localhost");
+  ASSERT_EQ(local.size(), 1U);
+  const std::string kIpv6 = "00000000000000000000000001000000";
+  EXPECT_TRUE(*local.begin() == hexadecimal_of("127.0.0.1") || *local.begin() == kIpv6) << *local.begin();
+  for (const auto& address : own_addresses()) {
+    EXPECT_EQ(listening_of_group_at(address), std::set{hexadecimal_of(address)}) << address;
+  }
+}
+
+TEST_F(LaunchTest, TheFirstProcessMustBeWhereTheAddressIs) {
+  set({});
+  const auto refused = [](const std::string& address) {
+    const launch::Place place = {.rank = 0, .size = 1, .address = address, .port = free_port()};
+    try {
+      launch::join(place, c10::kCPU, std::chrono::seconds(5));
+    } catch (const std::runtime_error& error) {
+      return std::string(error.what());
+    }
+    return std::string("joined");
+  };
+  const auto elsewhere = refused("192.0.2.1");  // of no machine: RFC 5737
+  EXPECT_TRUE(elsewhere.starts_with("the first process must run where MASTER_ADDR is, but cannot listen at 192.0.2.1 port "))
+      << elsewhere;
+  EXPECT_TRUE(elsewhere.ends_with(": Cannot assign requested address")) << elsewhere;
+  const auto unknown = refused("no such\nhost.invalid");
+  EXPECT_TRUE(unknown.starts_with("MASTER_ADDR must name a machine, but is 'no such\\x0ahost.invalid': ")) << unknown;
 }
 
 }  // namespace

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/load.h>
 
+#include <sys/stat.h>
 #include <torch/torch.h>
 #include <xattn/cross_attention.h>
 #include <xattn/safetensors.h>
 
 #include <algorithm>
 #include <filesystem>
+#include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -269,6 +272,20 @@ TEST(LoadTest, ListsEverythingThatIsWrongAtOnce) {
   }
 }
 
+TEST(LoadTest, ListsAHundredNamesAndReportsAll) {
+  auto module = small();
+  NamedTensors tensors;
+  for (int i = 0; i < 300; ++i) tensors["x" + std::to_string(i) + std::string(1000, 'y')] = torch::ones({1});
+  try {
+    load_weights(*module, tensors, {.allow_missing = true});
+    ADD_FAILURE() << "loaded";
+  } catch (const LoadError& error) {
+    EXPECT_EQ(error.report().unexpected.size(), 300U);
+    EXPECT_LT(std::string(error.what()).size(), 21'000U);
+    EXPECT_TRUE(std::string(error.what()).ends_with(" and 200 more")) << error.what();
+  }
+}
+
 TEST(LoadTest, RefusesAPrefixThatIsNotThere) {
   torch::nn::Linear linear(2, 1);
   EXPECT_EQ(refusal(*linear, {{"weight", torch::ones({1, 2})}, {"bias", torch::ones({1})}}, {.prefix = "a."}),
@@ -328,6 +345,51 @@ TEST(FindLayersTest, ListsTheHeadsThatArePossible) {
     EXPECT_EQ(error_of<c10::ValueError>([&] { layer.with_heads(heads); }),
               "[with_heads] num_heads must be one of 3, 6, 12, 24, but is " + std::to_string(heads) + ".");
   }
+}
+
+TEST(FindLayersTest, ListsTheHeadsOfWidthsOfAnySize) {
+  constexpr int64_t kWidth = int64_t{1} << 40;
+  std::map<std::string, TensorInfo> infos;
+  for (const std::string name : {"query", "key", "value"}) infos[name + "_linear.weight"] = {torch::kFloat, {kWidth, 1}};
+  infos["output_linear.weight"] = {torch::kFloat, {1, kWidth}};
+  const auto heads = find_layers(infos).at(0).possible_heads();
+  ASSERT_EQ(heads.size(), 41U) << "the powers of two";
+  for (size_t i = 0; i < heads.size(); ++i) EXPECT_EQ(heads[i], int64_t{1} << i);
+}
+
+TEST(FindLayersTest, ListsTheHeadsInOrder) {
+  const auto layer = layers_of(copy_of(*CrossAttention(CrossAttentionOptions(4, 5, 6, 36).num_heads(6)))).at(0);
+  EXPECT_EQ(layer.possible_heads(), (std::vector<int64_t>{1, 2, 3, 4, 6, 9, 12, 18, 36}));
+}
+
+// ---- config.json -------------------------------------------------------------------------------------------------------------
+
+// What is said of a config.json, made at this path, beside weights whose number of heads it could tell.
+std::string config_refusal(const std::function<void(const std::string& path)>& make) {
+  const TempDir dir;
+  save_safetensors(dir.file("x"), NamedTensors{{"a.q_proj.weight", torch::ones({8, 4})},
+                                               {"a.k_proj.weight", torch::ones({8, 6})},
+                                               {"a.v_proj.weight", torch::ones({8, 6})},
+                                               {"a.out_proj.weight", torch::ones({4, 8})}});
+  const auto path = dir.file("config.json");
+  make(path);
+  const auto message = error_of<FileError>([&] { cross_attention_from(open_checkpoint(dir.file("x"))); });
+  const auto place = message.find(path);
+  return place == std::string::npos ? message : message.substr(place + path.size());
+}
+
+TEST(ModelConfigTest, IsReadAsTheWeightsAre) {
+  const auto holds = [](const std::string& text) { return [text](const std::string& path) { test::write_bytes(path, text); }; };
+  EXPECT_EQ(config_refusal([](const auto& path) { ASSERT_EQ(mkfifo(path.c_str(), 0600), 0); }),
+            ": must be a regular file, but is none");
+  EXPECT_EQ(config_refusal([](const auto& path) { std::filesystem::create_directory(path); }),
+            ": must be a regular file, but is none");
+  EXPECT_EQ(config_refusal(holds(std::string(50'000'000, '['))), ": has 50000000 bytes, more than the limit of 8000000");
+  EXPECT_EQ(config_refusal(holds(std::string(8'000'000, '['))), ": is nested deeper than 32 levels");
+  EXPECT_EQ(config_refusal(holds("{\"num_heads\": 2,}")), ": is not JSON in UTF-8, at its byte 17");
+  EXPECT_NE(config_refusal(holds("{}")).find("the number of heads of \"a.\" is not among its weights"), std::string::npos);
+  EXPECT_NE(config_refusal([](const auto&) {}).find("the number of heads of \"a.\" is not among its weights"),
+            std::string::npos);
 }
 
 TEST(FindLayersTest, FindsEveryLayerInOrderOfPrefix) {

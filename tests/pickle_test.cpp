@@ -239,7 +239,8 @@ TEST(PickleTest, ReadsObjectsOfTorchScriptAsRecords) {
 TEST(PickleTest, RefusesObjectsByTheNameOfTheirClass) {
   const auto message = [](const std::string& name, const std::string& part) {
     return "holds an object of class " + name +
-           ", which is no tensor; save the tensors alone, in Python: " + "torch.save(torch.load(PATH, weights_only=False)" +
+           ", which is no tensor; if you trust the file, whose code that runs, save the tensors alone, in Python: "
+           "torch.save(torch.load(PATH, weights_only=False)" +
            part + ", NEW_PATH)";
   };
   EXPECT_EQ(pickle_refusal(global("__main__", "Model") + ")\x81"), message("__main__.Model", ".state_dict()"));

@@ -120,7 +120,7 @@ TEST_F(PngTest, SixteenBitsBecomeTheirUpperEight) {
 }
 
 TEST_F(PngTest, RefusesAMissingFile) {
-  EXPECT_EQ(error_of_reading(), "cannot read " + path + ": No such file or directory");
+  EXPECT_EQ(error_of_reading(), "[file] " + path + ": cannot be opened: No such file or directory");
 }
 
 TEST_F(PngTest, RefusesWhatIsNoPng) {
@@ -163,9 +163,9 @@ TEST_F(PngTest, WritesAllOrNothing) {
   const auto picture = torch::zeros({2, 2, 3}, torch::kUInt8);
   const auto lost = dir.file("no/such/folder.png");
   EXPECT_EQ(error_of<std::runtime_error>([&] { write_png(lost, picture); }),
-            "cannot write " + lost + ": No such file or directory");
+            "[output] " + lost + ": cannot be written: No such file or directory");
   EXPECT_EQ(error_of<std::runtime_error>([&] { write_png(dir.path(), picture); }),
-            "cannot write " + dir.path() + ": it is there, but is not a regular file");
+            "[output] " + dir.path() + ": is there, but is not a regular file");
   EXPECT_TRUE(std::filesystem::is_empty(dir.path()));
 
   write_bytes(path, "what was there before");

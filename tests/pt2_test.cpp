@@ -310,7 +310,7 @@ TEST(Pt2Test, RefusesANameGivenTwice) {
 
 TEST(Pt2Test, KeepsMessagesOnOneLineWhateverTheNames) {
   EXPECT_EQ(pt2_refusal(archive(config_of("\"\\n\\u001b[31m\x7f\":1"))),
-            "tensor \"\\n\\u001b[31m\\x7f\" must have use_pickle, true or false");
+            "tensor \"\\n\\u001b[31m\\u007f\" must have use_pickle, true or false");
 }
 
 }  // namespace

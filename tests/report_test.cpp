@@ -211,7 +211,7 @@ TEST_F(ReportTest, RefusesWrongTensorsByName) {
 TEST_F(ReportTest, SaysWhichFileCannotBeWritten) {
   const auto lost = dir.file("no/such/folder.html");
   EXPECT_EQ(error_of<std::runtime_error>([&] { write_report(lost, full_report()); }),
-            "cannot write " + lost + ": No such file or directory");
+            "[output] " + lost + ": cannot be written: No such file or directory");
 }
 
 }  // namespace

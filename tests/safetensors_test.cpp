@@ -358,7 +358,7 @@ TEST(SafetensorsTest, RefusesBytesThatAreNoBool) {
 
 TEST(SafetensorsTest, KeepsMessagesOnOneLineWhateverTheNames) {
   EXPECT_EQ(safetensors_refusal(file_of("{\"\\n\\u001b[31m\x7f\":1}")),
-            "the value of \"\\n\\u001b[31m\\x7f\" must be an object");
+            "the value of \"\\n\\u001b[31m\\u007f\" must be an object");
 }
 
 // Damages every byte of a good file in turn: each result is either read or refused, and nothing else happens.

@@ -129,6 +129,12 @@ TEST(ShardsTest, RefusesMoreJsonThanTheLimit) {
   EXPECT_EQ(shards_refusal(std::string(100'000'001, ' ')), "has 100000001 bytes of JSON, more than the limit of 100000000");
 }
 
+TEST(ShardsTest, RefusesMoreValuesThanTheLimit) {
+  std::string lists = "[]";
+  for (int i = 0; i < 2'000'000; ++i) lists += ",[]";
+  EXPECT_EQ(shards_refusal("[" + lists + "]"), "has more than 2000000 values");
+}
+
 TEST(ShardsTest, TakesTimeByTheLengthOfTheIndex) {
   std::string lists = "0";
   for (int i = 0; i < 200'000; ++i) lists += ",{}";
@@ -137,7 +143,7 @@ TEST(ShardsTest, TakesTimeByTheLengthOfTheIndex) {
 
 TEST(ShardsTest, KeepsMessagesOnOneLineWhateverTheNames) {
   EXPECT_EQ(shards_refusal("{\"weight_map\":{\"\\n\\u001b[31m\x7f\":1}}"),
-            "the file of tensor \"\\n\\u001b[31m\\x7f\" must be a string");
+            "the file of tensor \"\\n\\u001b[31m\\u007f\" must be a string");
 }
 
 }  // namespace

@@ -116,10 +116,11 @@ TEST(StateDictTest, SaysHowToSaveAnewWhatItDoesNotRead) {
   const auto message = [](const std::string& name) {
     return error_of<FileError>([&] { open_checkpoint(data_path("files/" + name)); });
   };
-  EXPECT_EQ(message("module.pt"),
-            "[pickle] " + data_path("files/module.pt") +
-                ": holds an object of class __main__.SmallModel, which is no tensor; save the tensors "
-                "alone, in Python: torch.save(torch.load(PATH, weights_only=False).state_dict(), NEW_PATH)");
+  EXPECT_EQ(
+      message("module.pt"),
+      "[pickle] " + data_path("files/module.pt") +
+          ": holds an object of class __main__.SmallModel, which is no tensor; if you trust the file, whose code that runs, "
+          "save the tensors alone, in Python: torch.save(torch.load(PATH, weights_only=False).state_dict(), NEW_PATH)");
   EXPECT_EQ(message("legacy.pt"),
             "[checkpoint] " + data_path("files/legacy.pt") +
                 ": was written by torch.save in the form from before PyTorch 1.6, which is not read; save it anew in Python: "

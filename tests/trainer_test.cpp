@@ -4,13 +4,23 @@
 #include "common/trainer.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <torch/torch.h>
+#include <xattn/checkpoint.h>
 #include <xattn/file_error.h>
 
+#include <chrono>
+#include <csignal>
+#include <filesystem>
+#include <iostream>
+#include <iterator>
+#include <sstream>
 #include <string>
 #include <vector>
 
+#include "common/checkpoint.h"
 #include "one_thread.h"
+#include "program.h"
 #include "test_util.h"
 
 namespace examples {
@@ -101,6 +111,120 @@ TEST(TrainerTest, RefusesTheStateOfAnotherModelAndKeepsItsOwn) {
   state.erase("step");
   EXPECT_EQ(error_of<xattn::FileError>([&] { trainer.load_state(state); }), "the state of the training has no step");
   EXPECT_TRUE(model->parameters().at(0).equal(before));
+}
+
+TEST(TrainerTest, RefusesAStateThatIsDamagedAndKeepsItsOwn) {
+  auto model = make_model();
+  Trainer trainer(model.ptr(), kOptions);
+  const auto before = model->parameters().at(0).clone();
+  const auto refused = [&](const std::string& name, const torch::Tensor& tensor) {
+    auto other = make_model();
+    auto state = Trainer(other.ptr(), kOptions).state();
+    other->parameters().at(0).detach().zero_();
+    state[name] = tensor;
+    const auto message = error_of<xattn::FileError>([&] { trainer.load_state(state); });
+    EXPECT_TRUE(model->parameters().at(0).equal(before)) << name;
+    EXPECT_EQ(trainer.step(), 0) << name;
+    return message;
+  };
+  const std::string step = "the state of the training must have a step from 0 to 24, int64 []";
+  EXPECT_EQ(refused("step", torch::tensor(25)), step);
+  EXPECT_EQ(refused("step", torch::tensor(-1)), step);
+  EXPECT_EQ(refused("step", torch::zeros({2}, torch::kInt64)), step);
+  EXPECT_EQ(refused("step", torch::tensor(1.5)), step);
+  EXPECT_EQ(refused("random.batches", torch::zeros({3}, torch::kUInt8)),
+            "random.batches in the state of the training must be the state of a random generator");
+  EXPECT_EQ(refused("random.default", torch::zeros({5056})),
+            "random.default in the state of the training must be the state of a random generator");
+  EXPECT_EQ(refused("curve.loss", torch::zeros({2, 3})), "must hold curve.loss, float64 [2, N]");
+}
+
+// ---- Files that cannot be written --------------------------------------------------------------------------------------------
+
+class TrainingRunTest : public testing::Test {
+ protected:
+  // Trains to the end; what is printed on standard error meanwhile.
+  std::string train(const TrainingRun& run) {
+    auto model = make_model();
+    Trainer trainer(model.ptr(), kOptions);
+    std::ostringstream out, err;
+    auto* const out_before = std::cout.rdbuf(out.rdbuf());
+    auto* const err_before = std::cerr.rdbuf(err.rdbuf());
+    try {
+      run.run(trainer, step_of(model));
+    } catch (const xattn::FileError& error) {
+      error_ = error.what();
+    }
+    std::cout.rdbuf(out_before);
+    std::cerr.rdbuf(err_before);
+    return err.str();
+  }
+
+  const xattn::test::TempDir dir_;
+  TrainingRun run_ = {.program = "vqa",
+                      .output = dir_.file("x"),
+                      .unit = "questions",
+                      .metadata = {},
+                      .extra = {},
+                      .between_saves = std::chrono::milliseconds(-1)};
+  std::string error_;
+};
+
+TEST_F(TrainingRunTest, AStateThatCannotBeSavedIsAWarningAndTheTrainingGoesOn) {
+  std::filesystem::create_directory(run_.state_path());  // as if the disk were full
+  const auto warnings = train(run_);
+  EXPECT_EQ(error_, "");
+  const auto warning = "vqa: warning: the training goes on, but its state is not saved: [safetensors] " + run_.state_path() +
+                       ": is there, but is not a regular file\n";
+  EXPECT_TRUE(warnings.starts_with(warning)) << warnings;
+  EXPECT_EQ(xattn::load_tensors(run_.output).count("model.0.weight"), 1U);
+}
+
+// A file that may not grow stands for a disk that is full: the old state is kept meanwhile.
+TEST_F(TrainingRunTest, AFullDiskKeepsTheStateThatWasSavedBefore) {
+  xattn::test::write_bytes(run_.state_path(), "the old state");
+  rlimit before{};
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
+  const rlimit full{512, before.rlim_max};
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &full), 0);
+  const auto warnings = train(run_);
+  setrlimit(RLIMIT_FSIZE, &before);
+  std::signal(SIGXFSZ, handler);
+  EXPECT_NE(
+      warnings.find("its state is not saved: [safetensors] " + run_.state_path() + ": cannot be written: File too large\n"),
+      std::string::npos)
+      << warnings;
+  EXPECT_EQ(error_, "[safetensors] " + run_.output +
+                        ": cannot be written: File too large; make room, and go on with: vqa train " + "--resume --output " +
+                        run_.output);
+  EXPECT_EQ(xattn::test::read_bytes(run_.state_path()), "the old state");
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(dir_.path()), {}), 1);
+}
+
+TEST_F(TrainingRunTest, ACheckpointThatCannotBeWrittenAtTheEndIsKeptAsAState) {
+  std::filesystem::create_directory(run_.output);
+  EXPECT_EQ(train(run_), "");
+  EXPECT_EQ(error_, "[safetensors] " + run_.output +
+                        ": is there, but is not a regular file; the training is done and saved in " + run_.state_path() +
+                        "; go on with: vqa train --resume --output " + run_.output);
+  auto model = make_model();
+  Trainer trainer(model.ptr(), kOptions);
+  trainer.load_state(xattn::load_tensors(run_.state_path()));
+  EXPECT_EQ(trainer.step(), kOptions.steps);
+}
+
+TEST_F(TrainingRunTest, ToldBeforehandWhatCannotBeWrittenOrWouldBeLost) {
+  EXPECT_NO_THROW(run_.check_outputs(Start::fresh));
+  EXPECT_TRUE(std::filesystem::is_empty(dir_.path()));
+  xattn::test::write_bytes(run_.state_path(), "a state");
+  EXPECT_NO_THROW(run_.check_outputs(Start::resume));
+  EXPECT_NO_THROW(run_.check_outputs(Start::restart));
+  EXPECT_EQ(error_of<program::UsageError>([&] { run_.check_outputs(Start::fresh); }),
+            run_.state_path() + " holds a training that was stopped; go on with it by --resume, or begin anew by --restart");
+  std::filesystem::create_directory(run_.output);
+  EXPECT_EQ(error_of<xattn::FileError>([&] { run_.check_outputs(Start::resume); }),
+            "[output] " + run_.output + ": is there, but is not a regular file");
 }
 
 }  // namespace

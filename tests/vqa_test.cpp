@@ -18,8 +18,11 @@
 
 #include "common/board.h"
 #include "common/digits.h"
+#include "common/png.h"
 #include "one_thread.h"
+#include "run_program.h"
 #include "test_util.h"
+#include "vqa/commands.h"
 #include "vqa/model.h"
 #include "vqa/questions.h"
 #include "vqa/task.h"
@@ -286,16 +289,52 @@ TEST(VqaPretrainedTest, GoesIntoTheCheckpoint) {
   run.run(trainer, training_step(model, digits().training, grammar(), torch::kCPU));
   std::filesystem::remove(dir.file("image.pt"));
   model->eval();
-  auto trained = load_trained(run.output, torch::kCPU);
+  EXPECT_EQ(
+      error_of<xattn::FileError>([&] { load_trained(run.output, torch::kCPU); }),
+      run.output +
+          ": holds a pretrained encoder, pretrained.image_encoder, which is code that would be run; give --trust-code if you "
+          "trust whoever made the file");
+  auto trained = load_trained(run.output, torch::kCPU, examples::Code::run);
   const auto batch = some_tensors(12);
   EXPECT_TRUE(trained.model->forward(batch.boards, batch.words).scores.equal(model->forward(batch.boards, batch.words).scores));
   EXPECT_FALSE(std::filesystem::exists(run.state_path()));
+
+  // The same by the program, on every way to a checkpoint.
+  std::filesystem::copy(run.output, dir.file("x.training"));
+  Random random(0);
+  const auto board = examples::board_of("7.3...1..", digits().held_out, random);
+  examples::write_png(dir.file("board.png"), examples::board_picture(paint({board}, digits().held_out)[0][0], 1));
+  for (const std::string command : {"ask board.png 'is there a one' --checkpoint vqa.safetensors",
+                                    "evaluate --boards 2 --checkpoint vqa.safetensors", "train --resume --output x"}) {
+    const auto refused = xattn::test::run_here(vqa::run, "vqa " + command + " --device cpu", dir.path());
+    EXPECT_EQ(refused.status, 1) << command;
+    EXPECT_NE(refused.err.find("give --trust-code"), std::string::npos) << refused.err;
+    const auto run_anyway = xattn::test::run_here(vqa::run, "vqa " + command + " --device cpu --trust-code", dir.path());
+    EXPECT_EQ(run_anyway.err.find("give --trust-code"), std::string::npos) << run_anyway.err;
+    EXPECT_EQ(run_anyway.status, command.starts_with("train") ? 1 : 0) << "a checkpoint is no state: " << run_anyway.err;
+  }
+}
+
+TEST(VqaPretrainedTest, TakesBytesOfACheckpointWhateverTensorHoldsThem) {
+  const auto refused = [](const torch::Tensor& bytes) {
+    return error_of<std::runtime_error>([&] { examples::Pretrained(bytes, "it"); });
+  };
+  const auto one = torch::zeros({1}, torch::kUInt8);
+  EXPECT_EQ(refused(one.expand({int64_t{1} << 24})), "it: must be a TorchScript module, as torch.jit.save writes it");
+  EXPECT_EQ(refused(one.expand({3, 4})), "it: must be uint8 [N], but is uint8 [3, 4]");
+  EXPECT_EQ(refused(torch::zeros({100})), "it: must be uint8 [N], but is float32 [100]");
+  EXPECT_EQ(refused(torch::zeros({0}, torch::kUInt8)), "it: must be a TorchScript module, as torch.jit.save writes it");
+
+  const TempDir dir;
+  const auto bytes = examples::Pretrained(save_module(dir, "text.pt", kTextCode))->bytes();
+  const auto apart = torch::stack({bytes, bytes}, 1).select(1, 0);  // every second byte
+  EXPECT_TRUE(examples::Pretrained(apart, "it")->bytes().equal(bytes));
 }
 
 TEST(VqaPretrainedTest, RefusesFilesThatAreNoSuchEncoder) {
   const TempDir dir;
   EXPECT_EQ(error_of<std::runtime_error>([&] { examples::Pretrained(dir.file("none.pt")); }),
-            dir.file("none.pt") + ": cannot be opened; it should be a TorchScript module");
+            "[file] " + dir.file("none.pt") + ": cannot be opened: No such file or directory");
   xattn::test::write_bytes(dir.file("text.pt"), "no archive");
   EXPECT_EQ(error_of<std::runtime_error>([&] { examples::Pretrained(dir.file("text.pt")); }),
             dir.file("text.pt") + ": must be a TorchScript module, as torch.jit.save writes it");
@@ -318,6 +357,45 @@ TEST(VqaCheckpointTest, RefusesFilesOfOtherPrograms) {
   xattn::save_safetensors(path, {{"x", torch::zeros(1)}});
   EXPECT_EQ(error_of<xattn::FileError>([&] { load_trained(path, torch::kCPU); }),
             path + ": must be a checkpoint of vqa, but is one of no program; `vqa train` writes one");
+}
+
+TEST(VqaCheckpointTest, NamesTheFileAndWhatIsWrongInIt) {
+  const TempDir dir;
+  const auto path = dir.file("x.safetensors");
+  Model model(options_of("rnn"));
+  auto tensors = examples::Trainer(model.ptr(), {.steps = 1}).state();
+  const auto sound = metadata_of(model, grammar());
+  const auto refused = [&](const std::string& entry, const std::string& text) {
+    auto metadata = sound;
+    metadata[entry] = text;
+    xattn::save_safetensors(path, tensors, metadata);
+    const auto message = error_of<xattn::FileError>([&] { load_trained(path, torch::kCPU); });
+    EXPECT_NE(message.find(path), std::string::npos) << message;
+    return message;
+  };
+  EXPECT_EQ(refused("model", "{}"), path + ": 'model' in its metadata must have 'text', a string");
+  EXPECT_EQ(refused("model", "[1]"), path + ": 'model' in its metadata must have 'text', a string");
+  EXPECT_EQ(refused("model", R"({"text":"rnn","attention":1})"),
+            path + ": 'model' in its metadata must have 'attention', true or false");
+  EXPECT_EQ(refused("model", "{"), "[metadata] " + path + ": 'model': is not JSON in UTF-8, at its byte 2");
+  EXPECT_EQ(refused("model", std::string(100'000, '[')), "[metadata] " + path + ": 'model': is nested deeper than 32 levels");
+  EXPECT_EQ(refused("model", R"({"text":"cnn","attention":true})"),
+            path + ": the text encoder must be rnn or transformer, but is 'cnn'");
+  EXPECT_LT(refused("grammar", std::string(900'000, 'x')).size(), 1'000U);
+  EXPECT_LT(refused("program", std::string(900'000, 'x')).size(), 1'000U);
+  tensors["curve.loss"] = torch::zeros({3});
+  EXPECT_EQ(refused("x", ""), path + ": must hold curve.loss, float64 [2, N]");
+  tensors.erase("curve.loss");
+  EXPECT_EQ(refused("x", ""), path + ": must hold curve.loss, float64 [2, N]");
+
+  const auto training = [&](const std::string& text) {
+    return error_of<xattn::FileError>([&] { examples::training_of({path, {{"training", text}}, {}}); });
+  };
+  EXPECT_EQ(training("{}"), path + ": 'training' in its metadata must have 'steps', an integer");
+  EXPECT_EQ(training(R"({"steps":-1,"seed":0})"), path + ": its steps must be from 1 to 10000000, but are -1");
+  EXPECT_EQ(training(R"({"steps":1e3,"seed":0})"), path + ": 'training' in its metadata must have 'steps', an integer");
+  EXPECT_EQ(training(R"({"steps":5,"seed":-1})"),
+            path + ": 'training' in its metadata must have 'seed', a non-negative integer");
 }
 
 // The shipped checkpoint.

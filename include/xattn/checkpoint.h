@@ -78,9 +78,9 @@ class XATTN_API Checkpoint {
   std::shared_ptr<const Contents> contents_;
 };
 
-/// Opens a file in any of the formats; which one is told by content, whatever the name ends in. Throws FileError, one line that
-/// names the defect, unless everything that the file says of its tensors is sound and lies in the file. Files that torch.save
-/// wrote before PyTorch 1.6, and objects that are no tensors, are refused with the line of Python that saves them anew.
+/// Opens a file in any of the formats, told by content. Throws FileError, one line naming the defect, unless what it says of
+/// its tensors is sound and lies in it, and none shows more bytes than it has (all together 32 times these). Files from before
+/// PyTorch 1.6, and objects that are no tensors, are refused with the line of Python that saves them anew.
 XATTN_API Checkpoint open_checkpoint(const std::string& path);
 
 /// Those of a file, each read when it is asked for.

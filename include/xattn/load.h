@@ -38,8 +38,8 @@ struct XATTN_API LoadReport {
   std::string summary() const;
 };
 
-/// File and module do not fit: lists ALL missing, unexpected and misshapen names that the options do not allow. Nothing was
-/// loaded, not even what `report().loaded` lists.
+/// File and module do not fit: lists missing, unexpected and misshapen names that the options do not allow, up to a hundred of each;
+/// `report()` has ALL. Nothing was loaded, not even what `report().loaded` lists.
 class XATTN_API LoadError : public FileError {
  public:
   LoadError(const std::string& message, LoadReport report) : FileError(message), report_(std::move(report)) {}

@@ -10,8 +10,8 @@
 namespace xattn {
 
 /// Writes tensors (any device, any strides) and metadata, in the format of https://github.com/huggingface/safetensors. The file is
-/// written beside and renamed, so that `path` holds either what it held before or the whole new file. Throws FileError, also for
-/// a type that the format does not have.
+/// written beside, brought to the disk and renamed: `path` holds either what it held before or the whole new file, with its old
+/// permissions; a symbolic link stays one. Throws FileError, also for a type that the format does not have.
 XATTN_API void save_safetensors(const std::string& path,
                                 const NamedTensors& tensors,
                                 const std::map<std::string, std::string>& metadata = {});

@@ -8,11 +8,12 @@
 #include <filesystem>
 
 #include "program.h"
+#include "write_beside.h"
 
 void xattn::cli::check_output(const std::string& output, const std::vector<std::string>& inputs) {
   std::error_code ignored;
-  if (!std::filesystem::exists(output, ignored)) return;
-  for (const auto& input : inputs) {
+  const bool exists = std::filesystem::exists(output, ignored);
+  for (const auto& input : exists ? inputs : std::vector<std::string>()) {
     if (input.empty()) continue;
     for (const auto& file : open_checkpoint(input).files()) {
       if (std::filesystem::equivalent(file, output, ignored)) {
@@ -20,6 +21,7 @@ void xattn::cli::check_output(const std::string& output, const std::vector<std::
       }
     }
   }
+  detail::check_writable("output", output);
 }
 
 int xattn::cli::run(int argc, char** argv) {

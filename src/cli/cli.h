@@ -23,7 +23,7 @@ void add_run(program::Command& xattn);
 void add_verify(program::Command& xattn);
 
 /// Throws program::UsageError if the output is one of the inputs, files of weights or tensors, or of their shards, whether or not their
-/// names differ: a hard link is the same file. An input without a name is none.
+/// names differ: a hard link is the same file. An input without a name is none. Throws FileError if the output cannot be written.
 void check_output(const std::string& output, const std::vector<std::string>& inputs);
 
 }  // namespace xattn::cli

@@ -14,6 +14,8 @@
 #include <vector>
 
 #include "cli.h"
+#include "interrupt.h"
+#include "printed.h"
 #include "program.h"
 
 namespace xattn::cli {
@@ -37,14 +39,22 @@ NamedTensors parameters_of(const FoundLayer& layer, const LazyTensors& tensors, 
   return parameters;
 }
 
-// Spells the attention layers anew, cross and self, one after the other as they are asked for.
-LazyTensors spelled(LazyTensors tensors, const Layout* from, const Layout& to) {
+// Spells the attention layers anew, cross and self, one after the other as they are asked for. Throws FileError, naming the file
+// of this path, if two tensors would have one name.
+LazyTensors spelled(const std::string& path, LazyTensors tensors, const Layout* from, const Layout& to) {
   LazyTensors result{tensors.infos, {}};
   std::map<std::string, FoundLayer> layer_of;  // by new name
-  for (const auto& layer : find_layers(tensors.infos, from)) {
+  const auto layers = find_layers(tensors.infos, from);
+  for (const auto& layer : layers) {
     for (const auto& [name, recipe] : recipes(layer, tensors.infos)) result.infos.erase(recipe.source);
+  }
+  for (const auto& layer : layers) {
     for (const auto& [name, tensor] : spell(parameters_of(layer, tensors, /*data=*/false), to, layer.prefix)) {
-      result.infos[name] = {tensor.scalar_type(), tensor.sizes().vec()};
+      const bool is_new = result.infos.emplace(name, TensorInfo{tensor.scalar_type(), tensor.sizes().vec()}).second;
+      if (!is_new) {
+        throw FileError(
+            fmt::format("[convert] {}: would have two tensors {} in layout {}", path, detail::in_quotes(name), to.name));
+      }
       layer_of.emplace(name, layer);
     }
   }
@@ -72,6 +82,14 @@ LazyTensors with_progress(LazyTensors tensors) {
           }};
 }
 
+// Stops in front of a tensor when a signal asks for it: what has been written is removed then.
+LazyTensors stoppable(LazyTensors tensors, const program::Interrupt& interrupt, const std::string& output) {
+  return {tensors.infos, [tensors, &interrupt, output](const std::string& name) {
+            interrupt.check(fmt::format("stopped; {} was not written", output));
+            return tensors.make(name);
+          }};
+}
+
 bool is_state_dict(const std::string& path) {
   constexpr std::array kEndings = {".pt", ".pth", ".bin"};
   return std::ranges::any_of(kEndings, [&](const auto* ending) { return path.ends_with(ending); });
@@ -86,9 +104,10 @@ void convert(const ConvertArguments& arguments) {
   auto tensors = lazy(checkpoint);
   if (!arguments.to.empty()) {
     const auto* from = arguments.layout.empty() ? nullptr : &layout_named(arguments.layout);
-    tensors = spelled(std::move(tensors), from, layout_named(arguments.to));
+    tensors = spelled(arguments.input, std::move(tensors), from, layout_named(arguments.to));
   }
-  tensors = with_progress(std::move(tensors));
+  const program::Interrupt interrupt;
+  tensors = stoppable(with_progress(std::move(tensors)), interrupt, arguments.output);
   if (is_state_dict(arguments.output)) {
     save_state_dict(arguments.output, tensors);
   } else {

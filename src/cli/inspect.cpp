@@ -17,6 +17,7 @@
 
 #include "cli.h"
 #include "option_names.h"
+#include "printed.h"
 #include "program.h"
 
 namespace xattn::cli {
@@ -26,7 +27,7 @@ using Json = nlohmann::ordered_json;
 
 constexpr auto kInspectFooter = R"(Example: xattn inspect weights.safetensors
 
---json prints one object:
+--json prints one object, with every text whole:
   format    "safetensors", "state dict", "torchscript" or "pt2"
   metadata  object of strings
   tensors   list of {name, type, shape}, by name; types as in "float32"
@@ -105,23 +106,28 @@ Json as_json(const Checkpoint& file, const Found& found) {
           {"blocks", found.blocks}};
 }
 
-// Text from the file is shown as JSON strings, which cannot drive the terminal.
+// Text from the file is shown as JSON strings, shortened, which cannot drive the terminal.
 void print(const Checkpoint& file, const Found& found) {
+  using detail::in_quotes;
+  constexpr size_t kWidest = 100;  // longer names stand out of the column: one would make every line longer
   std::cout << fmt::format("{}, {} tensors\n", to_string(file.format()), file.tensors().size());
   size_t width = 0;
-  for (const auto& [name, info] : file.tensors()) width = std::max(width, Json(name).dump().size());
+  for (const auto& [name, info] : file.tensors()) {
+    if (const auto size = in_quotes(name).size(); size <= kWidest) width = std::max(width, size);
+  }
   for (const auto& [name, info] : file.tensors()) {
     const auto shape = fmt::format("[{}]", fmt::join(info.shape, ", "));
-    std::cout << fmt::format("  {:{}}  {:15}  {}\n", Json(name).dump(), width, type_name(info), shape);
+    std::cout << fmt::format("  {:{}}  {:15}  {}\n", in_quotes(name), width, type_name(info), shape);
   }
   if (!file.metadata().empty()) std::cout << "metadata\n";
-  for (const auto& [key, value] : file.metadata()) {
-    std::cout << fmt::format("  {}: {}\n", Json(key).dump(), Json(value).dump());
-  }
+  for (const auto& [key, value] : file.metadata()) std::cout << fmt::format("  {}: {}\n", in_quotes(key), in_quotes(value));
   const auto list = [](const Json& all) {
     for (const auto& one : all) {
       std::vector<std::string> properties;
-      for (const auto& [key, value] : one.items()) properties.push_back(fmt::format("{} {}", key, value.dump()));
+      for (const auto& [key, value] : one.items()) {
+        const auto text = value.is_string() ? in_quotes(value.get_ref<const std::string&>()) : value.dump();
+        properties.push_back(fmt::format("{} {}", key, text));
+      }
       std::cout << fmt::format("  {}\n", fmt::join(properties, ", "));
     }
   };
@@ -135,7 +141,8 @@ void inspect(const InspectArguments& arguments) {
   const auto file = open_checkpoint(arguments.file);
   const auto found = find(file);
   if (arguments.json) {
-    std::cout << as_json(file, found).dump(2) << "\n";
+    const auto json = as_json(file, found).dump(2, ' ', /*ensure_ascii=*/false, Json::error_handler_t::replace);
+    std::cout << detail::printed_json(json) << "\n";
   } else {
     print(file, found);
   }

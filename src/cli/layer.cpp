@@ -6,8 +6,9 @@
 #include <xattn/load.h>
 
 #include <map>
-#include <nlohmann/json.hpp>
 #include <set>
+
+#include "printed.h"
 
 namespace xattn::cli {
 namespace {
@@ -29,7 +30,7 @@ void check_names(const Checkpoint& file, bool fixture) {
   if (fixture) known.insert({"output", "weights"});
   for (const auto& [name, info] : file.tensors()) {
     if (known.contains(name)) continue;
-    fail(file.path(), fmt::format("may hold {} only, but holds {}", fmt::join(known, ", "), nlohmann::json(name).dump()));
+    fail(file.path(), fmt::format("may hold {} only, but holds {}", fmt::join(known, ", "), detail::in_quotes(name)));
   }
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cli.h"
+#include "interrupt.h"
 #include "layer.h"
 
 namespace xattn::cli {
@@ -29,7 +30,9 @@ void run(const RunArguments& arguments) {
       run_layer(arguments.file, arguments.inputs, arguments.layer, kWeights.at(arguments.weights), /*fixture=*/false);
   NamedTensors results = {{"output", output}};
   if (weights.defined()) results["weights"] = weights;
+  const program::Interrupt interrupt;
   save_safetensors(arguments.output, results);
+  interrupt.check("stopped; " + arguments.output + " is written");
 }
 
 }  // namespace

@@ -51,7 +51,13 @@ LayerArguments with_metadata(LayerArguments arguments, const Checkpoint& fixture
   if (!arguments.prefix) arguments.prefix = text("prefix");
   if (!arguments.qk_norm_eps) arguments.qk_norm_eps = number("qk_norm_eps");
   if (const auto scale = number("ip_scale")) arguments.ip_scale = *scale;
-  if (const auto heads = number("num_heads"); heads && !arguments.heads) arguments.heads = static_cast<int64_t>(*heads);
+  if (const auto heads = number("num_heads"); heads && !arguments.heads) {
+    constexpr double kMostHeads = 65536;  // as --heads has it
+    if (!(*heads >= 1 && *heads <= kMostHeads)) {
+      throw FileError(fmt::format("[verify] {}: metadata num_heads must be from 1 to {}", fixture.path(), kMostHeads));
+    }
+    arguments.heads = static_cast<int64_t>(*heads);
+  }
   return arguments;
 }
 

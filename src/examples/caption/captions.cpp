@@ -2,6 +2,7 @@
 #include "caption/captions.h"
 
 #include <algorithm>
+#include <set>
 #include <string>
 
 namespace caption {
@@ -28,24 +29,6 @@ std::pair<Words, Words> frame_of(const Grammar::Form& form) {
   return {{form.words.begin(), items}, {items + 1, form.words.end()}};
 }
 
-// All ways to say an item in this form.
-std::vector<Words> all_ways(const Grammar::Form& form, int64_t digit, int64_t cell, const Grammar& grammar) {
-  const auto values = values_of(form, digit, cell);
-  std::vector<Words> ways = {{}};
-  size_t slot = 0;
-  for (const auto& word : form.words) {
-    const bool is_slot = word.starts_with('{');
-    const auto phrases = is_slot ? grammar.phrases(form.slots.at(slot), values.at(slot)) : std::vector<Words>{{word}};
-    slot += is_slot ? 1 : 0;
-    std::vector<Words> longer;
-    for (const auto& way : ways) {
-      for (const auto& phrase : phrases) append(longer.emplace_back(way), phrase);
-    }
-    ways = std::move(longer);
-  }
-  return ways;
-}
-
 std::vector<Words> words_of(const std::vector<Grammar::Form>& forms) {
   std::vector<Words> words;
   for (const auto& form : forms) words.push_back(form.words);
@@ -64,6 +47,44 @@ size_t length_at(const Words& words, size_t place, const std::vector<Words>& all
 
 size_t longest(const std::vector<Words>& all) {
   return std::ranges::max(all, {}, &Words::size).size();
+}
+
+// The words of the longest item in this form. Each slot has its longest phrase: digits and cells come in all pairs.
+size_t longest_item(const Grammar::Form& form, const Grammar& grammar) {
+  size_t words = form.words.size() - form.slots.size();
+  for (const auto& slot : form.slots) {
+    const int64_t values = slot == "digit" ? examples::kDigitKinds : kCells;
+    size_t most = 0;
+    for (int64_t value = 0; value < values; ++value) most = std::max(most, longest(grammar.phrases(slot, value)));
+    words += most;
+  }
+  return words;
+}
+
+// Whether these words say in this form that this digit is in this cell.
+bool says(const Words& words, const Grammar::Form& form, int64_t digit, int64_t cell, const Grammar& grammar) {
+  const auto values = values_of(form, digit, cell);
+  const auto stands_at = [&words](size_t place, const Words& phrase) {
+    return place + phrase.size() <= words.size() &&
+           std::equal(phrase.begin(), phrase.end(), words.begin() + static_cast<int64_t>(place));
+  };
+  std::set<size_t> ends = {0};  // of the words that the form so far may stand for
+  size_t slot = 0;
+  for (const auto& word : form.words) {
+    std::set<size_t> further;
+    const bool fills = examples::is_slot(word);
+    for (const auto end : ends) {
+      if (!fills && end < words.size() && words[end] == word) further.insert(end + 1);
+      if (!fills) continue;
+      for (const auto& phrase : grammar.phrases(form.slots.at(slot), values.at(slot))) {
+        if (stands_at(end, phrase)) further.insert(end + phrase.size());
+      }
+    }
+    slot += fills ? 1 : 0;
+    ends = std::move(further);
+    if (ends.empty()) return false;
+  }
+  return ends.contains(words.size());
 }
 
 }  // namespace
@@ -95,27 +116,29 @@ Words draw_caption(const Board& board, const Grammar& grammar, Random& random) {
 
 int64_t longest_caption(const Grammar& grammar) {
   size_t item = 0;
-  for (const auto& form : grammar.forms("item")) {
-    for (int64_t digit = 0; digit < 10; ++digit) {
-      for (int64_t cell = 0; cell < kCells; ++cell) item = std::max(item, longest(all_ways(form, digit, cell, grammar)));
-    }
-  }
+  for (const auto& form : grammar.forms("item")) item = std::max(item, longest_item(form, grammar));
   const auto between = std::max(longest(words_of(grammar.forms("between"))), longest(words_of(grammar.forms("before_last"))));
   const auto frame = longest(words_of(grammar.forms("caption"))) - 1;
   return static_cast<int64_t>(frame + kMostDigits * item + (kMostDigits - 1) * between);
 }
 
 CaptionReader::CaptionReader(const Grammar& grammar)
-    : between_(words_of(grammar.forms("between"))), before_last_(words_of(grammar.forms("before_last"))) {
+    : grammar_(grammar), between_(words_of(grammar.forms("between"))), before_last_(words_of(grammar.forms("before_last"))) {
   for (const auto& form : grammar.forms("caption")) frames_.push_back(frame_of(form));
-  const auto& forms = grammar.forms("item");
+}
+
+// What these words say; nothing if they are no item. Not all items that there can be are kept: a grammar of some pages has
+// thousands of millions.
+std::optional<CaptionReader::Item> CaptionReader::item_of(const Words& words) const {
+  const auto& forms = grammar_.forms("item");
   for (size_t form = 0; form < forms.size(); ++form) {
-    for (int64_t digit = 0; digit < 10; ++digit) {
+    for (int64_t digit = 0; digit < examples::kDigitKinds; ++digit) {
       for (int64_t cell = 0; cell < kCells; ++cell) {
-        for (auto& way : all_ways(forms[form], digit, cell, grammar)) items_.emplace(std::move(way), Item{form, digit, cell});
+        if (says(words, forms[form], digit, cell, grammar_)) return Item{form, digit, cell};
       }
     }
   }
+  return {};
 }
 
 std::optional<std::array<int64_t, kCells>> CaptionReader::read(const Words& caption) const {
@@ -133,12 +156,11 @@ std::optional<std::array<int64_t, kCells>> CaptionReader::read(const Words& capt
     bool sound = true;
     bool last = false;  // behind before_last
     const auto finish_item = [&] {
-      const auto found = items_.find(item);
-      sound = sound && found != items_.end() && (!form || *form == found->second.form) &&
-              said.at(static_cast<size_t>(found->second.cell)) == kEmpty;
+      const auto found = item_of(item);
+      sound = sound && found && (!form || *form == found->form) && said.at(static_cast<size_t>(found->cell)) == kEmpty;
       if (!sound) return;
-      form = found->second.form;
-      said.at(static_cast<size_t>(found->second.cell)) = found->second.digit;
+      form = found->form;
+      said.at(static_cast<size_t>(found->cell)) = found->digit;
       item.clear();
     };
     size_t items = 1;

@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cstdint>
-#include <map>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -32,6 +31,7 @@ int64_t longest_caption(const Grammar& grammar);
 /// Understands captions.
 class CaptionReader {
  public:
+  /// The grammar must outlive this.
   explicit CaptionReader(const Grammar& grammar);
 
   /// What the caption says is in each cell, in any order, a digit or kEmpty; nothing if it is not in the grammar, or says two
@@ -44,8 +44,10 @@ class CaptionReader {
     int64_t digit;
     int64_t cell;
   };
+  std::optional<Item> item_of(const Words& words) const;
+
+  const Grammar& grammar_;
   std::vector<std::pair<Words, Words>> frames_;  // what stands before and behind the items
-  std::map<Words, Item> items_;                  // all there can be
   std::vector<Words> between_;
   std::vector<Words> before_last_;
 };

@@ -21,6 +21,7 @@
 #include "common/tiles.h"
 #include "common/write_file.h"
 #include "launch.h"
+#include "printed.h"
 #include "program.h"
 
 namespace caption {
@@ -41,6 +42,7 @@ struct Options : program::CommonOptions {
   std::string output = "caption.safetensors";
   std::string grammar = XATTN_EXAMPLE_DATA "/captions.txt";
   bool resume = false;
+  bool restart = false;
   int64_t steps = 5000;
 
   // describe
@@ -91,12 +93,12 @@ void train(const Options& options) {
   if (const auto place = launch::find_place(); place && place->size > 1) {
     throw std::runtime_error(fmt::format("the captions are learned in one process, but {} were started", place->size));
   }
-  examples::check_folder(options.output);
-  examples::check_folder(options.report);
-  const auto digits = examples::load_digits(options.digits);
-
   examples::TrainingRun run = {
       .program = caption::kProgram, .output = options.output, .unit = "captions", .metadata = {}, .extra = {}};
+  run.check_outputs(examples::start_of(options.resume, options.restart));
+  examples::check_output(options.report);
+  const auto digits = examples::load_digits(options.digits);
+
   std::optional<examples::Checkpoint> state;
   if (options.resume) state = examples::read_checkpoint(run.state_path(), caption::kProgram);
   auto trained = state ? caption::make_again(*state)
@@ -105,7 +107,7 @@ void train(const Options& options) {
       state ? examples::training_of(*state) : examples::TrainerOptions{.steps = options.steps, .seed = options.seed};
   trained.model->to(device);
   examples::Trainer trainer(trained.model.ptr(), training);
-  if (state) trainer.load_state(state->tensors);
+  if (state) examples::naming_file(state->path, [&] { trainer.load_state(state->tensors); });
 
   run.metadata = caption::metadata_of(trained.grammar);
   std::cout << fmt::format("Training on boards of {} handwritten digits; {} others are held out.\n",
@@ -118,11 +120,11 @@ void train(const Options& options) {
 
 void describe(const Options& options) {
   const auto device = program::apply(options);
-  examples::check_folder(options.picture);
+  examples::check_output(options.picture);
   auto trained = caption::load_trained(options.checkpoint, device);
   const caption::Vocabulary vocabulary(trained.grammar.vocabulary());
   const auto example = caption::describe(trained.model, examples::read_board(options.board), vocabulary, device, options.beams);
-  std::cout << example.title << "\n";
+  std::cout << xattn::detail::one_line(example.title) << "\n";  // the words are the checkpoint's
   if (!options.picture.empty()) {
     examples::write_png(options.picture, examples::draw_example(example));
     std::cout << "Where it looked for each word is drawn in " << options.picture << ".\n";
@@ -131,7 +133,7 @@ void describe(const Options& options) {
 
 void evaluate(const Options& options) {
   const auto device = program::apply(options);
-  examples::check_folder(options.report);
+  examples::check_output(options.report);
   auto trained = caption::load_trained(options.checkpoint, device);
   const auto score = evaluate(trained, examples::load_digits(options.digits).held_out, device, options);
   if (options.json) {
@@ -172,7 +174,11 @@ int run(int argc, char** argv) {
                                    "caption train --output my.safetensors --report my.html", train);
   train_command.option("--output", options.output, "the checkpoint to write").shows_default();
   const auto resume = train_command.flag("--resume", options.resume, "go on with the training of --output that was stopped");
-  train_command.option("--steps", options.steps, "training steps").range(1, 10000000).shows_default().excludes(resume);
+  train_command.flag("--restart", options.restart, "begin anew although a training of --output was stopped").excludes(resume);
+  train_command.option("--steps", options.steps, "training steps")
+      .range(1, examples::kMostSteps)
+      .shows_default()
+      .excludes(resume);
   train_command.option("--grammar", options.grammar, "the sentences").shows_default().excludes(resume);
   add_digits(train_command);
 

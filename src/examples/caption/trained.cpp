@@ -27,10 +27,12 @@ Trained make_again(const examples::Checkpoint& checkpoint) {
 Trained load_trained(const std::string& path, torch::Device device) {
   const auto checkpoint = examples::read_checkpoint(path, kProgram);
   auto trained = make_again(checkpoint);
-  xattn::load_weights(*trained.model, checkpoint.tensors, {.prefix = "model."});
+  examples::naming_file(path, [&] {
+    xattn::load_weights(*trained.model, checkpoint.tensors, {.prefix = "model."});
+    trained.curves = examples::unpack_curves(checkpoint.tensors);
+  });
   trained.model->to(device);
   trained.model->eval();
-  trained.curves = examples::unpack_curves(checkpoint.tensors);
   return trained;
 }
 

@@ -3,16 +3,22 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <xattn/file_error.h>
 
 #include <algorithm>
 #include <cctype>
-#include <fstream>
 #include <iterator>
+#include <set>
 #include <sstream>
-#include <stdexcept>
+#include <utility>
+
+#include "mapped_file.h"
+#include "printed.h"
 
 namespace examples {
 namespace {
+
+using xattn::detail::shown;
 
 Words split_at_spaces(const std::string& text) {
   std::istringstream stream(text);
@@ -24,10 +30,6 @@ std::vector<Words> split_phrases(const std::string& text) {
   std::istringstream stream(text);
   for (std::string phrase; std::getline(stream, phrase, '|');) phrases.push_back(split_at_spaces(phrase));
   return phrases;
-}
-
-bool is_slot(const std::string& word) {
-  return word.starts_with('{') && word.ends_with('}');
 }
 
 std::string slot_name(const std::string& word) {
@@ -48,6 +50,10 @@ std::string meanings(const std::vector<std::vector<std::string>>& all) {
 }
 
 }  // namespace
+
+bool is_slot(const std::string& word) {
+  return word.starts_with('{') && word.ends_with('}');
+}
 
 Words split(const std::string& text) {
   std::string spaced;
@@ -78,17 +84,28 @@ Grammar::Grammar(std::string text, const std::string& name, const GrammarRules& 
   Words of_forms;
   int64_t number = 0;
   const auto check = [&](bool ok, const std::string& message) {
-    if (!ok) throw std::runtime_error(fmt::format("{}:{}: {}", name, number, message));
+    if (!ok) throw xattn::FileError(fmt::format("{}:{}: {}", name, number, message));
+  };
+  check(text_.size() <= kMostBytes, fmt::format("has {} bytes, more than the limit of {}", text_.size(), kMostBytes));
+  const auto check_words = [&](const Words& words) {
+    check(words.size() <= kMostWords,
+          fmt::format("may have {} words in a phrase or form, but has {}", kMostWords, words.size()));
+    for (const auto& word : words) {
+      check(word.size() <= kLongestWord,
+            fmt::format("a word may have {} bytes, but '{}' has {}", kLongestWord, shown(word), word.size()));
+    }
   };
 
   const auto add_phrases = [&](const Words& head, const std::string& body) {
     const auto slot = rules.slots.find(head[1]);
-    check(slot != rules.slots.end(), fmt::format("the slot must be one of {}, but is '{}'", names(rules.slots), head[1]));
+    check(slot != rules.slots.end(),
+          fmt::format("the slot must be one of {}, but is '{}'", names(rules.slots), shown(head[1])));
     const auto value = std::ranges::find(slot->second, head[2]);
-    check(value != slot->second.end(),
-          fmt::format("the value of {} must be one of {}, but is '{}'", head[1], fmt::join(slot->second, ", "), head[2]));
+    check(value != slot->second.end(), fmt::format("the value of {} must be one of {}, but is '{}'", head[1],
+                                                   fmt::join(slot->second, ", "), shown(head[2])));
     for (auto& phrase : split_phrases(body)) {
       check(!phrase.empty(), "a phrase is empty");
+      check_words(phrase);
       of_phrases.insert(of_phrases.end(), phrase.begin(), phrase.end());
       phrases_[head[1]].at(static_cast<size_t>(value - slot->second.begin())).push_back(std::move(phrase));
     }
@@ -96,16 +113,17 @@ Grammar::Grammar(std::string text, const std::string& name, const GrammarRules& 
 
   const auto add_form = [&](const std::string& kind, const std::string& body) {
     const auto rule = rules.kinds.find(kind);
-    check(rule != rules.kinds.end(), fmt::format("the kind must be one of {}, but is '{}'", names(rules.kinds), kind));
+    check(rule != rules.kinds.end(), fmt::format("the kind must be one of {}, but is '{}'", names(rules.kinds), shown(kind)));
     Form form = {split_at_spaces(body), {}};
     check(!form.words.empty(), "the form is empty");
+    check_words(form.words);
     for (const auto& word : form.words) {
       is_slot(word) ? form.slots.push_back(slot_name(word)) : of_forms.push_back(word);
     }
     auto sorted = form.slots;
     std::ranges::sort(sorted);
     check(std::ranges::count(rule->second, sorted) > 0, fmt::format("a form of {} must have these slots: {}; but it has {}",
-                                                                    kind, meanings(rule->second), meanings({sorted})));
+                                                                    kind, meanings(rule->second), shown(meanings({sorted}))));
     forms_[kind].push_back(std::move(form));
   };
 
@@ -117,7 +135,7 @@ Grammar::Grammar(std::string text, const std::string& name, const GrammarRules& 
     const auto head = split_at_spaces(line.substr(0, colon));
     const bool slot = head.size() == 3 && head[0] == "slot";
     check(colon != std::string::npos && (slot || head.size() == 1),
-          fmt::format("a line must be 'slot NAME VALUE: PHRASE | PHRASE' or 'KIND: FORM', but is '{}'", line));
+          fmt::format("a line must be 'slot NAME VALUE: PHRASE | PHRASE' or 'KIND: FORM', but is '{}'", shown(line)));
     const auto body = line.substr(colon + 1);
     slot ? add_phrases(head, body) : add_form(head[0], body);
   }
@@ -129,11 +147,13 @@ Grammar::Grammar(std::string text, const std::string& name, const GrammarRules& 
   }
   for (const auto& [kind, forms] : forms_) check(!forms.empty(), fmt::format("there is no line '{}: FORM'", kind));
 
+  std::set<std::string> known;
   for (const auto* words : {&of_phrases, &of_forms}) {
     for (const auto& word : *words) {
-      if (std::ranges::count(vocabulary_, word) == 0) vocabulary_.push_back(word);
+      if (known.insert(word).second) vocabulary_.push_back(word);
     }
   }
+  check(known.size() <= kMostKnown, fmt::format("may have {} words in all, but has {}", kMostKnown, known.size()));
 }
 
 Words Grammar::say(const Form& form, const std::vector<int64_t>& values, Random& random) const {
@@ -152,11 +172,8 @@ Words Grammar::say(const Form& form, const std::vector<int64_t>& values, Random&
 }
 
 Grammar read_grammar(const std::string& path, const GrammarRules& rules) {
-  std::ifstream in(path);
-  if (!in) throw std::runtime_error(fmt::format("{}: cannot be opened; it should hold a grammar", path));
-  std::ostringstream text;
-  text << in.rdbuf();
-  return {text.str(), path, rules};
+  const xattn::detail::MappedFile file(path, Grammar::kMostBytes);
+  return {std::string(xattn::detail::as_text(file.bytes())), path, rules};
 }
 
 }  // namespace examples

@@ -16,6 +16,9 @@ namespace examples {
 
 using Words = std::vector<std::string>;
 
+/// Whether a word of a form stands for any phrase of a slot: "{cell}".
+bool is_slot(const std::string& word);
+
 /// "What is left of the Seven?" -> {what, is, left, of, the, seven}. Commas are words, other marks are dropped.
 Words split(const std::string& text);
 
@@ -37,9 +40,14 @@ class Grammar {
     std::vector<std::string> slots;  // their names, in order
   };
 
-  /// Throws std::runtime_error with `name` (of the file) and the number of the line for a line that is neither a slot nor a
-  /// form, a slot, value, kind or meaning that the rules do not have, and for a value or kind of the rules that the text does
-  /// not have.
+  static constexpr size_t kMostBytes = 1'000'000;  ///< of the text
+  static constexpr size_t kMostKnown = 10'000;     ///< words in all: a model has weights for each
+  static constexpr size_t kMostWords = 32;         ///< of a phrase or form
+  static constexpr size_t kLongestWord = 100;      ///< in bytes
+
+  /// Throws xattn::FileError with `name` (of the file) and the number of the line for a line that is neither a slot nor a
+  /// form, a slot, value, kind or meaning that the rules do not have, for a value or kind of the rules that the text does not
+  /// have, and for a text over the limits.
   Grammar(std::string text, const std::string& name, const GrammarRules& rules);
 
   const std::vector<Form>& forms(const std::string& kind) const { return forms_.at(kind); }
@@ -60,7 +68,7 @@ class Grammar {
   Words vocabulary_;
 };
 
-/// Throws std::runtime_error, naming the file, if it cannot be read.
+/// Throws xattn::FileError, naming the file, if it is no regular file that can be read.
 Grammar read_grammar(const std::string& path, const GrammarRules& rules);
 
 }  // namespace examples

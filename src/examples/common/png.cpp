@@ -9,12 +9,14 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "mapped_file.h"
 #include "write_file.h"
 
 namespace examples {
 namespace {
 
 constexpr int64_t kMaxPixels = 64'000'000;  // 192 MB as a tensor
+constexpr uint64_t kMaxBytes = 1 << 29;     // as many pixels of 16 bits in four channels, uncompressed
 
 // libpng's simplified interface, which keeps its errors in `message`.
 struct Image : png_image {
@@ -30,8 +32,9 @@ torch::Tensor read_png(const std::string& path) {
   const auto fail = [&path](const std::string& reason) {
     throw std::runtime_error(fmt::format("cannot read {}: {}", path, reason));
   };
+  const xattn::detail::MappedFile file(path, kMaxBytes);
   Image image;
-  if (!png_image_begin_read_from_file(&image, path.c_str())) {
+  if (!png_image_begin_read_from_memory(&image, file.bytes().data(), file.bytes().size())) {
     fail(image.message);
   }
   const auto height = static_cast<int64_t>(image.height);

@@ -9,7 +9,7 @@
 namespace examples {
 
 /// Reads a PNG of any kind: grey and palettes become colours, transparency lies over white, 16 bits become 8.
-/// Throws std::runtime_error, naming the file, if it cannot be read, is no PNG, is damaged, or has more than 64 million pixels.
+/// Throws std::runtime_error, naming the file, if it is no regular file that can be read, is no PNG, is damaged, or has more than 64 million pixels.
 torch::Tensor read_png(const std::string& path);
 
 /// The bytes of a PNG file. Throws c10::ValueError unless the picture is uint8 [height, width, 3] with at least one pixel.

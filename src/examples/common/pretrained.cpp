@@ -5,29 +5,37 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
+
+#include "mapped_file.h"
 
 namespace examples {
 namespace {
 
 torch::Tensor read_bytes(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  if (!in) throw std::runtime_error(fmt::format("{}: cannot be opened; it should be a TorchScript module", path));
-  const std::string content{std::istreambuf_iterator<char>(in), {}};
+  const xattn::detail::MappedFile file(path);
+  const auto content = file.bytes();
   auto bytes = torch::empty(static_cast<int64_t>(content.size()), torch::kUInt8);
-  std::copy(content.begin(), content.end(), bytes.mutable_data_ptr<uint8_t>());
+  std::ranges::copy(xattn::detail::as_text(content), bytes.mutable_data_ptr<uint8_t>());
   return bytes;
+}
+
+// Of a checkpoint, where it may be any tensor.
+torch::Tensor plain_bytes(const torch::Tensor& bytes, const std::string& name) {
+  if (bytes.scalar_type() != torch::kUInt8 || bytes.dim() != 1) {
+    throw std::runtime_error(
+        fmt::format("{}: must be uint8 [N], but is {} {}", name, c10::getDtypeNames(bytes.scalar_type()).first, bytes.sizes()));
+  }
+  return bytes.contiguous();  // which a view of one byte, shown many times, is not
 }
 
 torch::jit::Module load_module(const torch::Tensor& bytes, const std::string& name, torch::jit::ExtraFilesMap& extra_files) {
   std::istringstream in({reinterpret_cast<const char*>(bytes.const_data_ptr<uint8_t>()), static_cast<size_t>(bytes.numel())});
   try {
     return torch::jit::load(in, torch::kCPU, extra_files);
-  } catch (const c10::Error&) {
+  } catch (const std::exception&) {
     throw std::runtime_error(fmt::format("{}: must be a TorchScript module, as torch.jit.save writes it", name));
   }
 }
@@ -36,7 +44,8 @@ torch::jit::Module load_module(const torch::Tensor& bytes, const std::string& na
 
 PretrainedImpl::PretrainedImpl(const std::string& path) : PretrainedImpl(read_bytes(path), path) {}
 
-PretrainedImpl::PretrainedImpl(const torch::Tensor& bytes, std::string name) : bytes_(bytes), name_(std::move(name)) {
+PretrainedImpl::PretrainedImpl(const torch::Tensor& bytes, std::string name)
+    : bytes_(plain_bytes(bytes, name)), name_(std::move(name)) {
   torch::jit::ExtraFilesMap none;
   module_ = load_module(bytes_, name_, none);
   module_.eval();

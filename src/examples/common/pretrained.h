@@ -14,10 +14,10 @@ namespace examples {
 /// the parameters of the model that uses it. LibTorch RUNS CODE FROM THE FILE: use files that you trust.
 class PretrainedImpl : public torch::nn::Module {
  public:
-  /// Throws std::runtime_error, naming the file, if it is no TorchScript module.
+  /// Throws std::runtime_error, naming the file, if it is no regular file that can be read, or no TorchScript module.
   explicit PretrainedImpl(const std::string& path);
 
-  /// The same from `bytes()`; `name` is for messages.
+  /// The same from `bytes()`, uint8 [N]; `name` is for messages.
   PretrainedImpl(const torch::Tensor& bytes, std::string name);
 
   /// One tensor in, one out. Throws std::runtime_error, naming the file, if the module does something else.

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "canvas.h"
+#include "printed.h"
 
 namespace examples {
 namespace {
@@ -14,6 +15,7 @@ constexpr Color kPaper = {255, 255, 255};
 constexpr Color kInk = {40, 40, 48};
 constexpr Color kLines = {205, 205, 212};
 constexpr int64_t kGap = 20;
+constexpr size_t kMostOfHeadline = 400;                // bytes: a checkpoint may have words of any length
 constexpr int64_t kScale = 2;                          // of the text
 constexpr int64_t kLine = (kTextHeight + 3) * kScale;  // from one line of text to the next
 
@@ -54,7 +56,7 @@ torch::Tensor draw_example(const Example& example) {
   };
   add(example.map, "the answer");
   for (const auto& word : example.words) add(word.map, word.text);
-  std::vector<std::string> headlines = {example.title};
+  std::vector<std::string> headlines = {xattn::detail::shown(example.title, kMostOfHeadline)};
   if (!example.answer.empty()) headlines.push_back("answer: " + example.answer);
   return draw_tiles(headlines, tiles, kColumns);
 }

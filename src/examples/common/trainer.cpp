@@ -55,6 +55,24 @@ torch::optim::AdamWParamState& state_of(torch::optim::AdamW& optimizer, const to
   return static_cast<torch::optim::AdamWParamState&>(*state);
 }
 
+// The step that a state says it is at.
+int64_t step_of(const torch::Tensor& step, int64_t steps) {
+  const bool sound = step.scalar_type() == torch::kInt64 && step.numel() == 1;
+  if (!sound || step.item<int64_t>() < 0 || step.item<int64_t>() > steps) {
+    throw xattn::FileError(fmt::format("the state of the training must have a step from 0 to {}, int64 []", steps));
+  }
+  return step.item<int64_t>();
+}
+
+// Whether a generator can go on from this state.
+void check_random(const torch::Tensor& state, const char* name) {
+  try {
+    Random(0).set_state(state.contiguous());
+  } catch (const c10::Error&) {
+    throw xattn::FileError(fmt::format("{} in the state of the training must be the state of a random generator", name));
+  }
+}
+
 // Gradients travel in buckets, in about the order in which backward makes them. Every parameter must take part in every step.
 std::unique_ptr<c10d::Reducer> make_reducer(const torch::nn::Module& model, const Team& team) {
   if (team.size() == 1) return nullptr;
@@ -173,17 +191,20 @@ void Trainer::load_state(const std::map<std::string, torch::Tensor>& state) {
   for (const auto* name : {kStep, kRandom, kRandomDefault}) {
     if (!state.contains(name)) throw xattn::FileError(fmt::format("the state of the training has no {}", name));
   }
+  const auto step = step_of(state.at(kStep), options_.steps);
+  auto curves = unpack_curves(state);
+  for (const auto* name : {kRandom, kRandomDefault}) check_random(state.at(name), name);
   xattn::load_weights(*model_, state, {.prefix = kModel});
-  step_ = state.at(kStep).item<int64_t>();
-  curves_ = unpack_curves(state);
+  step_ = step;
+  curves_ = std::move(curves);
   for (const auto& parameter : model_->named_parameters()) {
     auto& moments = state_of(optimizer_, parameter.value());
     moments.step(step_);
     moments.exp_avg().copy_(state.at(kMean + parameter.key()));
     moments.exp_avg_sq().copy_(state.at(kMeanSquare + parameter.key()));
   }
-  random_.set_state(state.at(kRandom));
-  default_generator().set_state(state.at(kRandomDefault));
+  random_.set_state(state.at(kRandom).contiguous());
+  default_generator().set_state(state.at(kRandomDefault).contiguous());
 }
 
 std::map<std::string, torch::Tensor> pack(const std::vector<Curve>& curves) {
@@ -202,8 +223,12 @@ std::vector<Curve> unpack_curves(const std::map<std::string, torch::Tensor>& ten
   };
   std::vector<Curve> curves;
   for (const std::string name : {"loss", "accuracy"}) {
-    const auto& packed = tensors.at(kCurve + name);
-    curves.push_back({name, values(packed[0]), values(packed[1])});
+    const auto packed = tensors.find(kCurve + name);
+    if (packed == tensors.end() || packed->second.scalar_type() != torch::kFloat64 || packed->second.dim() != 2 ||
+        packed->second.size(0) != 2) {
+      throw xattn::FileError(fmt::format("must hold {}{}, float64 [2, N]", kCurve, name));
+    }
+    curves.push_back({name, values(packed->second[0]), values(packed->second[1])});
   }
   return curves;
 }

@@ -22,6 +22,8 @@ class Reducer;
 
 namespace examples {
 
+inline constexpr int64_t kMostSteps = 10'000'000;  ///< of a training
+
 /// What one step found on its batch.
 struct Step {
   torch::Tensor loss;      ///< a scalar with its graph, the mean over the examples
@@ -73,7 +75,7 @@ class Trainer {
   /// All that `run` needs to go on, parameters and buffers of the model included, by name.
   std::map<std::string, torch::Tensor> state();
 
-  /// Throws xattn::FileError if the state is of another model, or incomplete. Then nothing has changed.
+  /// Throws xattn::FileError if the state is of another model, incomplete or damaged. Then nothing has changed.
   void load_state(const std::map<std::string, torch::Tensor>& state);
 
  private:
@@ -92,6 +94,7 @@ class Trainer {
 
 /// Curves as tensors "curve.NAME" [2, N] and back, for files.
 std::map<std::string, torch::Tensor> pack(const std::vector<Curve>& curves);
+/// Throws xattn::FileError if they are not there, or something else.
 std::vector<Curve> unpack_curves(const std::map<std::string, torch::Tensor>& tensors);
 
 }  // namespace examples

@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "printed.h"
+
 namespace examples {
 namespace {
 
@@ -38,8 +40,8 @@ int64_t Vocabulary::number(const std::string& word) const {
   auto nearest = words_;
   std::ranges::stable_sort(nearest, {}, [&word](const std::string& known) { return distance(word, known); });
   nearest.resize(std::min(nearest.size(), kNamed));
-  throw std::runtime_error(
-      fmt::format("the word '{}' is not known; the nearest known words are {}", word, fmt::join(nearest, ", ")));
+  throw std::runtime_error(fmt::format("the word '{}' is not known; the nearest known words are {}", xattn::detail::shown(word),
+                                       fmt::join(nearest, ", ")));
 }
 
 torch::Tensor Vocabulary::encode(const std::vector<Words>& sentences) const {

@@ -3,46 +3,27 @@
 
 #include <fmt/format.h>
 
-#include <cerrno>
-#include <filesystem>
-#include <fstream>
-#include <random>
-#include <stdexcept>
-#include <system_error>
+#include <ostream>
+
+#include "interrupt.h"
+#include "write_beside.h"
 
 namespace examples {
+namespace {
+
+constexpr std::string_view kOutput = "output";
+
+}  // namespace
 
 void write_file(const std::string& path, std::string_view bytes) {
-  const auto check = [&path](bool ok, const std::string& reason) {
-    if (!ok) {
-      throw std::runtime_error(fmt::format("cannot write {}: {}", path, reason));
-    }
-  };
-  const auto system_reason = [] { return std::generic_category().message(errno); };
-
-  std::error_code error;
-  const auto there = std::filesystem::status(path, error);
-  check(!exists(there) || is_regular_file(there), "it is there, but is not a regular file");
-  const auto beside = fmt::format("{}.{:08x}.tmp", path, std::random_device{}());
-  try {
-    std::ofstream out(beside, std::ios::binary);
-    check(out.is_open(), system_reason());
-    out.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-    out.close();
-    check(out.good(), system_reason());
-    std::filesystem::rename(beside, path, error);
-    check(!error, error.message());
-  } catch (...) {
-    std::filesystem::remove(beside, error);
-    throw;
-  }
+  const program::Interrupt interrupt;
+  xattn::detail::write_beside(
+      kOutput, path, [bytes](std::ostream& out) { out.write(bytes.data(), static_cast<std::streamsize>(bytes.size())); });
+  interrupt.check(fmt::format("stopped; {} is written", path));
 }
 
-void check_folder(const std::string& path) {
-  const auto folder = std::filesystem::path(path).parent_path();
-  if (!folder.empty() && !std::filesystem::is_directory(folder)) {
-    throw std::runtime_error(fmt::format("cannot write {}: there is no folder {}", path, folder.string()));
-  }
+void check_output(const std::string& path) {
+  xattn::detail::check_writable(kOutput, path);
 }
 
 }  // namespace examples

@@ -6,12 +6,12 @@
 
 namespace examples {
 
-/// Writes beside and renames, so that `path` holds either all of the bytes or what it held before.
-/// Throws std::runtime_error, naming the file, if it cannot be written.
+/// Writes beside and renames, so that `path` holds either all of the bytes or what it held before; see write_beside.h. Throws
+/// xattn::FileError, naming the file, if it cannot be written; program::Interrupted if a signal asked to stop meanwhile.
 void write_file(const std::string& path, std::string_view bytes);
 
-/// Throws std::runtime_error if there is no folder for a file of this path: found out at the beginning of a long job rather
-/// than at its end. An empty path is no file.
-void check_folder(const std::string& path);
+/// Throws xattn::FileError if a file of this path could not be written: found out at the beginning of a long job rather than at
+/// its end. An empty path is no file.
+void check_output(const std::string& path);
 
 }  // namespace examples

@@ -45,6 +45,7 @@ struct Options : program::CommonOptions {
   std::string text_encoder = {};
   bool mean_pooling = false;
   bool resume = false;
+  bool restart = false;
   int64_t steps = 8000;
 
   // ask and draw
@@ -55,6 +56,9 @@ struct Options : program::CommonOptions {
 
   // evaluate
   bool json = false;
+
+  bool trust_code = false;
+  examples::Code code() const { return trust_code ? examples::Code::run : examples::Code::refuse; }
 };
 
 constexpr uint64_t kEvaluationSeed = 12345;  // always the same boards and questions
@@ -131,24 +135,25 @@ vqa::Trained make_model(const Options& options) {
 
 void train(const Options& options) {
   const auto device = examples::Team::device_of(program::apply(options));
-  examples::check_folder(options.output);
-  examples::check_folder(options.report);
-  const auto digits = examples::load_digits(options.digits);
-
   examples::TrainingRun run = {
       .program = vqa::kProgram, .output = options.output, .unit = "questions", .metadata = {}, .extra = {}};
+  run.check_outputs(examples::start_of(options.resume, options.restart));
+  examples::check_output(options.report);
+  const auto digits = examples::load_digits(options.digits);
+
   std::optional<examples::Checkpoint> state;
   if (options.resume) state = examples::read_checkpoint(run.state_path(), vqa::kProgram);
-  auto trained = state ? vqa::make_again(*state) : make_model(options);
+  auto trained = state ? vqa::make_again(*state, options.code()) : make_model(options);
   const auto training =
       state ? examples::training_of(*state) : examples::TrainerOptions{.steps = options.steps, .seed = options.seed};
   trained.model->to(device);
   const auto team = examples::Team::from_environment(device);
   examples::Trainer trainer(trained.model.ptr(), training, team);
-  if (state) trainer.load_state(state->tensors);
+  if (state) examples::naming_file(state->path, [&] { trainer.load_state(state->tensors); });
 
   run.metadata = vqa::metadata_of(trained.model, trained.grammar);
   run.extra = vqa::pretrained_of(trained.model);
+  if (!run.extra.empty()) run.resume_options = " --trust-code";
   if (team.leads()) {
     std::cout << fmt::format("Training on boards of {} handwritten digits; {} others are held out.\n",
                              digits.training.labels.size(0), digits.held_out.labels.size(0));
@@ -162,8 +167,8 @@ void train(const Options& options) {
 
 void ask(const Options& options) {
   const auto device = program::apply(options);
-  examples::check_folder(options.picture);
-  auto trained = vqa::load_trained(options.checkpoint, device);
+  examples::check_output(options.picture);
+  auto trained = vqa::load_trained(options.checkpoint, device, options.code());
   const auto board = examples::read_board(options.board);  // [1, 24, 24]
   const auto words = examples::split(options.question);
   if (words.empty()) throw std::runtime_error("the question has no words");
@@ -182,8 +187,8 @@ void ask(const Options& options) {
 
 void evaluate(const Options& options) {
   const auto device = program::apply(options);
-  examples::check_folder(options.report);
-  auto trained = vqa::load_trained(options.checkpoint, device);
+  examples::check_output(options.report);
+  auto trained = vqa::load_trained(options.checkpoint, device, options.code());
   const auto score = evaluate(trained, examples::load_digits(options.digits).held_out, device, options);
   if (options.json) {
     std::cout << as_json(score).dump() << "\n";
@@ -216,6 +221,10 @@ int run(int argc, char** argv) {
   const auto add_checkpoint = [&](program::Command& command) {
     command.option("--checkpoint", options.checkpoint, "what `vqa train` wrote").shows_default();
   };
+  const auto add_trust = [&](program::Command& command) {
+    return command.flag("--trust-code", options.trust_code,
+                        "run the code of pretrained encoders that the checkpoint holds: give it for files that you trust");
+  };
   const auto add_report = [&](program::Command& command) {
     command.option("--report", options.report, "write an HTML page here that shows the evaluation");
     command.option("--boards", options.boards, fmt::format("boards to evaluate on, {} questions each", kQuestionsPerBoard))
@@ -227,11 +236,16 @@ int run(int argc, char** argv) {
                                    "vqa train --text transformer --output my.safetensors --report my.html", train);
   train_command.option("--output", options.output, "the checkpoint to write").shows_default();
   const auto resume = train_command.flag("--resume", options.resume, "go on with the training of --output that was stopped");
+  train_command.flag("--restart", options.restart, "begin anew although a training of --output was stopped").excludes(resume);
+  add_trust(train_command).needs(resume);
   train_command.option("--text", options.text, "the text encoder: rnn or transformer")
       .one_of({"rnn", "transformer"})
       .shows_default()
       .excludes(resume);
-  train_command.option("--steps", options.steps, "training steps").range(1, 10000000).shows_default().excludes(resume);
+  train_command.option("--steps", options.steps, "training steps")
+      .range(1, examples::kMostSteps)
+      .shows_default()
+      .excludes(resume);
   train_command.option("--grammar", options.grammar, "the questions").shows_default().excludes(resume);
   train_command
       .option("--image-encoder", options.image_encoder,
@@ -248,10 +262,12 @@ int run(int argc, char** argv) {
   ask_command.option("QUESTION", options.question, "in the words of the grammar").required();
   ask_command.option("--picture", options.picture, "draw here, as PNG, where the model looked");
   add_checkpoint(ask_command);
+  add_trust(ask_command);
 
   auto evaluate_command = add_command("evaluate", "Answers questions about boards of held-out digits, always the same ones.",
                                       "vqa evaluate --report evaluation.html", evaluate);
   add_checkpoint(evaluate_command);
+  add_trust(evaluate_command);
   add_report(evaluate_command);
   evaluate_command.flag("--json", options.json, "print one JSON object");
 

@@ -15,9 +15,15 @@ namespace {
 constexpr auto kImageEncoder = "pretrained.image_encoder";
 constexpr auto kTextEncoder = "pretrained.text_encoder";
 
-examples::Pretrained pretrained(const examples::Checkpoint& checkpoint, const char* name) {
+examples::Pretrained pretrained(const examples::Checkpoint& checkpoint, const char* name, examples::Code code) {
   const auto bytes = checkpoint.tensors.find(name);
   if (bytes == checkpoint.tensors.end()) return nullptr;
+  if (code == examples::Code::refuse) {
+    throw xattn::FileError(
+        fmt::format("{}: holds a pretrained encoder, {}, which is code that would be run; give --trust-code if "
+                    "you trust whoever made the file",
+                    checkpoint.path, name));
+  }
   return examples::Pretrained(bytes->second, fmt::format("{} in {}", name, checkpoint.path));
 }
 
@@ -35,24 +41,28 @@ std::map<std::string, torch::Tensor> pretrained_of(const Model& model) {
   return tensors;
 }
 
-Trained make_again(const examples::Checkpoint& checkpoint) {
+Trained make_again(const examples::Checkpoint& checkpoint, examples::Code code) {
+  constexpr auto kModel = "model";
   examples::Grammar grammar(checkpoint.text("grammar"), "the grammar in " + checkpoint.path, question_rules());
-  const auto made = checkpoint.json("model");
   const ModelOptions options = {.vocabulary = examples::Vocabulary(grammar.vocabulary()).size(),
-                                .text = made.at("text"),
-                                .attention = made.at("attention"),
-                                .image_encoder = pretrained(checkpoint, kImageEncoder),
-                                .text_encoder = pretrained(checkpoint, kTextEncoder)};
-  return {Model(options), std::move(grammar), {}};
+                                .text = checkpoint.value<std::string>(kModel, "text"),
+                                .attention = checkpoint.value<bool>(kModel, "attention"),
+                                .image_encoder = pretrained(checkpoint, kImageEncoder, code),
+                                .text_encoder = pretrained(checkpoint, kTextEncoder, code)};
+  Trained trained{nullptr, std::move(grammar), {}};
+  examples::naming_file(checkpoint.path, [&] { trained.model = Model(options); });
+  return trained;
 }
 
-Trained load_trained(const std::string& path, torch::Device device) {
+Trained load_trained(const std::string& path, torch::Device device, examples::Code code) {
   const auto checkpoint = examples::read_checkpoint(path, kProgram);
-  auto trained = make_again(checkpoint);
-  xattn::load_weights(*trained.model, checkpoint.tensors, {.prefix = "model."});
+  auto trained = make_again(checkpoint, code);
+  examples::naming_file(path, [&] {
+    xattn::load_weights(*trained.model, checkpoint.tensors, {.prefix = "model."});
+    trained.curves = examples::unpack_curves(checkpoint.tensors);
+  });
   trained.model->to(device);
   trained.model->eval();
-  trained.curves = examples::unpack_curves(checkpoint.tensors);
   return trained;
 }
 

@@ -27,10 +27,11 @@ struct Trained {
 std::map<std::string, std::string> metadata_of(const Model& model, const examples::Grammar& grammar);
 std::map<std::string, torch::Tensor> pretrained_of(const Model& model);
 
-/// The model that a checkpoint describes, with fresh weights.
-Trained make_again(const examples::Checkpoint& checkpoint);
+/// The model that a checkpoint describes, with fresh weights. Throws xattn::FileError, naming the file, also for pretrained
+/// encoders in it whose code may not be run.
+Trained make_again(const examples::Checkpoint& checkpoint, examples::Code code);
 
-/// The model of a checkpoint, on the device and in evaluation mode. Throws xattn::FileError, naming the file.
-Trained load_trained(const std::string& path, torch::Device device);
+/// The model of a checkpoint, on the device and in evaluation mode. Throws likewise.
+Trained load_trained(const std::string& path, torch::Device device, examples::Code code = examples::Code::refuse);
 
 }  // namespace vqa

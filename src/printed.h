@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <string>
+#include <string_view>
+
+// How texts that come from files are shown: names, metadata, words of a grammar, and errors that quote them. What is shown is
+// short, keeps to one line, and cannot drive a terminal. Header only: programs use it without the library.
+namespace xattn::detail {
+
+inline constexpr size_t kMostOfName = 200;        ///< bytes of a name, or of another text from a file, that are shown
+inline constexpr size_t kMostOfMessage = 20'000;  ///< bytes of a whole message, which may list names
+
+/// The first character of a text in UTF-8 that is not empty. Bytes that are no UTF-8 are characters of one byte, not valid.
+struct Character {
+  char32_t code;
+  size_t bytes;
+  bool valid;
+};
+
+inline Character first_character(std::string_view text) {
+  const auto byte = [text](size_t i) { return static_cast<unsigned char>(text[i]); };
+  const char32_t first = byte(0);
+  if (first < 0x80) return {first, 1, true};
+  const Character invalid = {first, 1, false};
+  const size_t bytes = first >= 0xf0 ? 4 : first >= 0xe0 ? 3 : 2;
+  if (first < 0xc2 || first > 0xf4 || bytes > text.size()) return invalid;
+  char32_t code = first & (0x7fU >> bytes);
+  for (size_t i = 1; i < bytes; ++i) {
+    if ((byte(i) & 0xc0U) != 0x80) return invalid;
+    code = code << 6 | (byte(i) & 0x3fU);
+  }
+  constexpr std::array<char32_t, 5> kLeast = {0, 0, 0x80, 0x800, 0x10000};
+  if (code < kLeast.at(bytes) || code > 0x10ffff || (code >= 0xd800 && code <= 0xdfff)) return invalid;
+  return {code, bytes, true};
+}
+
+/// Characters that drive a terminal or reorder what it shows: C0, DEL, C1, ends of lines and paragraphs, and the bidirectional
+/// controls of Unicode (UAX #9, section 2).
+inline bool is_control(char32_t code) {
+  return code < 0x20 || (code >= 0x7f && code <= 0x9f) || code == 0x61c || code == 0x200e || code == 0x200f ||
+         (code >= 0x2028 && code <= 0x202e) || (code >= 0x2066 && code <= 0x206f);
+}
+
+/// "1b" of 27 and two digits.
+inline std::string hexadecimal(char32_t code, int digits) {
+  std::string text;
+  for (int shift = 4 * (digits - 1); shift >= 0; shift -= 4) text += "0123456789abcdef"[code >> shift & 0xfU];
+  return text;
+}
+
+/// The longest beginning of at most so many bytes that ends with a whole character.
+inline std::string_view beginning(std::string_view text, size_t most) {
+  if (text.size() <= most) return text;
+  size_t size = most;
+  const auto continues = [text](size_t i) { return (static_cast<unsigned char>(text[i]) & 0xc0U) == 0x80; };
+  for (int i = 0; i < 3 && size > 0 && continues(size); ++i) --size;
+  return text.substr(0, size);
+}
+
+/// The text itself, or of a longer one its beginning and its end, and how much was left out.
+inline std::string shortened(std::string_view text, size_t most) {
+  if (text.size() <= most) return std::string(text);
+  const auto head = beginning(text, most - most / 4);
+  auto tail = text.substr(text.size() - most / 4);
+  while (!tail.empty() && (static_cast<unsigned char>(tail[0]) & 0xc0U) == 0x80) tail.remove_prefix(1);
+  return std::string(head) + " ... (" + std::to_string(text.size() - head.size() - tail.size()) + " bytes left out) ... " +
+         std::string(tail);
+}
+
+/// A message as it is shown: shortened to kMostOfMessage, controls as "\x1b" or "\u202e", bytes that are no UTF-8 as "\xff".
+inline std::string one_line(std::string_view text) {
+  const auto kept = shortened(text, kMostOfMessage);
+  std::string line;
+  for (std::string_view rest = kept; !rest.empty();) {
+    const auto [code, bytes, valid] = first_character(rest);
+    if (!valid || (is_control(code) && code < 0x80)) {
+      line += "\\x" + hexadecimal(code, 2);
+    } else if (is_control(code)) {
+      line += "\\u" + hexadecimal(code, 4);
+    } else {
+      line += rest.substr(0, bytes);
+    }
+    rest.remove_prefix(bytes);
+  }
+  return line;
+}
+
+/// A name without quotes: shortened to `most` bytes, and as `one_line` shows it.
+inline std::string shown(std::string_view text, size_t most = kMostOfName) {
+  return one_line(shortened(text, most));
+}
+
+/// A name as a JSON string with controls escaped; of a long one its beginning, and its length in bytes behind the quotes.
+inline std::string in_quotes(std::string_view text) {
+  std::string quoted = "\"";
+  for (auto rest = beginning(text, kMostOfName); !rest.empty();) {
+    const auto [code, bytes, valid] = first_character(rest);
+    constexpr std::string_view kEscaped = "\"\\\b\f\n\r\t";
+    const auto escape = valid && code < 0x80 ? kEscaped.find(static_cast<char>(code)) : std::string_view::npos;
+    if (!valid) {
+      quoted += "\xef\xbf\xbd";  // U+FFFD, the replacement character
+    } else if (escape != std::string_view::npos) {
+      quoted += {'\\', "\"\\bfnrt"[escape]};
+    } else if (is_control(code)) {
+      quoted += "\\u" + hexadecimal(code, 4);
+    } else {
+      quoted += rest.substr(0, bytes);
+    }
+    rest.remove_prefix(bytes);
+  }
+  quoted += '"';
+  return text.size() <= kMostOfName ? quoted : quoted + " (" + std::to_string(text.size()) + " bytes)";
+}
+
+/// A JSON document, whole, whose strings hold what they held, with the controls in them escaped. REQUIRES: valid JSON in UTF-8.
+inline std::string printed_json(std::string_view json) {
+  std::string printed;
+  for (auto rest = json; !rest.empty();) {
+    const auto [code, bytes, valid] = first_character(rest);
+    if (is_control(code) && code >= 0x7f) {
+      printed += "\\u" + hexadecimal(code, 4);
+    } else {
+      printed += rest.substr(0, bytes);
+    }
+    rest.remove_prefix(bytes);
+  }
+  return printed;
+}
+
+}  // namespace xattn::detail
