@@ -7,6 +7,9 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/ScalarType.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/nn/functional/linear.h>
 
@@ -197,6 +200,18 @@ RunsOn runs_on(const Tensor& weight) {
 
 Tensor matrix_product(const Tensor& a, const Tensor& b) {
   return run_on_kernels({a, b}) ? multiply_and_add(a, b, {}) : at::matmul(a, b);
+}
+
+at::ScalarType product_type(const Tensor& x) {
+  const auto device = x.device().type();
+  if (x.scalar_type() == at::kDouble || !at::autocast::is_autocast_enabled(device)) return x.scalar_type();
+  return at::autocast::get_autocast_dtype(device);
+}
+
+Tensor logits_product(const Tensor& a, const Tensor& b) {
+  if (!at::isReducedFloatingType(product_type(a))) return matrix_product(a, b);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return matrix_product(a.to(at::kFloat), b.to(at::kFloat));
 }
 
 Tensor project(const Tensor& x, const Tensor& weight, const Tensor& bias) {

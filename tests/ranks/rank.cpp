@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <functional>
 #include <iostream>
+#include <limits>
 #include <map>
 #include <string>
 #include <vector>
@@ -111,6 +112,15 @@ std::vector<Case> cases() {
       {"causal from the last key, and padding", mean,
        Mask::causal(CausalAlignment::lower_right) & Mask::lengths(torch::tensor({13, 7}), kLk), torch::kDouble, true},
       {"a mean, which is of all heads whichever are chosen", mean_of_all, {}},
+      {"a bias of rows that is finite and very negative", per_head, Mask::bias(torch::full({kLq, kLk}, -1e30, torch::kDouble)),
+       torch::kFloat, true},
+      {"the same in bfloat16", per_head, Mask::bias(torch::full({kLq, kLk}, -1e30, torch::kDouble)), torch::kBFloat16},
+      {"a bias that forbids in float32 alone", per_head,
+       Mask::bias(torch::tensor({0.0, std::numeric_limits<double>::lowest(), 0.0, std::numeric_limits<double>::lowest(), 0.0},
+                                torch::kDouble)
+                      .view({kLq, 1})
+                      .expand({kLq, kLk})),
+       torch::kFloat},
       {"a pinned order", pinned, {}},
       {"norms", normed, Mask::lengths(torch::tensor({13, 4}), kLk)},
       {"float32", mean, {}, torch::kFloat},
