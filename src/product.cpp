@@ -28,7 +28,7 @@ using engine::with_rows;
 namespace {
 
 constexpr int64_t kPackedBytes = 1 << 19;      // of a right side at a time: what a core's cache holds beside the left one,
-constexpr int64_t kNear = 1 << 20;             // if that has no more bytes than these
+constexpr int64_t kNearBytes = 1 << 20;        // if that has no more bytes than these
 constexpr int64_t kMorePackedBytes = 4 << 20;  // else: the left side comes from memory for each time anew
 constexpr int64_t kPackedRows = 1024;          // of a right side: those of a block that a product goes through at once
 constexpr int64_t kRowsOfATile = 14;
@@ -114,7 +114,7 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   const auto threads =
       at::in_parallel_region() ? 1 : std::clamp<int64_t>(operations / kOperationsOfATask, 1, at::get_num_threads());
   const bool has_many = has_many_rows(m, n, k);
-  const auto packed_bytes = 4 * m * k <= kNear && !has_many ? kPackedBytes : kMorePackedBytes;
+  const auto packed_bytes = 4 * m * k <= kNearBytes && !has_many ? kPackedBytes : kMorePackedBytes;
   const auto packed_rows = divided_up(k, std::max<int64_t>(1, divided_up(k, kPackedRows)));
   auto of_columns = divided_up(panels, std::max<int64_t>(1, packed_bytes / (4 * panel * std::max<int64_t>(1, packed_rows))));
   if (batches % threads != 0) of_columns = std::min(panels, divided_up(of_columns, threads) * threads);

@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <functional>
 #include <iostream>
-#include <limits>
 #include <map>
 #include <string>
 #include <vector>
@@ -115,12 +114,6 @@ std::vector<Case> cases() {
       {"a bias of rows that is finite and very negative", per_head, Mask::bias(torch::full({kLq, kLk}, -1e30, torch::kDouble)),
        torch::kFloat, true},
       {"the same in bfloat16", per_head, Mask::bias(torch::full({kLq, kLk}, -1e30, torch::kDouble)), torch::kBFloat16},
-      {"a bias that forbids in float32 alone", per_head,
-       Mask::bias(torch::tensor({0.0, std::numeric_limits<double>::lowest(), 0.0, std::numeric_limits<double>::lowest(), 0.0},
-                                torch::kDouble)
-                      .view({kLq, 1})
-                      .expand({kLq, kLk})),
-       torch::kFloat},
       {"a pinned order", pinned, {}},
       {"norms", normed, Mask::lengths(torch::tensor({13, 4}), kLk)},
       {"float32", mean, {}, torch::kFloat},
