@@ -18,7 +18,10 @@ function(xattn_set_flags target)
   if(XATTN_UNITY)
     set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)
   endif()
-  target_compile_options(${target} PRIVATE -Wall -Wextra)
+  # A parent's -ffast-math or -Ofast would fold away roundings that results rest on, and lose NaN and infinity. These come after
+  # CMAKE_CXX_FLAGS and the directory's options; one that was switched on by its own name is off by its own name alone.
+  target_compile_options(${target} PRIVATE -Wall -Wextra
+    -fno-fast-math -fno-unsafe-math-optimizations -fno-associative-math -fno-reciprocal-math -fno-finite-math-only -fsigned-zeros)
   if(XATTN_SANITIZE)
     set(sanitize -fsanitize=${XATTN_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1)
     target_compile_options(${target} PRIVATE ${sanitize})

@@ -2,6 +2,8 @@
 #
 # Finds LibTorch and gives its imported target `torch`. Serves the build and, installed beside xattn-config.cmake, the package.
 
+cmake_policy(VERSION 3.25)  # of this file alone: a project that calls find_package may ask for older ones
+
 set(XATTN_TORCH_OLDEST 2.7)   # wheels before it use the old string ABI
 set(XATTN_TORCH_TESTED 2.12 2.13)  # a list: the minors on which the suite has run
 

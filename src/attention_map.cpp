@@ -30,6 +30,7 @@ constexpr int kInferno[] = {0x000004, 0x0C0826, 0x240C4F, 0x420A68, 0x5D126E, 0x
 
 void check_floating(std::string_view caller, const char* name, const Tensor& x) {
   check_type(x.defined() && x.is_floating_point(), caller, "{} must be of a floating point type, but is {}.", name, type_of(x));
+  check_type(!x.is_meta(), caller, "{} must hold numbers, but is on meta.", name);
 }
 
 void check_grid(std::string_view caller, const Tensor& map) {
@@ -99,6 +100,7 @@ Tensor color_map(const Tensor& map) {
 Tensor overlay_map(const Tensor& image, const Tensor& map, const OverlayOptions& options) {
   constexpr auto kCaller = "overlay_map";
   check_type(image.defined() && image.scalar_type() == at::kByte, kCaller, "image must be uint8, but is {}.", type_of(image));
+  check_type(!image.is_meta(), kCaller, "image must hold numbers, but is on meta.");
   check_value(image.dim() == 3 && image.size(2) == 3 && image.numel() > 0, kCaller,
               "image must have shape [H, W, 3], but has {}.", shape_of(image));
   check_grid(kCaller, map);

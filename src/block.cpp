@@ -14,6 +14,7 @@
 #include "check.h"
 #include "describe.h"
 #include "option_names.h"
+#include "projection.h"
 #include "text.h"
 
 namespace xattn {
@@ -40,6 +41,37 @@ CrossAttentionBlockOptions resolved(CrossAttentionBlockOptions options) {
   check_value(options.dropout() >= 0 && options.dropout() <= 1, kBlock, "dropout must lie in [0, 1], but is {}.",
               options.dropout());
   return options;
+}
+
+// Options that were changed since the module was made. `attention` checks its own.
+void check_options(const CrossAttentionBlockImpl& m) {
+  const auto& o = m.options;
+  const auto Eq = o.attention().dim_query();
+  check_value(o.dropout() >= 0 && o.dropout() <= 1, kBlock, "dropout must lie in [0, 1], but is {}.", o.dropout());
+  check_value(m.attention->options.dim_query() == Eq && o.attention().dim_output() == Eq, kBlock,
+              "options must fit the parameters, but say {} and {} for attention's dim_query and dim_output, which are {}.", Eq,
+              o.attention().dim_output(), m.attention->options.dim_query());
+  check_value(o.feed_forward() && (*o.feed_forward() > 0) == !m.feed_forward_in.is_empty(), kBlock,
+              "options must fit the parameters, but say {} feed_forward.", o.feed_forward().value_or(0) > 0 ? "a" : "no");
+  const auto check_gate = [&](std::string_view name, const Tensor& gate) {
+    const auto size = o.gate() == BlockGate::none ? 0 : o.gate() == BlockGate::scalar ? 1 : Eq;
+    check_value(gate.defined() ? gate.numel() == size : size == 0, kBlock,
+                "options must fit the parameters, but say another gate for {}.", name);
+  };
+  const auto norm_of = [&](std::string_view name, const Norm& norm) {
+    detail::check_norm(kBlock, name, norm, o.norm(), Eq, o.norm_eps());
+  };
+  norm_of("attention_norm", m.attention_norm);
+  check_gate("attention_gate", m.attention_gate);
+  if (!m.feed_forward_in) return;
+  norm_of("feed_forward_norm", m.feed_forward_norm);
+  check_gate("feed_forward_gate", m.feed_forward_gate);
+  const auto hidden = *o.feed_forward();
+  const bool bias = o.feed_forward_bias();
+  check_value(o.feed_forward_glu() == !m.feed_forward_multiplier.is_empty(), kBlock,
+              "options must fit the parameters, but say {} feed_forward_glu.", o.feed_forward_glu() ? "a" : "no");
+  detail::check_projection(kBlock, "feed_forward_in", m.feed_forward_in, Eq, hidden, bias);
+  detail::check_projection(kBlock, "feed_forward_out", m.feed_forward_out, hidden, Eq, bias);
 }
 
 Tensor activate(const Tensor& x, Activation activation) {
@@ -136,6 +168,7 @@ Context CrossAttentionBlockImpl::context(const Tensor& key, const Tensor& value,
 
 std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::attend(const Tensor& query, const Context& context) {
   // The norm reads the query before the attention can refuse it; its type and its batch are left to the attention.
+  check_options(*this);
   const auto Eq = options.attention().dim_query();
   const auto device = attention->query_linear->weight.device();
   check_value(query.defined() && (query.dim() == 2 || query.dim() == 3) && query.size(-1) == Eq, kBlock,

@@ -7,7 +7,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/exp.h>
 #include <ATen/ops/isneginf.h>
-#include <ATen/ops/log.h>
 #include <ATen/ops/where.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -180,23 +179,21 @@ Tensor own_rows(const Tensor& x, const std::vector<int64_t>& lengths, const Rank
 namespace {
 
 struct Merge : torch::autograd::Function<Merge> {
-  static variable_list forward(AutogradContext* context,
-                               const Tensor& output,
-                               const Tensor& log_sum_exp,
-                               const RanksPtr& ranks) {
-    auto most = log_sum_exp.contiguous().clone();
+  static variable_list forward(
+      AutogradContext* context, const Tensor& output, const Tensor& log_sum_exp, const Tensor& largest, const RanksPtr& ranks) {
+    auto most = at::where(at::isneginf(log_sum_exp), log_sum_exp, largest).contiguous();
     ranks->max(most);
     const auto anchor = most.masked_fill(at::isneginf(most), 0);  // -inf - -inf is no number
-    const auto mass = at::exp(log_sum_exp - anchor).unsqueeze(-1);
+    const auto mass = at::exp(log_sum_exp + (largest - anchor)).unsqueeze(-1);
     auto sums = at::cat({output * mass, mass}, -1);
     ranks->sum(sums);
     const auto e = output.size(-1);
     const auto total = sums.narrow(-1, e, 1);
     const auto merged = sums.narrow(-1, 0, e) / total.masked_fill(total == 0, 1);
-    const auto whole = at::log(total).squeeze(-1) + anchor;
-    context->save_for_backward({output, merged, mass / total.masked_fill(total == 0, 1)});
-    context->mark_non_differentiable({whole});
-    return {merged, whole};
+    const auto share = mass / total.masked_fill(total == 0, 1);
+    context->save_for_backward({output, merged, share});
+    context->mark_non_differentiable({share});
+    return {merged, share};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
@@ -204,14 +201,14 @@ struct Merge : torch::autograd::Function<Merge> {
     const auto saved = context->get_saved_variables();
     const auto &output = saved[0], &merged = saved[1], &share = saved[2];
     const auto grad = share * grads[0];
-    return {grad, (grad * (output - merged)).sum(-1), {}};
+    return {grad, (grad * (output - merged)).sum(-1), {}, {}};
   }
 };
 
 }  // namespace
 
-Merged merge(const Tensor& output, const Tensor& log_sum_exp, const RanksPtr& ranks) {
-  const auto both = Merge::apply(output.to(log_sum_exp.scalar_type()), log_sum_exp, ranks);
+Merged merge(const Tensor& output, const Tensor& log_sum_exp, const Tensor& largest, const RanksPtr& ranks) {
+  const auto both = Merge::apply(output.to(log_sum_exp.scalar_type()), log_sum_exp, largest, ranks);
   return {both[0], both[1]};
 }
 

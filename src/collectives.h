@@ -50,12 +50,12 @@ at::Tensor all_rows(const at::Tensor& own, const std::vector<int64_t>& lengths, 
 at::Tensor own_rows(const at::Tensor& x, const std::vector<int64_t>& lengths, const RanksPtr& ranks);
 
 struct Merged {
-  at::Tensor output;       ///< [B, H, Lq, e], at least float32
-  at::Tensor log_sum_exp;  ///< [B, H, Lq], -inf for a row without keys on any rank; no gradient
+  at::Tensor output;  ///< [B, H, Lq, e], at least float32
+  at::Tensor share;   ///< [B, H, Lq, 1], of this rank's keys in a row's weights; no gradient
 };
 
 /// Attention over the keys of all ranks from that over each rank's own: output [B, H, Lq, e] and its log-sum-exp [B, H, Lq], which
-/// is -inf for a row without keys here. Differentiable in both; backward needs no other rank.
-Merged merge(const at::Tensor& output, const at::Tensor& log_sum_exp, const RanksPtr& ranks);
+/// is relative to `largest`, and -inf for a row without keys here. Differentiable in both; backward needs no other rank.
+Merged merge(const at::Tensor& output, const at::Tensor& log_sum_exp, const at::Tensor& largest, const RanksPtr& ranks);
 
 }  // namespace xattn::detail

@@ -26,39 +26,13 @@ constexpr auto kCrossAttention = "cross_attention";
 
 // Refuses what cannot be, in reading order, and gives every default its value.
 CrossAttentionOptions resolved(CrossAttentionOptions options) {
-  const auto check_positive = [](const char* name, int64_t size) {
-    check_value(size >= 1, kCrossAttention, "{} must be at least 1, but is {}.", name, size);
-  };
-  check_positive("dim_query", options.dim_query());
-  check_positive("dim_key", options.dim_key());
-  check_positive("dim_value", options.dim_value());
-  check_positive("dim_output", options.dim_output());
-  check_positive("num_heads", options.num_heads());
+  detail::check_options(kCrossAttention, options);
   const auto heads = options.num_heads();
   if (!options.kv_heads()) options.kv_heads(heads);
-  check_positive("kv_heads", *options.kv_heads());
-  check_value(heads % *options.kv_heads() == 0, kCrossAttention,
-              "num_heads must be a multiple of kv_heads, but they are {} and {}.", heads, *options.kv_heads());
-  if (!options.head_dim()) {
-    check_value(options.dim_output() % heads == 0, kCrossAttention,
-                "dim_output must be a multiple of num_heads, but they are {} and {}. Otherwise give head_dim.",
-                options.dim_output(), heads);
-    options.head_dim(options.dim_output() / heads);
-  }
-  check_positive("head_dim", *options.head_dim());
+  if (!options.head_dim()) options.head_dim(options.dim_output() / heads);
+  check_value(*options.head_dim() >= 1, kCrossAttention, "head_dim must be at least 1, but is {}.", *options.head_dim());
   if (!options.value_head_dim()) options.value_head_dim(options.head_dim());
-  check_positive("value_head_dim", *options.value_head_dim());
   if (!options.scale()) options.scale(1 / std::sqrt(static_cast<double>(*options.head_dim())));
-  check_value(std::isfinite(*options.scale()), kCrossAttention, "scale must be finite, but is {}.", *options.scale());
-  check_value(options.dropout() >= 0 && options.dropout() <= 1, kCrossAttention, "dropout must lie in [0, 1], but is {}.",
-              options.dropout());
-  for (const auto head : options.weight_heads()) {
-    check_value(head >= 0 && head < heads, kCrossAttention, "weight_heads must be of the {} heads, but name {}.", heads, head);
-  }
-  check_value(options.qk_norm_eps() >= 0, kCrossAttention, "qk_norm_eps must not be negative, but is {}.",
-              options.qk_norm_eps());
-  check_value(options.qk_norm() != NormKind::none || options.qk_norm_scope() == NormScope::per_head, kCrossAttention,
-              "qk_norm must be rms or layer for a qk_norm_scope of across_heads, but is none.");
   detail::check_plan(kCrossAttention, options.plan(), detail::request_of(options, 1, 1, 1));
   return options;
 }
@@ -101,9 +75,11 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::forward(const Tensor& query,
                                                        const Tensor& key,
                                                        const Tensor& value,
                                                        const Mask& mask) {
+  detail::check_module(kCrossAttention, *this);
   detail::check_key_value(kCrossAttention, key, value, mask, key_linear, value_linear, options.num_heads());
   const bool is_batched = key.dim() == 3;
   detail::check_query(kCrossAttention, query, is_batched, is_batched ? key.size(0) : 1, query_linear);
+  mask.check(kCrossAttention, is_batched ? key.size(0) : 1, options.num_heads(), query.size(-2), key.size(-2), key.device());
   const auto Lk = key.size(-2), keys = options.bias_kv() ? Lk : mask.needed_keys(Lk);
   if (keys < Lk) {
     const auto [output, weights] = forward(query, key.narrow(-2, 0, keys), value.narrow(-2, 0, keys), mask.first_keys(keys));
@@ -117,12 +93,14 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::forward(const Tensor& query,
 }
 
 Context CrossAttentionImpl::context(const Tensor& key, const Tensor& value, const Mask& mask) {
+  detail::check_module(kCrossAttention, *this);
   detail::check_key_value(kCrossAttention, key, value, mask, key_linear, value_linear, options.num_heads());
   const auto side = detail::make_side({}, detail::LayerWeights(*this), {}, batched(key), batched(value));
   return Context(side.keys, side.values, mask, key.dim() == 3, context_weights());
 }
 
 std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Tensor& query, const Context& context) {
+  detail::check_module(kCrossAttention, *this);
   detail::check_query(kCrossAttention, query, context, query_linear);
   context.check_made_from(kCrossAttention, context_weights());
   const detail::Side side{context.key(), {}, context.value(), context.length() - (options.bias_kv() ? 1 : 0)};
@@ -159,9 +137,8 @@ Orders CrossAttentionImpl::orders_for(const Tensor& query, const Tensor& key, co
 PlanRequest CrossAttentionImpl::request(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask, bool inputs_train) const {
   auto request = detail::request_of(options, B, Lq, Lk);
   const auto& weight = query_linear->weight;
-  const auto bias = mask.additive();
   request.element = static_cast<int64_t>(weight.element_size());
-  request.mask_is_learned = bias.defined() && bias.requires_grad();
+  request.mask_is_learned = mask.is_learned();
   request.training = at::GradMode::is_enabled() && (inputs_train || request.mask_is_learned || weight.requires_grad() ||
                                                     key_linear->weight.requires_grad() || value_linear->weight.requires_grad());
   request.gives_weights = options.attention_weights() != AttentionWeights::none;
@@ -174,6 +151,7 @@ PlanRequest CrossAttentionImpl::request(int64_t B, int64_t Lq, int64_t Lk, const
 }
 
 std::string CrossAttentionImpl::explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask) {
+  detail::check_module(kCrossAttention, *this);
   return xattn::explain(request(B, Lq, options.bias_kv() ? Lk : mask.needed_keys(Lk), mask, false));
 }
 

@@ -47,6 +47,27 @@ void check_count(size_t given, size_t expected) {
               given);
 }
 
+// Options that were changed since the module was made.
+void check_options(const DecoupledCrossAttentionImpl& module) {
+  detail::check_module(kDecoupled, *module.attention);
+  const auto& o = module.attention->options;
+  const auto& all = module.options.added();
+  check_value(all.size() == module.added_projections.size(), kDecoupled,
+              "options must fit the parameters, but name {} added contexts for {}.", all.size(),
+              module.added_projections.size());
+  const auto G = *o.kv_heads(), d = *o.head_dim(), e = *o.value_head_dim();
+  for (size_t i = 0; i < all.size(); ++i) {
+    const auto& added = all[i];
+    const auto& side = module.added_projections[i];
+    check_value(std::isfinite(added.scale()), kDecoupled, "added[{}].scale must be finite, but is {}.", i, added.scale());
+    const auto caller = caller_of(i);
+    detail::check_projection(caller, "key_linear", side->key_linear, added.dim_key(), G * d, side->options.key_bias());
+    detail::check_projection(caller, "value_linear", side->value_linear, added.dim_value(), G * e, side->options.value_bias());
+    const auto size = o.qk_norm_scope() == NormScope::per_head ? d : G * d;
+    detail::check_norm(caller, "key_norm", side->key_norm, o.qk_norm(), size, o.qk_norm_eps());
+  }
+}
+
 std::vector<Tensor> weights_of(const AddedProjection& side) {
   return detail::context_weights(side->key_linear, side->value_linear, side->key_norm);
 }
@@ -126,12 +147,14 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::forward(
 }
 
 Context DecoupledCrossAttentionImpl::context(const Tensor& key, const Tensor& value, const Mask& mask) {
+  check_options(*this);
   return attention->context(key, value, mask);
 }
 
 Context DecoupledCrossAttentionImpl::added_context(size_t index, const Tensor& key, const Tensor& value, const Mask& mask) {
   check_value(index < added_projections.size(), kDecoupled, "index must be below the number of added contexts, {}, but is {}.",
               added_projections.size(), index);
+  check_options(*this);
   auto& side = added_projections[index];
   const auto& heads = attention->options;
   detail::check_key_value(caller_of(index), key, value, mask, side->key_linear, side->value_linear, heads.num_heads());
@@ -145,6 +168,7 @@ Context DecoupledCrossAttentionImpl::added_context(size_t index, const Tensor& k
 std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& query,
                                                                const Context& context,
                                                                const std::vector<Context>& added) {
+  check_options(*this);
   auto& first = *attention;
   detail::check_query(kDecoupled, query, context, first.query_linear);
   check_count(added.size(), added_projections.size());

@@ -2,7 +2,6 @@
 #include <xattn/distributed.h>
 
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/exp.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -61,6 +60,18 @@ void set_query(LayerWeights& w, const std::vector<Tensor>& x) {
 void set_context(LayerWeights& w, const std::vector<Tensor>& x) {
   w.key = x[0], w.key_bias = x[1], w.value = x[2], w.value_bias = x[3];
   w.key_norm = with_parameters(w.key_norm, x[4], x[5]);
+}
+
+// What the options must be for several ranks; they may have been changed since the module was made.
+void check_options(const CrossAttentionImpl& module) {
+  detail::check_module(kContextParallel, module);
+  check_value(!module.options.bias_kv(), kContextParallel,
+              "module must have no bias_kv, whose free key belongs to no rank, but has one.");
+  const auto& plan = module.options.plan();
+  const auto ends_in_heads = [](Order order) { return order == Order::standard || order == Order::fold_into_query; };
+  check_value(!plan.pinned || (ends_in_heads(plan.orders.logits) && ends_in_heads(plan.orders.values)), kContextParallel,
+              "plan must be of orders that end in heads, standard and fold_into_query, but is {}, {}.",
+              name_of(plan.orders.logits), name_of(plan.orders.values));
 }
 
 // The cheapest for one rank: the output projection comes after the ranks have met, and folds with nothing.
@@ -147,13 +158,7 @@ int64_t SharedContext::bytes() const {
 ContextParallel::ContextParallel(CrossAttention module, c10::intrusive_ptr<c10d::ProcessGroup> group, Queries queries) {
   check_value(!module.is_empty(), kContextParallel, "module must be a CrossAttention, but is empty.");
   check_value(group.defined(), kContextParallel, "group must be a process group, but is null.");
-  check_value(!module->options.bias_kv(), kContextParallel,
-              "module must have no bias_kv, whose free key belongs to no rank, but has one.");
-  const auto& plan = module->options.plan();
-  const auto ends_in_heads = [](Order order) { return order == Order::standard || order == Order::fold_into_query; };
-  check_value(!plan.pinned || (ends_in_heads(plan.orders.logits) && ends_in_heads(plan.orders.values)), kContextParallel,
-              "plan must be of orders that end in heads, standard and fold_into_query, but is {}, {}.",
-              name_of(plan.orders.logits), name_of(plan.orders.values));
+  check_options(*module);
   state_ = std::make_shared<State>(State{std::move(module), c10::make_intrusive<detail::Ranks>(std::move(group)), queries});
 }
 
@@ -178,6 +183,7 @@ SharedContext ContextParallel::context(const Tensor& key,
   const auto& o = module.options;
   const auto expected = options.expected_queries;
   const auto lengths = exchange_lengths(key, "key", module.key_linear->weight.device(), *state_->ranks, [&] {
+    check_options(module);
     detail::check_key_value(kContextParallel, key, value, {}, module.key_linear, module.value_linear, o.num_heads());
   });
   auto Xk = batched(key), Xv = batched(value);
@@ -215,6 +221,7 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
               "context must be made by the ContextParallel that attends to it, but is another's.");
   const bool apart = state_->queries == Queries::own;
   const auto check = [&] {
+    check_options(module);
     detail::check_query(kContextParallel, query, c.stamp.is_batched(), context.batch_size(), module.query_linear);
     c.stamp.check_made_from(kContextParallel, module.context_weights());
   };
@@ -251,8 +258,9 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   how.weights = o.attention_weights() == AttentionWeights::none ? AttentionWeights::none : AttentionWeights::per_head;
   if (o.attention_weights() == AttentionWeights::per_head) how.weight_heads = o.weight_heads();
   how.log_sum_exp = true;
-  const auto part = detail::attend_heads(c.orders, weights, {}, Xq, c.side, how);
-  const auto merged = detail::merge(part.output, part.log_sum_exp, ranks);
+  Tensor largest;
+  const auto part = detail::attend_heads(c.orders, weights, {}, Xq, c.side, how, &largest);
+  const auto merged = detail::merge(part.output, part.log_sum_exp, largest, ranks);
 
   auto mixed = detail::merge_heads(merged.output.to(all.scalar_type()));  // [B, Lq, H * e]
   std::vector<Tensor> last = {weights.output, weights.output_bias};
@@ -265,9 +273,7 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   Tensor map;
   if (part.weights.defined()) {
     const at::NoGradGuard no_grad;
-    const auto whole = merged.log_sum_exp.masked_fill(at::isneginf(merged.log_sum_exp), 0);
-    const auto shares = at::exp(part.log_sum_exp - whole).unsqueeze(-1);  // [B, H, Lq, 1]
-    const auto share = detail::chosen_heads(shares, how.weight_heads);
+    const auto share = detail::chosen_heads(merged.share, how.weight_heads);
     map = (part.weights.detach() * share).narrow(-1, 0, c.own).to(part.weights.scalar_type());
     if (o.attention_weights() == AttentionWeights::mean) map = map.mean(1);
   }

@@ -59,13 +59,13 @@ int64_t mean_length(const std::vector<int64_t>& lengths) {
   return count == 0 ? 1 : std::max<int64_t>(1, (sum + count - 1) / count);
 }
 
-// The mask of a context for n queries of Lq rows, one behind the other.
-Mask for_queries(const Mask& mask, int64_t n, int64_t Lq, int64_t Lk, at::Device device) {
+// The mask of a context for n queries of Lq rows, one behind the other, for logits of this type.
+Mask for_queries(const Mask& mask, int64_t n, int64_t Lq, int64_t Lk, at::Device device, at::ScalarType type) {
   if (n == 1) return mask;
   const auto repeated = [n](const Tensor& x) { return x.size(2) == 1 ? x : x.repeat({1, 1, n, 1}); };
   Mask result;
   if (const auto keep = mask.keep(Lq, Lk, device); keep.defined()) result = Mask::dense(repeated(keep));
-  if (const auto bias = mask.additive(); bias.defined()) result = result & Mask::bias(repeated(bias));
+  if (const auto bias = mask.additive(type); bias.defined()) result = result & Mask::bias(repeated(bias));
   return result;
 }
 
@@ -76,8 +76,8 @@ std::tuple<Tensor, Tensor> as_given(const AttentionResult& result, bool is_batch
 
 // The same numbers in the same places.
 bool are_one(const Tensor& x, const Tensor& y) {
-  return x.is_same(y) ||
-         (x.is_alias_of(y) && x.storage_offset() == y.storage_offset() && x.sizes() == y.sizes() && x.strides() == y.strides());
+  return x.is_same(y) || (x.is_alias_of(y) && x.is_neg() == y.is_neg() && x.storage_offset() == y.storage_offset() &&
+                          x.sizes() == y.sizes() && x.strides() == y.strides());
 }
 
 // A call of a frozen layer: no gradients, and the type of its weights, whatever autocast says.
@@ -260,6 +260,7 @@ FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
 
 Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& options) {
   const at::NoGradGuard no_grad;
+  detail::check_module(kFrozen, module);
   CrossAttention copy(std::dynamic_pointer_cast<CrossAttentionImpl>(module.clone()));
   copy->eval();
   for (auto& parameter : copy->parameters()) parameter.requires_grad_(false);
@@ -411,13 +412,14 @@ std::tuple<Tensor, Tensor> Frozen::attend_with(const Tensor& query, const Frozen
   const auto rows = query.defined() ? Xq : state_->query.expand({c.B, -1, -1});
   const auto n = c.B > 0 ? rows.size(0) / c.B : 1;
   AttentionOptions how;
-  how.mask = for_queries(c.mask, n, Lq, c.Lk, rows.device());
+  how.mask = for_queries(c.mask, n, Lq, c.Lk, rows.device(), rows.scalar_type());
+  how.scale = options().scale();
   how.weights = wanted;
   how.weight_heads = options().weight_heads();
   auto result = detail::attend(c.orders, state_->weights, state_->products, rows.reshape({c.B, n * Lq, rows.size(2)}),
                                std::get<detail::Side>(c.side), how);
   result.output = result.output.view({c.B * n, Lq, result.output.size(2)});
-  if (wanted == AttentionWeights::mean) result.weights = result.weights.reshape({c.B * n, Lq, -1});
+  if (wanted == AttentionWeights::mean) result.weights = result.weights.reshape({c.B * n, Lq, result.weights.size(2)});
   if (wanted == AttentionWeights::per_head) {
     result.weights = result.weights.unflatten(2, {n, Lq}).transpose(1, 2).flatten(0, 1);
   }
@@ -444,8 +446,8 @@ Frozen CrossAttentionImpl::freeze() const {
   return freeze({});
 }
 
-Frozen CrossAttentionImpl::freeze(const FreezeOptions& options) const {
-  return Frozen(*this, options);
+Frozen CrossAttentionImpl::freeze(const FreezeOptions& how) const {
+  return Frozen(*this, how);
 }
 
 }  // namespace xattn

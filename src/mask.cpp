@@ -15,6 +15,7 @@
 #include <ATen/ops/lt.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/where.h>
+#include <c10/core/ScalarType.h>
 
 #include <algorithm>
 #include <limits>
@@ -43,6 +44,12 @@ at::Tensor with_four_axes(const at::Tensor& tensor, std::string_view name) {
               "{} must have shape [Lq, Lk], [B, Lq, Lk] or [B|1, H|1, Lq|1, Lk], but has {}.", name, shape_of(tensor));
   if (tensor.dim() == 2) return tensor.unsqueeze(0).unsqueeze(0);
   return tensor.dim() == 3 ? tensor.unsqueeze(1) : tensor;
+}
+
+// A sum of biases as logits of this type take it.
+at::Tensor in_type_of_logits(const at::Tensor& sum, at::ScalarType logits) {
+  if (logits == sum.scalar_type()) return sum;
+  return sum.masked_fill(at::eq(sum.detach().to(logits), kMinusInfinity), kMinusInfinity);
 }
 
 void check_bool(const at::Tensor& tensor, std::string_view name) {
@@ -79,7 +86,7 @@ Mask Mask::lengths(const at::Tensor& lengths, int64_t Lk) {
   Mask mask = key_padding(at::lt(places.unsqueeze(0), lengths.unsqueeze(1)));  // [B, Lk]
   mask.keep_.front().name = "lengths";
   if (lengths.is_cpu()) {
-    const auto numbers = lengths.to(at::kLong).contiguous();
+    const auto numbers = lengths.to(at::kLong).resolve_neg().contiguous();
     mask.keep_.front().lengths.assign(numbers.const_data_ptr<int64_t>(), numbers.const_data_ptr<int64_t>() + numbers.numel());
   }
   return mask;
@@ -95,7 +102,7 @@ Mask Mask::dense(const at::Tensor& keep) {
 Mask Mask::bias(const at::Tensor& bias) {
   check_floating(bias, "bias");
   Mask mask;
-  mask.bias_.push_back({"bias", with_four_axes(bias, "bias")});
+  mask.bias_.push_back({"bias", with_four_axes(bias.resolve_neg(), "bias")});  // kernels read its memory
   return mask;
 }
 
@@ -171,10 +178,24 @@ at::Tensor Mask::keep(int64_t Lq, int64_t Lk, at::Device device) const {
   return all;
 }
 
-at::Tensor Mask::additive() const {
+at::Tensor Mask::additive(std::optional<at::ScalarType> logits) const {
+  if (bias_.empty()) return {};
+  if (!logits) {
+    if (bias_.size() == 1) return bias_.front().tensor;
+    logits = at::kFloat;
+    for (const auto& part : bias_) logits = at::promote_types(*logits, part.tensor.scalar_type());
+  }
+  const auto wide = detail::wide_type(*logits);
   at::Tensor sum;
-  for (const auto& part : bias_) sum = sum.defined() ? at::add(sum, part.tensor) : part.tensor;
-  return sum;
+  for (const auto& part : bias_) {
+    const auto bias = part.tensor.to(wide);
+    sum = sum.defined() ? at::add(sum, bias) : bias;
+  }
+  return in_type_of_logits(sum, *logits);
+}
+
+bool Mask::is_learned() const {
+  return std::ranges::any_of(bias_, [](const Part& part) { return part.tensor.requires_grad(); });
 }
 
 bool Mask::may_have_empty_rows(int64_t Lq, int64_t Lk) const {
@@ -182,13 +203,14 @@ bool Mask::may_have_empty_rows(int64_t Lq, int64_t Lk) const {
   return Lk == 0 || !first_key_is_free;
 }
 
-at::Tensor Mask::empty_rows(int64_t Lq, int64_t Lk, at::Device device) const {
+at::Tensor Mask::empty_rows(int64_t Lq, int64_t Lk, at::Device device, std::optional<at::ScalarType> logits) const {
   if (!may_have_empty_rows(Lq, Lk)) return {};
+  if (Lk == 0) return at::ones({1, 1, 1, 1}, at::dtype(at::kBool).device(device));
   const auto allowed = keep(Lq, Lk, device);
   if (bias_.empty()) return at::logical_not(at::any(allowed, -1, /*keepdim=*/true));
-  const auto bias = additive().detach();
-  const auto logits = allowed.defined() ? at::where(allowed, bias, kMinusInfinity) : bias;
-  return at::eq(at::amax(logits, -1, /*keepdim=*/true), kMinusInfinity);
+  const auto bias = additive(logits).detach();
+  const auto all = allowed.defined() ? at::where(allowed, bias, kMinusInfinity) : bias;
+  return at::eq(at::amax(all, -1, /*keepdim=*/true), kMinusInfinity);
 }
 
 void Mask::check(
@@ -209,17 +231,20 @@ void Mask::check(
 Mask Mask::with_free_key(int64_t Lq, int64_t Lk, at::Device device) const {
   Mask mask;
   if (const auto allowed = keep(Lq, Lk, device); allowed.defined()) mask = dense(at::constant_pad_nd(allowed, {0, 1}, true));
-  if (const auto added = additive(); added.defined()) mask = mask & bias(at::constant_pad_nd(added, {0, 1}, 0));
+  for (const auto& part : bias_) mask = mask & bias(at::constant_pad_nd(part.tensor, {0, 1}, 0));
   return mask;
 }
 
 std::vector<int64_t> Mask::host_lengths() const {
   std::vector<int64_t> least;
   for (const auto& part : keep_) {
-    if (part.lengths.empty()) continue;
-    if (least.empty()) least = part.lengths;
-    if (least.size() == 1) least.resize(part.lengths.size(), least.front());
-    for (size_t b = 0; b < least.size(); ++b) least[b] = std::min(least[b], part.lengths[part.lengths.size() == 1 ? 0 : b]);
+    const auto& lengths = part.lengths;
+    if (lengths.empty()) continue;
+    if (least.empty()) least = lengths;
+    check_value(lengths.size() == 1 || least.size() == 1 || lengths.size() == least.size(), "mask",
+                "lengths must be of one batch size, but are of {} and of {}.", least.size(), lengths.size());
+    if (least.size() == 1) least.resize(lengths.size(), least.front());
+    for (size_t b = 0; b < least.size(); ++b) least[b] = std::min(least[b], lengths[lengths.size() == 1 ? 0 : b]);
   }
   return least;
 }
@@ -233,10 +258,15 @@ Mask Mask::without_lengths() const {
 int64_t Mask::needed_keys(int64_t Lk) const {
   const auto lengths = host_lengths();
   if (lengths.empty() || lower_right_) return Lk;
-  return std::max<int64_t>(1, *std::ranges::max_element(lengths));
+  return std::min(Lk, std::max<int64_t>(1, *std::ranges::max_element(lengths)));
 }
 
 Mask Mask::first_keys(int64_t Lk) const {
+  for (const auto* parts : {&keep_, &bias_}) {
+    for (const auto& part : *parts) {
+      check_value(0 <= Lk && Lk <= part.tensor.size(3), "mask", "Lk must lie in [0, {}], but is {}.", part.tensor.size(3), Lk);
+    }
+  }
   Mask cut = *this;
   std::erase_if(cut.keep_, [Lk](const Part& part) {  // says nothing of them
     return !part.lengths.empty() && std::ranges::all_of(part.lengths, [Lk](int64_t length) { return length >= Lk; });
@@ -251,6 +281,15 @@ Mask Mask::first_keys(int64_t Lk) const {
 }
 
 Mask Mask::shard(int64_t first, int64_t n, int64_t Lq, int64_t Lk, at::Device device) const {
+  check_value(Lq >= 0 && Lk >= 0, "mask", "Lq and Lk must not be negative, but are {} and {}.", Lq, Lk);
+  check_value(first >= 0 && n >= 0 && n <= Lk - first, "mask",
+              "keys [first, first + n) must lie in [0, {}), but are [{}, {} + {}).", Lk, first, first, n);
+  for (const auto* parts : {&keep_, &bias_}) {
+    for (const auto& each : *parts) {
+      check_value(each.tensor.size(3) == Lk, "mask", "{} must be for {} keys, but has shape {}.", each.name, Lk,
+                  shape_of(each.tensor));
+    }
+  }
   Mask part = *this;
   part.upper_left_ = part.lower_right_ = false;
   for (auto* parts : {&part.keep_, &part.bias_}) {
@@ -267,10 +306,14 @@ Mask Mask::shard(int64_t first, int64_t n, int64_t Lq, int64_t Lk, at::Device de
 }
 
 Mask Mask::slice(int64_t begin, int64_t end) const {
+  check_value(0 <= begin && begin <= end, "mask", "batch entries must be [begin, end), but are [{}, {}).", begin, end);
   Mask sliced = *this;
   for (auto* parts : {&sliced.keep_, &sliced.bias_}) {
     for (auto& part : *parts) {
-      if (part.tensor.size(0) > 1) part.tensor = part.tensor.narrow(0, begin, end - begin);
+      if (part.tensor.size(0) == 1) continue;
+      check_value(end <= part.tensor.size(0), "mask", "batch entries must lie in [0, {}), but are [{}, {}).",
+                  part.tensor.size(0), begin, end);
+      part.tensor = part.tensor.narrow(0, begin, end - begin);
       if (part.lengths.size() > 1) part.lengths = {part.lengths.begin() + begin, part.lengths.begin() + end};
     }
   }
@@ -278,23 +321,8 @@ Mask Mask::slice(int64_t begin, int64_t end) const {
 }
 
 Mask Mask::cat(const std::vector<std::pair<Mask, int64_t>>& masks) {
+  check_value(!masks.empty(), "mask", "masks must be at least one, but are none.");
   Mask joined = masks.front().first;
-  const auto join = [&](std::vector<Part> Mask::* parts) {
-    for (size_t i = 0; i < (joined.*parts).size(); ++i) {
-      std::vector<at::Tensor> tensors;
-      std::vector<int64_t> lengths;
-      for (const auto& [mask, B] : masks) {
-        const auto& part = (mask.*parts)[i];
-        tensors.push_back(part.tensor.expand({B, -1, -1, -1}));
-        for (int64_t b = 0; b < B && !part.lengths.empty(); ++b) {
-          lengths.push_back(part.lengths[part.lengths.size() == 1 ? 0 : static_cast<size_t>(b)]);
-        }
-      }
-      auto& part = (joined.*parts)[i];
-      part.tensor = at::cat(tensors);
-      part.lengths = std::move(lengths);
-    }
-  };
   const auto names = [](const Mask& mask) {
     std::vector<std::string_view> all;
     for (const auto& part : mask.keep_) all.emplace_back(part.name);
@@ -302,11 +330,43 @@ Mask Mask::cat(const std::vector<std::pair<Mask, int64_t>>& masks) {
     return all;
   };
   for (const auto& [mask, B] : masks) {
-    const bool alike =
-        names(mask) == names(joined) && mask.upper_left_ == joined.upper_left_ && mask.lower_right_ == joined.lower_right_;
+    const bool alike = names(mask) == names(joined) && mask.keep_.size() == joined.keep_.size() &&
+                       mask.upper_left_ == joined.upper_left_ && mask.lower_right_ == joined.lower_right_;
     check_value(alike, "mask", "masks must be built alike to be put behind each other, but are of {} and {}.",
                 detail::joined(names(joined), " and "), detail::joined(names(mask), " and "));
+    check_value(B >= 0, "mask", "a batch must not be negative, but is {}.", B);
   }
+  const auto join = [&](std::vector<Part> Mask::* parts) {
+    for (size_t i = 0; i < (joined.*parts).size(); ++i) {
+      int64_t H = 1, Lq = 1;
+      const auto first = (joined.*parts)[i];
+      for (const auto& [mask, B] : masks) {
+        const auto& tensor = (mask.*parts)[i].tensor;
+        check_value(tensor.size(0) == 1 || tensor.size(0) == B, "mask", "{} must fit its batch of {}, but has shape {}.",
+                    first.name, B, shape_of(tensor));
+        if (tensor.size(1) != 1) H = tensor.size(1);
+        if (tensor.size(2) != 1) Lq = tensor.size(2);
+      }
+      std::vector<at::Tensor> tensors;
+      std::vector<int64_t> lengths;
+      bool in_host_memory = true;  // all of the lengths
+      for (const auto& [mask, B] : masks) {
+        const auto& part = (mask.*parts)[i];
+        const auto& sizes = part.tensor.sizes();
+        check_value((sizes[1] == 1 || sizes[1] == H) && (sizes[2] == 1 || sizes[2] == Lq) && sizes[3] == first.tensor.size(3),
+                    "mask", "masks must be of one size to be put behind each other, but have shapes {} and {}.",
+                    shape_of(first.tensor), shape_of(part.tensor));
+        tensors.push_back(part.tensor.expand({B, H, Lq, -1}));
+        in_host_memory &= B == 0 || !part.lengths.empty();
+        for (int64_t b = 0; b < B && !part.lengths.empty(); ++b) {
+          lengths.push_back(part.lengths[part.lengths.size() == 1 ? 0 : static_cast<size_t>(b)]);
+        }
+      }
+      auto& part = (joined.*parts)[i];
+      part.tensor = at::cat(tensors);
+      part.lengths = in_host_memory ? std::move(lengths) : std::vector<int64_t>();
+    }
+  };
   join(&Mask::keep_);
   join(&Mask::bias_);
   return joined;

@@ -37,6 +37,8 @@ void NormImpl::pretty_print(std::ostream& stream) const {
 
 torch::Tensor NormImpl::forward(const torch::Tensor& x) {
   if (options.kind() == NormKind::none) return x;
+  detail::check_value(options.eps() >= 0 && weight.defined(), "norm",
+                      "options must fit the parameters, but kind or eps do not.");
   detail::check_value(x.dim() >= 1 && x.size(-1) == options.size(), "norm", "x must have shape [..., {}], but has {}.",
                       options.size(), detail::shape_of(x));
   const auto shape = at::IntArrayRef(options.size());

@@ -33,11 +33,11 @@ Tensor times_each_head(const Tensor& x, const Tensor& w) {
 }
 
 // x [B, H, Lq, a], y [B, a, b] -> [B, H, Lq, b]: all heads are rows of one product, in the order in which they lie in memory.
-Tensor times_shared(const Tensor& x, const Tensor& y) {
+Tensor times_shared(const Tensor& x, const Tensor& y, Tensor (*multiply)(const Tensor&, const Tensor&) = matrix_product) {
   const auto H = x.size(1), Lq = x.size(2);
   const auto rows_first = x.transpose(1, 2);  // [B, Lq, H, a]
-  if (!rows_first.is_contiguous()) return matrix_product(x.flatten(1, 2), y).unflatten(1, {H, Lq});
-  return matrix_product(rows_first.flatten(1, 2), y).unflatten(1, {Lq, H}).transpose(1, 2);
+  if (!rows_first.is_contiguous()) return multiply(x.flatten(1, 2), y).unflatten(1, {H, Lq});
+  return multiply(rows_first.flatten(1, 2), y).unflatten(1, {Lq, H}).transpose(1, 2);
 }
 
 // A parameter that the result does not depend on has the gradient zero, which an optimizer does not take for none.
@@ -106,7 +106,8 @@ std::pair<Tensor, Tensor> fold_into_context(const LayerWeights& w, const Tensor&
 std::pair<Tensor, Tensor> product_times(const LayerWeights& w, const Folded& product, const Tensor& key) {
   const auto B = key.size(0), Lk = key.size(1);
   const auto flat = product.weight.transpose(1, 2).flatten(0, 1);  // [H * Eq, Ek]
-  const auto keys = split_heads(project(key, flat, {}), w.H, w.query.size(1)).reshape({B, w.H * Lk, -1});
+  const auto Eq = w.query.size(1);
+  const auto keys = split_heads(project(key, flat, {}), w.H, Eq).reshape({B, w.H * Lk, Eq});
   Tensor bias;
   if (product.bias.defined()) bias = project(key, product.bias, {}).transpose(1, 2).reshape({B, 1, w.H * Lk});
   return {with_zero_gradient(keys, w.key_bias), bias};
@@ -114,7 +115,7 @@ std::pair<Tensor, Tensor> product_times(const LayerWeights& w, const Folded& pro
 
 // query [B, Lq, Eq], keys [B, H * Lk, Eq] -> [B, H, Lq, Lk]
 Tensor meet_folded(const LayerWeights& w, const Tensor& query, const Side& side) {
-  auto logits = matrix_product(query, side.keys.transpose(1, 2));  // [B, Lq, H * Lk]
+  auto logits = logits_product(query, side.keys.transpose(1, 2));  // [B, Lq, H * Lk]
   if (side.key_bias.defined()) logits = logits + side.key_bias;
   return logits.unflatten(2, {w.H, -1}).transpose(1, 2);
 }
@@ -124,10 +125,11 @@ Tensor logits_of(Order order, const LayerWeights& w, const Products& products, c
     case Order::standard: {
       const auto B = query.size(0), Lq = query.size(1), Lk = side.keys.size(2);
       const auto rows = (project_query(w, query) * w.scale).reshape({B, w.G, w.H / w.G * Lq, w.d});
-      return matrix_product(rows, side.keys.transpose(-2, -1)).view({B, w.H, Lq, Lk});
+      return logits_product(rows, side.keys.transpose(-2, -1)).view({B, w.H, Lq, Lk});
     }
-    case Order::fold_into_query: return times_shared(fold_into_query(w, query), side.keys.transpose(1, 2));
-    case Order::prefold: return times_shared(times_product(w, products.logits, query), side.keys.transpose(1, 2));
+    case Order::fold_into_query: return times_shared(fold_into_query(w, query), side.keys.transpose(1, 2), logits_product);
+    case Order::prefold:
+      return times_shared(times_product(w, products.logits, query), side.keys.transpose(1, 2), logits_product);
     case Order::fold_into_context:
     case Order::prefold_into_context: break;
   }
@@ -203,18 +205,20 @@ AttentionResult attend_apart(const Orders& orders,
                              const Products& products,
                              const Tensor& query,
                              const Side& side,
-                             const AttentionOptions& options) {
+                             const AttentionOptions& options,
+                             Tensor* largest = nullptr) {
+  const auto type = product_type(query);
   const auto logits = logits_of(orders.logits, w, products, query, side);  // [B, H, Lq, Lk]
-  auto [weights, log_sum_exp, empty_rows] = softmax_over_keys(logits, options.mask, options.log_sum_exp);
+  auto [weights, log_sum_exp, empty_rows] = softmax_over_keys(logits, type, options.mask, options.log_sum_exp, largest);
   if (log_sum_exp.defined() && w.key_bias.defined() && orders.logits == Order::fold_into_query) {
     log_sum_exp = log_sum_exp + logits_of_key_bias(w, query);
   }
   const auto dropped = options.dropout > 0 ? at::dropout(weights, options.dropout, /*train=*/true) : weights;
-  const auto mixing = dropped.to(logits.scalar_type());
+  const auto mixing = dropped.to(type);
   const auto sums = row_sums(mixing, empty_rows, options.dropout);
   const auto output = ends_in_heads(orders.values) ? mixed_of(orders.values, w, mixing, sums, side.values)
                                                    : output_of(orders.values, w, products, mixing, sums, side.values);
-  return {output, wanted_weights(weights, options, logits), log_sum_exp};
+  return {output, wanted_weights(weights, options, type), log_sum_exp};
 }
 
 }  // namespace
@@ -278,13 +282,15 @@ AttentionResult attend_heads(const Orders& orders,
                              const Products& products,
                              const Tensor& query,
                              const Side& side,
-                             const AttentionOptions& options) {
+                             const AttentionOptions& options,
+                             Tensor* largest) {
   if (orders == Orders{}) {
     auto how = options;
     if (w.bias_k.defined()) how.mask = options.mask.with_free_key(query.size(1), side.Lk, query.device());
-    return attention(project_query(w, query), side.keys, side.values, how);
+    const auto q = project_query(w, query);
+    return largest ? attention_by_largest(q, side.keys, side.values, how, largest) : attention(q, side.keys, side.values, how);
   }
-  return attend_apart(orders, w, products, query, side, options);
+  return attend_apart(orders, w, products, query, side, options, largest);
 }
 
 AttentionResult attend(const Orders& orders,

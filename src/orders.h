@@ -57,13 +57,15 @@ Side make_side(const Orders& orders,
                const at::Tensor& value);
 
 /// The same up to the output projection, for values in the standard order or folded into the query: output [B, H, Lq, e]. The
-/// log-sum-exp is that of the definition, with the bias of the keys, but for `prefold` of the logits.
+/// log-sum-exp is that of the definition, with the bias of the keys, but for `prefold` of the logits; with `largest`, which is not
+/// null then, relative to what that becomes: see `attention_by_largest`.
 AttentionResult attend_heads(const Orders& orders,
                              const LayerWeights& weights,
                              const Products& products,
                              const at::Tensor& query,
                              const Side& side,
-                             const AttentionOptions& options);
+                             const AttentionOptions& options,
+                             at::Tensor* largest = nullptr);
 
 /// How a call attends; `path` is not looked at where the order is not the standard one.
 /// query [B, Lq, Eq] -> output [B, Lq, Eo], weights and log-sum-exp as asked. A bias of the keys adds the same number to all

@@ -214,6 +214,8 @@ void check(const PlanRequest& r) {
                                    {"element", r.element}}) {
     check_value(size >= 1, kCaller, "{} must be at least 1, but is {}.", name, size);
   }
+  check_value(r.context_rows >= 0 || r.context_rows == PlanRequest::kKept, kCaller,
+              "context_rows must not be negative, or be kKept, but is {}.", r.context_rows);
   check_value(r.H % r.G == 0, kCaller, "H must be a multiple of G, but they are {} and {}.", r.H, r.G);
   check_value(r.rates.flops > 0 && r.rates.memory > 0 && r.rates.softmax > 0, kCaller,
               "rates must be above 0, but flops, memory and softmax are {}, {} and {}.", r.rates.flops, r.rates.memory,

@@ -7,6 +7,9 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/ScalarType.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/nn/functional/linear.h>
 
@@ -25,7 +28,7 @@ using engine::with_rows;
 namespace {
 
 constexpr int64_t kPackedBytes = 1 << 19;      // of a right side at a time: what a core's cache holds beside the left one,
-constexpr int64_t kNear = 1 << 20;             // if that has no more bytes than these
+constexpr int64_t kNearBytes = 1 << 20;        // if that has no more bytes than these
 constexpr int64_t kMorePackedBytes = 4 << 20;  // else: the left side comes from memory for each time anew
 constexpr int64_t kPackedRows = 1024;          // of a right side: those of a block that a product goes through at once
 constexpr int64_t kRowsOfATile = 14;
@@ -111,7 +114,7 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   const auto threads =
       at::in_parallel_region() ? 1 : std::clamp<int64_t>(operations / kOperationsOfATask, 1, at::get_num_threads());
   const bool has_many = has_many_rows(m, n, k);
-  const auto packed_bytes = 4 * m * k <= kNear && !has_many ? kPackedBytes : kMorePackedBytes;
+  const auto packed_bytes = 4 * m * k <= kNearBytes && !has_many ? kPackedBytes : kMorePackedBytes;
   const auto packed_rows = divided_up(k, std::max<int64_t>(1, divided_up(k, kPackedRows)));
   auto of_columns = divided_up(panels, std::max<int64_t>(1, packed_bytes / (4 * panel * std::max<int64_t>(1, packed_rows))));
   if (batches % threads != 0) of_columns = std::min(panels, divided_up(of_columns, threads) * threads);
@@ -197,6 +200,18 @@ RunsOn runs_on(const Tensor& weight) {
 
 Tensor matrix_product(const Tensor& a, const Tensor& b) {
   return run_on_kernels({a, b}) ? multiply_and_add(a, b, {}) : at::matmul(a, b);
+}
+
+at::ScalarType product_type(const Tensor& x) {
+  const auto device = x.device().type();
+  if (x.scalar_type() == at::kDouble || !at::autocast::is_autocast_enabled(device)) return x.scalar_type();
+  return at::autocast::get_autocast_dtype(device);
+}
+
+Tensor logits_product(const Tensor& a, const Tensor& b) {
+  if (!at::isReducedFloatingType(product_type(a))) return matrix_product(a, b);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return matrix_product(a.to(at::kFloat), b.to(at::kFloat));
 }
 
 Tensor project(const Tensor& x, const Tensor& weight, const Tensor& bias) {

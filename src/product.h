@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 #include <xattn/plan.h>
 
 #include <initializer_list>
@@ -18,6 +19,12 @@ RunsOn runs_on(const at::Tensor& weight);
 
 /// a [..., m, k], b [..., k, n] -> [..., m, n]; two to four axes, of equal sizes but for the last two.
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);
+
+/// The same for logits: half types are multiplied in float32, as their own might overflow, and keep too few digits of a logit.
+at::Tensor logits_product(const at::Tensor& a, const at::Tensor& b);
+
+/// The type of a product of x: that of x, or autocast's where that is on.
+at::ScalarType product_type(const at::Tensor& x);
 
 /// x [..., in], weight [out, in], bias [out] or undefined -> [..., out].
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);

@@ -24,7 +24,9 @@ void check_input(
   const auto& weight = projection->weight;
   check_value(x.defined() && (x.dim() == 2 || x.dim() == 3) && x.size(-1) == features, caller,
               "{} must have shape [B, {}, {}], but has {}.", name, length, features, shape_of(x));
-  if (at::autocast::is_autocast_enabled(x.device().type())) {
+  check_type(!x.is_meta() || x.device() != weight.device(), caller, "{} must hold numbers, but is on meta.", name);
+  const bool is_casted = !x.is_meta() && at::autocast::is_autocast_enabled(x.device().type());
+  if (is_casted) {
     check_type(x.is_floating_point(), caller, "{} must be of a floating point type, but is {}.", name, type_of(x));
   } else {
     check_type(x.scalar_type() == weight.scalar_type(), caller, "{} must be {}, the type of the parameters, but is {}.", name,
@@ -147,6 +149,71 @@ PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t ex
   request.Lq = many ? kRowsOfACall : std::clamp<int64_t>(expected_queries, 1, kRowsOfACall);
   request.context_rows = many ? PlanRequest::kKept : std::max<int64_t>(expected_queries, 1);
   return request;
+}
+
+void check_options(std::string_view caller, const CrossAttentionOptions& options) {
+  const auto check_positive = [caller](const char* name, int64_t size) {
+    check_value(size >= 1, caller, "{} must be at least 1, but is {}.", name, size);
+  };
+  check_positive("dim_query", options.dim_query());
+  check_positive("dim_key", options.dim_key());
+  check_positive("dim_value", options.dim_value());
+  check_positive("dim_output", options.dim_output());
+  check_positive("num_heads", options.num_heads());
+  const auto heads = options.num_heads(), kv_heads = options.kv_heads().value_or(heads);
+  check_positive("kv_heads", kv_heads);
+  check_value(heads % kv_heads == 0, caller, "num_heads must be a multiple of kv_heads, but they are {} and {}.", heads,
+              kv_heads);
+  check_value(options.head_dim() || options.dim_output() % heads == 0, caller,
+              "dim_output must be a multiple of num_heads, but they are {} and {}. Otherwise give head_dim.",
+              options.dim_output(), heads);
+  check_positive("head_dim", options.head_dim().value_or(1));
+  check_positive("value_head_dim", options.value_head_dim().value_or(1));
+  check_value(std::isfinite(options.scale().value_or(1)), caller, "scale must be finite, but is {}.",
+              options.scale().value_or(1));
+  check_value(options.dropout() >= 0 && options.dropout() <= 1, caller, "dropout must lie in [0, 1], but is {}.",
+              options.dropout());
+  for (const auto head : options.weight_heads()) {
+    check_value(head >= 0 && head < heads, caller, "weight_heads must be of the {} heads, but name {}.", heads, head);
+  }
+  check_value(options.qk_norm_eps() >= 0, caller, "qk_norm_eps must not be negative, but is {}.", options.qk_norm_eps());
+  check_value(options.qk_norm() != NormKind::none || options.qk_norm_scope() == NormScope::per_head, caller,
+              "qk_norm must be rms or layer for a qk_norm_scope of across_heads, but is none.");
+}
+
+void check_projection(
+    std::string_view caller, std::string_view name, const torch::nn::Linear& linear, int64_t in, int64_t out, bool has_bias) {
+  const auto& weight = linear->weight;
+  const bool fits = weight.dim() == 2 && weight.size(0) == out && weight.size(1) == in;
+  check_value(fits, caller, "options must fit the parameters, but say [{}, {}] for {}.weight, which has {}.", out, in, name,
+              shape_of(weight));
+  check_value(linear->bias.defined() == has_bias, caller,
+              "options must fit the parameters, but say {} bias for {}, which has {}.", has_bias ? "a" : "no", name,
+              has_bias ? "none" : "one");
+}
+
+void check_norm(std::string_view caller, std::string_view name, const Norm& norm, NormKind kind, int64_t size, double eps) {
+  const bool fits = norm ? norm->options.kind() == kind && norm->options.size() == size && norm->options.eps() == eps
+                         : kind == NormKind::none;
+  check_value(fits, caller, "options must fit the parameters, but say another kind, size or eps for {}.", name);
+}
+
+void check_module(std::string_view caller, const CrossAttentionImpl& module) {
+  const auto& o = module.options;
+  check_value(o.kv_heads() && o.head_dim() && o.value_head_dim() && o.scale(), caller,
+              "kv_heads, head_dim, value_head_dim and scale must keep a value, but one of them has none.");
+  check_options(caller, o);
+  check_plan(caller, {o.plan().pinned, o.plan().orders, {}}, request_of(o, 1, 1, 1));
+  const auto H = o.num_heads(), G = *o.kv_heads(), d = *o.head_dim(), e = *o.value_head_dim();
+  check_projection(caller, "query_linear", module.query_linear, o.dim_query(), H * d, o.query_bias());
+  check_projection(caller, "key_linear", module.key_linear, o.dim_key(), G * d, o.key_bias());
+  check_projection(caller, "value_linear", module.value_linear, o.dim_value(), G * e, o.value_bias());
+  check_projection(caller, "output_linear", module.output_linear, H * e, o.dim_output(), o.output_bias());
+  check_value(module.bias_k.defined() == o.bias_kv() && module.bias_v.defined() == o.bias_kv(), caller,
+              "options must fit the parameters, but say {} bias_kv.", o.bias_kv() ? "a" : "no");
+  const bool per_head = o.qk_norm_scope() == NormScope::per_head;
+  check_norm(caller, "query_norm", module.query_norm, o.qk_norm(), per_head ? d : H * d, o.qk_norm_eps());
+  check_norm(caller, "key_norm", module.key_norm, o.qk_norm(), per_head ? d : G * d, o.qk_norm_eps());
 }
 
 void check_plan(std::string_view caller, const PlanMode& plan, PlanRequest request) {

@@ -80,6 +80,19 @@ PlanRequest request_of(const CrossAttentionOptions& resolved, int64_t B, int64_t
 /// The same for a context that serves so many query rows in all (ContextOptions::expected_queries). Throws if they are negative.
 PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t expected_queries);
 
+/// Refuses what cannot be, in reading order. Options without a value have their defaults; for a plan see `check_plan`.
+void check_options(std::string_view caller, const CrossAttentionOptions& options);
+
+/// Refuses options that have been changed, since the module was made, to what cannot be or does not fit its parameters.
+void check_module(std::string_view caller, const CrossAttentionImpl& module);
+
+/// The same for one projection, by its name, of sizes and a bias that options say.
+void check_projection(
+    std::string_view caller, std::string_view name, const torch::nn::Linear& linear, int64_t in, int64_t out, bool has_bias);
+
+/// The same for a norm, which may be empty.
+void check_norm(std::string_view caller, std::string_view name, const Norm& norm, NormKind kind, int64_t size, double eps);
+
 /// Refuses orders that are illegal for such a layer, and rates that cannot be.
 void check_plan(std::string_view caller, const PlanMode& plan, PlanRequest request);
 

@@ -259,6 +259,124 @@ TEST_P(AttentionTest, RowWithoutKeysGivesZerosAndNoGradientInEveryType) {
   }
 }
 
+TEST_P(AttentionTest, ABiasThatIsMinusInfinityInTheTypeOfTheLogitsForbids) {
+  const auto floats = torch::dtype(torch::kDouble).device(device_);
+  for (const auto& [type, least] :
+       {std::pair(torch::kFloat, std::numeric_limits<double>::lowest()),
+        std::pair(torch::kHalf, double{std::numeric_limits<float>::lowest()}),
+        std::pair(torch::kBFloat16, double{std::numeric_limits<float>::lowest()}), std::pair(torch::kHalf, -1e9)}) {
+    const auto holes = torch::zeros({kLq, kLk}, floats)
+                           .index_fill(0, torch::tensor({2}, device_), least)
+                           .index_fill(1, torch::tensor({3}, device_), least);
+    for (const auto path : {AttentionPath::definition, AttentionPath::automatic, AttentionPath::fused}) {
+      for (const bool trains : {true, false}) {
+        const auto q = random({kB, kH, kLq, kD}, type).detach().requires_grad_(trains), k = random({kB, kH, kLk, kD}, type),
+                   v = random({kB, kH, kLk, kD}, type);
+        const at::AutoGradMode record(trains);
+        const auto result = attention(q, k, v, {.mask = Mask::bias(holes), .path = path});
+        EXPECT_TRUE(result.output.isfinite().all().item<bool>());
+        EXPECT_TRUE(result.output.select(2, 2).eq(0).all().item<bool>());
+        if (!trains) continue;
+        const auto gradients = torch::autograd::grad({result.output.sum()}, {q, k, v});
+        for (const auto& gradient : gradients) EXPECT_TRUE(gradient.isfinite().all().item<bool>());
+        EXPECT_TRUE(gradients[0].select(2, 2).eq(0).all().item<bool>());
+        EXPECT_TRUE(gradients[2].select(2, 3).eq(0).all().item<bool>());
+      }
+    }
+  }
+}
+
+// Beside such a bias a log-sum-exp keeps nothing of the number of keys. Parts of a context are of 1,024 and of 2,048 keys.
+TEST_P(AttentionTest, RowsOfVeryNegativeFiniteBiasesAreAveragesWithTheirGradients) {
+  for (const auto type : {torch::kDouble, torch::kFloat, torch::kBFloat16}) {
+    for (const int64_t Lk : {70, 2500, 8192}) {
+      for (const auto least : {-1e9, -1e30}) {
+        const auto mask = Mask::bias(torch::full({kLq, Lk}, least, torch::dtype(torch::kFloat).device(device_)));
+        const auto zeros = [&](int64_t L) { return torch::zeros({kB, kH, L, kD}, torch::dtype(type).device(device_)); };
+        const auto q = zeros(kLq).requires_grad_(), k = zeros(Lk).requires_grad_(), v = random({kB, kH, Lk, kD}, type);
+        const auto mean = v.detach().to(torch::kDouble).mean(2, /*keepdim=*/true).expand({kB, kH, kLq, kD});
+        for (const auto path : {AttentionPath::definition, AttentionPath::automatic, AttentionPath::fused}) {
+          const auto what = std::string(c10::toString(type)) + ", " + std::to_string(Lk) + " keys";
+          const auto output = attention(q, k, v, {.mask = mask, .path = path}).output;
+          const auto limit = tolerance(type, Lk);
+          expect_close(output, mean, limit, what + " output");
+          const auto gradients = torch::autograd::grad({output.sum()}, {q, k, v});
+          expect_close(gradients[2], torch::full_like(v, static_cast<double>(kLq) / static_cast<double>(Lk)), limit,
+                       what + " dv");
+        }
+      }
+    }
+  }
+}
+
+TEST_P(AttentionTest, Float16LogitsMayExceedItsLargestNumber) {
+  const auto options = torch::dtype(torch::kHalf).device(device_);
+  const auto q = torch::full({1, 1, 1, 1}, 300.0, options).requires_grad_();
+  const auto k = torch::tensor({299.0, 300.0, -300.0}, options).view({1, 1, 3, 1});
+  const auto v = torch::tensor({1.0, 2.0, 3.0}, options).view({1, 1, 3, 1});
+  for (const auto weights : {AttentionWeights::none, AttentionWeights::mean, AttentionWeights::per_head}) {
+    const auto result = attention(q, k, v, {.scale = 1.0, .weights = weights});
+    EXPECT_EQ(result.output.item<double>(), 2.0);
+    EXPECT_TRUE(torch::autograd::grad({result.output.sum()}, {q})[0].isfinite().all().item<bool>());
+  }
+}
+
+TEST_P(AttentionTest, ACausalMaskAloneIsExactAtAnyScale) {
+  for (const auto type : {torch::kDouble, torch::kFloat}) {
+    const auto q = random({kB, kH, kLq, kD}, type), k = random({kB, kH, kLq, kD}, type), v = random({kB, kH, kLq, kD}, type);
+    for (const double scale : {0.0, -0.5, 0.5}) {
+      AttentionOptions options{.mask = Mask::causal(CausalAlignment::upper_left), .scale = scale};
+      options.path = AttentionPath::definition;
+      const auto expected = attention(q, k, v, options).output;
+      options.path = AttentionPath::fused;
+      const auto found = attention(q, k, v, options).output;
+      const auto limit = tolerance(type, 2 * (kD + kLk));
+      expect_close(found, expected, limit, "output");
+      const auto gradients = torch::autograd::grad({found.sin().sum()}, {q, k, v});
+      const auto exact = torch::autograd::grad({expected.sin().sum()}, {q, k, v});
+      for (size_t i = 0; i < 3; ++i) {
+        EXPECT_TRUE((gradients[i] - exact[i]).abs().max().item<double>() <= 4 * limit * exact[2].abs().max().item<double>());
+      }
+    }
+  }
+}
+
+TEST_P(AttentionTest, ATensorGivenTwiceGetsEachOfItsGradientsOnce) {
+  const auto q = random({kB, kH, kLq, kD}), k = random({kB, kH, kLk, kD});
+  std::vector<std::vector<torch::Tensor>> all;
+  for (const auto path : {AttentionPath::definition, AttentionPath::fused}) {
+    const auto output = attention(q, k, k, {.path = path}).output, self = attention(k, k, k, {.path = path}).output;
+    const auto first = torch::autograd::grad({output.sin().sum() + self.cos().sum()}, {q, k}, {}, true, /*create_graph=*/true);
+    const auto second = torch::autograd::grad({first[0].sin().sum() + first[1].square().sum()}, {q, k});
+    all.push_back({first[0], first[1], second[0], second[1]});
+  }
+  for (size_t i = 0; i < 4; ++i) expect_close(all[1][i], all[0][i], 1e-12, "gradient " + std::to_string(i));
+}
+
+TEST_P(AttentionTest, TheLogSumExpGivesZeroToValuesThatAskAlone) {
+  if (!device_.is_cpu()) GTEST_SKIP() << "only the CPU kernel is asked for its log-sum-exp";
+  for (const auto type : {torch::kDouble, torch::kFloat}) {
+    const auto q = random({1, 2, 3, 4}, type).detach(), k = random({1, 2, 5, 4}, type).detach(), v = random({1, 2, 5, 4}, type);
+    const auto result = attention(q, k, v, {.log_sum_exp = true, .path = AttentionPath::fused});
+    EXPECT_TRUE(torch::autograd::grad({result.log_sum_exp.sum()}, {v}, {}, true)[0].eq(0).all().item<bool>());
+    const auto both = torch::autograd::grad({result.output.sum(), result.log_sum_exp.sum()}, {v}, {}, true)[0];
+    expect_close(both, torch::autograd::grad({result.output.sum()}, {v})[0], tolerance(type, 10), "both");
+  }
+}
+
+TEST_P(AttentionTest, NegatedViewsAreReadWithTheirSign) {
+  for (const auto type : kTypes) {
+    const auto q = random({kB, kH, kLq, kD}, type).detach(), k = random({kB, kH, kLk, kD}, type).detach(),
+               v = random({kB, kH, kLk, kD}, type).detach(), bias = random({kLq, kLk}, type).detach();
+    for (const auto path : {AttentionPath::definition, AttentionPath::fused}) {
+      const auto expected = attention(-q, -k, -v, {.mask = Mask::bias(-bias), .path = path}).output;
+      const auto found = attention(at::_neg_view(q), at::_neg_view(k), at::_neg_view(v),
+                                   {.mask = Mask::bias(at::_neg_view(bias)), .path = path});
+      EXPECT_TRUE(torch::allclose(found.output, expected, 0, tolerance(type, kD + kLk)));
+    }
+  }
+}
+
 TEST_P(AttentionTest, MaskedKeyHasNoInfluenceAndNoGradient) {
   const auto mask = Mask::lengths(torch::tensor({4, 6}), kLk).to(device_);
   for (const auto path : {AttentionPath::definition, AttentionPath::fused}) {
@@ -375,6 +493,11 @@ TEST_P(AttentionTest, RefusesBadInputByName) {
   EXPECT_EQ(type_error(q.to(torch::kLong), k, v), "[attention] q must be of a floating point type, but is int64.");
   EXPECT_EQ(type_error(q, k.to(torch::kFloat), v), "[attention] k must be float64, the type of q, but is float32.");
   EXPECT_EQ(type_error(q, k, v.to(torch::kHalf)), "[attention] v must be float64, the type of q, but is float16.");
+  EXPECT_EQ(value_error(q, k, v, AttentionOptions{.scale = kInfinity}), "[attention] scale must be finite, but is inf.");
+  EXPECT_EQ(value_error(q, k, v, AttentionOptions{.scale = std::nan("")}), "[attention] scale must be finite, but is nan.");
+  const auto on_meta = [](const torch::Tensor& x) { return x.to(torch::kMeta); };
+  EXPECT_EQ(type_error(on_meta(q), on_meta(k), on_meta(v)), "[attention] q must hold numbers, but is on meta.");
+  EXPECT_EQ(type_error(q, on_meta(k), v), "[attention] k must be on " + device_.str() + ", as q, but is on meta.");
   EXPECT_EQ(value_error(q, k, v, AttentionOptions{.dropout = 1.5}), "[attention] dropout must lie in [0, 1], but is 1.5.");
   EXPECT_EQ(value_error(q, k, v,
                         AttentionOptions{.mask = Mask::dense(torch::ones({3, 4}, torch::dtype(torch::kBool).device(device_)))}),

@@ -395,6 +395,26 @@ TEST_P(CrossAttentionBlockTest, AnyModuleMayLeaveTheMaskOut) {
   EXPECT_TRUE(std::get<0>(any.forward<Result>(query_, key_, value_, mask)).equal(output_of(block, mask)));
 }
 
+TEST_P(CrossAttentionBlockTest, ChangedOptionsAreRefusedWhereTheyDoNotFit) {
+  const auto refusal = [&](const auto& change) {
+    auto block = make(options());
+    change(*block);
+    return error_of<c10::ValueError>([&] { block->forward(query_, key_, value_); });
+  };
+  using Impl = CrossAttentionBlockImpl;
+  EXPECT_EQ(refusal([](Impl& m) { m.options.dropout(2); }), "[cross_attention_block] dropout must lie in [0, 1], but is 2.");
+  EXPECT_EQ(refusal([](Impl& m) { m.options.gate(BlockGate::scalar); }),
+            "[cross_attention_block] options must fit the parameters, but say another gate for attention_gate.");
+  EXPECT_EQ(refusal([](Impl& m) { m.options.norm_eps(1); }),
+            "[cross_attention_block] options must fit the parameters, but say another kind, size or eps for attention_norm.");
+  EXPECT_EQ(refusal([](Impl& m) { m.options.feed_forward(0); }),
+            "[cross_attention_block] options must fit the parameters, but say no feed_forward.");
+  EXPECT_EQ(refusal([](Impl& m) { m.options.feed_forward_glu(!m.options.feed_forward_glu()); }).substr(0, 80),
+            "[cross_attention_block] options must fit the parameters, but say a feed_forward_");
+  EXPECT_EQ(refusal([](Impl& m) { m.attention->options.dropout(-1); }),
+            "[cross_attention] dropout must lie in [0, 1], but is -1.");
+}
+
 TEST_P(CrossAttentionBlockTest, RefusesBadInputByName) {
   for (const auto placement : {NormPlacement::before, NormPlacement::after}) {
     auto block = make(options().norm_placement(placement));

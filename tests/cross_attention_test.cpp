@@ -375,6 +375,94 @@ TEST_P(CrossAttentionTest, AnyModuleMayLeaveTheMaskOut) {
   EXPECT_TRUE(masked_weights[0][0][1].eq(0).item<bool>());
 }
 
+TEST_P(CrossAttentionTest, ARowThatABiasForbidsIsTheOutputBiasForEveryRequest) {
+  for (const auto& [type, least] : {std::pair(torch::kFloat, std::numeric_limits<double>::lowest()),
+                                    std::pair(torch::kBFloat16, double{std::numeric_limits<float>::lowest()}),
+                                    std::pair(torch::kHalf, double{std::numeric_limits<float>::lowest()})}) {
+    const auto bias = torch::zeros({kLq, kLk}, torch::dtype(torch::kDouble).device(device_))
+                          .index_fill(0, torch::tensor({1}, device_), least);
+    for (const auto wanted : {AttentionWeights::none, AttentionWeights::mean, AttentionWeights::per_head}) {
+      for (const bool trains : {true, false}) {
+        auto module = make(options_.attention_weights(wanted));
+        module->to(type);
+        module->train(trains);
+        const at::AutoGradMode record(trains);
+        const auto [output, weights] = module->forward(query_.to(type), key_.to(type), value_.to(type), Mask::bias(bias));
+        EXPECT_TRUE(output.isfinite().all().item<bool>());
+        EXPECT_TRUE(output.select(1, 1).equal(module->output_linear->bias.expand({kB, 16})));
+        if (weights.defined()) {
+          EXPECT_TRUE(weights.select(-2, 1).eq(0).all().item<bool>());
+        }
+        if (!trains) continue;
+        output.sum().backward();
+        for (const auto& parameter : module->parameters()) EXPECT_TRUE(parameter.grad().isfinite().all().item<bool>());
+      }
+    }
+  }
+}
+
+TEST_P(CrossAttentionTest, EmptyContextsGiveTheOutputBiasAndNoGradientInEveryOrder) {
+  for (const auto logits : kAllOrders) {
+    for (const auto values : kAllOrders) {
+      SCOPED_TRACE(std::string(name_of(logits)) + ", " + std::string(name_of(values)));
+      auto module = make(options_.plan(PlanMode::pin({logits, values})));
+      for (const int64_t B : {0, 2}) {
+        for (const int64_t Lk : {0, 6}) {
+          const auto [output, weights] = module->forward(random({B, kLq, 8}), random({B, Lk, 12}), random({B, Lk, 10}));
+          EXPECT_EQ(output.sizes(), (std::vector<int64_t>{B, kLq, 16}));
+          if (Lk > 0) continue;
+          EXPECT_TRUE(output.equal(module->output_linear->bias.expand({B, kLq, 16})));
+          module->zero_grad();
+          output.sum().backward();
+          EXPECT_TRUE(module->value_linear->bias.grad().eq(0).all().item<bool>());
+        }
+      }
+    }
+  }
+}
+
+TEST_P(CrossAttentionTest, ChangedOptionsActOrAreRefused) {
+  const auto refusal = [&](const auto& change) {
+    auto module = make(options_);
+    change(module->options);
+    const auto context = make(options_)->context(key_, value_);
+    const auto text = error_of<c10::ValueError>([&] { module->forward(query_, key_, value_); });
+    EXPECT_EQ(error_of<c10::ValueError>([&] { module->context(key_, value_); }), text);
+    EXPECT_EQ(error_of<c10::ValueError>([&] { module->attend(query_, context); }), text);
+    EXPECT_EQ(error_of<c10::ValueError>([&] { module->explain(1, 1, 1); }), text);
+    return text;
+  };
+  using Options = CrossAttentionOptions;
+  EXPECT_EQ(refusal([](Options& o) { o.weight_heads({0, 1}); }),
+            "[cross_attention] weight_heads must be of the 1 heads, but name 1.");
+  EXPECT_EQ(refusal([](Options& o) { o.dropout(-1); }), "[cross_attention] dropout must lie in [0, 1], but is -1.");
+  EXPECT_EQ(refusal([](Options& o) { o.scale(kInfinity); }), "[cross_attention] scale must be finite, but is inf.");
+  EXPECT_EQ(refusal([](Options& o) { o.scale(std::nullopt); }),
+            "[cross_attention] kv_heads, head_dim, value_head_dim and scale must keep a value, but one of them has none.");
+  EXPECT_EQ(refusal([](Options& o) { o.num_heads(3).kv_heads(3); }),
+            "[cross_attention] options must fit the parameters, but say [48, 8] for query_linear.weight, which has [16, 8].");
+  EXPECT_EQ(refusal([](Options& o) { o.query_bias(false); }),
+            "[cross_attention] options must fit the parameters, but say no bias for query_linear, which has one.");
+  EXPECT_EQ(refusal([](Options& o) { o.bias_kv(true); }),
+            "[cross_attention] options must fit the parameters, but say a bias_kv.");
+  EXPECT_EQ(refusal([](Options& o) { o.qk_norm(NormKind::rms); }),
+            "[cross_attention] options must fit the parameters, but say another kind, size or eps for query_norm.");
+  auto normed = make(Options(options_).qk_norm(NormKind::rms));
+  normed->options.plan(PlanMode::pin({Order::prefold, Order::standard}));
+  EXPECT_EQ(
+      error_of<c10::ValueError>([&] { normed->forward(query_, key_, value_); }),
+      "[cross_attention] plan must be of legal orders, but prefold, standard is not: a norm of the query stands behind Wq.");
+
+  auto module = make(options_), other = make(Options(options_).scale(0.25));
+  module->options.scale(0.25).attention_weights(AttentionWeights::per_head).weight_heads({0});
+  for (const auto& parameter : other->named_parameters()) {
+    parameter.value().detach().copy_(module->named_parameters()[parameter.key()]);
+  }
+  const auto [output, weights] = module->forward(query_, key_, value_);
+  EXPECT_TRUE(output.equal(std::get<0>(other->forward(query_, key_, value_))));
+  EXPECT_EQ(weights.sizes(), (std::vector<int64_t>{kB, 1, kLq, kLk}));
+}
+
 TEST_P(CrossAttentionTest, RefusesBadInputByName) {
   auto module = make(options_);
   const auto value_error = [&](const auto&... arguments) {
@@ -401,6 +489,14 @@ TEST_P(CrossAttentionTest, RefusesBadInputByName) {
             "[cross_attention] key must be float64, the type of the parameters, but is float16.");
   EXPECT_EQ(value_error(query_, key_, value_, Mask::lengths(torch::tensor({3, 4}), 5).to(device_)),
             "[cross_attention] mask (lengths) must fit [B, H, Lq, Lk] = [2, 1, Lq, 6], but has [2, 1, 1, 5].");
+  EXPECT_EQ(type_error(query_.to(torch::kMeta), key_, value_),
+            "[cross_attention] query must be on " + device_.str() + ", as the parameters, but is on meta.");
+  EXPECT_EQ(type_error(query_, key_.to(torch::kMeta), value_),
+            "[cross_attention] key must be on " + device_.str() + ", as the parameters, but is on meta.");
+  EXPECT_EQ(type_error(query_, key_, value_, Mask::bias(torch::zeros({kLq, kLk}, torch::kMeta))),
+            "[cross_attention] mask (bias) must be on " + device_.str() + ", as the inputs, but is on meta.");
+  EXPECT_EQ(value_error(query_, key_, value_, Mask::bias(random({3, 6})) & Mask::bias(random({2, 6}))),
+            "[cross_attention] mask (bias) must fit [B, H, Lq, Lk] = [2, 1, 4, 6], but has [1, 1, 3, 6].");
   EXPECT_EQ(value_error(query_, key_, value_, Mask::bias(random({3, 6}))),
             "[cross_attention] mask (bias) must fit [B, H, Lq, Lk] = [2, 1, 4, 6], but has [1, 1, 3, 6].");
   if (!device_.is_cpu()) {

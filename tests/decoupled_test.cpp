@@ -340,6 +340,21 @@ TEST_P(DecoupledTest, AnyModuleMayLeaveTheMaskOut) {
   EXPECT_TRUE(output.equal(std::get<0>(module->forward(query_, key_, value_, {image_}))));
 }
 
+TEST_P(DecoupledTest, ChangedOptionsActOrAreRefused) {
+  const auto refusal = [&](const auto& change) {
+    auto module = make();
+    change(*module);
+    return error_of<c10::ValueError>([&] { module->forward(query_, key_, value_, {image_}); });
+  };
+  using Impl = DecoupledCrossAttentionImpl;
+  EXPECT_EQ(refusal([](Impl& m) { m.options.added()[0].scale(kInfinity); }),
+            "[decoupled_cross_attention] added[0].scale must be finite, but is inf.");
+  EXPECT_EQ(refusal([](Impl& m) { m.options.added().clear(); }),
+            "[decoupled_cross_attention] options must fit the parameters, but name 0 added contexts for 1.");
+  EXPECT_EQ(refusal([](Impl& m) { m.attention->options.weight_heads({4}); }),
+            "[decoupled_cross_attention] weight_heads must be of the 4 heads, but name 4.");
+}
+
 TEST_P(DecoupledTest, RefusesBadInputByName) {
   auto module = make();
   const auto value_error = [&](const Tensor& query, const KeyValue& image) {

@@ -532,6 +532,95 @@ TEST_F(FrozenTest, WhatTheKernelsCannotDoRunsOnOperators) {
   expect_close(p, weights, 1e-5, "weights");
 }
 
+TEST_F(FrozenTest, OperatorsKeepTheScaleOfTheModule) {
+  for (const bool bias_kv : {true, false}) {
+    for (const auto type : {torch::kFloat, torch::kDouble, torch::kBFloat16, torch::kHalf}) {
+      CrossAttention module(CrossAttentionOptions(8, 12, 10, 16).num_heads(4).bias_kv(bias_kv).scale(3));
+      module->to(type);
+      const Inputs x = {torch::randn({2, 3, 8}).to(type), torch::randn({2, 5, 12}).to(type), torch::randn({2, 5, 10}).to(type)};
+      const auto [output, weights] = exact(module, x, {});
+      const auto frozen = module->freeze({.plan = PlanMode::standard});
+      const auto [y, p] = frozen.forward(x.query, x.key, x.value);
+      const auto limit = type == torch::kFloat ? 1e-5 : tolerance(type, 60);
+      expect_close(y, output, limit, std::string("output in ") + c10::toString(type));
+      expect_close(p, weights, limit, std::string("weights in ") + c10::toString(type));
+    }
+  }
+}
+
+TEST_F(FrozenTest, EmptyAxesGiveEmptyResultsOrTheBiasOfTheOutput) {
+  for (const auto type : {torch::kFloat, torch::kDouble}) {  // on kernels, and on operators
+    for (const auto wanted : {AttentionWeights::none, AttentionWeights::mean, AttentionWeights::per_head}) {
+      auto module = make(kLayers[1]);
+      module->options.attention_weights(wanted);
+      module->to(type);
+      for (const auto& [B, Lq, Lk] : {std::tuple(0, 3, 4), std::tuple(2, 0, 4), std::tuple(2, 3, 0), std::tuple(0, 0, 0)}) {
+        const auto& l = kLayers[1];
+        const Inputs x = {torch::randn({B, Lq, l.Eq}).to(type), torch::randn({B, Lk, l.Ek}).to(type),
+                          torch::randn({B, Lk, l.Ev}).to(type)};
+        for_each_pair([&](const Orders& orders) {
+          for (const auto& mask : {Mask(), Mask::lengths(torch::zeros({B}, torch::kLong), Lk)}) {
+            const auto results = results_of(module->freeze({.plan = PlanMode::pin(orders)}), x, mask);
+            for (const size_t i : {0, 2}) {
+              EXPECT_EQ(results[i].sizes(), (std::vector<int64_t>{B, Lq, l.Eo}));
+              if (Lk == 0) {
+                EXPECT_TRUE(results[i].equal(module->output_linear->bias.expand({B, Lq, l.Eo})));
+              }
+              if (wanted == AttentionWeights::mean) {
+                EXPECT_EQ(results[i + 1].sizes(), (std::vector<int64_t>{B, Lq, Lk}));
+              }
+            }
+          }
+        });
+      }
+    }
+  }
+}
+
+TEST_F(FrozenTest, NegatedViewsAreReadWithTheirSign) {
+  const auto& layer = kLayers[1];
+  const auto bias = torch::randn({1, layer.H, 5, 37});
+  for (const auto type : {torch::kFloat, torch::kDouble}) {
+    auto module = make(layer);
+    module->to(type);
+    const auto x = inputs_of(layer, 3, 5, 37);
+    const Inputs negated = {at::_neg_view(x.query.to(type)), at::_neg_view(x.key.to(type)), at::_neg_view(x.value.to(type))};
+    const Inputs plain = {-x.query.to(type), -x.key.to(type), -x.value.to(type)};
+    const auto b = bias.to(type);
+    for_each_pair([&](const Orders& orders) {
+      const auto frozen = module->freeze({.plan = PlanMode::pin(orders)});
+      const auto expected = results_of(frozen, plain, Mask::bias(-b)),
+                 found = results_of(frozen, negated, Mask::bias(at::_neg_view(b)));
+      for (size_t i = 0; i < expected.size(); ++i) EXPECT_TRUE(found[i].equal(expected[i])) << i;
+    });
+  }
+  // A key and its negated view share their memory, and are not one tensor.
+  CrossAttention module(CrossAttentionOptions(8, 12, 12, 16));
+  const auto frozen = module->freeze({.plan = PlanMode::pin({Order::fold_into_query, Order::fold_into_query})});
+  const auto query = torch::randn({2, 3, 8}), key = torch::randn({2, 5, 12});
+  const auto expected = std::get<0>(frozen.attend(query, frozen.context(key, -key)));
+  EXPECT_TRUE(std::get<0>(frozen.attend(query, frozen.context(key, at::_neg_view(key)))).equal(expected));
+}
+
+TEST_F(FrozenTest, RowsOfVeryNegativeFiniteBiasesAreAverages) {
+  for (const int64_t Lk : {70, 5000}) {  // a long context is gone through in parts, or is read once, share by share
+    for (const int64_t Lq : {1, 40}) {
+      CrossAttention module(CrossAttentionOptions(8, 200, 200, 200).num_heads(2).attention_weights(AttentionWeights::none));
+      const auto query = torch::randn({1, Lq, 8}), context = torch::randn({1, Lk, 200});
+      for (const double least : {-1e9, -1e30}) {
+        const auto mask = Mask::bias(torch::full({Lq, Lk}, least));
+        const torch::NoGradGuard no_grad;
+        const auto mean = module->output_linear(module->value_linear(context.mean(1, /*keepdim=*/true))).expand({1, Lq, 200});
+        for_each_pair([&](const Orders& orders) {
+          if (least == -1e9 && Lk * Lq > 5000) return;  // one of two will do
+          const auto frozen = module->freeze({.plan = PlanMode::pin(orders)});
+          expect_close(std::get<0>(frozen.forward(query, context, context, mask)), mean, 1e-5, std::to_string(Lk) + " keys");
+        });
+      }
+    }
+  }
+}
+
 TEST_F(FrozenTest, NormsRunOnTheKernelsInEveryOrderTheyAllow) {
   for (const auto kind : {NormKind::rms, NormKind::layer}) {
     for (const auto scope : {NormScope::per_head, NormScope::across_heads}) {
@@ -611,6 +700,13 @@ TEST_F(FrozenTest, RefusesBadInputByName) {
             "[frozen] query must have shape [Lq, 8], but has [3, 9].");
   EXPECT_EQ(error_of<c10::ValueError>([&] { frozen.context(x.key, x.value, {}, {.expected_queries = -7}); }),
             "[frozen] expected_queries must not be negative, but is -7.");
+  EXPECT_EQ(error_of<c10::TypeError>([&] { frozen.forward(x.query.to(torch::kMeta), x.key, x.value); }),
+            "[frozen] query must be on cpu, as the parameters, but is on meta.");
+  EXPECT_EQ(error_of<c10::TypeError>([&] { frozen.context(x.key.to(torch::kMeta), x.value); }),
+            "[frozen] key must be on cpu, as the parameters, but is on meta.");
+  auto changed = make(kLayers[0]);
+  changed->options.weight_heads({1});
+  EXPECT_EQ(error_of<c10::ValueError>([&] { changed->freeze(); }), "[frozen] weight_heads must be of the 1 heads, but name 1.");
   EXPECT_EQ(error_of<c10::ValueError>([&] { context.slice(1, 3); }), "[frozen] slice must lie in [0, 2], but is [1, 3).");
   const auto raw = module->freeze({.plan = PlanMode::pin({Order::fold_into_query, Order::fold_into_query})});
   const auto for_few = raw.context(x.key, x.value, {}, {.expected_queries = 1}), for_many = raw.context(x.key, x.value);

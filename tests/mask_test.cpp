@@ -80,6 +80,63 @@ TEST(MaskTest, AndKeepsWhatBothAllowAndAddsBiases) {
   EXPECT_TRUE(mask.additive().equal(a + b));
 }
 
+TEST(MaskTest, BiasesAreAddedUpInTheTypeOfTheLogits) {
+  const auto a = torch::randn({4, 5}).to(torch::kBFloat16), b = torch::randn({4, 5}).to(torch::kBFloat16);
+  const auto mask = Mask::bias(a) & Mask::bias(b);
+  for (const auto type : {torch::kFloat, torch::kDouble}) {
+    EXPECT_TRUE(mask.additive(type).equal((a.to(type) + b.to(type)).view({1, 1, 4, 5}))) << type;
+  }
+  EXPECT_EQ(mask.additive(torch::kBFloat16).scalar_type(), torch::kFloat);
+  EXPECT_TRUE(mask.additive(torch::kBFloat16).equal(mask.additive(torch::kFloat)));
+}
+
+TEST(MaskTest, ABiasForbidsWhereItIsMinusInfinityInTheTypeOfTheLogits) {
+  const auto mask = Mask::bias(torch::tensor({{std::numeric_limits<double>::lowest(), -1e9}, {-1e9, -1e9}}, torch::kDouble));
+  const auto forbidden = [&](at::ScalarType type) { return mask.additive(type).isneginf().view({2, 2}); };
+  const auto empty = [&](at::ScalarType type) { return mask.empty_rows(2, 2, torch::kCPU, type).view({2}); };
+  EXPECT_TRUE(forbidden(torch::kDouble).equal(table({{0, 0}, {0, 0}})));
+  EXPECT_TRUE(forbidden(torch::kFloat).equal(table({{1, 0}, {0, 0}})));
+  EXPECT_TRUE(forbidden(torch::kHalf).equal(table({{1, 1}, {1, 1}})));
+  EXPECT_TRUE(empty(torch::kFloat).equal(torch::tensor({false, false})));
+  EXPECT_TRUE(empty(torch::kHalf).equal(torch::tensor({true, true})));
+  EXPECT_TRUE(mask.empty_rows(2, 0, torch::kCPU).item<bool>());
+}
+
+TEST(MaskTest, RefusesSizesAndBatchesThatCannotBe) {
+  const auto lengths = Mask::lengths(torch::tensor({2, 3}), 5), others = Mask::lengths(torch::tensor({1, 2, 3}), 5);
+  const auto error = [](const auto& call) { return error_of<c10::ValueError>(call); };
+  EXPECT_EQ(error([] { Mask::cat({}); }), "[mask] masks must be at least one, but are none.");
+  EXPECT_EQ(error([&] { (lengths & others).needed_keys(5); }),
+            "[mask] lengths must be of one batch size, but are of 2 and of 3.");
+  EXPECT_EQ(error([&] { (others & lengths).host_lengths(); }),
+            "[mask] lengths must be of one batch size, but are of 3 and of 2.");
+  EXPECT_EQ(error([&] { Mask::cat({{lengths, 3}}); }), "[mask] lengths must fit its batch of 3, but has shape [2, 1, 1, 5].");
+  EXPECT_EQ(error([&] { Mask::cat({{lengths, 2}, {Mask::lengths(torch::tensor({1}), 4), 1}}); }),
+            "[mask] masks must be of one size to be put behind each other, but have shapes [2, 1, 1, 5] and [1, 1, 1, 4].");
+  EXPECT_EQ(error([&] { Mask::cat({{lengths, -1}}); }), "[mask] a batch must not be negative, but is -1.");
+  EXPECT_EQ(error([&] { lengths.shard(0, -1, 2, 5, torch::kCPU); }),
+            "[mask] keys [first, first + n) must lie in [0, 5), but are [0, 0 + -1).");
+  EXPECT_EQ(error([&] { lengths.shard(-1, 2, 2, 5, torch::kCPU); }),
+            "[mask] keys [first, first + n) must lie in [0, 5), but are [-1, -1 + 2).");
+  EXPECT_EQ(error([&] { lengths.shard(3, 3, 2, 5, torch::kCPU); }),
+            "[mask] keys [first, first + n) must lie in [0, 5), but are [3, 3 + 3).");
+  EXPECT_EQ(error([] { Mask::causal(CausalAlignment::upper_left).shard(0, 1, -2, 5, torch::kCPU); }),
+            "[mask] Lq and Lk must not be negative, but are -2 and 5.");
+  EXPECT_EQ(error([&] { lengths.first_keys(6); }), "[mask] Lk must lie in [0, 5], but is 6.");
+  EXPECT_EQ(error([&] { lengths.slice(1, 3); }), "[mask] batch entries must lie in [0, 2), but are [1, 3).");
+  EXPECT_EQ(error([&] { lengths.slice(1, 0); }), "[mask] batch entries must be [begin, end), but are [1, 0).");
+}
+
+TEST(MaskTest, MasksOfOneKindArePutBehindEachOther) {
+  const auto one = Mask::bias(torch::randn({1, 2, 1, 5})), each = Mask::bias(torch::randn({2, 1, 4, 5}));
+  const auto joined = Mask::cat({{one, 3}, {each, 2}});
+  const auto all = torch::cat({one.additive().expand({3, 2, 4, 5}), each.additive().expand({2, 2, 4, 5})});
+  EXPECT_TRUE(joined.additive().equal(all));
+  const auto lengths = Mask::cat({{Mask::lengths(torch::tensor({2}), 5), 2}, {Mask::lengths(torch::tensor({0, 4}), 5), 2}});
+  EXPECT_EQ(lengths.host_lengths(), (std::vector<int64_t>{2, 2, 0, 4}));
+  EXPECT_EQ(Mask::lengths(at::_neg_view(torch::tensor({-2, -4})), 6).host_lengths(), (std::vector<int64_t>{2, 4}));
+}
+
 TEST(MaskTest, BroadcastsWithoutCopying) {
   const auto valid = torch::ones({2, 5}, torch::kBool);
   EXPECT_EQ(Mask::key_padding(valid).keep(1000, 5, torch::kCPU).data_ptr(), valid.data_ptr());
@@ -180,6 +237,7 @@ TEST(MaskTest, HostLengthsSayWhichKeysNobodyNeeds) {
   EXPECT_EQ(lengths.needed_keys(6), 4);
   EXPECT_EQ(Mask::lengths(torch::tensor({0, 0}), 6).needed_keys(6), 1);
   EXPECT_EQ(Mask().needed_keys(6), 6);
+  EXPECT_EQ(Mask::lengths(torch::tensor({0, 0}), 0).needed_keys(0), 0);
   EXPECT_EQ(Mask::key_padding(torch::ones({2, 6}, torch::kBool)).needed_keys(6), 6);
   EXPECT_EQ((lengths & Mask::causal(CausalAlignment::upper_left)).needed_keys(6), 4);
   EXPECT_EQ((lengths & Mask::causal(CausalAlignment::lower_right)).needed_keys(6), 6);

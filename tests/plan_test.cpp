@@ -364,6 +364,10 @@ TEST(PlanTest, RefusesSizesThatCannotBe) {
   r.Lq = -1;
   EXPECT_EQ(error_of<c10::ValueError>([&] { make_plan(r); }), "[plan] Lq must not be negative, but is -1.");
   r.Lq = 1;
+  r.context_rows = -2;
+  EXPECT_EQ(error_of<c10::ValueError>([&] { make_plan(r); }),
+            "[plan] context_rows must not be negative, or be kKept, but is -2.");
+  r.context_rows = PlanRequest::kKept;
   r.G = 3;
   EXPECT_EQ(error_of<c10::ValueError>([&] { make_plan(r); }), "[plan] H must be a multiple of G, but they are 4 and 3.");
   r.G = 4;

@@ -34,8 +34,8 @@ namespace xattn {
 /// Shapes, types, errors and thread safety are those of `CrossAttention`; under autocast the output has the query's type.
 class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAttentionBlockImpl> {
  public:
-  explicit CrossAttentionBlockImpl(const CrossAttentionOptions& attention)
-      : CrossAttentionBlockImpl(CrossAttentionBlockOptions(attention)) {}
+  explicit CrossAttentionBlockImpl(const CrossAttentionOptions& attention_)
+      : CrossAttentionBlockImpl(CrossAttentionBlockOptions(attention_)) {}
 
   /// Throws c10::ValueError, with the reason, for a combination of options that cannot be.
   explicit CrossAttentionBlockImpl(const CrossAttentionBlockOptions& options_);

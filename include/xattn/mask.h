@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 #include <xattn/export.h>
 
 #include <cstdint>
@@ -22,7 +23,12 @@ enum class CausalAlignment {
 ///
 /// A mask broadcasts: axes of size 1 stand for every batch entry, head or query, and are never copied. Masks combine by `&`:
 /// a key must be allowed by both, biases add up. A query row with no key left gives a zero row in the weights and before the
-/// output projection, and no gradient. A masked key of finite content has no influence; NaN or infinity under a mask may spread,
+/// output projection, and no gradient, on every path.
+///
+/// A bias is read in the type of the logits, which is that of the projected queries (under autocast, autocast's): biases are
+/// added up in float32, or in float64 for float64, and a sum that is -inf in the logits' type forbids its key. So float64's
+/// lowest number forbids a key of a float32 layer, and -1e9 one of a float16 layer; a number that stays finite, as -1e9 in
+/// float32, does not forbid: a row of nothing else is an average over its keys. A masked key of finite content has no influence; NaN or infinity under a mask may spread,
 /// as in PyTorch, because zero times NaN is NaN.
 /// For unbatched inputs give masks as for B = 1. A mask holds the tensors that it was made from and never changes after; safe to
 /// share between threads.
@@ -45,8 +51,8 @@ class XATTN_API Mask {
   /// keep: bool, one of [Lq, Lk], [B, Lq, Lk], [B|1, H|1, Lq|1, Lk].
   static Mask dense(const at::Tensor& keep);
 
-  /// Added to the scaled logits; -inf forbids a key. Receives its gradient when it asks for one.
-  /// bias: a floating point type (converted to the logits' own), same shapes as `dense`.
+  /// Added to the scaled logits; what is -inf in their type forbids a key (see above). Receives its gradient when it asks for one.
+  /// bias: a floating point type, same shapes as `dense`.
   static Mask bias(const at::Tensor& bias);
 
   /// No key after the query's own place. Never applied by default.
@@ -78,12 +84,19 @@ class XATTN_API Mask {
   /// All restrictions in one: bool, broadcastable to [B, H, Lq, Lk] with a full last axis; undefined if there is none.
   at::Tensor keep(int64_t Lq, int64_t Lk, at::Device device) const;
 
-  /// The sum of all biases, broadcastable to [B, H, Lq, Lk]; undefined if there is none. May hold -inf.
-  at::Tensor additive() const;
+  /// The sum of all biases, broadcastable to [B, H, Lq, Lk]; undefined if there is none. For logits of a type: in float32, or
+  /// float64 for float64, with -inf where that type has it. Without one, a single bias is returned as it is.
+  at::Tensor additive(std::optional<at::ScalarType> logits = {}) const;
 
-  /// The query rows that have no key: bool, broadcastable to [B, H, Lq, 1]; undefined if the kind of the mask (not its values,
-  /// which are never looked at) shows that there are none. REQUIRES: Lk > 0.
-  at::Tensor empty_rows(int64_t Lq, int64_t Lk, at::Device device) const;
+  /// Whether anything is added.
+  bool has_bias() const { return !bias_.empty(); }
+
+  /// Whether a bias asks for its gradient.
+  bool is_learned() const;
+
+  /// The query rows that have no key for logits of this type: bool, broadcastable to [B, H, Lq, 1]; undefined if the kind of the
+  /// mask (not its values, which are never looked at) shows that there are none.
+  at::Tensor empty_rows(int64_t Lq, int64_t Lk, at::Device device, std::optional<at::ScalarType> logits = {}) const;
 
   /// Whether the kind of the mask leaves it open that a query row has no key.
   bool may_have_empty_rows(int64_t Lq, int64_t Lk) const;
@@ -96,27 +109,27 @@ class XATTN_API Mask {
   Mask with_free_key(int64_t Lq, int64_t Lk, at::Device device) const;
 
   /// The lengths of all batch entries, or of one for all, if the mask has been built from lengths in host memory; else nothing.
-  /// Where there were several, the least.
+  /// Where there were several, the least; c10::ValueError if they are of several batch sizes.
   std::vector<int64_t> host_lengths() const;
 
   /// What the mask says besides these lengths.
   Mask without_lengths() const;
 
-  /// How many of Lk keys any batch entry may need, as far as the host knows: the greatest of `host_lengths`, at least one; all,
-  /// where there are none or where `causal` counts from the last key.
+  /// How many of Lk keys any batch entry may need, as far as the host knows: the greatest of `host_lengths`, at least one if
+  /// there is one; all, where there are none or where `causal` counts from the last key.
   int64_t needed_keys(int64_t Lk) const;
 
-  /// For contexts that are cut behind their first Lk keys.
+  /// For contexts that are cut behind their first Lk keys. Throws c10::ValueError unless the mask has so many.
   Mask first_keys(int64_t Lk) const;
 
-  /// For keys [first, first + n) of Lk alone, with `causal` counted over all of them.
+  /// For keys [first, first + n) of Lk alone, with `causal` counted over all of them. Throws c10::ValueError unless they are.
   Mask shard(int64_t first, int64_t n, int64_t Lq, int64_t Lk, at::Device device) const;
 
-  /// For batch entries [begin, end) alone.
+  /// For batch entries [begin, end) alone. Throws c10::ValueError for entries that the mask does not have.
   Mask slice(int64_t begin, int64_t end) const;
 
-  /// For the batches of several masks, one behind the other; each with the size of its batch. Throws c10::ValueError unless all
-  /// have been built alike.
+  /// For the batches of several masks, one behind the other; each with the size of its batch. Throws c10::ValueError
+  /// unless there is one, all have been built alike and for as many keys, and each fits its batch.
   static Mask cat(const std::vector<std::pair<Mask, int64_t>>& masks);
 
   /// The same mask with its tensors on another device.

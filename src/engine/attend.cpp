@@ -47,7 +47,7 @@ class Attend {
   Attend(const EngineWeights& w, const EngineSide& side, const EngineCall& call)
       : w_(w),
         side_(side),
-        query_(call.query.defined() ? call.query.contiguous() : Tensor()),
+        query_(call.query.defined() ? call.query.resolve_neg().contiguous() : Tensor()),
         folded_(call.folded_query),
         queries_(query_.defined() && side.B > 0 ? query_.size(0) / side.B : 1),
         Lq_(query_.defined() ? query_.size(1) : folded_.size(0)),
@@ -59,7 +59,7 @@ class Attend {
   // Into a result of its sizes.
   void run(const AttentionResult& result) {
     output_ = mutable_data(result.output);
-    weighing_.write_to(result.weights, {});
+    weighing_.write_to(result.weights);
     each_share_of_rows(
         side_.B * rows_, has_many_rows(projected_rows_, w_.Eo, w_.H * w_.e), reads(),
         [this](const Team& team) { return room_of(team); },
@@ -101,6 +101,11 @@ class Attend {
     int64_t keys, block;  // of one, and of a block of one
   };
 
+  static LogSumExps take_sums(int64_t rows, Scratch& scratch) {
+    auto* largest = scratch.take(rows);
+    return {largest, scratch.take(rows)};
+  }
+
   // What run_rows takes.
   Room room_of(const Team& team) const {
     const auto& w = w_;
@@ -108,12 +113,12 @@ class Attend {
     auto& floats = room.row;
     if (reads_once()) {
       const Shares shares(side_.Lk, w.Ev);
-      floats += w.H * (shares.count(side_.Lk) * (w.Ev + shares.blocks() + 1) + 1);
+      floats += w.H * (shares.count(side_.Lk) * (w.Ev + 2 * shares.blocks() + 2) + 2);
     }
     if (!is_folded(side_.orders.logits) && query_.defined())
       floats += w.H * w.d + (is_raw(side_.orders.logits) ? w.H * w.Ek : 0);
     if (!is_folded(side_.orders.values) && !in_place()) floats += w.H * w.e + (is_raw(side_.orders.values) ? w.H * w.Ev : 0);
-    floats += w.H + 16;
+    floats += 2 * w.H + 16;
     return room;
   }
 
@@ -128,7 +133,7 @@ class Attend {
     auto* mixed = folded ? nullptr : scratch.take(n * width);
     const auto* rows = query_.defined() ? logits_rows(begin, n, in_place() ? mixed : nullptr, scratch, team, stride) : nullptr;
     if (!rows) stride = folded_.size(1);
-    auto* log_sum_exp = weighing_.all_have_keys() || !raw ? nullptr : scratch.take(n * w.H);
+    const auto log_sum_exp = weighing_.all_have_keys() || !raw ? LogSumExps{} : take_sums(n * w.H, scratch);
     for (int64_t first = begin; first < end;) {  // the part of each context
       const auto b = first / rows_, last = std::min(end, (b + 1) * rows_);
       const Segment segment{.b = b,
@@ -139,7 +144,7 @@ class Attend {
                             .stride = stride,
                             .head_stride = w.d,
                             .mixed = folded ? output + (first - begin) * w.Eo : mixed + (first - begin) * width,
-                            .log_sum_exp = log_sum_exp ? log_sum_exp + (first - begin) * w.H : nullptr,
+                            .log_sum_exp = log_sum_exp ? log_sum_exp + (first - begin) * w.H : LogSumExps{},
                             .all_rows = rows_};
       run_segment(segment, scratch, team);
       first = last;
@@ -312,17 +317,16 @@ class Attend {
     const auto count = shares.count(s.keys), rows = s.n * w_.H, size = rows * w_.Ev;
     auto* logits = scratch.take(rows * s.keys);  // [n, H, keys]
     auto* mixed = scratch.take(count * size);
-    auto* of_shares = scratch.take(count * rows);
-    auto* of_blocks = scratch.take(count * shares.blocks() * rows);
+    const auto of_shares = take_sums(count * rows, scratch), of_blocks = take_sums(count * shares.blocks() * rows, scratch);
     team.each(count, [&](int64_t i) {
       const auto first = i * shares.keys, last = std::min(s.keys, first + shares.keys);
-      auto* of_its_blocks = of_blocks + i * shares.blocks() * rows;
+      const auto of_its_blocks = of_blocks + i * shares.blocks() * rows;
       mix_share(s, first, last, shares.block, logits, mixed + i * size, of_shares + i * rows, of_its_blocks);
     });
-    auto* of_all = s.log_sum_exp ? s.log_sum_exp : scratch.take(rows);
+    const auto of_all = s.log_sum_exp ? s.log_sum_exp : take_sums(rows, scratch);
     for (int64_t row = 0; row < rows; ++row) {
-      of_all[row] = of_shares[row];
-      for (int64_t i = 1; i < count; ++i) of_all[row] = log_sum(of_all[row], of_shares[i * rows + row]);
+      of_all.set(row, of_shares[row]);
+      for (int64_t i = 1; i < count; ++i) of_all.set(row, log_sum(of_all[row], of_shares[i * rows + row]));
       auto* to = s.mixed + row * w_.Ev;
       for (int64_t i = 0; i < count; ++i) {
         const auto share = share_of(of_shares[i * rows + row], of_all[row]);
@@ -333,8 +337,8 @@ class Attend {
     if (!weighing_.gives_weights()) return;
     for (int64_t i = 0; i < count; ++i) {
       const auto first = i * shares.keys, last = std::min(s.keys, first + shares.keys);
-      const auto* up_to = of_blocks + i * shares.blocks() * rows;
-      for (auto key = first; key < last; key += shares.block, up_to += rows) {
+      auto up_to = of_blocks + i * shares.blocks() * rows;
+      for (auto key = first; key < last; key += shares.block, up_to = up_to + rows) {
         const auto keys = std::min(shares.block, last - key);
         for (int64_t row = 0; row < rows; ++row) scale(logits + row * s.keys + key, keys, share_of(up_to[row], of_all[row]));
       }
@@ -350,10 +354,10 @@ class Attend {
                  int64_t keys_of_a_block,
                  float* logits,
                  float* mixed,
-                 float* of_share,
-                 float* of_blocks) const {
+                 LogSumExps of_share,
+                 LogSumExps of_blocks) const {
     const auto rows = s.n * w_.H;
-    for (auto key = first; key < last; key += keys_of_a_block, of_blocks += rows) {
+    for (auto key = first; key < last; key += keys_of_a_block, of_blocks = of_blocks + rows) {
       auto block = s;
       block.first_key = key;
       block.keys = std::min(keys_of_a_block, last - key);
@@ -364,9 +368,9 @@ class Attend {
         const auto all = log_sum(of_share[row], of_blocks[row]);
         scale(mixed + row * w_.Ev, w_.Ev, share_of(of_share[row], all));
         scale(logits + row * s.keys + key, block.keys, share_of(of_blocks[row], all));
-        of_blocks[row] = all;
+        of_blocks.set(row, all);
       }
-      std::copy_n(of_blocks, rows, of_share);
+      for (int64_t row = 0; row < rows; ++row) of_share.set(row, of_blocks[row]);
       multiply({.m = rows,
                 .n = w_.Ev,
                 .k = block.keys,
@@ -380,7 +384,7 @@ class Attend {
   }
 
   // From what the weights mixed to the output.
-  void finish(float* mixed, const float* log_sum_exp, int64_t n, float* output, Scratch& scratch, const Team& team) const {
+  void finish(float* mixed, const LogSumExps& log_sum_exp, int64_t n, float* output, Scratch& scratch, const Team& team) const {
     const auto& w = w_;
     const auto order = side_.orders.values;
     const bool bias_is_in = order == Order::standard;
@@ -430,10 +434,10 @@ class Attend {
   }
 
   // To each row, the bias of every head that has a key there: at `step` from the head before, or all in one place.
-  void add_bias(const float* log_sum_exp, int64_t n, const float* bias, int64_t size, float* x, int64_t step) const {
+  void add_bias(const LogSumExps& log_sum_exp, int64_t n, const float* bias, int64_t size, float* x, int64_t step) const {
     for (int64_t row = 0; row < n; ++row) {
       for (int64_t h = 0; h < w_.H; ++h) {
-        if (std::isinf(log_sum_exp[row * w_.H + h])) continue;
+        if (log_sum_exp[row * w_.H + h].is_empty()) continue;
         const auto* from = bias + (step == 0 ? h : h * w_.G / w_.H) * size;
         auto* to = x + row * (step == 0 ? size : w_.H * size) + h * step;
         for (int64_t j = 0; j < size; ++j) to[j] += from[j];
@@ -448,7 +452,7 @@ class Attend {
       return;
     }
     std::fill_n(s.mixed, s.n * w_.H * (is_raw(side_.orders.values) ? w_.Ev : w_.e), 0.0f);
-    if (s.log_sum_exp) std::fill_n(s.log_sum_exp, s.n * w_.H, -std::numeric_limits<float>::infinity());
+    for (int64_t row = 0; s.log_sum_exp && row < s.n * w_.H; ++row) s.log_sum_exp.set(row, {});
   }
 
   const EngineWeights& w_;

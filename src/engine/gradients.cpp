@@ -42,6 +42,7 @@ class Gradients {
             const Tensor& k,
             const Tensor& v,
             const AttentionResult& result,
+            const Tensor& largest,
             const Tensor& grad,
             const AttentionOptions& options,
             const AttentionGradients& into)
@@ -50,6 +51,7 @@ class Gradients {
         v_(with_rows(v)),
         output_(with_rows(result.output)),
         log_sum_exp_(result.log_sum_exp.contiguous()),
+        largest_(largest.contiguous()),
         grad_(with_rows(grad)),
         into_(into),
         scale_(static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3)))))),
@@ -80,7 +82,7 @@ class Gradients {
 
   int64_t floats_of_a_task() const {
     const auto& run = kernels();
-    int64_t floats = 2 * rows_ * keys_ + run.packed_size(rows_, std::max(d_, e_)) + rows_;
+    int64_t floats = 2 * rows_ * keys_ + run.packed_size(rows_, std::max(d_, e_)) + 2 * rows_;
     if (is_packed()) floats += run.packed_size(d_, keys_) + run.packed_size(keys_, d_) + run.packed_size(e_, keys_);
     return floats + 16 * 16;
   }
@@ -112,7 +114,7 @@ class Gradients {
                           .stride = q_.stride(2),
                           .head_stride = 0,
                           .mixed = nullptr,
-                          .log_sum_exp = nullptr,
+                          .log_sum_exp = {},
                           .all_rows = Lq_,
                           .first_key = first};
           run_block(s, h, g, packs, scratch);
@@ -194,17 +196,18 @@ class Gradients {
               .all_rows = s.keys});
   }
 
-  const float* log_sum_exp_of(const Segment& s, int64_t h) const {
-    return data(log_sum_exp_) + (s.b * H_ + h) * Lq_ + s.first % Lq_;
+  LogSumExp log_sum_exp_of(const Segment& s, int64_t h, int64_t row) const {
+    const auto at = (s.b * H_ + h) * Lq_ + s.first % Lq_ + row;
+    return {data(largest_)[at], data(log_sum_exp_)[at]};
   }
 
   // Logits -> their weights among all keys of their rows.
   void weigh(const Segment& s, int64_t h, float* logits, Scratch scratch) const {
-    auto* of_part = scratch.take(s.n);
+    auto* largest = scratch.take(s.n);
+    const LogSumExps of_part{largest, scratch.take(s.n)};
     weighing_.soften_head(s, h, logits, s.keys, of_part);
     if (parts_ == 1) return;
-    const auto* of_all = log_sum_exp_of(s, h);
-    for (int64_t i = 0; i < s.n; ++i) scale(logits + i * s.keys, s.keys, share_of(of_part[i], of_all[i]));
+    for (int64_t i = 0; i < s.n; ++i) scale(logits + i * s.keys, s.keys, share_of(of_part[i], log_sum_exp_of(s, h, i)));
   }
 
   // grad: of the weights -> of the logits before their scale
@@ -219,7 +222,7 @@ class Gradients {
     }
   }
 
-  const Tensor q_, k_, v_, output_, log_sum_exp_, grad_;
+  const Tensor q_, k_, v_, output_, log_sum_exp_, largest_, grad_;
   const AttentionGradients& into_;
   const int64_t B_ = q_.size(0), H_ = q_.size(1), Lq_ = q_.size(2), d_ = q_.size(3);
   const int64_t G_ = k_.size(1), Lk_ = k_.size(2), e_ = v_.size(3);
@@ -234,11 +237,12 @@ AttentionGradients differentiate_on_kernels(const Tensor& q,
                                             const Tensor& k,
                                             const Tensor& v,
                                             const AttentionResult& result,
+                                            const Tensor& largest,
                                             const Tensor& grad,
                                             const AttentionOptions& options,
                                             const std::array<bool, 3>& wanted) {
   AttentionGradients gradients{like_heads(q, wanted[0]), like_heads(k, wanted[1]), like_heads(v, wanted[2])};
-  Gradients(q, k, v, result, grad, options, gradients).run();
+  Gradients(q, k, v, result, largest, grad, options, gradients).run();
   return gradients;
 }
 

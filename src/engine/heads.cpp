@@ -2,6 +2,7 @@
 #include "engine/heads.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -32,25 +33,27 @@ Weighing::Weighing(
       Lk_(Lk),
       scale_(scale),
       keep_tensor_(mask.keep(Lq, Lk, at::kCPU)),
-      bias_tensor_(mask.additive()),
+      bias_tensor_(mask.additive(at::kFloat)),
       all_have_keys_(!mask.may_have_empty_rows(Lq, Lk)),
       wanted_(wanted),
       heads_(std::move(heads)) {
   if (keep_tensor_.defined()) keep_tensor_ = keep_tensor_.contiguous();
-  if (bias_tensor_.defined()) bias_tensor_ = bias_tensor_.to(at::kFloat).contiguous();
+  if (bias_tensor_.defined()) bias_tensor_ = bias_tensor_.contiguous();
   keep_ = MaskRows<bool>(keep_tensor_);
   bias_ = MaskRows<float>(bias_tensor_);
 }
 
-void Weighing::write_to(const Tensor& weights, const Tensor& log_sum_exp) {
+void Weighing::write_to(const Tensor& weights, const Tensor& log_sum_exp, const Tensor& largest) {
   weights_ = weights.defined() ? mutable_data(weights) : nullptr;
-  log_sum_exp_ = log_sum_exp.defined() ? mutable_data(log_sum_exp) : nullptr;
+  log_sum_exp_ = {};
+  if (log_sum_exp.defined()) log_sum_exp_ = {mutable_data(largest), mutable_data(log_sum_exp)};
 }
 
-void Weighing::soften_head(const Segment& s, int64_t h, float* logits, int64_t stride, float* log_sum_exp) const {
+void Weighing::soften_head(const Segment& s, int64_t h, float* logits, int64_t stride, LogSumExps log_sum_exp) const {
   for (int64_t row = 0, n = 0; row < s.n; row += n) {  // of one query after the other
     const auto i = (s.first + row) % Lq_;
     n = std::min(s.n - row, Lq_ - i);
+    const auto sums = log_sum_exp ? log_sum_exp + row : place_of_log_sum_exp(s, h, row);
     kernels().softmax({.rows = n,
                        .n = s.keys,
                        .x = logits + row * stride,
@@ -60,7 +63,8 @@ void Weighing::soften_head(const Segment& s, int64_t h, float* logits, int64_t s
                        .bias_stride = bias_.i,
                        .keep = keep_.at(s.b, h, i, s.first_key),
                        .keep_stride = keep_.i,
-                       .log_sum_exp = log_sum_exp ? log_sum_exp + row : place_of_log_sum_exp(s, h, row)});
+                       .log_sum_exp = sums.log_sum,
+                       .largest = sums.largest});
   }
 }
 
@@ -69,6 +73,7 @@ void Weighing::soften_rows(const Segment& s, float* logits, int64_t stride, int6
   const auto step = alike ? end - begin : 1;
   for (auto row = begin; row < end; row += step) {
     const auto h = row % H_, i = (s.first + row / H_) % Lq_;
+    const auto sums = s.log_sum_exp ? s.log_sum_exp + row : LogSumExps{};
     kernels().softmax({.rows = step,
                        .n = s.keys,
                        .x = logits + row * stride,
@@ -76,17 +81,18 @@ void Weighing::soften_rows(const Segment& s, float* logits, int64_t stride, int6
                        .scale = scale_,
                        .bias = bias_.at(s.b, h, i, s.first_key),
                        .keep = keep_.at(s.b, h, i, s.first_key),
-                       .log_sum_exp = s.log_sum_exp ? s.log_sum_exp + row : nullptr});
+                       .log_sum_exp = sums.log_sum,
+                       .largest = sums.largest});
   }
 }
 
-float* Weighing::place_of_log_sum_exp(const Segment& s, int64_t h, int64_t row) const {
+LogSumExps Weighing::place_of_log_sum_exp(const Segment& s, int64_t h, int64_t row) const {
   const auto at = s.first + row;
-  return log_sum_exp_ ? log_sum_exp_ + (at / Lq_ * H_ + h) * Lq_ + at % Lq_ : nullptr;
+  return log_sum_exp_ ? log_sum_exp_ + ((at / Lq_ * H_ + h) * Lq_ + at % Lq_) : LogSumExps{};
 }
 
-void Weighing::give_log_sum_exp(const Segment& s, int64_t h, const float* log_sum_exp) const {
-  for (int64_t row = 0; log_sum_exp_ && row < s.n; ++row) *place_of_log_sum_exp(s, h, row) = log_sum_exp[row];
+void Weighing::give_log_sum_exp(const Segment& s, int64_t h, const LogSumExps& log_sum_exp) const {
+  for (int64_t row = 0; log_sum_exp_ && row < s.n; ++row) place_of_log_sum_exp(s, h, row).set(0, log_sum_exp[row]);
 }
 
 void Weighing::give(const Segment& s, int64_t h, const float* weights, int64_t stride) const {
@@ -157,8 +163,8 @@ void mix_head_into(const Heads& heads,
 void attend_head_in_parts(const Heads& heads, const Weighing& weighing, const Segment& s, int64_t h, float* scratch) {
   auto* logits = scratch;
   auto* mixed = logits + s.n * kKeysAtATime;
-  auto* log_sum_exp = mixed + s.n * heads.e;
-  auto* of_part = log_sum_exp + s.n;
+  const LogSumExps log_sum_exp{mixed + s.n * heads.e, mixed + s.n * (heads.e + 1)};
+  const LogSumExps of_part{mixed + s.n * (heads.e + 2), mixed + s.n * (heads.e + 3)};
   for (int64_t first = 0; first < s.keys; first += kKeysAtATime) {
     auto part = s;
     part.first_key = first;
@@ -169,7 +175,7 @@ void attend_head_in_parts(const Heads& heads, const Weighing& weighing, const Se
       const auto all = log_sum(log_sum_exp[row], of_part[row]);
       scale(mixed + row * heads.e, heads.e, share_of(log_sum_exp[row], all));
       scale(logits + row * part.keys, part.keys, share_of(of_part[row], all));
-      log_sum_exp[row] = all;
+      log_sum_exp.set(row, all);
     }
     mix_head_into(heads, part, h, logits, part.keys, mixed, heads.e, /*add=*/first > 0);
   }
@@ -179,7 +185,7 @@ void attend_head_in_parts(const Heads& heads, const Weighing& weighing, const Se
 
 // What a head takes of scratch for each row.
 int64_t floats_of_a_row(const Heads& heads, const Weighing& weighing, int64_t keys) {
-  return in_parts(heads, weighing) ? kKeysAtATime + heads.e + 2 : keys;
+  return in_parts(heads, weighing) ? kKeysAtATime + heads.e + 4 : keys;
 }
 
 void attend_head(const Heads& heads, const Weighing& weighing, const Segment& s, int64_t h, float* scratch, bool give) {
@@ -277,7 +283,8 @@ engine::Heads heads_of(const Tensor& q, const Tensor& k, const Tensor& v) {
 
 }  // namespace
 
-AttentionResult attend_on_kernels(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+AttentionResult attend_on_kernels(
+    const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options, Tensor* largest) {
   using namespace engine;
   const auto B = q.size(0), H = q.size(1), Lq = q.size(2), Lk = k.size(2), e = v.size(3);
   const auto queries = with_rows(q);
@@ -288,8 +295,12 @@ AttentionResult attend_on_kernels(const Tensor& q, const Tensor& k, const Tensor
   const auto mixed = in_huge_pages(at::empty({B, Lq, H, e}, q.options()));
   AttentionResult result{
       mixed.transpose(1, 2), empty_weights(options.weights, options.weight_heads, B, H, Lq, Lk, /*all_keys=*/true), {}};
-  if (options.log_sum_exp) result.log_sum_exp = at::empty({B, H, Lq}, q.options());
-  weighing.write_to(result.weights, result.log_sum_exp);
+  Tensor largest_of_rows;
+  if (options.log_sum_exp) {
+    result.log_sum_exp = at::empty({B, H, Lq}, q.options());
+    largest_of_rows = at::empty_like(result.log_sum_exp);
+  }
+  weighing.write_to(result.weights, result.log_sum_exp, largest_of_rows);
 
   const auto bytes = static_cast<int64_t>(heads.keys.nbytes() + heads.values.nbytes()) / B;
   const auto room_of = [&](const Team& team) { return room_of_heads(heads, weighing, team); };
@@ -305,12 +316,17 @@ AttentionResult attend_on_kernels(const Tensor& q, const Tensor& k, const Tensor
                             .stride = queries.stride(2),
                             .head_stride = queries.stride(1),
                             .mixed = mutable_data(mixed) + first * H * e,
-                            .log_sum_exp = nullptr,
+                            .log_sum_exp = {},
                             .all_rows = Lq};
       attend_heads(heads, weighing, segment, scratch, team);
     }
   };
   each_share_of_rows(B * Lq, has_many_rows(Lq, Lk, heads.d), {0, bytes}, room_of, work);
+  if (largest) {
+    *largest = largest_of_rows;
+  } else if (options.log_sum_exp) {
+    result.log_sum_exp.add_(largest_of_rows);
+  }
   return result;
 }
 

@@ -7,6 +7,7 @@
 #include <array>
 #include <vector>
 
+#include "engine/merge.h"
 #include "engine/team.h"
 
 // Attention between projected heads: what the standard order does between its projections, and what becomes of logits in all.
@@ -15,13 +16,13 @@ namespace xattn::detail::engine {
 /// Rows of one context among all B * n * Lq of a call, and where their results go.
 struct Segment {
   int64_t b, first, n;
-  int64_t keys;         ///< of the context: those that count, or those of one part of them
-  const float* rows;    ///< what meets the keys
-  int64_t stride;       ///< from row to row
-  int64_t head_stride;  ///< from head to head, where the rows are projected queries
-  float* mixed;         ///< [n, H, e], or whatever the order of the values leaves
-  float* log_sum_exp;   ///< [n, H]; null if not wanted
-  int64_t all_rows;     ///< of the context, among which these n are
+  int64_t keys;            ///< of the context: those that count, or those of one part of them
+  const float* rows;       ///< what meets the keys
+  int64_t stride;          ///< from row to row
+  int64_t head_stride;     ///< from head to head, where the rows are projected queries
+  float* mixed;            ///< [n, H, e], or whatever the order of the values leaves
+  LogSumExps log_sum_exp;  ///< [n, H]; null if not wanted
+  int64_t all_rows;        ///< of the context, among which these n are
   int64_t first_key = 0;
 };
 
@@ -52,8 +53,8 @@ class Weighing {
   Weighing(
       const Mask& mask, int64_t H, int64_t Lq, int64_t Lk, float scale, AttentionWeights wanted, std::vector<int64_t> heads);
 
-  /// Where `give` writes to; neither if undefined. log_sum_exp [B, H, Lq].
-  void write_to(const at::Tensor& weights, const at::Tensor& log_sum_exp);
+  /// Where `give` writes to; nowhere if undefined. log_sum_exp and what it is relative to, [B, H, Lq].
+  void write_to(const at::Tensor& weights, const at::Tensor& log_sum_exp = {}, const at::Tensor& largest = {});
 
   /// Whether every row has a key as far as the mask's kind shows.
   bool all_have_keys() const { return all_have_keys_; }
@@ -61,16 +62,16 @@ class Weighing {
   bool gives_mean() const { return weights_ && wanted_ == AttentionWeights::mean; }
 
   /// Softmax of one head's logits [n, keys], rows `stride` apart, in place; log_sum_exp [n], or null: as `write_to` says.
-  void soften_head(const Segment& s, int64_t h, float* logits, int64_t stride, float* log_sum_exp = nullptr) const;
+  void soften_head(const Segment& s, int64_t h, float* logits, int64_t stride, LogSumExps log_sum_exp = {}) const;
   /// Of rows [begin, end) of logits [n * H, keys], `stride` apart.
   void soften_rows(const Segment& s, float* logits, int64_t stride, int64_t begin, int64_t end) const;
   /// One head's log-sum-exp [n] to the caller, if he wants it.
-  void give_log_sum_exp(const Segment& s, int64_t h, const float* log_sum_exp) const;
+  void give_log_sum_exp(const Segment& s, int64_t h, const LogSumExps& log_sum_exp) const;
   /// One head's weights to the caller, as far as he wants them; adds to the mean.
   void give(const Segment& s, int64_t h, const float* weights, int64_t stride) const;
 
  private:
-  float* place_of_log_sum_exp(const Segment& s, int64_t h, int64_t row) const;
+  LogSumExps place_of_log_sum_exp(const Segment& s, int64_t h, int64_t row) const;
   void copy_weights(const Segment& s, int64_t place, int64_t places, const float* weights, int64_t stride) const;
   void add_to_mean(const Segment& s, const float* weights, int64_t stride) const;
 
@@ -83,7 +84,7 @@ class Weighing {
   AttentionWeights wanted_;
   std::vector<int64_t> heads_;
   float* weights_ = nullptr;
-  float* log_sum_exp_ = nullptr;
+  LogSumExps log_sum_exp_;
 };
 
 /// Projected keys and values of every head; float32, or bfloat16.
@@ -109,22 +110,26 @@ Room room_of_heads(const Heads& heads, const Weighing& weighing, const Team& tea
 namespace xattn::detail {
 
 /// `attention` of float32 on the CPU, without gradients and dropout, from one pass whatever is returned.
-/// q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e], none empty; any strides.
+/// q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e], none empty; any strides. largest: if not null, becomes [B, H, Lq], each row's
+/// largest logit, and the log-sum-exp is what comes on top of it.
 AttentionResult attend_on_kernels(const at::Tensor& q,
                                   const at::Tensor& k,
                                   const at::Tensor& v,
-                                  const AttentionOptions& options);
+                                  const AttentionOptions& options,
+                                  at::Tensor* largest = nullptr);
 
 /// Gradients of q, k and v; undefined where not wanted.
 struct AttentionGradients {
   at::Tensor q, k, v;
 };
 
-/// Of what `attend_on_kernels` has returned, with its log-sum-exp, for the same arguments, from the gradient of its output.
+/// Of what `attend_on_kernels` has returned, with its log-sum-exp on top of `largest`, for the same arguments, from the gradient of
+/// its output.
 AttentionGradients differentiate_on_kernels(const at::Tensor& q,
                                             const at::Tensor& k,
                                             const at::Tensor& v,
                                             const AttentionResult& result,
+                                            const at::Tensor& largest,
                                             const at::Tensor& grad,
                                             const AttentionOptions& options,
                                             const std::array<bool, 3>& wanted);

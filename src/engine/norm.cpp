@@ -10,8 +10,8 @@ namespace xattn::detail::engine {
 EngineNorm engine_norm(const Norm& norm) {
   if (!norm) return {};
   const auto& o = norm->options;
-  return {o.kind(), o.size(), o.eps(), norm->weight.contiguous(),
-          norm->bias.defined() ? norm->bias.contiguous() : at::Tensor()};
+  return {o.kind(), o.size(), o.eps(), norm->weight.resolve_neg().contiguous(),
+          norm->bias.defined() ? norm->bias.resolve_neg().contiguous() : at::Tensor()};
 }
 
 // The sum of f(x[i]), in as many parts as vectors have lanes.

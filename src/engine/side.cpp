@@ -218,7 +218,7 @@ EngineSide make_side(const Orders& orders,
   side.B = key.size(0);
   side.Lk = key.size(1);
   side.lengths = std::move(lengths);
-  const auto Xk = key.contiguous(), Xv = value.is_same(key) ? Xk : value.contiguous();
+  const auto Xk = key.resolve_neg().contiguous(), Xv = value.is_same(key) ? Xk : value.resolve_neg().contiguous();
   if (is_raw(orders.logits) || is_raw(orders.values)) side.raw = raw_for(query_rows, w.H);
   switch (orders.logits) {
     case Order::standard: side.keys = project_keys(w, side, Xk); break;

@@ -17,7 +17,7 @@ namespace {
 
 // Matrices [count, n, k], as torch stores weights, each as a right side [k, n].
 Packed pack_weights(const Tensor& weights, at::ScalarType storage) {
-  const auto w = weights.contiguous();
+  const auto w = weights.resolve_neg().contiguous();
   const auto count = w.size(0), n = w.size(1), k = w.size(2), size = kernels().packed_size(k, n);
   Packed result{at::empty({count * size}, w.options().dtype(storage)), k, n};
   for (int64_t i = 0; i < count; ++i) pack_transposed(data(w) + i * n * k, k, k, n, result.data, i * size);
@@ -39,7 +39,7 @@ void put_together(std::initializer_list<Packed*> all) {
 }
 
 Tensor or_zeros(const Tensor& bias, const Tensor& like, int64_t n) {
-  return bias.defined() ? bias.contiguous() : at::zeros({n}, like.options());
+  return bias.defined() ? bias.resolve_neg().contiguous() : at::zeros({n}, like.options());
 }
 
 }  // namespace
@@ -86,7 +86,7 @@ EngineWeights::EngineWeights(const LayerWeights& l, const Products& products, at
 
 Tensor fold_query(const Orders& orders, const EngineWeights& w, const Tensor& query) {
   const auto n = query.size(0), inner = w.H * w.d, width = w.H * w.Ek;
-  const auto Xq = query.contiguous();
+  const auto Xq = query.resolve_neg().contiguous();
   if (is_folded(orders.logits)) return Xq;
   const auto projected = at::empty({n, inner}, query.options());
   multiply({.m = n,

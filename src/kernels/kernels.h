@@ -56,6 +56,7 @@ struct Softmax {
   const bool* keep = nullptr;    ///< [rows, n]; all kept if null
   int64_t keep_stride = 0;       ///< 0: one row for all
   float* log_sum_exp = nullptr;  ///< [rows], of y; -inf for a row that becomes zeros. Not wanted if null
+  float* largest = nullptr;      ///< [rows], the max y, or 0 for a row that becomes zeros; log_sum_exp is then of y - max y
 };
 
 constexpr int64_t kFewRows = 24;  ///< of a product, up to which packing its right side takes longer than it saves

@@ -76,8 +76,10 @@ inline Vector inverse(Vector sum) {
   return sum == 0.0f ? Vector{} : 1.0f / sum;
 }
 
-inline float log_sum_exp(Vector shift, Vector sum) {
-  return shift[0] + __builtin_logf(sum[0]);
+inline void write_log_sum_exp(const Softmax& s, int64_t row, Vector shift, Vector sum) {
+  if (!s.log_sum_exp) return;
+  s.log_sum_exp[row] = (s.largest ? 0.0f : shift[0]) + __builtin_logf(sum[0]);
+  if (s.largest) s.largest[row] = shift[0];
 }
 
 // Up to kRows rows of kVectors vectors, the last of them filled by `last` keys.
@@ -118,14 +120,17 @@ void softmax_short(const Softmax& s, int64_t first, int64_t rows) {
 #pragma GCC unroll 8
     for (int v = 0; v < kLast; ++v) store(x + v * kLanes, y[r][v] * factor);
     store_first(x + kLast * kLanes, y[r][kLast] * factor, last);
-    if (s.log_sum_exp) s.log_sum_exp[first + r] = log_sum_exp(shifts[r], sums[r]);
+    write_log_sum_exp(s, first + r, shifts[r], sums[r]);
   }
 }
 
 // A row of at least kLanes keys. The first pass finds the largest y and, where there is a bias or a mask, leaves y in place of x;
 // the second leaves exp(y - largest) and sums it; the third divides. The vector at the end stays in a register.
 template <bool kMasked>
-void softmax_long(const Row& row, float scale, int64_t n, float* sum_exp) {
+void softmax_long(const Softmax& s, int64_t i) {
+  const Row row = row_of(s, i);
+  const int64_t n = s.n;
+  float scale = s.scale;
   const int64_t end = (n - 1) / kLanes * kLanes;
   const Vector y = logits_at_end<kMasked>(row, scale, n);
   Vector largest = y;
@@ -148,7 +153,7 @@ void softmax_long(const Row& row, float scale, int64_t n, float* sum_exp) {
   for (int64_t j = 0; j < end; j += kLanes) store(row.x + j, load(row.x + j) * factor);
   const auto covered = static_cast<int32_t>(kLanes - (n - end));
   store(row.x + n - kLanes, lane_numbers() >= covered ? e_at_end * factor : load(row.x + n - kLanes));
-  if (sum_exp) *sum_exp = log_sum_exp(shift, sum);
+  write_log_sum_exp(s, i, shift, sum);
 }
 
 // Rows of kWidth keys one behind the other, as many as fill whole vectors; leaves the others in `s`.
@@ -167,9 +172,7 @@ void softmax_narrow(Softmax& s) {
 template <bool kMasked, int kVectors = 1>
 void softmax_rows(const Softmax& s) {
   if constexpr (kVectors > 8) {
-    for (int64_t i = 0; i < s.rows; ++i) {
-      softmax_long<kMasked>(row_of(s, i), s.scale, s.n, s.log_sum_exp ? s.log_sum_exp + i : nullptr);
-    }
+    for (int64_t i = 0; i < s.rows; ++i) softmax_long<kMasked>(s, i);
   } else if (s.n > kVectors * kLanes) {
     softmax_rows<kMasked, kVectors + 1>(s);
   } else {
