@@ -129,15 +129,22 @@ class Match {
     const auto key_size = find(std::string(layout_.key_norm) + ".weight")->shape;
     auto& options = layer.options;
     const auto group = options.num_heads(), inner_key = *options.head_dim(), inner_value = *options.value_head_dim();
-    if (query_size.size() != 1 || key_size.size() != 1 || query_size[0] == 0) return false;
-    options.qk_norm(centred ? NormKind::layer : NormKind::rms).qk_norm_eps(layout_.qk_norm_eps);
+    const auto refuse = [&] {
+      misshapen_.push_back(
+          detail::formatted("{}.weight and {}.weight must be of a head, or of all heads, but have shapes [{}] and [{}]",
+                            layout_.query_norm, layout_.key_norm, detail::joined(query_size), detail::joined(key_size)));
+      return true;
+    };
+    if (query_size.size() != 1 || key_size.size() != 1 || query_size[0] == 0) return refuse();
+    const auto kind = centred ? NormKind::layer : NormKind::rms;
     if (query_size[0] == group * inner_key && key_size[0] == inner_key) {
-      options.qk_norm_scope(NormScope::across_heads);
+      options.qk_norm(kind).qk_norm_eps(layout_.qk_norm_eps).qk_norm_scope(NormScope::across_heads);
       return true;
     }
     const auto d = query_size[0];
     const auto kv_heads = inner_key / d;
-    if (key_size[0] != d || inner_key != kv_heads * d || inner_value % kv_heads != 0) return false;
+    if (key_size[0] != d || inner_key != kv_heads * d || inner_value % kv_heads != 0) return refuse();
+    options.qk_norm(kind).qk_norm_eps(layout_.qk_norm_eps);
     options.num_heads(group * kv_heads).kv_heads(kv_heads).head_dim(d).value_head_dim(inner_value / kv_heads);
     layer.heads_known = true;
     return true;
@@ -265,7 +272,7 @@ namespace {
 constexpr std::array kFloat8 = {at::kFloat8_e4m3fn, at::kFloat8_e5m2, at::kFloat8_e4m3fnuz, at::kFloat8_e5m2fnuz};
 constexpr std::array kWithArithmetic = {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf};
 constexpr std::array kScales = {"scale_weight", "weight_scale", "weight_scale_inv"};
-constexpr std::array kActivationScales = {"input_scale", "scale_input", "activation_scale"};
+constexpr std::array kActivationScales = {"input_scale", "scale_input", "activation_scale", "input_scale_ub"};
 
 // How many of `count` rows or columns have the same of `scales` scales; 0 if these are no blocks of them. See TensorRecipe.
 int64_t block_of(int64_t count, int64_t scales) {
@@ -275,11 +282,8 @@ int64_t block_of(int64_t count, int64_t scales) {
   return count % scales == 0 ? count / scales : 0;
 }
 
-// A scale's shape as one of two axes; of three where it has another one.
-std::vector<int64_t> scale_shape(const std::vector<int64_t>& shape) {
-  const auto count = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies());
-  if (count == 1) return {1, 1};
-  return shape.size() == 1 ? std::vector<int64_t>{shape[0], 1} : shape;
+bool is_one_number(const std::vector<int64_t>& shape) {
+  return std::ranges::all_of(shape, [](int64_t size) { return size == 1; });
 }
 
 // What a name that ends in "weight" is with another word in its place; empty if it does not.
@@ -325,11 +329,11 @@ std::string TensorRecipe::misfit(const Infos& tensors) const {
     return detail::formatted("{} must have type float64, float32, bfloat16 or float16, but has {}", scale,
                              c10::getDtypeNames(of_scale.type).first);
   }
-  const auto shape = scale_shape(of_scale.shape);
-  const auto& whole = of_source.shape;
-  const bool fits = shape.size() == 2 && whole.size() == 2 && block_of(whole[0], shape[0]) > 0 &&
-                    block_of(whole[1], shape[1]) > 0 && !(transposed && of_scale.shape.size() == 1 && shape[0] > 1);
-  if (fits) return "";
+  const auto &shape = of_scale.shape, &whole = of_source.shape;
+  const bool of_rows = shape.size() == 1 && whole.size() == 2 && shape[0] == whole[0] && !transposed;
+  const bool of_blocks =
+      shape.size() == 2 && whole.size() == 2 && block_of(whole[0], shape[0]) > 0 && block_of(whole[1], shape[1]) > 0;
+  if (is_one_number(shape) || of_rows || of_blocks) return "";
   return detail::formatted("{} must be one number, one for each row or one for each block of {} [{}], but has shape [{}]",
                            scale, source, detail::joined(whole), detail::joined(of_scale.shape));
 }
@@ -341,7 +345,8 @@ at::Tensor TensorRecipe::make(const LazyTensors& tensors, std::optional<at::Scal
   const auto of_product = wanted == at::kDouble ? at::kDouble : type(tensors.infos);
   auto weight = tensors.make(source).to(of_product);
   auto factors = tensors.make(scale).to(of_product);
-  factors = factors.view(scale_shape(factors.sizes().vec()));
+  if (is_one_number(tensors.infos.at(scale).shape)) return part_of(*this, weight.mul_(factors.squeeze()));
+  if (factors.dim() == 1) factors = factors.unsqueeze(1);
   for (const int64_t axis : {0, 1}) {
     const auto count = weight.size(axis);
     if (factors.size(axis) == 1) continue;
@@ -470,20 +475,18 @@ std::string advice_on(const std::vector<std::string>& names) {
              "diffusers, and all saved anew"},
       Advice{{"add_q_proj", "to_add_out", "norm_added_q"},
              "joint attention, as in SD3 and Flux, where the context attends as well, is not computed"},
-      Advice{
-          {"group_norm"},
-          "attention behind a group norm, as in Kandinsky and DeepFloyd IF, which has added keys in the same softmax, is not "
-          "computed"}};
-  std::string result;
+      Advice{{"group_norm", "add_k_proj", "add_v_proj"},
+             "attention with added keys in the same softmax, behind a group norm, as in Kandinsky and DeepFloyd IF, is not "
+             "computed"}};
   for (const auto& [parts, text] : kAdvice) {
     const auto is_meant = [&parts = parts](const std::string& name) {
       std::string lower = name;
       std::ranges::transform(lower, lower.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
       return std::ranges::any_of(parts, [&](std::string_view part) { return lower.find(part) != std::string::npos; });
     };
-    if (std::ranges::any_of(names, is_meant)) result += detail::formatted("; {}", text);
+    if (std::ranges::any_of(names, is_meant)) return detail::formatted("; {}", text);
   }
-  return result;
+  return "";
 }
 
 NamedTensors spell(const NamedTensors& parameters, const Layout& layout, const std::string& prefix) {

@@ -179,6 +179,7 @@ constexpr std::array kLayouts = {
            .query_norm = "norm_q",
            .key_norm = "norm_k",
            .qk_norm_eps = 1e-5,
+           .qk_norm_eps_in_config = "eps",
            .added = kDiffusersAdded,
            .num_heads = "num_cross_attention_heads num_attention_heads attention_head_dim"},
     Layout{.name = "x_transformers",

@@ -14,6 +14,7 @@
 #include "check_file.h"
 #include "choose.h"
 #include "describe.h"
+#include "layout_names.h"
 #include "option_names.h"
 #include "text.h"
 
@@ -173,7 +174,10 @@ class Loader {
 
   TensorRecipe recipe_of(const std::string& name) const {
     const auto found = recipes_.find(name);
-    return found == recipes_.end() ? TensorRecipe{prefix_ + name} : found->second;
+    if (found != recipes_.end()) return found->second;
+    auto recipe = detail::with_scale({prefix_ + name}, source_.infos);
+    const auto scale = recipe.scale.substr(std::min(prefix_.size(), recipe.scale.size()));
+    return state_.contains(scale) ? TensorRecipe{prefix_ + name} : recipe;  // which has a use of its own for it
   }
 
   void match() {

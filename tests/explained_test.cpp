@@ -224,7 +224,7 @@ TEST(UnexplainedTest, AddedKeysInTheSameSoftmaxAreRefused) {
     const auto decoupled = error_of<FileError>([&] { decoupled_cross_attention_from(saved.open(), {.num_heads = 2}); });
     for (const auto& message : {saved.error(), decoupled}) {
       expect_part(message, "unexpected: add_k_proj.bias, add_k_proj.weight, add_v_proj.bias, add_v_proj.weight");
-      if (norm) expect_part(message, "behind a group norm, as in Kandinsky and DeepFloyd IF");
+      expect_part(message, "added keys in the same softmax, behind a group norm, as in Kandinsky and DeepFloyd IF");
     }
     tensors = diffusers_layer("attn.");
     for (const auto* name : {"attn.add_k_proj", "attn.add_v_proj"}) {
@@ -305,6 +305,16 @@ TEST(MisshapenTest, BiasesOfOtherSizesAreNamed) {
             {.num_heads = 4, .norm_placement = NormPlacement::after, .activation = Activation::gelu, .allow_unexpected = true});
       }),
       "v_proj.bias must have shape [16], but has [7]");
+}
+
+TEST(MisshapenTest, NormsOfOtherSizesAreNamed) {
+  const auto layer = diffusers_layer("attn2.");
+  for (const int64_t size : {3, 5, 16}) {
+    const auto with_norm = with(layer, "attn2.norm_q.weight", torch::ones({size}));
+    expect_part(SavedLayer(with(with_norm, "attn2.norm_k.weight", torch::ones({8}))).error(),
+                "misshapen: norm_q.weight and norm_k.weight must be of a head, or of all heads, but have shapes [" +
+                    std::to_string(size) + "] and [8]");
+  }
 }
 
 TEST(InputNormsTest, AreNotDropped) {
@@ -440,6 +450,21 @@ TEST(Float8Test, ABlockAndAnAddedContextHaveTheirScalesToo) {
   EXPECT_TRUE(module->added_projections[0]->key_linear->weight.equal(added.at(name + "weight").to(torch::kFloat) * 4));
 }
 
+TEST(Float8Test, EveryModuleHasTheScalesOfItsWeightsUnlessItKeepsThem) {
+  const auto weight = torch::randn({2, 4}).to(at::kFloat8_e4m3fn), scale = torch::rand({2, 1}) + 0.5;
+  const NamedTensors tensors = {{"a.weight", weight}, {"a.bias", torch::zeros({2})}, {"a.weight_scale", scale}};
+  torch::nn::Linear linear(4, 2);
+  EXPECT_EQ(load_weights(*linear, tensors, {.prefix = "a."}).summary(), "loaded 2 tensors");
+  EXPECT_TRUE(linear->weight.equal(scaled(weight, scale, 1, 4).to(torch::kFloat)));
+  torch::nn::Linear keeps(4, 2);
+  keeps->register_buffer("weight_scale", torch::zeros({2, 1}));
+  EXPECT_EQ(load_weights(*keeps, tensors, {.prefix = "a."}).summary(), "loaded 3 tensors");
+  EXPECT_TRUE(keeps->weight.equal(weight.to(torch::kFloat)));
+  torch::nn::Embedding embedding(2, 4);
+  load_weights(*embedding, NamedTensors{{"weight", weight}, {"scale_weight", torch::tensor(0.5)}});
+  EXPECT_TRUE(embedding->weight.equal(weight.to(torch::kFloat) * 0.5));
+}
+
 TEST(Float8Test, ScalesThatAreNotKnownAreRefused) {
   auto tensors = bart_layer("cross.");
   tensors["cross.k_proj.weight"] = tensors.at("cross.k_proj.weight").to(at::kFloat8_e4m3fn);
@@ -449,7 +474,7 @@ TEST(Float8Test, ScalesThatAreNotKnownAreRefused) {
   for (const auto* name : {"weight_scale_2", "weight_amax", "scales", "weight_scales_inv", "scale", "weight_zero_point"}) {
     expect_part(error(name, torch::ones({})), std::string("unexpected: k_proj.") + name);
   }
-  for (const auto& shape : std::vector<std::vector<int64_t>>{{7}, {12}, {3, 3}, {2, 5}, {2, 2, 2}, {0}}) {
+  for (const auto& shape : std::vector<std::vector<int64_t>>{{7}, {12}, {4}, {3, 3}, {2, 5}, {2, 2, 2}, {0}}) {
     expect_part(error("weight_scale", torch::ones(shape)),
                 "cross.k_proj.weight_scale must be one number, one for each row or one for each block of cross.k_proj.weight "
                 "[8, 12], but has shape [");
@@ -571,6 +596,18 @@ TEST(LayerConfigTest, EpsIsTheFamilysHoweverItsNamesAreWrapped) {
     for (const auto& [name, tensor] : ltx.tensors()) tensors[wrapper + name] = tensor;
     EXPECT_EQ(SavedLayer(tensors).made({.prefix = wrapper + ltx.prefix(), .num_heads = 2})->options.qk_norm_eps(), 1e-5);
   }
+}
+
+TEST(LayerConfigTest, EpsOfQueryAndKeyNormsIsRead) {
+  const Example mllama{"mllama"};
+  const auto eps = [&](const json& config) {
+    return SavedLayer(mllama.tensors(), config).made(mllama.options())->options.qk_norm_eps();
+  };
+  EXPECT_EQ(eps(json::object()), 1e-5);
+  EXPECT_EQ(eps({{"text_config", {{"rms_norm_eps", 1e-3}}}}), 1e-3);
+  auto options = mllama.options();
+  options.qk_norm_eps = 0.5;
+  EXPECT_EQ(SavedLayer(mllama.tensors(), {{"rms_norm_eps", 1e-3}}).made(options)->options.qk_norm_eps(), 0.5);
 }
 
 // ---- Types ---------------------------------------------------------------------------------------------------------------------

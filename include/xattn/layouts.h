@@ -89,8 +89,8 @@ struct XATTN_API FoundLayer {
   CrossAttentionOptions options;              ///< widths, biases and norms, with the fewest heads that the widths allow
   bool heads_known;                           ///< whether options.num_heads() is right: a norm of each head tells its size
   std::vector<const AddedNames*> added = {};  ///< those of the layout that are there
-  /// Biases of other sizes than the weights beside them, as in "q_proj.bias must have shape [16], but has [7]": the options say
-  /// that there are none.
+  /// Biases and norms of other sizes than the weights beside them, as in "q_proj.bias must have shape [16], but has [7]": the
+  /// options say that there are none.
   std::vector<std::string> misshapen = {};
 
   /// The numbers of heads that the widths allow; weights do not tell which it was.
@@ -112,7 +112,7 @@ XATTN_API std::vector<FoundLayer> find_layers(const std::map<std::string, Tensor
 ///   weight_scale      compressed-tensors, FBGEMM, ComfyUI's newer files
 ///   weight_scale_inv  DeepSeek, FineGrainedFP8 of transformers: the inverse of what the weight was multiplied by when it was
 ///                     made, and so it multiplies, too (transformers, integrations/finegrained_fp8.py, Fp8Dequantize)
-/// Scales of activations (input_scale, scale_input, activation_scale) change no weight, and are passed over: here inputs are
+/// Scales of activations (input_scale, scale_input, activation_scale, input_scale_ub) change no weight, and are passed over: here inputs are
 /// never rounded to float8.
 struct XATTN_API TensorRecipe {
   std::string source = {};  ///< full name in the file

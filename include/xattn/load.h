@@ -58,8 +58,8 @@ class XATTN_API LoadError : public FileError {
 ///
 /// A CrossAttention or DecoupledCrossAttention anywhere in the module may be spelled in any layout, a CrossAttentionBlock in
 /// any block layout. What a layout computes is checked, too: T5's scale of 1; the norms of a block, where they stand if all that
-/// is spelled so agrees, gates and glu. Activation and eps are not: nothing in a file tells them. Weights of a float8 type are
-/// multiplied by the scales beside them (see TensorRecipe). Names under the prefix of a layer or block that its layout does not
+/// is spelled so agrees, gates and glu. Activation and eps are not: nothing in a file tells them. Weights of a float8 type, of
+/// any module, are multiplied by the scales beside them (see TensorRecipe). Names under the prefix of a layer or block that its layout does not
 /// explain are unexpected: low-rank weights, which Python must merge first, gates, norms and keys that the module does not have. If the module itself is one of
 /// these and no prefix is given, the file's only one is taken; a FileError lists them if there are several.
 XATTN_API LoadReport load_weights(torch::nn::Module& module, const Checkpoint& checkpoint, const LoadOptions& options = {});

@@ -110,14 +110,14 @@ Results run_layer(const std::string& path,
     file = with_ip_adapter(file, open_checkpoint(arguments.ip_adapter), places);
   }
 
-  const LayerOptions options{.prefix = layer.prefix,
-                             .layout = arguments.layout,
-                             .num_heads = arguments.heads,
-                             .qk_norm_eps = arguments.qk_norm_eps,
-                             .attention_weights = weights,
-                             .dtype = given.query.scalar_type(),
-                             .allow_unexpected = arguments.allow_unexpected,
-                             .without_input_norms = true};  // they are applied here
+  LayerOptions options{.prefix = layer.prefix,
+                       .layout = arguments.layout,
+                       .num_heads = arguments.heads,
+                       .qk_norm_eps = arguments.qk_norm_eps,
+                       .attention_weights = weights,
+                       .dtype = given.query.scalar_type(),
+                       .allow_unexpected = arguments.allow_unexpected,
+                       .without_input_norms = true};  // they are applied here
   const auto prepare = [&](auto module) {
     module->to(device, given.query.scalar_type());
     module->eval();
@@ -125,6 +125,7 @@ Results run_layer(const std::string& path,
   };
   const torch::NoGradGuard no_grad;
   if (given.ip_context.defined()) {
+    options.without_input_norms = false;  // none that are applied here
     const auto attention = prepare(decoupled_cross_attention_from(file, options, arguments.ip_scale));
     const auto [output, mixed] =
         attention.ptr()->forward(given.query, given.key, given.value, {{given.ip_context, given.ip_context}}, given.mask);
