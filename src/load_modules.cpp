@@ -225,10 +225,11 @@ std::string_view name_of(at::ScalarType type) {
 
 void refuse_quantized(const Checkpoint& checkpoint, const std::string& name) {
   const auto type = checkpoint.tensors().at(name).type;
+  const auto* advice = c10::isIntegralType(type, /*includeBool=*/false)
+                           ? "; quantized weights must first be dequantised in Python, and saved anew"
+                           : "";
   detail::check_file(c10::isFloatingType(type), kLoadReader, checkpoint.path(),
-                     "tensor {} must have a floating point type, but has {}; quantized weights must first be dequantised in "
-                     "Python, and saved anew",
-                     in_quotes(name), name_of(type));
+                     "tensor {} must have a floating point type, but has {}{}", in_quotes(name), name_of(type), advice);
 }
 
 // The type of parameters made by these recipes.
@@ -255,7 +256,8 @@ void explain_none(const Checkpoint& checkpoint, const std::string& prefix) {
     if (!name.starts_with(prefix)) continue;
     names.push_back(name);
     const auto is_weight = [&name = name](const Layout& layout) { return name.ends_with(layout.query.weight); };
-    if (std::ranges::any_of(layouts(), is_weight)) refuse_quantized(checkpoint, name);
+    constexpr std::string_view kPacked = "qweight";  // as GPTQ and AWQ call weights of four bits
+    if (std::ranges::any_of(layouts(), is_weight) || name.ends_with(kPacked)) refuse_quantized(checkpoint, name);
   }
   const auto advice = advice_on(names);
   detail::check_file(advice.empty(), kLoadReader, checkpoint.path(),

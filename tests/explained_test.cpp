@@ -660,6 +660,10 @@ TEST(LayerTypeTest, WeightsWithoutArithmeticAreNamed) {
   packed["cross.q_proj.weight"] = torch::ones({32, 1}, at::kByte);
   packed["cross.k_proj.weight"] = torch::ones({48, 1}, at::kByte);
   expect_part(SavedLayer(packed).error(), "must have a floating point type, but has uint8");
+  expect_part(
+      SavedLayer({{"cross.q_proj.qweight", torch::ones({1, 8}, at::kInt)}, {"cross.q_proj.scales", torch::ones({1, 8})}})
+          .error(),
+      "tensor \"cross.q_proj.qweight\" must have a floating point type, but has int32; quantized weights must first be");
   expect_part(error_of<c10::ValueError>([] { SavedLayer(bart_layer("")).made({.num_heads = 2, .dtype = at::kFloat8_e5m2}); }),
               "dtype must be float64, float32, bfloat16 or float16, but is float8_e5m2.");
 }
