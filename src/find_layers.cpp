@@ -136,6 +136,10 @@ class Match {
       return true;
     };
     if (query_size.size() != 1 || key_size.size() != 1 || query_size[0] == 0) return refuse();
+    if (centred && !layout_.layer_norms_are.empty()) {
+      misshapen_.push_back(detail::formatted("{} and {} must be norms of kind rms, but are layer norms, as {}",
+                                             layout_.query_norm, layout_.key_norm, layout_.layer_norms_are));
+    }
     const auto kind = centred ? NormKind::layer : NormKind::rms;
     if (query_size[0] == group * inner_key && key_size[0] == inner_key) {
       options.qk_norm(kind).qk_norm_eps(layout_.qk_norm_eps).qk_norm_scope(NormScope::across_heads);

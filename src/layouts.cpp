@@ -167,6 +167,7 @@ constexpr std::array kLayouts = {
            .output = {"to_out.0.weight", "to_out.0.bias"},
            .query_norm = "norm_q",
            .key_norm = "norm_k",
+           .layer_norms_are = "those of HunyuanDiT, whose queries have rotary embeddings, which are not computed",
            .qk_norm_eps_in_config = "eps",
            .added = kDiffusersAdded,
            .num_heads = "num_attention_heads"},

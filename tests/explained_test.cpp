@@ -557,6 +557,12 @@ TEST(LayerConfigTest, KindsOfAttentionThatOnlyAConfigTellsAreRefused) {
   expect_part(SavedLayer(diffusers_layer("blocks.0.attn2."), {{"_class_name", "HunyuanDiT2DModel"}}).error(),
               "rotary embeddings of its queries: not computed");
   expect_part(SavedLayer(diffusers_layer("attn2."), {{"qk_norm", "l2"}}).error(), "that have no weights: not computed");
+  auto hunyuan = diffusers_layer("blocks.0.attn2.");
+  for (const auto* name : {"norm_q.weight", "norm_q.bias", "norm_k.weight", "norm_k.bias"}) {
+    hunyuan["blocks.0.attn2." + std::string(name)] = torch::ones({4});
+  }
+  expect_part(SavedLayer(hunyuan).error(),
+              "norms of kind rms, but are layer norms, as those of HunyuanDiT, whose queries have rotary");
 }
 
 TEST(LayerConfigTest, Gpt2sSwitchesOfTheScaleAreComputed) {

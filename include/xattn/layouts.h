@@ -49,6 +49,7 @@ struct Layout {
   std::string_view query_norm = {};             ///< of the projected queries, in front of ".weight"
   std::string_view key_norm = {};               ///< of the projected keys
   double qk_norm_eps = 1e-6;                    ///< what the family uses unless its config says otherwise
+  std::string_view layer_norms_are = {};        ///< not of this family, if its norms are of kind rms: whose, and why refused
   std::string_view qk_norm_eps_in_config = {};  ///< names in config.json, as for num_heads
   std::string_view query_input = {};            ///< a layer norm of the layer's own in front of its query projection
   std::string_view context_input = {};          ///< the same in front of its key and value projections
