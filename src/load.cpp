@@ -90,6 +90,7 @@ class Loader {
       check_arithmetic(*found, path, *own);
       add(recipes(*found, source_.infos), path);
       add_surrounding(*found);
+      misshapen_.insert(misshapen_.end(), found->attention.misshapen.begin(), found->attention.misshapen.end());
       done_.insert(own->attention.get());
     }
     for (const auto& [path, own] : modules_of<DecoupledCrossAttentionImpl>()) {
@@ -112,6 +113,7 @@ class Loader {
     const auto found = std::ranges::find(layers, prefix_ + path, &FoundLayer::prefix);
     if (found == layers.end() || !done_.insert(&own).second) return;
     check_arithmetic(*found, inner, own);
+    misshapen_.insert(misshapen_.end(), found->misshapen.begin(), found->misshapen.end());
     add(recipes(*found, source_.infos), inner);
     add(added_recipes(*found, source_.infos), path);  // unexpected in a module without added contexts
     for (const auto& [name, role] : name_roles(*found, source_.infos)) {
@@ -209,6 +211,9 @@ class Loader {
       const bool shared = filled.contains(state_.at(name).unsafeGetTensorImpl());
       (shared ? report_.loaded : report_.missing).push_back(name);
     }
+    for (const auto& reason : misshapen_) {
+      if (std::ranges::count(report_.misshapen, reason) == 0) report_.misshapen.push_back(reason);
+    }
     std::ranges::sort(report_.loaded);
     for (const auto& [full_name, info] : source_.infos) {
       if (!full_name.starts_with(prefix_) || used.contains(full_name)) continue;
@@ -254,6 +259,7 @@ class Loader {
   std::map<std::string, TensorRecipe> recipes_;  // by name in the module
   std::set<const CrossAttentionImpl*> done_;     // have recipes
   std::set<std::string> surrounding_;            // names in the file, known not to be of a layer or block that has them
+  Names misshapen_;                              // what does not fit together in layers of the file, whatever the module has
   std::vector<Copy> copies_;
   LoadReport report_;
 };

@@ -295,6 +295,8 @@ TEST(MisshapenTest, BiasesOfOtherSizesAreNamed) {
     EXPECT_EQ(choose_layer(saved.open()).misshapen, Strings({name + shape}));
     auto module = CrossAttention(CrossAttentionOptions(8, 12, 12, 8).num_heads(2));
     expect_part(error_of<LoadError>([&] { load_weights(*module, saved.open()); }), parameter + shape);
+    auto without = CrossAttention(CrossAttentionOptions(8, 12, 12, 8).num_heads(2).qkv_bias(false).output_bias(false));
+    expect_part(error_of<LoadError>([&] { load_weights(*without, saved.open(), {.allow_unexpected = true}); }), name + shape);
   }
   const Example bart{"bart"};
   const SavedLayer block(with(bart.tensors(), bart.prefix() + "v_proj.bias", torch::ones({7})));
