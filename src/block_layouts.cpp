@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <array>
+#include <set>
 #include <utility>
 
 #include "check.h"
+#include "layout_names.h"
 #include "text.h"
 
 namespace xattn {
@@ -21,6 +23,7 @@ constexpr std::array kBlockLayouts = {
                 .feed_forward_norm = "final_layer_norm",
                 .feed_forward_in = "fc1",
                 .feed_forward_out = "fc2",
+                .beside = "self_attn. self_attn_layer_norm.",
                 .models_before = "mbart m2m_100 pegasus whisper musicgen musicgen_decoder",
                 .models_after = "bart marian",
                 .activation_in_config = "activation_function"},
@@ -30,7 +33,8 @@ constexpr std::array kBlockLayouts = {
                 .attention_norm = "norm2",
                 .feed_forward_norm = "norm3",
                 .feed_forward_in = "linear1",
-                .feed_forward_out = "linear2"},
+                .feed_forward_out = "linear2",
+                .beside = "self_attn. norm1."},
     BlockLayout{.name = "moonshine",
                 .used_by = "Moonshine",
                 .attention = "encoder_attn.",
@@ -39,6 +43,7 @@ constexpr std::array kBlockLayouts = {
                 .feed_forward_in = "mlp.fc1",
                 .feed_forward_multiplier = "mlp.fc1",
                 .feed_forward_out = "mlp.fc2",
+                .beside = "self_attn. input_layernorm.",
                 .norm_placement = NormPlacement::before,
                 .activation = Activation::silu,
                 .activation_in_config = "decoder_hidden_act"},
@@ -49,6 +54,7 @@ constexpr std::array kBlockLayouts = {
                 .feed_forward_norm = "output_query.LayerNorm",
                 .feed_forward_in = "intermediate_query.dense",
                 .feed_forward_out = "output_query.dense",
+                .beside = "attention. intermediate. output.",
                 .norm_eps = 1e-12,
                 .norm_placement = NormPlacement::after,
                 .activation = Activation::gelu,
@@ -61,6 +67,7 @@ constexpr std::array kBlockLayouts = {
                 .feed_forward_norm = "output.LayerNorm",
                 .feed_forward_in = "intermediate.dense",
                 .feed_forward_out = "output.dense",
+                .beside = "attention.",
                 .norm_eps = 1e-12,
                 .norm_placement = NormPlacement::after,
                 .activation = Activation::gelu,
@@ -73,11 +80,12 @@ constexpr std::array kBlockLayouts = {
                 .feed_forward_norm = "layer.2.layer_norm",
                 .feed_forward_in = "layer.2.DenseReluDense.wi",
                 .feed_forward_out = "layer.2.DenseReluDense.wo",
+                .beside = "layer.0.",
                 .norm = NormKind::rms,
                 .norm_eps = 1e-6,
                 .norm_placement = NormPlacement::before,
                 .activation = Activation::relu,
-                .activation_in_config = "dense_act_fn",
+                .activation_in_config = "dense_act_fn feed_forward_proj",
                 .norm_eps_in_config = "layer_norm_epsilon"},
     BlockLayout{.name = "t5_gated",
                 .used_by = "T5 v1.1, Flan-T5, mT5, UMT5",
@@ -87,11 +95,12 @@ constexpr std::array kBlockLayouts = {
                 .feed_forward_in = "layer.2.DenseReluDense.wi_0",
                 .feed_forward_multiplier = "layer.2.DenseReluDense.wi_1",
                 .feed_forward_out = "layer.2.DenseReluDense.wo",
+                .beside = "layer.0.",
                 .norm = NormKind::rms,
                 .norm_eps = 1e-6,
                 .norm_placement = NormPlacement::before,
                 .activation = Activation::gelu_tanh,
-                .activation_in_config = "dense_act_fn",
+                .activation_in_config = "dense_act_fn feed_forward_proj",
                 .norm_eps_in_config = "layer_norm_epsilon"},
     BlockLayout{.name = "whisper",
                 .used_by = "Whisper (OpenAI)",
@@ -100,6 +109,7 @@ constexpr std::array kBlockLayouts = {
                 .feed_forward_norm = "mlp_ln",
                 .feed_forward_in = "mlp.0",
                 .feed_forward_out = "mlp.2",
+                .beside = "attn. attn_ln.",
                 .norm_placement = NormPlacement::before,
                 .activation = Activation::gelu},
     BlockLayout{.name = "gpt2",
@@ -109,6 +119,7 @@ constexpr std::array kBlockLayouts = {
                 .feed_forward_norm = "ln_2",
                 .feed_forward_in = "mlp.c_fc",
                 .feed_forward_out = "mlp.c_proj",
+                .beside = "attn. ln_1.",
                 .transposed = true,
                 .norm_placement = NormPlacement::before,
                 .activation = Activation::gelu_tanh,
@@ -277,7 +288,7 @@ std::map<std::string, TensorRecipe> recipes(const FoundBlock& block, const Infos
   for (auto& [parameter, recipe] : recipes(block.attention, tensors)) result.emplace("attention." + parameter, recipe);
   const auto add = [&](const std::string& parameter, std::string_view name, std::string_view ending, TensorRecipe recipe) {
     recipe.source = detail::formatted("{}{}{}", block.prefix, name, ending);
-    if (!name.empty() && tensors.contains(recipe.source)) result.emplace(parameter, recipe);
+    if (!name.empty() && tensors.contains(recipe.source)) result.emplace(parameter, detail::with_scale(recipe, tensors));
   };
   const auto add_norm = [&](const std::string& parameter, std::string_view name) {
     for (const auto& [weight, bias] : kNormEndings) {
@@ -298,6 +309,31 @@ std::map<std::string, TensorRecipe> recipes(const FoundBlock& block, const Infos
   add("attention_gate", layout.attention_gate, "", {.flat = true});
   add("feed_forward_gate", layout.feed_forward_gate, "", {.flat = true});
   return result;
+}
+
+std::vector<std::string> unexplained_names(const FoundBlock& block, const Infos& tensors) {
+  const auto& attention = block.attention;
+  const auto roles = name_roles(attention, tensors);
+  std::set<std::string> explained;
+  for (const auto& [parameter, recipe] : recipes(block, tensors)) {
+    explained.insert({recipe.source, recipe.scale});
+    for (auto& name : detail::activation_scales(recipe, tensors)) explained.insert(std::move(name));
+  }
+  const auto beside = detail::words(block.layout->beside);
+  const auto is_beside = [&](const std::string& name) {
+    return std::ranges::any_of(beside,
+                               [&](const auto& word) { return word.ends_with('.') ? name.starts_with(word) : name == word; });
+  };
+  std::vector<std::string> names;
+  for (auto item = tensors.lower_bound(block.prefix); item != tensors.end() && item->first.starts_with(block.prefix); ++item) {
+    const auto& full_name = item->first;
+    auto name = full_name.substr(block.prefix.size());
+    if (explained.contains(full_name) || is_beside(name)) continue;
+    const auto role =
+        full_name.starts_with(attention.prefix) ? roles.at(full_name.substr(attention.prefix.size())) : NameRole::unexplained;
+    if (role != NameRole::beside) names.push_back(std::move(name));
+  }
+  return names;
 }
 
 }  // namespace xattn

@@ -65,8 +65,12 @@ Checkpoint with_ip_adapter(const Checkpoint& base, const Checkpoint& adapter, co
   for (const auto& [theirs, ours] : names) {
     if (!adapter.contains(theirs)) missing.push_back(theirs);
   }
+  const auto is_of_layers = [&](const std::string& name) {
+    if (places.empty()) return name.starts_with(kPlaces);
+    return std::ranges::any_of(places, [&](const auto& place) { return name.starts_with(with_point(place.second)); });
+  };
   for (const auto& [name, info] : adapter.tensors()) {
-    if (places.empty() && name.starts_with(kPlaces) && !names.contains(name)) unexpected.push_back(name);
+    if (is_of_layers(name) && !names.contains(name)) unexpected.push_back(name);
   }
   detail::check_file(missing.empty() && unexpected.empty(), kIpAdapter, adapter.path(),
                      "must have to_k_ip and to_v_ip for the {} cross-attention layers of {}{}{}", names.size() / 2, base.path(),

@@ -14,6 +14,7 @@
 #include "check_file.h"
 #include "choose.h"
 #include "describe.h"
+#include "layout_names.h"
 #include "option_names.h"
 #include "text.h"
 
@@ -88,7 +89,8 @@ class Loader {
       if (found == blocks.end()) continue;
       check_arithmetic(*found, path, *own);
       add(recipes(*found, source_.infos), path);
-      foreign_.push_back(found->prefix);
+      add_surrounding(*found);
+      misshapen_.insert(misshapen_.end(), found->attention.misshapen.begin(), found->attention.misshapen.end());
       done_.insert(own->attention.get());
     }
     for (const auto& [path, own] : modules_of<DecoupledCrossAttentionImpl>()) {
@@ -111,9 +113,24 @@ class Loader {
     const auto found = std::ranges::find(layers, prefix_ + path, &FoundLayer::prefix);
     if (found == layers.end() || !done_.insert(&own).second) return;
     check_arithmetic(*found, inner, own);
+    misshapen_.insert(misshapen_.end(), found->misshapen.begin(), found->misshapen.end());
     add(recipes(*found, source_.infos), inner);
     add(added_recipes(*found, source_.infos), path);  // unexpected in a module without added contexts
-    if (found->layout->name != "reference" && !found->prefix.empty()) foreign_.push_back(found->prefix);
+    for (const auto& [name, role] : name_roles(*found, source_.infos)) {
+      const bool known = role == NameRole::beside || (role == NameRole::input_norm && options_.without_input_norms);
+      if (known) surrounding_.insert(found->prefix + name);
+    }
+  }
+
+  // All behind the prefix of a block that its layout explains; those with recipes are used, and never looked up here.
+  void add_surrounding(const FoundBlock& found) {
+    const auto unexplained = unexplained_names(found, source_.infos);
+    const auto& infos = source_.infos;
+    for (auto item = infos.lower_bound(found.prefix); item != infos.end() && item->first.starts_with(found.prefix); ++item) {
+      const bool known = !std::ranges::binary_search(unexplained, item->first.substr(found.prefix.size()));
+      if (known) surrounding_.insert(item->first);
+    }
+    for (const auto& [parameter, recipe] : recipes(found, infos)) surrounding_.erase(recipe.source);
   }
 
   // All of a kind in the module, itself included, with their paths: empty, or with a point at the end.
@@ -159,7 +176,10 @@ class Loader {
 
   TensorRecipe recipe_of(const std::string& name) const {
     const auto found = recipes_.find(name);
-    return found == recipes_.end() ? TensorRecipe{prefix_ + name} : found->second;
+    if (found != recipes_.end()) return found->second;
+    auto recipe = detail::with_scale({prefix_ + name}, source_.infos);
+    const auto scale = recipe.scale.substr(std::min(prefix_.size(), recipe.scale.size()));
+    return state_.contains(scale) ? TensorRecipe{prefix_ + name} : recipe;  // which has a use of its own for it
   }
 
   void match() {
@@ -174,7 +194,12 @@ class Loader {
         continue;
       }
       used.insert(recipe.source);
-      if (const auto reason = misfit(info->second.type, recipe.shape(info->second), target); !reason.empty()) {
+      used.insert(recipe.scale);
+      if (const auto reason = recipe.misfit(source_.infos); !reason.empty()) {
+        report_.misshapen.push_back(reason);
+        continue;
+      }
+      if (const auto reason = misfit(recipe.type(source_.infos), recipe.shape(info->second), target); !reason.empty()) {
         report_.misshapen.push_back(name + " " + reason);
         continue;
       }
@@ -186,18 +211,15 @@ class Loader {
       const bool shared = filled.contains(state_.at(name).unsafeGetTensorImpl());
       (shared ? report_.loaded : report_.missing).push_back(name);
     }
+    for (const auto& reason : misshapen_) {
+      if (std::ranges::count(report_.misshapen, reason) == 0) report_.misshapen.push_back(reason);
+    }
     std::ranges::sort(report_.loaded);
     for (const auto& [full_name, info] : source_.infos) {
       if (!full_name.starts_with(prefix_) || used.contains(full_name)) continue;
-      (is_surrounding(full_name) ? report_.surrounding : report_.unexpected).push_back(full_name.substr(prefix_.size()));
+      auto& list = surrounding_.contains(full_name) ? report_.surrounding : report_.unexpected;
+      list.push_back(full_name.substr(prefix_.size()));
     }
-  }
-
-  // Among the names of a layer or block, but not of it: a buffer of its class, the self-attention in front of a block.
-  bool is_surrounding(const std::string& name) const {
-    const auto is_source = [&](const auto& item) { return item.second.source == name; };
-    const auto has_name = [&](const std::string& prefix) { return name.starts_with(prefix); };
-    return std::ranges::any_of(foreign_, has_name) && std::ranges::none_of(recipes_, is_source);
   }
 
   void refuse_faults() {
@@ -205,7 +227,8 @@ class Loader {
                         (options_.allow_unexpected ? "" : list("unexpected", report_.unexpected)) +
                         list("misshapen", report_.misshapen);
     if (faults.empty()) return;
-    const auto message = detail::formatted("[load_weights] {}: does not fit the module{}", name_, faults);
+    const auto advice = options_.allow_unexpected ? "" : advice_on(report_.unexpected);
+    const auto message = detail::formatted("[load_weights] {}: does not fit the module{}{}", name_, faults, advice);
     throw LoadError(detail::one_line(message), std::move(report_));
   }
 
@@ -217,7 +240,7 @@ class Loader {
     const torch::NoGradGuard no_grad;
     std::vector<Made> made;  // reading may fail, and memory run out: before anything changes
     for (const auto& [target, recipe] : copies_) {
-      made.push_back({target, recipe.apply(source_.make(recipe.source)).to(target.scalar_type())});
+      made.push_back({target, recipe.make(source_, target.scalar_type()).to(target.scalar_type())});
     }
     for (auto& [target, value] : made) target.copy_(value);
   }
@@ -235,7 +258,8 @@ class Loader {
   NamedTensors state_;
   std::map<std::string, TensorRecipe> recipes_;  // by name in the module
   std::set<const CrossAttentionImpl*> done_;     // have recipes
-  Names foreign_;                                // prefixes of blocks and layers that are not the library's own
+  std::set<std::string> surrounding_;            // names in the file, known not to be of a layer or block that has them
+  Names misshapen_;                              // what does not fit together in layers of the file, whatever the module has
   std::vector<Copy> copies_;
   LoadReport report_;
 };

@@ -8,6 +8,7 @@
 #include <xattn/safetensors.h>
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -235,7 +236,7 @@ TEST_F(CliTest, InspectPrintsDocumentedJson) {
       {"prefix": "", "layout": "reference", "kind": "cross", "num_heads": null, "dim_query": 4, "dim_key": 5, "dim_value": 6, "dim_output": 8,
        "inner_qk": 8, "inner_v": 8, "group": 2,
        "query_bias": false, "key_bias": false, "value_bias": false, "output_bias": true,
-       "qk_norm": "none"}],
+       "qk_norm": "none", "added_contexts": 0, "unexpected": [], "misshapen": []}],
     "blocks": []})");
   EXPECT_EQ(json::parse(result.out), expected);
 }
@@ -351,14 +352,146 @@ TEST_F(CliTest, InspectListsTheBlocksAroundLayers) {
   EXPECT_EQ(json::parse(xattn("inspect " + moonshine + " --json").out)["blocks"], json::parse(R"([
       {"prefix": "model.decoder.layers.0.", "layout": "moonshine", "attention": "model.decoder.layers.0.encoder_attn.",
        "norm": "layer", "norm_bias": false, "gate": "none",
-       "feed_forward": 16, "feed_forward_glu": true, "feed_forward_bias": true}])"));
+       "feed_forward": 16, "feed_forward_glu": true, "feed_forward_bias": true, "unexpected": []}])"));
   const auto text = xattn("inspect " + idefics).out;
   EXPECT_TRUE(
       text.ends_with("blocks around them\n"
                      "  prefix \"model.gated_cross_attn_layers.0.\", layout \"idefics\", attention "
                      "\"model.gated_cross_attn_layers.0.cross_attn.\", norm \"rms\", norm_bias false, gate \"scalar\", "
-                     "feed_forward 24, feed_forward_glu true, feed_forward_bias false\n"))
+                     "feed_forward 24, feed_forward_glu true, feed_forward_bias false, unexpected []\n"))
       << text;
+}
+
+// ---- What a layout does not explain --------------------------------------------------------------------------------------------
+
+// The weights of a layer of 4 and 6 features, and a name beside them.
+NamedTensors layer_and(const std::string& name, const torch::Tensor& tensor = torch::ones({1})) {
+  NamedTensors tensors;
+  const CrossAttention attention(4, 6, 6, 8);
+  for (const auto& item : attention->named_parameters()) tensors["a." + item.key()] = item.value();
+  tensors["a." + name] = tensor;
+  return tensors;
+}
+
+TEST_F(CliTest, NamesThatTheLayoutDoesNotExplainAreListedAndRefused) {
+  save_safetensors(dir.file("weights"), layer_and("query_linear.lora_A.default.weight"));
+  save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key}});
+  const auto found = json::parse(xattn("inspect weights --json").out)["layers"][0];
+  EXPECT_EQ(found["unexpected"], json({"query_linear.lora_A.default.weight"}));
+  EXPECT_NE(xattn("inspect weights").out.find("unexpected [\"query_linear.lora_A.default.weight\"]"), std::string::npos);
+  const std::string refusal =
+      "layer \"a.\" must have only names that layout reference explains; unexpected: query_linear.lora_A.default.weight; "
+      "low-rank "
+      "weights must first be merged into the others in Python, by merge_and_unload of peft or fuse_lora of diffusers, and all "
+      "saved "
+      "anew";
+  EXPECT_EQ(error(1, "run weights --inputs in --output out --device cpu"), "[load] weights: " + refusal);
+  EXPECT_FALSE(std::filesystem::exists(dir.file("out")));
+  ASSERT_EQ(xattn("run weights --inputs in --output out --device cpu --allow-unexpected").status, 0);
+  auto expected = load_tensors(dir.file("in"));
+  expected["output"] = load_tensors(dir.file("out")).at("output");
+  save_safetensors(dir.file("expected"), expected);
+  EXPECT_EQ(error(1, "verify weights --expect expected --device cpu"), "[load] weights: " + refusal);
+  EXPECT_EQ(xattn("verify weights --expect expected --device cpu --allow-unexpected").status, 0);
+
+  auto refused = refusal;
+  refused.replace(refused.find("reference"), 9, "mlx");
+  EXPECT_EQ(error(1, "convert weights new.safetensors --to mlx"), "[convert] weights: " + refused);
+  EXPECT_EQ(error(1, "convert weights new.safetensors --to reference"), "[convert] weights: " + refusal);
+  EXPECT_FALSE(std::filesystem::exists(dir.file("new.safetensors")));
+  ASSERT_EQ(xattn("convert weights new.safetensors --to mlx --allow-unexpected").status, 0);
+  const auto converted = load_tensors(dir.file("new.safetensors"));
+  EXPECT_TRUE(converted.contains("a.query_proj.weight") && converted.contains("a.query_linear.lora_A.default.weight"));
+  EXPECT_EQ(xattn("convert weights new.safetensors").status, 0);  // the same names in another file
+}
+
+TEST_F(CliTest, TensorsOfOtherSizesAreListedAndRefused) {
+  save_safetensors(dir.file("weights"), layer_and("key_linear.bias", torch::ones({7})));
+  save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key}});
+  const std::string reason = "key_linear.bias must have shape [8], but has [7]";
+  EXPECT_EQ(json::parse(xattn("inspect weights --json").out)["layers"][0]["misshapen"], json({reason}));
+  EXPECT_EQ(error(1, "run weights --inputs in --output out --device cpu --allow-unexpected"),
+            "[load] weights: layer \"a.\" does not fit together; misshapen: " + reason);
+  EXPECT_EQ(error(1, "convert weights new.safetensors --to mlx"),
+            "[convert] weights: layer \"a.\" does not fit together; misshapen: " + reason);
+}
+
+TEST_F(CliTest, ASecondContextIsAskedFor) {
+  const auto file = data_path("layouts/wan_i2v.safetensors");
+  auto inputs = load_tensors(data_path("layouts/wan_i2v.expect.safetensors"));
+  for (const auto* name : {"ip_context", "output", "weights"}) inputs.erase(name);
+  save_safetensors(dir.file("in"), inputs);
+  const auto command = "run " + file + " --prefix blocks.0.attn2 --heads 2 --inputs in --output out --device cpu";
+  EXPECT_EQ(error(1, command), "[inputs] in: must hold ip_context, for the second context of layer \"blocks.0.attn2.\"");
+  EXPECT_EQ(xattn(command + " --allow-unexpected").status, 0);
+}
+
+TEST_F(CliTest, RunRefusesAQueryWithoutArithmetic) {
+  save_safetensors(dir.file("weights"), *CrossAttention(4, 6, 6, 8));
+  save_safetensors(dir.file("in"), NamedTensors{{"query", query.to(at::kFloat8_e4m3fn)}, {"context", key}});
+  EXPECT_EQ(error(1, "run weights --inputs in --output out --device cpu"),
+            "[inputs] in: query must have type float64, float32, bfloat16 or float16, but has float8_e4m3fn");
+  for (const auto type : {at::kFloat8_e4m3fn, at::kInt}) {
+    const auto type_name = std::string(c10::getDtypeNames(type).first);
+    save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key.to(type)}});
+    const auto message = error(1, "run weights --inputs in --output out --device cpu");
+    EXPECT_NE(message.find("key must be float32"), std::string::npos) << message;
+    EXPECT_NE(message.find(type_name), std::string::npos) << message;
+  }
+  save_safetensors(dir.file("weights"), layer_and("key_linear.weight", torch::ones({8, 6}, at::kChar)));
+  EXPECT_EQ(
+      error(1, "run weights --inputs in --output out --device cpu"),
+      "[load] weights: tensor \"a.key_linear.weight\" must have a floating point type, but has int8; quantized weights must "
+      "first be dequantised in Python, and saved anew");
+}
+
+TEST_F(CliTest, RunMultipliesFloat8WeightsByTheirScalesInTheTypeOfTheQuery) {
+  auto tensors = layer_and("key_linear.weight_scale", torch::rand({8, 1}) + 0.5);
+  const auto weight = tensors.at("a.key_linear.weight").detach().to(at::kFloat8_e4m3fn);
+  tensors["a.key_linear.weight"] = weight;
+  save_safetensors(dir.file("weights"), tensors);
+  save_safetensors(dir.file("in"), NamedTensors{{"query", query.to(at::kDouble)}, {"context", key.to(at::kDouble)}});
+  ASSERT_EQ(xattn("run weights --inputs in --output out --device cpu").status, 0);
+  const auto output = load_tensors(dir.file("out")).at("output");
+
+  const auto wide = weight.to(at::kDouble) * tensors.at("a.key_linear.weight_scale").to(at::kDouble);
+  const auto get = [&](const std::string& name) { return tensors.at("a." + name).to(at::kDouble); };
+  const auto linear = [&](const torch::Tensor& x, const std::string& name, const torch::Tensor& w) {
+    return torch::linear(x.to(at::kDouble), w, get(name + ".bias"));
+  };
+  const torch::NoGradGuard no_grad;
+  const auto q = linear(query, "query_linear", get("query_linear.weight")), k = linear(key, "key_linear", wide);
+  const auto v = linear(key, "value_linear", get("value_linear.weight"));
+  const auto p = torch::softmax(torch::matmul(q, k.transpose(1, 2)) / std::sqrt(8.), -1);
+  const auto expected = linear(torch::matmul(p, v), "output_linear", get("output_linear.weight"));
+  EXPECT_LE((output - expected).abs().max().item<double>(), 1e-13);
+
+  ASSERT_EQ(xattn("convert weights new.safetensors --to mlx").status, 0);
+  const auto converted = load_tensors(dir.file("new.safetensors"));
+  EXPECT_EQ(converted.size(), tensors.size() - 1);
+  EXPECT_TRUE(converted.at("a.key_proj.weight").equal(wide.to(at::kFloat)));
+}
+
+TEST_F(CliTest, ConvertRefusesALayoutThatComputesOtherwise) {
+  const auto layouts = data_path("layouts/");
+  EXPECT_NE(error(1, "convert " + layouts + "t5.safetensors x.safetensors --to reference")
+                .find("; unexpected: relative_attention_bias.weight"),
+            std::string::npos);
+  auto t5 = load_tensors(layouts + "t5.safetensors");
+  std::erase_if(t5, [](const auto& item) { return item.first.find("EncDecAttention") == std::string::npos; });
+  save_safetensors(dir.file("t5"), t5);
+  EXPECT_EQ(
+      error(1, "convert t5 x.safetensors --to o_proj"),
+      "[convert] t5: layer \"decoder.block.0.layer.1.EncDecAttention.\" has logits with scale 1, as layout t5 says, but layout "
+      "o_proj says 1 / sqrt(head_dim)");
+  EXPECT_EQ(xattn("convert t5 x.safetensors --to o_proj --allow-unexpected").status, 0);
+  const auto mllama = error(1, "convert " + layouts + "mllama.safetensors x.safetensors --layout o_proj --to reference");
+  EXPECT_NE(mllama.find("has norms with eps 1e-05, as layout o_proj says, but layout reference says 1e-06"), std::string::npos)
+      << mllama;
+  const auto flamingo = error(1, "convert " + layouts + "flamingo.safetensors x.safetensors --to reference");
+  EXPECT_NE(flamingo.find("unexpected: norm.bias, norm.weight"), std::string::npos) << flamingo;
+  const auto wan = error(1, "convert " + layouts + "wan_i2v_original.safetensors x.safetensors --to wan_diffusers");
+  EXPECT_NE(wan.find("unexpected: k_img.bias, k_img.weight"), std::string::npos) << wan;
 }
 
 // ---- verify ------------------------------------------------------------------------------------------------------------------

@@ -677,6 +677,10 @@ TEST_F(IpAdapterTest, RefusesTheAdapterOfAnotherModel) {
   with_lora["ip_adapter.1.to_q_lora.up.weight"] = torch::ones({4, 1});
   with_lora.erase("ip_adapter.3.to_v_ip.weight");
   EXPECT_EQ(refusal(with_lora), "missing: ip_adapter.3.to_v_ip.weight; unexpected: ip_adapter.1.to_q_lora.up.weight");
+  const auto lora = saved("adapter", with_lora);
+  const auto by_name = error_of<FileError>(
+      [&] { with_ip_adapter(two, lora, {{"mid_block.attentions.0.transformer_blocks.0.attn2", "ip_adapter.1"}}); });
+  EXPECT_TRUE(by_name.ends_with("; unexpected: ip_adapter.1.to_q_lora.up.weight")) << by_name;
 }
 
 TEST_F(IpAdapterTest, RefusesABaseThatHasNoPlaceForIt) {

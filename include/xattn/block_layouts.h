@@ -31,6 +31,9 @@ struct BlockLayout {
   std::string_view feed_forward_out;
   std::string_view attention_gate = {};  ///< both or neither
   std::string_view feed_forward_gate = {};
+  /// Names behind the block's prefix that are not of the block, separated by spaces, as of the self-attention in front of it; all
+  /// that begin so if there is a point at the end.
+  std::string_view beside = {};
   bool transposed = false;  ///< weights of the feed-forward branch are stored [in, out]
   NormKind norm = NormKind::layer;
   double norm_eps = 1e-5;  ///< what the family uses unless its config says otherwise
@@ -64,5 +67,8 @@ XATTN_API std::vector<FoundBlock> find_blocks(const std::map<std::string, Tensor
 /// How to make each parameter of a CrossAttentionBlock from a file with this block, by the parameter's name.
 XATTN_API std::map<std::string, TensorRecipe> recipes(const FoundBlock& block,
                                                       const std::map<std::string, TensorInfo>& tensors);
+
+/// Names behind the block's prefix, without it, that neither its layout nor that of its attention explains.
+XATTN_API std::vector<std::string> unexplained_names(const FoundBlock& block, const std::map<std::string, TensorInfo>& tensors);
 
 }  // namespace xattn

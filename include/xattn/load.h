@@ -21,19 +21,21 @@
 namespace xattn {
 
 struct LoadOptions {
-  std::string prefix = {};        ///< load only names that start so, without it, as in "decoder.layers.0.cross."
-  bool allow_missing = false;     ///< leave parameters and buffers alone that the file does not have
-  bool allow_unexpected = false;  ///< ignore names in the file that the module does not have
-  std::string layout = {};        ///< of the attention layers (see layouts.h); told from their names if empty
+  std::string prefix = {};           ///< load only names that start so, without it, as in "decoder.layers.0.cross."
+  bool allow_missing = false;        ///< leave parameters and buffers alone that the file does not have
+  bool allow_unexpected = false;     ///< ignore names in the file that the module does not have
+  std::string layout = {};           ///< of the attention layers (see layouts.h); told from their names if empty
+  bool without_input_norms = false;  ///< the caller applies the norms that layers have in front: see `input_norms`
 };
 
 /// Every name, without the prefix, in one of five lists.
 struct XATTN_API LoadReport {
   std::vector<std::string> loaded;
-  std::vector<std::string> missing;      ///< in the module, not in the file
-  std::vector<std::string> unexpected;   ///< in the file, not in the module
-  std::vector<std::string> misshapen;    ///< in both, with other shapes, types that do not convert, or for other options
-  std::vector<std::string> surrounding;  ///< under the prefix of a layer or block, but not of it, as a block's self-attention
+  std::vector<std::string> missing;     ///< in the module, not in the file
+  std::vector<std::string> unexpected;  ///< in the file, not in the module
+  std::vector<std::string> misshapen;   ///< in both, with other shapes, types that do not convert, or for other options
+  /// Under the prefix of a layer or block, but known not to be of it, as the self-attention in front of a block.
+  std::vector<std::string> surrounding;
   /// "loaded 8 tensors; missing: a, b; unexpected: c".
   std::string summary() const;
 };
@@ -56,7 +58,9 @@ class XATTN_API LoadError : public FileError {
 ///
 /// A CrossAttention or DecoupledCrossAttention anywhere in the module may be spelled in any layout, a CrossAttentionBlock in
 /// any block layout. What a layout computes is checked, too: T5's scale of 1; the norms of a block, where they stand if all that
-/// is spelled so agrees, gates and glu. Activation and eps are not: nothing in a file tells them. If the module itself is one of
+/// is spelled so agrees, gates and glu. Activation and eps are not: nothing in a file tells them. Weights of a float8 type, of
+/// any module, are multiplied by the scales beside them (see TensorRecipe). Names under the prefix of a layer or block that its layout does not
+/// explain are unexpected: low-rank weights, which Python must merge first, gates, norms and keys that the module does not have. If the module itself is one of
 /// these and no prefix is given, the file's only one is taken; a FileError lists them if there are several.
 XATTN_API LoadReport load_weights(torch::nn::Module& module, const Checkpoint& checkpoint, const LoadOptions& options = {});
 
@@ -82,13 +86,23 @@ struct LayerOptions {
   std::optional<std::string> prefix = {};  ///< see choose_layer
   std::string layout = {};                 ///< told from names if empty
   std::optional<int64_t> num_heads = {};   ///< from config.json beside the file if it is not given
-  std::optional<double> qk_norm_eps = {};  ///< that of the layout's family if it is not given
+  std::optional<double> qk_norm_eps = {};  ///< from config.json, or that of the layout's family, if it is not given
   AttentionWeights attention_weights = AttentionWeights::mean;
+  /// Of the parameters; the widest among the layer's tensors, but at least float16, if it is not given. float64, float32,
+  /// bfloat16 or float16.
+  std::optional<torch::ScalarType> dtype = {};
+  bool allow_unexpected = false;     ///< ignore names under the layer's prefix that its layout does not explain
+  bool without_input_norms = false;  ///< the caller applies the norms that the layer has in front: see `input_norms`
 };
 
 /// A CrossAttention of a file's widths, biases, norms and scale, with its weights. The number of heads is never among the
 /// weights: it comes from the options, from a norm of each head, or from a config.json beside the file; else a FileError lists
-/// those that are possible. Parameters have the file's type.
+/// those that are possible. What config.json says of the scale is computed (query_pre_attn_scalar of Gemma, the switches of
+/// GPT-2), or refused (soft caps of logits).
+///
+/// Whatever else stands under the layer's prefix may change what it computes: a FileError names what the layout does not
+/// explain, norms in front of the projections, added contexts, tensors of sizes that do not fit together, and weights of types
+/// without arithmetic, as quantized ones.
 XATTN_API CrossAttention cross_attention_from(const Checkpoint& checkpoint, const LayerOptions& options = {});
 
 /// The same with the contexts that the file's layer has beside its first (IP-Adapters, Wan's image-to-video models), each added
@@ -119,11 +133,14 @@ struct BlockOptionsFromFile {
   std::optional<double> norm_eps = {};     ///< that of the block layout's family if neither tells
   std::optional<double> qk_norm_eps = {};  ///< see LayerOptions
   AttentionWeights attention_weights = AttentionWeights::mean;
+  std::optional<torch::ScalarType> dtype = {};  ///< see LayerOptions
+  bool allow_unexpected = false;                ///< likewise, under the block's prefix
 };
 
 /// A CrossAttentionBlock of a file's widths, norms, gates and feed-forward branch, with its weights. What these do not tell
 /// comes from the options, from a config.json beside the file, or from the family if all that is spelled so agrees; else a
-/// FileError says what to give: BART has its norms after, Whisper before, with the same names. Parameters have the file's type.
+/// FileError says what to give: BART has its norms after, Whisper before, with the same names. What is refused is as for
+/// `cross_attention_from`.
 ///
 ///   auto block = xattn::cross_attention_block_from(xattn::open_checkpoint("whisper/model.safetensors"),
 ///                                                  {.prefix = "model.decoder.layers.0."});
@@ -131,7 +148,8 @@ XATTN_API CrossAttentionBlock cross_attention_block_from(const Checkpoint& check
                                                          const BlockOptionsFromFile& options = {});
 
 /// The norms that a layer has of its own in front of its projections (Flamingo, Perceiver), which a CrossAttention has not: of
-/// the query and of the context, the identity where there is none.
+/// the query and of the context, the identity where there is none. `cross_attention_from` refuses such a layer unless its
+/// options say `without_input_norms`.
 XATTN_API std::pair<Norm, Norm> input_norms(const Checkpoint& checkpoint, const FoundLayer& layer);
 
 /// Writes the parameters and buffers of a module by name; see save_safetensors(path, tensors, metadata).

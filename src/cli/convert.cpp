@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <ATen/ops/empty.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <unistd.h>
+#include <xattn/file_error.h>
 #include <xattn/layouts.h>
 #include <xattn/safetensors.h>
 #include <xattn/state_dict.h>
@@ -9,7 +11,10 @@
 #include <algorithm>
 #include <array>
 #include <iostream>
+#include <map>
 #include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -26,27 +31,63 @@ struct ConvertArguments {
   std::string output;
   std::string layout;
   std::string to;
+  bool allow_unexpected = false;
 };
 
 // The parameters of a layer, by their names in a CrossAttention; without data if `data` is false.
 NamedTensors parameters_of(const FoundLayer& layer, const LazyTensors& tensors, bool data) {
   NamedTensors parameters;
   for (const auto& [name, recipe] : recipes(layer, tensors.infos)) {
-    const auto& info = tensors.infos.at(recipe.source);
-    parameters[name] =
-        recipe.apply(data ? tensors.make(recipe.source) : at::empty(info.shape, at::dtype(info.type).device(at::kMeta)));
+    const auto like = at::dtype(recipe.type(tensors.infos)).device(at::kMeta);
+    parameters[name] = data ? recipe.make(tensors) : at::empty(recipe.shape(tensors.infos.at(recipe.source)), like);
   }
   return parameters;
 }
 
+// Whether the layout that a layer gets computes the same of its weights, and has names for all that belong to it.
+void check_convertible(const std::string& file,
+                       const FoundLayer& layer,
+                       const std::map<std::string, TensorInfo>& tensors,
+                       const Layout& to) {
+  const auto prefix = detail::in_quotes(layer.prefix);
+  const auto refuse = [&](const std::string& reason) {
+    throw FileError(fmt::format("[convert] {}: layer {} {}", file, prefix, reason));
+  };
+  const bool is_other = layer.layout != &to;
+  std::vector<std::string> unexpected;
+  for (const auto& [name, role] : name_roles(layer, tensors)) {
+    const bool dropped = is_other && (role == NameRole::added || role == NameRole::input_norm);
+    if (role == NameRole::unexplained || dropped) unexpected.push_back(name);
+  }
+  if (!unexpected.empty()) {
+    refuse(fmt::format("must have only names that layout {} explains; unexpected: {}{}",
+                       is_other ? to.name : layer.layout->name, fmt::join(unexpected, ", "), advice_on(unexpected)));
+  }
+  if (!layer.misshapen.empty()) refuse(fmt::format("does not fit together; misshapen: {}", fmt::join(layer.misshapen, ", ")));
+  for (const auto& [name, recipe] : recipes(layer, tensors)) {
+    if (const auto reason = recipe.misfit(tensors); !reason.empty()) refuse("does not fit together; misshapen: " + reason);
+  }
+  const auto text = [](const std::optional<double>& scale) { return scale ? fmt::format("{}", *scale) : "1 / sqrt(head_dim)"; };
+  if (layer.layout->scale != to.scale) {
+    refuse(fmt::format("has logits with scale {}, as layout {} says, but layout {} says {}", text(layer.layout->scale),
+                       layer.layout->name, to.name, text(to.scale)));
+  }
+  if (layer.options.qk_norm() != NormKind::none && layer.layout->qk_norm_eps != to.qk_norm_eps) {
+    refuse(fmt::format("has norms with eps {}, as layout {} says, but layout {} says {}", layer.layout->qk_norm_eps,
+                       layer.layout->name, to.name, to.qk_norm_eps));
+  }
+}
+
 // Spells the attention layers anew, cross and self, one after the other as they are asked for. Throws FileError, naming the file
 // of this path, if two tensors would have one name.
-LazyTensors spelled(const std::string& path, LazyTensors tensors, const Layout* from, const Layout& to) {
+LazyTensors spelled(const std::string& path, LazyTensors tensors, const std::vector<FoundLayer>& layers, const Layout& to) {
   LazyTensors result{tensors.infos, {}};
   std::map<std::string, FoundLayer> layer_of;  // by new name
-  const auto layers = find_layers(tensors.infos, from);
   for (const auto& layer : layers) {
-    for (const auto& [name, recipe] : recipes(layer, tensors.infos)) result.infos.erase(recipe.source);
+    for (const auto& [name, recipe] : recipes(layer, tensors.infos)) {
+      result.infos.erase(recipe.source);
+      result.infos.erase(recipe.scale);
+    }
   }
   for (const auto& layer : layers) {
     for (const auto& [name, tensor] : spell(parameters_of(layer, tensors, /*data=*/false), to, layer.prefix)) {
@@ -104,7 +145,12 @@ void convert(const ConvertArguments& arguments) {
   auto tensors = lazy(checkpoint);
   if (!arguments.to.empty()) {
     const auto* from = arguments.layout.empty() ? nullptr : &layout_named(arguments.layout);
-    tensors = spelled(arguments.input, std::move(tensors), from, layout_named(arguments.to));
+    const auto& to = layout_named(arguments.to);
+    const auto layers = find_layers(tensors.infos, from);
+    for (const auto& layer : layers) {
+      if (!arguments.allow_unexpected) check_convertible(arguments.input, layer, tensors.infos, to);
+    }
+    tensors = spelled(arguments.input, std::move(tensors), layers, to);
   }
   const program::Interrupt interrupt;
   tensors = stoppable(with_progress(std::move(tensors)), interrupt, arguments.output);
@@ -129,6 +175,11 @@ void add_convert(program::Command& xattn) {
       .required();
   const auto to = command.option("--to", arguments->to, "Spell the attention layers in this layout").one_of(names);
   command.option("--layout", arguments->layout, "Only those that are spelled in this one").one_of(names).needs(to);
+  command
+      .flag("--allow-unexpected", arguments->allow_unexpected,
+            "Keep names of layers that the new layout does not explain, and spell layers in it of which it says another scale "
+            "or eps")
+      .needs(to);
   command.footer("Example: xattn convert pytorch_model.bin model.safetensors --to reference");
 }
 

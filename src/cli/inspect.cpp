@@ -32,11 +32,13 @@ constexpr auto kInspectFooter = R"(Example: xattn inspect weights.safetensors
   metadata  object of strings
   tensors   list of {name, type, shape}, by name; types as in "float32"
   layers    list of {prefix, layout, kind, num_heads, dim_query, dim_key, dim_value, dim_output, inner_qk, inner_v, group,
-            query_bias, key_bias, value_bias, output_bias, qk_norm}, by prefix. kind is "cross", "self" or "unknown"; num_heads
+            query_bias, key_bias, value_bias, output_bias, qk_norm, added_contexts, unexpected, misshapen}, by prefix. kind is "cross", "self" or "unknown"; num_heads
             is null where weights do not tell it; inner_qk and inner_v are the widths of all heads together; group is the number
-            of query heads to a key/value head; qk_norm is "none", "rms" or "layer".
-  blocks    list of {prefix, layout, attention, norm, norm_bias, gate, feed_forward, feed_forward_glu, feed_forward_bias}, by
-            prefix: what is around a cross-attention layer. attention is the layer's prefix; norm is "rms" or "layer"; gate is
+            of query heads to a key/value head; qk_norm is "none", "rms" or "layer"; added_contexts is the number of contexts
+            beside the first. unexpected are names behind the prefix that the layout does not explain, misshapen what does not
+            fit together: run, verify and convert refuse layers with either.
+  blocks    list of {prefix, layout, attention, norm, norm_bias, gate, feed_forward, feed_forward_glu, feed_forward_bias,
+            unexpected}, by prefix: what is around a cross-attention layer. attention is the layer's prefix; norm is "rms" or "layer"; gate is
             "none", "scalar" or "per_feature"; feed_forward is the number of hidden features.)";
 
 struct InspectArguments {
@@ -48,7 +50,7 @@ std::string type_name(const TensorInfo& info) {
   return std::string(c10::getDtypeNames(info.type).first);
 }
 
-Json layer_as_json(const FoundLayer& layer) {
+Json layer_as_json(const FoundLayer& layer, const Checkpoint& file) {
   constexpr std::array kKinds = {"cross", "self", "unknown"};
   const auto& options = layer.options;
   return {{"prefix", layer.prefix},
@@ -66,10 +68,13 @@ Json layer_as_json(const FoundLayer& layer) {
           {"key_bias", options.key_bias()},
           {"value_bias", options.value_bias()},
           {"output_bias", options.output_bias()},
-          {"qk_norm", detail::name_of(options.qk_norm())}};
+          {"qk_norm", detail::name_of(options.qk_norm())},
+          {"added_contexts", layer.added.size()},
+          {"unexpected", unexplained_names(layer, file.tensors())},
+          {"misshapen", layer.misshapen}};
 }
 
-Json block_as_json(const FoundBlock& block) {
+Json block_as_json(const FoundBlock& block, const Checkpoint& file) {
   const auto& options = block.options;
   return {{"prefix", block.prefix},
           {"layout", block.layout->name},
@@ -79,7 +84,8 @@ Json block_as_json(const FoundBlock& block) {
           {"gate", detail::name_of(options.gate())},
           {"feed_forward", options.feed_forward().value()},
           {"feed_forward_glu", options.feed_forward_glu()},
-          {"feed_forward_bias", options.feed_forward_bias()}};
+          {"feed_forward_bias", options.feed_forward_bias()},
+          {"unexpected", unexplained_names(block, file.tensors())}};
 }
 
 struct Found {
@@ -89,8 +95,8 @@ struct Found {
 
 Found find(const Checkpoint& file) {
   Found found;
-  for (const auto& layer : find_layers(file.tensors())) found.layers.push_back(layer_as_json(layer));
-  for (const auto& block : find_blocks(file.tensors())) found.blocks.push_back(block_as_json(block));
+  for (const auto& layer : find_layers(file.tensors())) found.layers.push_back(layer_as_json(layer, file));
+  for (const auto& block : find_blocks(file.tensors())) found.blocks.push_back(block_as_json(block, file));
   return found;
 }
 

@@ -5,6 +5,8 @@
 #include <fmt/ranges.h>
 #include <xattn/load.h>
 
+#include <algorithm>
+#include <array>
 #include <map>
 #include <set>
 
@@ -44,7 +46,12 @@ Inputs read_inputs(const Checkpoint& file, torch::Device device, bool fixture) {
 
   Inputs inputs{get("query"), get(pair ? "key" : "context"), get(pair ? "value" : "context"), {}, {}};
   if (has("ip_context")) inputs.ip_context = get("ip_context");
+  constexpr std::array kTypes = {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf};
   if (!inputs.query.is_floating_point()) fail(file.path(), "query must have a floating point type");
+  if (std::ranges::count(kTypes, inputs.query.scalar_type()) == 0) {
+    fail(file.path(), fmt::format("query must have type float64, float32, bfloat16 or float16, but has {}",
+                                  c10::getDtypeNames(inputs.query.scalar_type()).first));
+  }
   if (has("mask")) {
     const auto mask = get("mask");
     if (mask.dim() != 2 && mask.dim() != 4) {
@@ -73,6 +80,9 @@ void add_layer_options(program::Command& command, LayerArguments& arguments) {
       .option("--qk-norm-eps", arguments.qk_norm_eps,
               "Of norms of queries and keys; what the layout's family uses if not given")
       .not_negative();
+  command.flag("--allow-unexpected", arguments.allow_unexpected,
+               "Ignore names of the layer that its layout does not explain, as inspect lists them; results may then be others "
+               "than those of the model");
   command.option("--ip-scale", arguments.ip_scale, "What the attention to ip_context is multiplied by").shows_default();
   const auto adapter = command.option("--ip-adapter", arguments.ip_adapter,
                                       "An IP-Adapter's own file, of which the layer of FILE gets its second context");
@@ -101,11 +111,14 @@ Results run_layer(const std::string& path,
     file = with_ip_adapter(file, open_checkpoint(arguments.ip_adapter), places);
   }
 
-  const LayerOptions options{.prefix = layer.prefix,
-                             .layout = arguments.layout,
-                             .num_heads = arguments.heads,
-                             .qk_norm_eps = arguments.qk_norm_eps,
-                             .attention_weights = weights};
+  LayerOptions options{.prefix = layer.prefix,
+                       .layout = arguments.layout,
+                       .num_heads = arguments.heads,
+                       .qk_norm_eps = arguments.qk_norm_eps,
+                       .attention_weights = weights,
+                       .dtype = given.query.scalar_type(),
+                       .allow_unexpected = arguments.allow_unexpected,
+                       .without_input_norms = true};  // they are applied here
   const auto prepare = [&](auto module) {
     module->to(device, given.query.scalar_type());
     module->eval();
@@ -113,10 +126,14 @@ Results run_layer(const std::string& path,
   };
   const torch::NoGradGuard no_grad;
   if (given.ip_context.defined()) {
+    options.without_input_norms = false;  // none that are applied here
     const auto attention = prepare(decoupled_cross_attention_from(file, options, arguments.ip_scale));
     const auto [output, mixed] =
         attention.ptr()->forward(given.query, given.key, given.value, {{given.ip_context, given.ip_context}}, given.mask);
     return {output, mixed};
+  }
+  if (!layer.added.empty() && !arguments.allow_unexpected) {
+    fail(inputs, fmt::format("must hold ip_context, for the second context of layer {}", detail::in_quotes(layer.prefix)));
   }
   const auto [of_query, of_context] = input_norms(file, layer);
   auto query_norm = prepare(of_query), context_norm = prepare(of_context);

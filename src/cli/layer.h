@@ -19,6 +19,7 @@ struct LayerArguments {
   std::string layout;
   std::optional<int64_t> heads;
   std::optional<double> qk_norm_eps;
+  bool allow_unexpected = false;
   double ip_scale = 1;
   std::string ip_adapter;
   std::string ip_prefix;
