@@ -410,6 +410,21 @@ TEST_F(AgreementTest, EveryPathOfALayerGivesWhatTheDefinitionGives) {
   }
 }
 
+TEST_F(AgreementTest, SeveralProcessesGiveTheGradientOfValuesThatAskAlone) {
+  for (const auto type : {torch::kDouble, torch::kFloat, torch::kBFloat16}) {
+    CrossAttention module(CrossAttentionOptions(6, 8, 8, 8).num_heads(2).attention_weights(AttentionWeights::none));
+    module->to(type);
+    for (auto& parameter : module->parameters()) parameter.requires_grad_(false);
+    const auto query = torch::randn({2, 3, 6}).to(type), context = torch::randn({2, 5, 8}).to(type);
+    const auto weight = module->value_linear->weight.requires_grad_();
+    const auto group = c10::make_intrusive<c10d::ProcessGroup>(c10::make_intrusive<c10d::HashStore>(), /*rank=*/0, /*size=*/1);
+    ContextParallel parallel(module, group);
+    const auto found = torch::autograd::grad({std::get<0>(parallel.forward(query, context, context)).sum()}, {weight})[0];
+    const auto exact = torch::autograd::grad({std::get<0>(module->forward(query, context, context)).sum()}, {weight})[0];
+    expect_close(found, exact, tolerance(type, 40), c10::toString(type));
+  }
+}
+
 // ---- attention() -------------------------------------------------------------------------------------------------------------
 
 TEST_F(AgreementTest, EveryPathOfAttentionGivesWhatTheDefinitionGives) {
