@@ -17,8 +17,8 @@
 #include "check_file.h"
 #include "choose.h"
 #include "json.h"
-#include "mapped_file.h"
 #include "layout_names.h"
+#include "mapped_file.h"
 #include "stored_tensor.h"
 #include "text.h"
 

@@ -209,7 +209,7 @@ at::ScalarType product_type(const Tensor& x) {
 }
 
 Tensor logits_product(const Tensor& a, const Tensor& b) {
-  if (!at::isReducedFloatingType(product_type(a))) return matrix_product(a, b);
+  if (product_type(a) != at::kHalf) return matrix_product(a, b);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return matrix_product(a.to(at::kFloat), b.to(at::kFloat));
 }

@@ -20,7 +20,7 @@ RunsOn runs_on(const at::Tensor& weight);
 /// a [..., m, k], b [..., k, n] -> [..., m, n]; two to four axes, of equal sizes but for the last two.
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);
 
-/// The same for logits: half types are multiplied in float32, as their own might overflow, and keep too few digits of a logit.
+/// The same for logits: float16 is multiplied in float32, because a logit may exceed its largest number.
 at::Tensor logits_product(const at::Tensor& a, const at::Tensor& b);
 
 /// The type of a product of x: that of x, or autocast's where that is on.

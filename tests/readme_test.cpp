@@ -176,7 +176,7 @@ TEST(ReadmeTest, RealWeights) {
     xattn::save_state_dict(new_path, {{"weight", weight}});  // for torch.load(..., weights_only=True)
     EXPECT_TRUE(torch::equal(open_checkpoint(new_path).tensor("weight"), weight));
   }
-  auto checkpoint = xattn::open_checkpoint(path);
+  auto checkpoint = xattn::open_checkpoint(path);  // names, types, shapes, metadata
   auto attention = xattn::cross_attention_from(checkpoint, {.prefix = "model.decoder.layers.0.encoder_attn", .num_heads = 8});
   auto block = xattn::cross_attention_block_from(checkpoint, {.prefix = "model.decoder.layers.0",
                                                               .num_heads = 8,

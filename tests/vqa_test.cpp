@@ -402,7 +402,8 @@ TEST(VqaCheckpointTest, NamesTheFileAndWhatIsWrongInIt) {
 TEST(VqaShippedTest, ReproducesItsPublishedAccuracy) {
   auto trained = load_trained(XATTN_EXAMPLE_DATA "/vqa.safetensors", torch::kCPU);
   const auto score = evaluate(trained.model, digits().held_out, trained.grammar, torch::kCPU, /*boards=*/1000, /*seed=*/12345);
-  EXPECT_NEAR(score.accuracy(), kPublishedAccuracy, 0.002);  // src/examples/README.md; other instructions may turn a few of 14,000 answers
+  EXPECT_NEAR(score.accuracy(), kPublishedAccuracy,
+              0.002);  // src/examples/README.md; other instructions may turn a few of 14,000 answers
   EXPECT_GE(score.accuracy(), 0.97);
   for (size_t kind = 0; kind < score.kinds.size(); ++kind) {
     const auto& [name, right, total] = score.kinds[kind];
