@@ -61,6 +61,7 @@ class Buffer : public std::streambuf {
   }
 
   std::streamsize xsputn(const char* bytes, std::streamsize size) override {
+    if (size == 0) return 0;  // the data of an empty tensor may be null
     if (size < epptr() - pptr()) {
       std::memcpy(pptr(), bytes, static_cast<size_t>(size));
       pbump(static_cast<int>(size));
