@@ -4,7 +4,7 @@
 # one GROUP are compiled as one; a file with flags of its own is compiled alone.
 function(xattn_sources target group)
   target_sources(${target} PRIVATE ${ARGN})
-  set_source_files_properties(${ARGN} PROPERTIES UNITY_GROUP ${group})
+  set_source_files_properties(${ARGN} TARGET_DIRECTORY ${target} PROPERTIES UNITY_GROUP ${group})
 endfunction()
 
 # The flags of our own targets. All are private: none reaches a user.
@@ -34,4 +34,15 @@ function(xattn_precompile_headers target)
   if(NOT XATTN_UNITY AND NOT CMAKE_UNITY_BUILD)
     target_precompile_headers(${target} PRIVATE ${ARGN})
   endif()
+endfunction()
+
+# A program of ours, in the build folder itself, of the files of one group.
+function(xattn_add_program target)
+  add_executable(${target})
+  xattn_sources(${target} ${target} ${ARGN})
+  target_link_libraries(${target} PRIVATE xattn::xattn program fmt::fmt-header-only)
+  set_target_properties(${target} PROPERTIES
+    RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}
+    INSTALL_RPATH "$ORIGIN/../${CMAKE_INSTALL_LIBDIR};$<TARGET_FILE_DIR:torch>")
+  xattn_set_flags(${target})
 endfunction()

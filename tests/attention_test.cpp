@@ -9,8 +9,8 @@
 #include <limits>
 #include <map>
 
+#include "attention/heads.h"
 #include "compare.h"
-#include "engine/heads.h"
 #include "test_util.h"
 
 namespace xattn::test {

@@ -8,7 +8,7 @@
 #include <set>
 #include <string>
 
-#include "shapes.h"
+#include "programs/shapes.h"
 
 namespace xattn {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "launch.h"
+#include "programs/launch.h"
 
 #include <arpa/inet.h>
 #include <fmt/format.h>

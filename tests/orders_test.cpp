@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "orders.h"
-
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
 #include <gtest/gtest.h>
@@ -10,6 +8,7 @@
 #include <set>
 
 #include "compare.h"
+#include "modules/layer.h"
 #include "test_util.h"
 
 // fixture_test.cpp runs every order on every fixture; here are the promises that no fixture knows.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "pickle.h"
+#include "files/pickle.h"
 
 #include <gtest/gtest.h>
 #include <xattn/file_error.h>

@@ -7,8 +7,8 @@
 
 #include <cmath>
 
+#include "attention/heads.h"
 #include "compare.h"
-#include "engine/heads.h"
 #include "test_util.h"
 
 namespace xattn::test {

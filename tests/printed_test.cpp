@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "printed.h"
+#include "base/printed.h"
 
 #include <gtest/gtest.h>
 
@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "check_file.h"
+#include "files/check_file.h"
 
 namespace xattn::detail {
 namespace {

@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "product.h"
-
 #include <ATen/autocast_mode.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
@@ -8,6 +6,7 @@
 #include <vector>
 
 #include "compare.h"
+#include "cpu/matrix_product.h"
 #include "test_util.h"
 
 namespace xattn::test {

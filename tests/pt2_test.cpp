@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "file_checks.h"
-#include "mapped_file.h"
-#include "readers.h"
+#include "files/mapped_file.h"
+#include "files/readers.h"
 #include "test_util.h"
 #include "zip_writer.h"
 

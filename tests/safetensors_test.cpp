@@ -11,7 +11,7 @@
 #include <string>
 
 #include "file_checks.h"
-#include "readers.h"
+#include "files/readers.h"
 #include "test_util.h"
 
 namespace xattn {

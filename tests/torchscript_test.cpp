@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "file_checks.h"
+#include "files/readers.h"
 #include "pickle_writer.h"
-#include "readers.h"
 #include "test_util.h"
 
 namespace xattn {

@@ -18,9 +18,9 @@
 #include <string>
 #include <vector>
 
-#include "common/checkpoint.h"
+#include "common/trained_model.h"
 #include "one_thread.h"
-#include "program.h"
+#include "programs/program.h"
 #include "test_util.h"
 
 namespace examples {

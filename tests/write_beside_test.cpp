@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "write_beside.h"
+#include "files/write_beside.h"
 
 #include <fcntl.h>
 #include <gtest/gtest.h>

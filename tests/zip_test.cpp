@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "zip.h"
+#include "files/zip.h"
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>

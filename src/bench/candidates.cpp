@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "candidates.h"
+#include "bench/candidates.h"
 
 #include <ATen/Context.h>
 #include <torch/nn/modules/activation.h>
@@ -11,8 +11,8 @@
 #include <optional>
 #include <utility>
 
-#include "eager.h"
-#include "folded.h"
+#include "bench/eager.h"
+#include "bench/folded.h"
 
 namespace bench {
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "layer.h"
+#include "bench/bench_layer.h"
 
 namespace bench {
 

@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "launch.h"
-#include "program.h"
+#include "programs/launch.h"
+#include "programs/program.h"
 
 namespace bench {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "crossover.h"
+#include "bench/crossover.h"
 
 #include <torch/types.h>
 #include <torch/utils.h>
@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "measure.h"
+#include "bench/measure.h"
 
 namespace bench {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "eager.h"
+#include "bench/eager.h"
 
 #include <cmath>
 

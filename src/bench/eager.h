@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "layer.h"
+#include "bench/bench_layer.h"
 
 namespace bench {
 

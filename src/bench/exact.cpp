@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "exact.h"
+#include "bench/exact.h"
 
 #include <fmt/format.h>
 #include <torch/autograd.h>
@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "eager.h"
+#include "bench/eager.h"
 
 namespace bench {
 

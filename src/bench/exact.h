@@ -5,8 +5,8 @@
 
 #include <vector>
 
-#include "candidates.h"
-#include "layer.h"
+#include "bench/bench_layer.h"
+#include "bench/candidates.h"
 
 namespace bench {
 

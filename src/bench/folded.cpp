@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "folded.h"
+#include "bench/folded.h"
 
 #include <torch/utils.h>
 
 #include <cmath>
 
-#include "eager.h"
+#include "bench/eager.h"
 
 namespace bench {
 

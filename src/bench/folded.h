@@ -3,7 +3,7 @@
 
 #include <torch/types.h>
 
-#include "layer.h"
+#include "bench/bench_layer.h"
 
 namespace bench {
 

@@ -7,15 +7,15 @@
 #include <utility>
 #include <vector>
 
-#include "candidates.h"
-#include "crossover.h"
-#include "exact.h"
-#include "layer.h"
-#include "measure.h"
-#include "program.h"
-#include "regret.h"
-#include "report.h"
-#include "shapes.h"
+#include "bench/bench_layer.h"
+#include "bench/bench_report.h"
+#include "bench/candidates.h"
+#include "bench/crossover.h"
+#include "bench/exact.h"
+#include "bench/measure.h"
+#include "bench/regret.h"
+#include "programs/program.h"
+#include "programs/shapes.h"
 
 namespace bench {
 namespace {

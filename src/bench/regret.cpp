@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "regret.h"
+#include "bench/regret.h"
 
 #include <torch/utils.h>
 #include <xattn/frozen.h>
@@ -11,8 +11,8 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 
-#include "layer.h"
-#include "measure.h"
+#include "bench/bench_layer.h"
+#include "bench/measure.h"
 
 namespace bench {
 

@@ -3,7 +3,7 @@
 
 #include <nlohmann/json_fwd.hpp>
 
-#include "shapes.h"
+#include "programs/shapes.h"
 
 namespace bench {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cli.h"
+#include "cli/cli.h"
 
 #include <fmt/format.h>
 #include <xattn/checkpoint.h>
@@ -7,8 +7,8 @@
 
 #include <filesystem>
 
-#include "program.h"
-#include "write_beside.h"
+#include "files/write_beside.h"
+#include "programs/program.h"
 
 void xattn::cli::check_output(const std::string& output, const std::vector<std::string>& inputs) {
   std::error_code ignored;

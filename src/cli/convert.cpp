@@ -17,10 +17,10 @@
 #include <string>
 #include <vector>
 
-#include "cli.h"
-#include "interrupt.h"
-#include "printed.h"
-#include "program.h"
+#include "base/printed.h"
+#include "cli/cli.h"
+#include "programs/interrupt.h"
+#include "programs/program.h"
 
 namespace xattn::cli {
 namespace {

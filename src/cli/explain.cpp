@@ -12,9 +12,9 @@
 #include <string>
 #include <vector>
 
-#include "cli.h"
-#include "program.h"
-#include "shapes.h"
+#include "cli/cli.h"
+#include "programs/program.h"
+#include "programs/shapes.h"
 
 namespace xattn::cli {
 namespace {

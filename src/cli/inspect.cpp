@@ -15,10 +15,10 @@
 #include <string>
 #include <vector>
 
-#include "cli.h"
-#include "option_names.h"
-#include "printed.h"
-#include "program.h"
+#include "base/printed.h"
+#include "cli/cli.h"
+#include "modules/option_names.h"
+#include "programs/program.h"
 
 namespace xattn::cli {
 namespace {

@@ -6,9 +6,9 @@
 #include <memory>
 #include <string>
 
-#include "cli.h"
-#include "interrupt.h"
-#include "layer.h"
+#include "cli/cli.h"
+#include "cli/layer_in_file.h"
+#include "programs/interrupt.h"
 
 namespace xattn::cli {
 namespace {

@@ -9,8 +9,8 @@
 #include <optional>
 #include <string>
 
-#include "cli.h"
-#include "layer.h"
+#include "cli/cli.h"
+#include "cli/layer_in_file.h"
 
 namespace xattn::cli {
 namespace {

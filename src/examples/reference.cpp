@@ -6,7 +6,7 @@
 
 #include <iostream>
 
-#include "program.h"
+#include "programs/program.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #ifdef __AMX_BF16__
 #define XATTN_KERNELS amx
-#include "product_in_parts.h"
+#include "kernels/product_in_parts.h"
 
 namespace xattn::detail::amx {
 

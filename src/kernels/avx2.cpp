@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #ifdef __x86_64__
 #define XATTN_KERNELS avx2
-#include "implementation.h"
+#include "kernels/implementation.h"
 #endif

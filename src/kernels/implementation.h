@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "kernels.h"
-#include "pack.h"
-#include "product.h"
-#include "product_transposed.h"
-#include "softmax.h"
+#include "kernels/kernels.h"
+#include "kernels/pack.h"
+#include "kernels/product_transposed.h"
+#include "kernels/row_softmax.h"
+#include "kernels/tile_product.h"
 
 // Included by one source for each instruction set.
 #define XATTN_NAME_OF(x) #x

@@ -1,3 +1,3 @@
 // SPDX-License-Identifier: Apache-2.0
 #define XATTN_KERNELS plain
-#include "implementation.h"
+#include "kernels/implementation.h"

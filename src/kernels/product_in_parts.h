@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "kernels.h"
-#include "shares.h"
-#include "vector.h"
+#include "kernels/kernels.h"
+#include "kernels/shares.h"
+#include "kernels/vector.h"
 
 // Products on the matrix unit of Intel processors (AMX), which multiplies bfloat16 and adds in float32. A float32 is the exact sum
 // of three bfloat16, its parts; of the nine products of two numbers' parts, the six that count leave out at most 2^-23 of the

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "kernels.h"
-#include "vector.h"
+#include "kernels/kernels.h"
+#include "kernels/vector.h"
 
 namespace xattn::detail::XATTN_KERNELS {
 namespace {

@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "targets.h"
+#include "fuzz/targets.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "targets.h"
+#include "fuzz/targets.h"
 
 #include <xattn/file_error.h>
 
@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "readers.h"
+#include "files/readers.h"
 #include "zip_writer.h"
 
 namespace xattn::test {

@@ -4,7 +4,7 @@
 #include <array>
 #include <string_view>
 
-#include "mapped_file.h"
+#include "files/mapped_file.h"
 
 // What readers make of arbitrary bytes: tensors, or a refusal by FileError. Whatever else comes out of them is a bug.
 // libFuzzer runs them on inputs that it makes up (scripts/fuzz.sh), fuzz_test.cpp on those that are kept in tests/data/fuzz.

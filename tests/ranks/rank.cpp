@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "launch.h"
-#include "processes.h"
+#include "programs/launch.h"
+#include "ranks/processes.h"
 
 // One process of those that distributed_test.cpp starts: runs a scenario, and fails unless this rank found what one process finds
 // by itself. All ranks draw the same inputs from the same seed.

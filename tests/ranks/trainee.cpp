@@ -11,7 +11,7 @@
 #include <string>
 
 #include "common/trainer.h"
-#include "processes.h"
+#include "ranks/processes.h"
 
 // One process of those that distributed_test.cpp starts: takes up the training whose state lies in a file, if it is there, goes on
 // to a step, and writes the state back. With a third argument the last process dies at that step, before its backward pass, and the

@@ -10,19 +10,19 @@
 #include <utility>
 #include <vector>
 
+#include "base/printed.h"
 #include "caption/captions.h"
 #include "caption/task.h"
 #include "caption/trained.h"
 #include "common/board.h"
-#include "common/checkpoint.h"
 #include "common/digits.h"
 #include "common/png.h"
 #include "common/report.h"
 #include "common/tiles.h"
+#include "common/trained_model.h"
 #include "common/write_file.h"
-#include "launch.h"
-#include "printed.h"
-#include "program.h"
+#include "programs/launch.h"
+#include "programs/program.h"
 
 namespace caption {
 namespace {

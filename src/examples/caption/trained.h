@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "caption/model.h"
-#include "common/checkpoint.h"
 #include "common/grammar.h"
 #include "common/report.h"
+#include "common/trained_model.h"
 
 namespace caption {
 

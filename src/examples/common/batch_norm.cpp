@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "batch_norm.h"
+#include "common/batch_norm.h"
 
 #include <c10/util/Exception.h>
 

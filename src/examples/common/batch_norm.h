@@ -4,7 +4,7 @@
 #include <torch/nn/modules/batchnorm.h>
 #include <torch/nn/pimpl.h>
 
-#include "team.h"
+#include "common/processes.h"
 
 namespace examples {
 

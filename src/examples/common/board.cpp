@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "board.h"
+#include "common/board.h"
 
 #include <ATen/ops/avg_pool2d.h>
 #include <fmt/format.h>
@@ -8,7 +8,7 @@
 #include <numeric>
 #include <stdexcept>
 
-#include "png.h"
+#include "common/png.h"
 
 namespace examples {
 namespace {

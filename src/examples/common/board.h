@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "digits.h"
-#include "random.h"
+#include "common/digits.h"
+#include "common/random.h"
 
 namespace examples {
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "canvas.h"
+#include "common/canvas.h"
 
 #include <algorithm>
 #include <cctype>
 #include <iterator>
 
-#include "font.h"
+#include "common/font.h"
 
 namespace examples {
 namespace {

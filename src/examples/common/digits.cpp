@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "digits.h"
+#include "common/digits.h"
 
 #include <ATen/ops/affine_grid_generator.h>
 #include <ATen/ops/grid_sampler.h>

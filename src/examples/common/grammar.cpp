@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "grammar.h"
+#include "common/grammar.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -12,8 +12,8 @@
 #include <sstream>
 #include <utility>
 
-#include "mapped_file.h"
-#include "printed.h"
+#include "base/printed.h"
+#include "files/mapped_file.h"
 
 namespace examples {
 namespace {

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "random.h"
+#include "common/random.h"
 
 // Sentences from an editable file. Its two kinds of lines, besides empty ones and comments (#):
 //

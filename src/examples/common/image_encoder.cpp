@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "image_encoder.h"
+#include "common/image_encoder.h"
 
 #include <torch/nn/modules/activation.h>
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/pooling.h>
 
-#include "batch_norm.h"
+#include "common/batch_norm.h"
 
 namespace examples {
 namespace {

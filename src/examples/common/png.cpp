@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "png.h"
+#include "common/png.h"
 
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "mapped_file.h"
-#include "write_file.h"
+#include "common/write_file.h"
+#include "files/mapped_file.h"
 
 namespace examples {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "pretrained.h"
+#include "common/pretrained.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <utility>
 
-#include "mapped_file.h"
+#include "files/mapped_file.h"
 
 namespace examples {
 namespace {

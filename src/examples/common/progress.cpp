@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "progress.h"
+#include "common/progress.h"
 
 #include <fmt/format.h>
 #include <unistd.h>

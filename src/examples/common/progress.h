@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "trainer.h"
+#include "common/trainer.h"
 
 namespace examples {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "report.h"
+#include "common/report.h"
 
 #include <c10/util/Exception.h>
 
@@ -9,9 +9,9 @@
 #include <string_view>
 #include <vector>
 
-#include "png.h"
+#include "common/png.h"
+#include "common/write_file.h"
 #include "report.html.h"
-#include "write_file.h"
 
 namespace examples {
 namespace {

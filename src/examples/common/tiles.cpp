@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "tiles.h"
+#include "common/tiles.h"
 
 #include <xattn/attention_map.h>
 
 #include <algorithm>
 
-#include "canvas.h"
-#include "printed.h"
+#include "base/printed.h"
+#include "common/canvas.h"
 
 namespace examples {
 namespace {

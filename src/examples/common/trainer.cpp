@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "trainer.h"
+#include "common/trainer.h"
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <fmt/format.h>
@@ -13,7 +13,7 @@
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 #include <utility>
 
-#include "batch_norm.h"
+#include "common/batch_norm.h"
 
 namespace examples {
 namespace {

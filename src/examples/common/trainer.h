@@ -12,9 +12,9 @@
 #include <string>
 #include <vector>
 
-#include "random.h"
-#include "report.h"
-#include "team.h"
+#include "common/processes.h"
+#include "common/random.h"
+#include "common/report.h"
 
 namespace c10d {
 class Reducer;

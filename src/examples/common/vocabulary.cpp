@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "vocabulary.h"
+#include "common/vocabulary.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <utility>
 
-#include "printed.h"
+#include "base/printed.h"
 
 namespace examples {
 namespace {

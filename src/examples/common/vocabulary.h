@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "grammar.h"
+#include "common/grammar.h"
 
 namespace examples {
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "write_file.h"
+#include "common/write_file.h"
 
 #include <fmt/format.h>
 
 #include <ostream>
 
-#include "interrupt.h"
-#include "write_beside.h"
+#include "files/write_beside.h"
+#include "programs/interrupt.h"
 
 namespace examples {
 namespace {

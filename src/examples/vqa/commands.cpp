@@ -12,13 +12,13 @@
 #include <utility>
 
 #include "common/board.h"
-#include "common/checkpoint.h"
 #include "common/digits.h"
 #include "common/png.h"
 #include "common/report.h"
 #include "common/tiles.h"
+#include "common/trained_model.h"
 #include "common/write_file.h"
-#include "program.h"
+#include "programs/program.h"
 #include "vqa/model.h"
 #include "vqa/questions.h"
 #include "vqa/task.h"

@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "common/checkpoint.h"
 #include "common/grammar.h"
 #include "common/report.h"
+#include "common/trained_model.h"
 #include "vqa/model.h"
 
 namespace vqa {

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include <string_view>
+#include <utility>
+
+#include "base/text.h"
+
+// How the library refuses bad input: one mould for all messages, "[caller] argument must be ..., but is ....", thrown as one of
+// torch's typed errors.
+namespace xattn::detail {
+
+/// Throws c10::ValueError with "[caller] message" unless `ok`. The message is only formatted when it is needed.
+template <typename... Args>
+void check_value(bool ok, std::string_view caller, fmt::format_string<Args...> format, Args&&... args) {
+  TORCH_CHECK_VALUE(ok, formatted("[{}] {}", caller, formatted(format, std::forward<Args>(args)...)));
+}
+
+/// The same for types and devices: throws c10::TypeError.
+template <typename... Args>
+void check_type(bool ok, std::string_view caller, fmt::format_string<Args...> format, Args&&... args) {
+  TORCH_CHECK_TYPE(ok, formatted("[{}] {}", caller, formatted(format, std::forward<Args>(args)...)));
+}
+
+}  // namespace xattn::detail

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bench/bench_report.h"
+
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+#include <torch/version.h>
+#include <xattn/version.h>
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <iostream>
+
+namespace bench {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+// The value behind `key` in a file of lines "key : value", as Linux has them; empty if there is none.
+std::string value_of(const char* path, const std::string& key) {
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with(key)) continue;
+    const auto begin = line.find_first_not_of(" \t", line.find(':') + 1);
+    return begin == std::string::npos ? "" : line.substr(begin);
+  }
+  return {};
+}
+
+// Its name alone tells little where machines are rented.
+std::string processor() {
+  const auto* const path = "/proc/cpuinfo";
+  const auto name = value_of(path, "model name"), family = value_of(path, "cpu family"), model = value_of(path, "model\t");
+  return family.empty() ? name : fmt::format("{} (family {}, model {})", name, family, model);
+}
+
+double gigabytes(const std::string& kibibytes) {
+  return kibibytes.empty() ? 1e9 : 1.024e-6 * std::stod(kibibytes);
+}
+
+}  // namespace
+
+double gigabytes_free() {
+  return gigabytes(value_of("/proc/meminfo", "MemAvailable"));
+}
+
+Report::Report(bool json, const std::string& device) : as_json_(json), cpu_(device == "cpu") {
+  json_["machine"] = {{"processor", processor()},
+                      {"cores", at::get_num_threads()},
+                      {"memory_gb", std::round(gigabytes(value_of("/proc/meminfo", "MemTotal")))},
+                      {"device", device}};
+  json_["versions"] = {{"libtorch", TORCH_VERSION},
+                       {"xattn", fmt::format("{}.{}.{}", XATTN_VERSION_MAJOR, XATTN_VERSION_MINOR, XATTN_VERSION_PATCH)}};
+  json_["peaks"] = Json::object();
+  json_["results"] = Json::array();
+  json_["skipped"] = Json::array();
+}
+
+void Report::threads(int count) {
+  threads_ = count;
+  if (!cpu_) return;
+  peak_ = measure_peak(count);
+  json_["peaks"][std::to_string(count)] = std::round(10 * peak_) / 10;
+  if (!as_json_) std::cout << fmt::format("threads {}: at most {:.0f} GFLOP/s\n", count, peak_);
+}
+
+void Report::row(const shapes::Shape& shape, const std::string& weights) {
+  shape_ = shape;
+  where_ = {{"row", shape.name},
+            {"weights", weights},
+            {"threads", threads_},
+            {"type", cpu_ ? "float32" : "bfloat16"},
+            {"runtime", "libtorch"}};
+  if (as_json_) {
+    std::cerr << fmt::format("libtorch, {} threads, weights {}: {}\n", threads_, weights, shape.name);
+  } else {
+    std::cout << fmt::format("\n{}; threads {}, weights {}; fewest operations: order {}, {:.2f} times fewer than standard\n",
+                             shape.name, threads_, weights, shape.orders, shape.times_fewer);
+  }
+}
+
+void Report::result(const Candidate& candidate, double error, const Times& times) {
+  auto json = where_;
+  json.update({{"candidate", candidate.name},
+               {"error", error},
+               {"us", times.median},
+               {"low", times.low},
+               {"high", times.high},
+               {"least", times.least},
+               {"samples", times.samples}});
+  json_["results"].push_back(json);
+  if (as_json_) return;
+  const auto rate = 1e6 * shape_.gflop / times.median;  // 1e9 operations of the standard order a second
+  const auto share = peak_ > 0 ? fmt::format("{:6.0f} % of peak", 100 * rate / peak_) : "";
+  std::cout << fmt::format("  {:<16}{:>12.1f} us [{:.1f}, {:.1f}], least {:.1f}, {} samples,{} error {:.0e}\n", candidate.name,
+                           times.median, times.low, times.high, times.least, times.samples, share, error);
+}
+
+void Report::skipped(const std::string& candidate, const std::string& reason) {
+  auto json = where_;
+  json.update({{"candidate", candidate}, {"reason", reason}});
+  json_["skipped"].push_back(json);
+  if (!as_json_) std::cout << fmt::format("  {:<16}  not run: {}\n", candidate, reason);
+}
+
+void Report::crossover(const Json& cells) {
+  json_["crossover"][std::to_string(threads_)] = cells;
+  if (as_json_) return;
+  for (const auto& cell : cells) std::cout << cell.dump() << "\n";
+}
+
+void Report::regret(const Json& row) {
+  if (row.is_null()) return;
+  json_["regret"][std::to_string(threads_)].push_back(row);
+  if (!as_json_) std::cout << row.dump() << "\n";
+}
+
+void Report::end() const {
+  if (as_json_) std::cout << json_.dump(1) << "\n";
+}
+
+}  // namespace bench

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/huge_pages.h"
+
+#include <ATen/ops/empty.h>
+
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace xattn::detail {
+
+namespace {
+constexpr uintptr_t kHugePage = 2 << 20;
+}
+
+at::Tensor in_huge_pages(at::Tensor x) {
+#if defined(MADV_HUGEPAGE)
+  const auto begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()), end = begin + x.nbytes();
+  const auto first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+  // A refusal leaves pages as they are, and is none of the caller's business.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return x;
+}
+
+at::Tensor empty_in_huge_pages(int64_t n, const at::TensorOptions& options) {
+  const auto size = static_cast<int64_t>(options.dtype().itemsize()), page = static_cast<int64_t>(kHugePage) / size;
+  const auto whole = in_huge_pages(at::empty({(n + page - 1) / page * page + page}, options));
+  const auto behind = static_cast<int64_t>(reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % kHugePage) / size;
+  return whole.narrow(0, (page - behind) % page, n);
+}
+
+}  // namespace xattn::detail

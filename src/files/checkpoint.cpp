@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <xattn/checkpoint.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <functional>
+#include <iterator>
+#include <new>
+#include <numeric>
+#include <optional>
+#include <string_view>
+#include <utility>
+
+#include "base/check.h"
+#include "files/check_file.h"
+#include "files/mapped_file.h"
+#include "files/readers.h"
+#include "files/stored_tensor.h"
+
+namespace xattn {
+
+struct Checkpoint::Contents {
+  std::string path;
+  FileFormat format = FileFormat::safetensors;
+  std::vector<std::shared_ptr<const detail::MappedFile>> files;
+  detail::Index index;
+  std::map<std::string, TensorInfo> infos;
+};
+
+namespace {
+
+constexpr std::string_view kCheckpoint = "checkpoint";
+
+// A length of eight bytes, then a JSON object.
+bool is_safetensors(std::string_view bytes) {
+  return bytes.size() > 8 && bytes[8] == '{';
+}
+
+// torch.save wrote a pickle, of protocol 2 or later, or a tar archive before it wrote zip archives.
+bool is_old(std::string_view bytes) {
+  const bool pickle = bytes.size() > 2 && bytes[0] == '\x80' && bytes[1] >= 2 && bytes[1] <= 5;
+  const bool tar = bytes.size() > 262 && bytes.substr(257, 5) == "ustar";
+  return pickle || tar;
+}
+
+// JSON may begin with white space.
+bool is_json(std::string_view bytes) {
+  const auto first = bytes.find_first_not_of(" \t\r\n");
+  return first != std::string_view::npos && bytes[first] == '{' && !(is_safetensors(bytes) && bytes[7] == '\0');
+}
+
+std::pair<FileFormat, detail::Index> read_format(const std::string& path, detail::Bytes file) {
+  const auto bytes = detail::as_text(file);
+  if (bytes.starts_with("PK\3\4") || bytes.starts_with("PK\5\6")) {
+    const detail::ZipFile zip(path, file);
+    if (zip.has("constants.pkl")) return {FileFormat::torchscript, read_torchscript(path, zip)};
+    if (zip.has("data.pkl")) return {FileFormat::state_dict, read_state_dict(path, zip)};
+    return {FileFormat::pt2, read_pt2(path, zip)};
+  }
+  if (is_safetensors(bytes)) return {FileFormat::safetensors, detail::read_safetensors(path, file)};
+  if (is_old(bytes)) {
+    detail::fail_file(
+        kCheckpoint, path,
+        "was written by torch.save in the form from before PyTorch 1.6, which is not read; save it anew in Python: "
+        "torch.save(torch.load(PATH, map_location='cpu'), NEW_PATH)");
+  }
+  detail::fail_file(
+      kCheckpoint, path,
+      "must be a safetensors file, the index.json of a sharded set, or an archive of torch.save, torch.jit.save or "
+      "torch.export.save, but is none of these");
+}
+
+// A view may show one number any number of times, and any number of names may share a storage: what they ask for in memory
+// counts against the size of the file.
+void check_amount(const std::string& path, const detail::Index& index, uint64_t file_bytes) {
+  constexpr uint64_t kMostShown = 32;  // layers that share their weights, each under names of its own
+  uint64_t all = 0;
+  for (const auto& [name, stored] : index.tensors) {
+    const auto bytes = detail::shown_bytes(stored);
+    detail::check_file(bytes && *bytes <= file_bytes, kCheckpoint, path,
+                       "tensor {} of shape [{}] shows more bytes than the {} of the whole file; save it anew in Python as "
+                       "TENSOR.clone(), or as what it repeats",
+                       detail::in_quotes(name), detail::joined(stored.shape), file_bytes);
+    detail::check_file(!__builtin_add_overflow(all, *bytes, &all) && all / kMostShown <= file_bytes, kCheckpoint, path,
+                       "names tensors of more than {} times its {} bytes, which share their storages", kMostShown, file_bytes);
+  }
+}
+
+std::pair<FileFormat, detail::Index> read_file(const std::string& path, detail::Bytes file) {
+  auto read = read_format(path, file);
+  check_amount(path, read.second, file.size());
+  return read;
+}
+
+// Opens the shards that the index names, and takes the tensors that it says they hold.
+void read_shards(Checkpoint::Contents& contents, const detail::ShardIndex& shards) {
+  const auto folder = std::filesystem::path(contents.path).parent_path();
+  std::map<std::string, std::map<std::string, detail::StoredTensor>> opened;
+  for (const auto& [name, file_name] : shards.file_of) {
+    auto shard = opened.find(file_name);
+    if (shard == opened.end()) {
+      const auto path = (folder / file_name).string();
+      contents.files.push_back(std::make_shared<detail::MappedFile>(path));
+      auto [format, index] = read_file(path, contents.files.back()->bytes());
+      const bool same = opened.empty() || format == contents.format;
+      detail::check_file(same && (format == FileFormat::safetensors || format == FileFormat::state_dict), kCheckpoint,
+                         contents.path, "must name shards that are all safetensors or all state dicts, but {} is {}",
+                         detail::in_quotes(file_name), to_string(format));
+      contents.format = format;
+      shard = opened.emplace(file_name, std::move(index.tensors)).first;
+    }
+    const auto tensor = shard->second.find(name);
+    detail::check_file(tensor != shard->second.end(), kCheckpoint, contents.path, "says that {} is in {}, but it is not there",
+                       detail::in_quotes(name), detail::in_quotes(file_name));
+    contents.index.tensors.emplace(name, tensor->second);
+  }
+  contents.index.metadata = shards.metadata;
+}
+
+const detail::StoredTensor& find(const Checkpoint::Contents& contents, const std::string& name) {
+  const auto found = contents.index.tensors.find(name);
+  detail::check_file(found != contents.index.tensors.end(), kCheckpoint, contents.path, "has no tensor {}",
+                     detail::in_quotes(name));
+  return found->second;
+}
+
+[[noreturn]] void refuse_for_memory(const Checkpoint::Contents& contents,
+                                    const std::string& name,
+                                    const detail::StoredTensor& stored) {
+  detail::fail_file(kCheckpoint, contents.path, "tensor {} of {} bytes does not fit into memory", detail::in_quotes(name),
+                    stored.data.size());
+}
+
+}  // namespace
+
+std::string to_string(FileFormat format) {
+  switch (format) {
+    case FileFormat::safetensors: return "safetensors";
+    case FileFormat::state_dict: return "state dict";
+    case FileFormat::torchscript: return "torchscript";
+    case FileFormat::pt2: return "pt2";
+  }
+  return "";
+}
+
+Checkpoint open_checkpoint(const std::string& path) {
+  auto contents = std::make_shared<Checkpoint::Contents>();
+  contents->path = path;
+  contents->files.push_back(std::make_shared<detail::MappedFile>(path));
+  const auto file = contents->files.front()->bytes();
+  if (is_json(detail::as_text(file))) {
+    read_shards(*contents, detail::read_shard_index(path, file));
+  } else {
+    std::tie(contents->format, contents->index) = read_file(path, file);
+  }
+  for (const auto& [name, stored] : contents->index.tensors)
+    contents->infos.emplace(name, TensorInfo{stored.type, stored.shape});
+  return Checkpoint(std::move(contents));
+}
+
+Checkpoint::Checkpoint(std::shared_ptr<const Contents> contents) : contents_(std::move(contents)) {}
+
+const std::string& Checkpoint::path() const {
+  return contents_->path;
+}
+
+std::vector<std::string> Checkpoint::files() const {
+  std::vector<std::string> paths;
+  for (const auto& file : contents_->files) paths.push_back(file->path());
+  return paths;
+}
+
+FileFormat Checkpoint::format() const {
+  return contents_->format;
+}
+
+const std::map<std::string, TensorInfo>& Checkpoint::tensors() const {
+  return contents_->infos;
+}
+
+const std::map<std::string, std::string>& Checkpoint::metadata() const {
+  return contents_->index.metadata;
+}
+
+at::Tensor Checkpoint::tensor(const std::string& name) const {
+  const auto& stored = find(*contents_, name);
+  for (const auto& file : contents_->files) file->check_unchanged();
+  std::optional<at::Tensor> tensor;
+  try {
+    tensor = detail::materialize(stored);
+  } catch (const std::bad_alloc&) {
+    refuse_for_memory(*contents_, name, stored);
+  } catch (const c10::Error&) {  // by LibTorch's allocator
+    refuse_for_memory(*contents_, name, stored);
+  }
+  detail::check_file(tensor.has_value(), kCheckpoint, path(), "tensor {} of type bool holds a byte other than 0 and 1",
+                     detail::in_quotes(name));
+  return *std::move(tensor);
+}
+
+Checkpoint Checkpoint::with(const Checkpoint& other, const std::map<std::string, std::string>& names) const {
+  auto contents = std::make_shared<Contents>(*contents_);
+  std::ranges::copy(other.contents_->files, std::back_inserter(contents->files));
+  for (const auto& [theirs, ours] : names) {
+    const bool is_new = contents->index.tensors.emplace(ours, find(*other.contents_, theirs)).second;
+    detail::check_file(is_new, kCheckpoint, path(), "already has a tensor {}", detail::in_quotes(ours));
+    contents->infos.emplace(ours, other.tensors().at(theirs));
+  }
+  return Checkpoint(std::move(contents));
+}
+
+int64_t byte_count(const TensorInfo& info) {
+  return std::accumulate(info.shape.begin(), info.shape.end(), static_cast<int64_t>(c10::elementSize(info.type)),
+                         std::multiplies<>());
+}
+
+LazyTensors lazy(NamedTensors tensors) {
+  LazyTensors result;
+  for (const auto& [name, tensor] : tensors) {
+    detail::check_value(tensor.defined(), "lazy", "tensor {} must be defined, but is not.", detail::in_quotes(name));
+    result.infos.emplace(name, TensorInfo{tensor.scalar_type(), tensor.sizes().vec()});
+  }
+  result.make = [tensors = std::move(tensors)](const std::string& name) {
+    const auto tensor = tensors.find(name);
+    detail::check_value(tensor != tensors.end(), "lazy", "name must be one of the tensors', but is {}.",
+                        detail::in_quotes(name));
+    return tensor->second;
+  };
+  return result;
+}
+
+LazyTensors lazy(const Checkpoint& checkpoint) {
+  return {checkpoint.tensors(), [checkpoint](const std::string& name) { return checkpoint.tensor(name); }};
+}
+
+NamedTensors load_tensors(const std::string& path) {
+  const auto checkpoint = open_checkpoint(path);
+  NamedTensors tensors;
+  for (const auto& [name, info] : checkpoint.tensors()) tensors.emplace(name, checkpoint.tensor(name));
+  return tensors;
+}
+
+}  // namespace xattn

@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "files/pickle.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstring>
+#include <utility>
+
+#include "base/text.h"
+#include "files/check_file.h"
+
+namespace xattn::detail {
+namespace {
+
+using Id = Pickle::Id;
+using Kind = Pickle::Kind;
+using Node = Pickle::Node;
+
+constexpr std::string_view kPickle = "pickle";
+constexpr Id kNowhere = ~Id{0};
+constexpr size_t kMaxBytes = size_t{1} << 26;  // some hundred thousand tensors; nodes can then be counted in 32 bits
+
+// What becomes of a call to a global.
+enum class Use : uint8_t {
+  name,           // none: must not be called
+  dict,           // a new dict
+  tensor,         // a tensor, from its arguments
+  other_tensor,   // a tensor of a kind that is not read
+  first,          // the first argument: a tensor that becomes a parameter, a list that is told its type
+  with_state,     // a tensor with attributes: the function, its class, the function's arguments, the attributes
+  other,          // something that no reader asks for
+  script_object,  // an object, if made by NEWOBJ
+};
+
+struct Global {
+  std::string_view module;
+  std::string_view name;
+  Use use;
+};
+
+// As torch._weights_only_unpickler has them, and those of TorchScript.
+constexpr std::array kGlobals{
+    Global{"collections", "OrderedDict", Use::dict},
+    Global{"torch._utils", "_rebuild_tensor_v2", Use::tensor},
+    Global{"torch._utils", "_rebuild_tensor_v3", Use::tensor},
+    Global{"torch._utils", "_rebuild_parameter", Use::first},
+    Global{"torch._utils", "_rebuild_parameter_with_state", Use::first},
+    Global{"torch._tensor", "_rebuild_from_type_v2", Use::with_state},
+    Global{"torch.nn.parameter", "Parameter", Use::name},
+    Global{"torch.storage", "UntypedStorage", Use::name},
+    Global{"torch.serialization", "_get_layout", Use::other},
+    Global{"torch", "Size", Use::other},
+    Global{"torch", "device", Use::other},
+    Global{"collections", "Counter", Use::other},
+    Global{"_codecs", "encode", Use::other},
+    Global{"builtins", "bytearray", Use::other},
+    Global{"builtins", "complex", Use::other},
+    Global{"builtins", "set", Use::other},
+    Global{"torch.jit._pickle", "build_boollist", Use::first},
+    Global{"torch.jit._pickle", "build_doublelist", Use::first},
+    Global{"torch.jit._pickle", "build_intlist", Use::first},
+    Global{"torch.jit._pickle", "build_tensorlist", Use::first},
+    Global{"torch.jit._pickle", "restore_type_tag", Use::first},
+};
+
+class Machine {
+ public:
+  Machine(const std::string& path, Bytes bytes, PickleNames names) : path_(path), bytes_(bytes), names_(names) {}
+
+  Pickle run() {
+    check(bytes_.size() <= kMaxBytes, "has {} bytes, over the limit of {}", bytes_.size(), kMaxBytes);
+    pickle_.bytes = bytes_.size();
+    pickle_.nodes.resize(kShared);
+    pickle_.nodes[kFalseNode].kind = pickle_.nodes[kTrueNode].kind = Kind::boolean;
+    pickle_.nodes[kTrueNode].integer = 1;
+    pickle_.nodes[kOtherNode].kind = Kind::other;
+    pickle_.nodes[kEmptyTupleNode].kind = Kind::tuple;
+    while (step()) {
+    }
+    pickle_.root = pop();
+    return std::move(pickle_);
+  }
+
+ private:
+  // Values without identity are one node each.
+  enum : Id { kNoneNode, kFalseNode, kTrueNode, kOtherNode, kEmptyTupleNode, kShared };
+
+  // Takes one instruction; false if it is the last. Their names are those of Python's pickletools.
+  bool step() {
+    begin_ = position_;
+    const auto opcode = number<uint8_t>();
+    switch (opcode) {
+      case 0x80: number<uint8_t>(); break;   // PROTO
+      case 0x95: number<uint64_t>(); break;  // FRAME
+      case '.': return false;                // STOP
+
+      case '(': marks_.push_back(stack_.size()); break;  // MARK
+      case '0': pop_or_unmark(); break;                  // POP
+      case '1': drop(since_mark()); break;               // POP_MARK
+      case '2': push(top()); break;                      // DUP
+
+      case 'q': memoize(number<uint8_t>()); break;   // BINPUT
+      case 'r': memoize(number<uint32_t>()); break;  // LONG_BINPUT
+      case 0x94: memoize(memo_.size()); break;       // MEMOIZE
+      case 'h': recall(number<uint8_t>()); break;    // BINGET
+      case 'j': recall(number<uint32_t>()); break;   // LONG_BINGET
+
+      case 'N': push(kNoneNode); break;                        // NONE
+      case 0x88: push(kTrueNode); break;                       // NEWTRUE
+      case 0x89: push(kFalseNode); break;                      // NEWFALSE
+      case 'J': push_integer(number<int32_t>()); break;        // BININT
+      case 'K': push_integer(number<uint8_t>()); break;        // BININT1
+      case 'M': push_integer(number<uint16_t>()); break;       // BININT2
+      case 0x8a: push_long(take(number<uint8_t>())); break;    // LONG1
+      case 0x8b: push_long(take(number<uint32_t>())); break;   // LONG4
+      case 'G': push_real(number<uint64_t>()); break;          // BINFLOAT
+      case 'U':                                                // SHORT_BINSTRING
+      case 0x8c: push_text(take(number<uint8_t>())); break;    // SHORT_BINUNICODE
+      case 'T':                                                // BINSTRING
+      case 'X': push_text(take(number<uint32_t>())); break;    // BINUNICODE
+      case 0x8d: push_text(take(number<uint64_t>())); break;   // BINUNICODE8
+      case 'C': push_other(take(number<uint8_t>())); break;    // SHORT_BINBYTES
+      case 'B': push_other(take(number<uint32_t>())); break;   // BINBYTES
+      case 0x8e:                                               // BINBYTES8
+      case 0x96: push_other(take(number<uint64_t>())); break;  // BYTEARRAY8
+
+      case ')': push(kEmptyTupleNode); break;                  // EMPTY_TUPLE
+      case 0x85: collect(Kind::tuple, 1); break;               // TUPLE1
+      case 0x86: collect(Kind::tuple, 2); break;               // TUPLE2
+      case 0x87: collect(Kind::tuple, 3); break;               // TUPLE3
+      case 't': collect(Kind::tuple, since_mark()); break;     // TUPLE
+      case ']': collect(Kind::list, 0); break;                 // EMPTY_LIST
+      case 'l': collect(Kind::list, since_mark()); break;      // LIST
+      case 'a': append(Kind::list, 1); break;                  // APPEND
+      case 'e': append(Kind::list, since_mark()); break;       // APPENDS
+      case '}': collect(Kind::dict, 0); break;                 // EMPTY_DICT
+      case 'd': collect(Kind::dict, since_mark()); break;      // DICT
+      case 's': append(Kind::dict, 2); break;                  // SETITEM
+      case 'u': append(Kind::dict, since_mark()); break;       // SETITEMS
+      case 0x8f: push(kOtherNode); break;                      // EMPTY_SET
+      case 0x90: drop(since_mark()); break;                    // ADDITEMS
+      case 0x91: drop(since_mark()), push(kOtherNode); break;  // FROZENSET
+
+      case 'c': global_of_lines(); break;   // GLOBAL
+      case 0x93: global_of_stack(); break;  // STACK_GLOBAL
+      case 'R': call(false); break;         // REDUCE
+      case 0x81: call(true); break;         // NEWOBJ
+      case 'b': build(); break;             // BUILD
+      case 'Q': storage(); break;           // BINPERSID
+      default: check(false, "has the instruction 0x{:02x} at byte {}, which is not read", opcode, begin_);
+    }
+    return true;
+  }
+
+  template <typename... Args>
+  void check(bool ok, fmt::format_string<Args...> format, Args&&... args) const {
+    check_file(ok, kPickle, path_, format, std::forward<Args>(args)...);
+  }
+
+  // For an instruction that does not find what it works on.
+  void expect(bool ok, std::string_view what) const { check(ok, "must have {} for the instruction at byte {}", what, begin_); }
+
+  // ---- Bytes ----------------------------------------------------------------------------------------------------------------
+
+  std::string_view take(uint64_t size) {
+    check(size <= bytes_.size() - position_, "ends inside the instruction at byte {}", begin_);
+    const auto* begin = reinterpret_cast<const char*>(bytes_.data()) + position_;
+    position_ += size;
+    return {begin, size};
+  }
+
+  template <typename T>
+  T number() {
+    T value = 0;
+    std::memcpy(&value, take(sizeof(T)).data(), sizeof(T));
+    return value;
+  }
+
+  std::string_view line() {
+    const auto* begin = reinterpret_cast<const char*>(bytes_.data()) + position_;
+    const std::string_view rest(begin, bytes_.size() - position_);
+    const auto size = rest.find('\n');
+    check(size != std::string_view::npos, "ends inside the instruction at byte {}", begin_);
+    return take(size + 1).substr(0, size);
+  }
+
+  // ---- Stack and memo -------------------------------------------------------------------------------------------------------
+
+  size_t above_mark() const { return stack_.size() - (marks_.empty() ? 0 : marks_.back()); }
+
+  void push(Id id) { stack_.push_back(id); }
+
+  Id top() const {
+    expect(above_mark() > 0, "a value");
+    return stack_.back();
+  }
+
+  Id pop() {
+    const auto id = top();
+    stack_.pop_back();
+    return id;
+  }
+
+  void pop_or_unmark() {
+    if (above_mark() == 0 && !marks_.empty()) {
+      marks_.pop_back();
+    } else {
+      pop();
+    }
+  }
+
+  // The values above the mark, as a number; takes the mark away.
+  size_t since_mark() {
+    expect(!marks_.empty(), "a mark");
+    const auto count = above_mark();
+    marks_.pop_back();
+    return count;
+  }
+
+  void drop(size_t count) {
+    expect(above_mark() >= count, "more values");
+    stack_.resize(stack_.size() - count);
+  }
+
+  void memoize(size_t index) {
+    expect(index < bytes_.size(), "a smaller number");  // writers count from zero
+    if (index >= memo_.size()) memo_.resize(index + 1, kNowhere);
+    memo_[index] = top();
+  }
+
+  void recall(size_t index) {
+    expect(index < memo_.size() && memo_[index] != kNowhere, "a value kept under its number");
+    push(memo_[index]);
+  }
+
+  // ---- Values ---------------------------------------------------------------------------------------------------------------
+
+  Node& add(Kind kind) {
+    push(static_cast<Id>(pickle_.nodes.size()));
+    auto& node = pickle_.nodes.emplace_back();
+    node.kind = kind;
+    return node;
+  }
+
+  void push_integer(int64_t value) { add(Kind::integer).integer = value; }
+
+  void push_long(std::string_view bytes) {  // little-endian, of any size, the highest bit being the sign
+    if (bytes.size() > sizeof(int64_t)) return push(kOtherNode);
+    uint64_t value = !bytes.empty() && (bytes.back() & 0x80) != 0 ? ~uint64_t{0} : 0;
+    std::memcpy(&value, bytes.data(), bytes.size());
+    push_integer(static_cast<int64_t>(value));
+  }
+
+  void push_real(uint64_t big_endian) { add(Kind::real).real = std::bit_cast<double>(__builtin_bswap64(big_endian)); }
+
+  void push_text(std::string_view text) { set_text(add(Kind::text), text); }
+
+  void push_other(std::string_view) { push(kOtherNode); }
+
+  static void set_text(Node& node, std::string_view text) {
+    node.text = text.data();
+    node.size = static_cast<uint32_t>(text.size());
+  }
+
+  // The last values of the stack become one.
+  void collect(Kind kind, size_t count) {
+    expect(above_mark() >= count, "more values");
+    const auto first = stack_.size() - count;
+    add(kind);
+    extend(stack_.back(), std::span(stack_).subspan(first, count));
+    stack_[first] = stack_.back();
+    stack_.resize(first + 1);
+  }
+
+  // The last values of the stack go into the one before them.
+  void append(Kind kind, size_t count) {
+    expect(above_mark() > count, "more values");
+    const auto container = stack_[stack_.size() - count - 1];
+    expect(pickle_.kind(container) == kind, kind == Kind::list ? "a list" : "a dict");
+    extend(container, std::span(stack_).last(count));
+    stack_.resize(stack_.size() - count);
+  }
+
+  // Items of one value lie side by side. Where they have no room to grow, they move to the end, with room for as many again.
+  void extend(Id id, std::span<const Id> more) {
+    auto& node = pickle_.nodes[id];
+    auto& pool = pickle_.pool;
+    expect(node.kind != Kind::dict || more.size() % 2 == 0, "a value for each key");
+    const size_t size = node.size + more.size();
+    const size_t room = node.size == 0 ? 0 : std::bit_ceil(size_t{node.size});
+    if (size > room) {
+      const auto first = pool.size();
+      pool.resize(first + std::bit_ceil(size));
+      std::copy_n(pool.begin() + static_cast<ptrdiff_t>(node.first), node.size, pool.begin() + static_cast<ptrdiff_t>(first));
+      node.first = first;
+    }
+    std::ranges::copy(more, pool.begin() + static_cast<ptrdiff_t>(node.first + node.size));
+    node.size = static_cast<uint32_t>(size);
+  }
+
+  // ---- Globals, and what is made of them ------------------------------------------------------------------------------------
+
+  void global_of_lines() {
+    const auto module = line();
+    push_global(module, line());
+  }
+
+  void global_of_stack() {
+    const auto name = pop();
+    const auto module = pop();
+    expect(pickle_.kind(name) == Kind::text && pickle_.kind(module) == Kind::text, "two texts");
+    push_global(pickle_.text(module), pickle_.text(name));
+  }
+
+  void push_global(std::string_view module, std::string_view name) {
+    const auto found = use_of(module == "__builtin__" ? "builtins" : module, name);
+    auto& node = add(Kind::global);
+    node.use = static_cast<uint8_t>(found);
+    set_text(node, name);
+  }
+
+  Use use_of(std::string_view module, std::string_view name) const {
+    const auto* known = std::ranges::find_if(kGlobals, [&](const auto& x) { return x.module == module && x.name == name; });
+    if (known != kGlobals.end()) return known->use;
+    if (module == "torch._utils" && name.starts_with("_rebuild_")) return Use::other_tensor;
+    if (module == "torch" && name.find('.') == std::string_view::npos) return Use::name;  // classes of storages, types
+    if (names_ == PickleNames::torchscript) return Use::script_object;
+    fail_file(
+        kPickle, path_,
+        "holds an object of class {}.{}, which is no tensor; if you trust the file, whose code that runs, save the tensors "
+        "alone, in Python: torch.save(torch.load(PATH, weights_only=False){}, NEW_PATH)",
+        shown(module), shown(name), stack_.empty() ? ".state_dict()" : "['model']");
+  }
+
+  // REDUCE or, `as_object`, NEWOBJ: a global and a tuple of arguments become what is made of them.
+  void call(bool as_object) {
+    auto arguments = pop();
+    auto global = pop();
+    expect(pickle_.kind(arguments) == Kind::tuple && pickle_.kind(global) == Kind::global, "a class and a tuple");
+    if (use(global) == Use::with_state) {
+      const auto items = pickle_.items(arguments);
+      const bool sound = items.size() == 4 && pickle_.kind(items[0]) == Kind::global && pickle_.kind(items[2]) == Kind::tuple &&
+                         (use(items[0]) == Use::tensor || use(items[0]) == Use::other_tensor);
+      expect(sound, "a tensor with attributes");
+      global = items[0];
+      arguments = items[2];
+    }
+    const auto items = pickle_.items(arguments);
+    switch (use(global)) {
+      case Use::dict: expect(items.empty(), "no arguments"), add(Kind::dict); break;
+      case Use::tensor: add_sharing(Kind::tensor, arguments); break;
+      case Use::other_tensor: set_text(add(Kind::other_tensor), pickle_.text(global)); break;
+      case Use::first: expect(!items.empty(), "an argument"), push(items[0]); break;
+      case Use::script_object: as_object ? void(add(Kind::object)) : push(kOtherNode); break;
+      case Use::other: push(kOtherNode); break;
+      default: expect(false, "something that can be called");
+    }
+  }
+
+  Use use(Id global) const { return static_cast<Use>(pickle_.nodes[global].use); }
+
+  // A new value with the items of a tuple.
+  void add_sharing(Kind kind, Id tuple) {
+    auto& node = add(kind);
+    node.first = pickle_.nodes[tuple].first;
+    node.size = pickle_.nodes[tuple].size;
+  }
+
+  void build() {
+    const auto state = pop();
+    const auto kind = pickle_.kind(top());
+    expect(kind == Kind::object || kind == Kind::dict || kind == Kind::other, "something that has a state");
+    if (kind != Kind::object) return;  // an OrderedDict's attributes
+    expect(pickle_.nodes[top()].size == 0, "an object without a state");
+    extend(top(), {&state, 1});
+  }
+
+  void storage() {
+    const auto tuple = pop();
+    const auto has = [&](size_t i, Kind kind) { return pickle_.kind(pickle_.items(tuple)[i]) == kind; };
+    const bool sound = pickle_.kind(tuple) == Kind::tuple && pickle_.items(tuple).size() == 5 && has(0, Kind::text) &&
+                       pickle_.text(pickle_.items(tuple)[0]) == "storage" && has(1, Kind::global) && has(2, Kind::text) &&
+                       has(3, Kind::text) && has(4, Kind::integer);
+    expect(sound, "a storage's class, key, device and size");
+    add_sharing(Kind::storage, tuple);
+  }
+
+  const std::string& path_;
+  Bytes bytes_;
+  PickleNames names_;
+  size_t position_ = 0;
+  size_t begin_ = 0;  // of the instruction
+  std::vector<Id> stack_;
+  std::vector<size_t> marks_;  // sizes of the stack
+  std::vector<Id> memo_;
+  Pickle pickle_;
+};
+
+}  // namespace
+
+Pickle read_pickle(const std::string& path, Bytes bytes, PickleNames names) {
+  return Machine(path, bytes, names).run();
+}
+
+}  // namespace xattn::detail

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "files/mapped_file.h"
+
+namespace xattn::detail {
+
+/// What a pickle says, as inert values: nothing is imported, called or built. Values are shared as the pickle shares them, and
+/// may hold themselves. Texts lie in the pickle's bytes, which must outlive this. Takes memory of at most some 25 times these.
+struct Pickle {
+  using Id = uint32_t;
+
+  enum class Kind : uint8_t {
+    none,
+    boolean,
+    integer,
+    real,
+    text,
+    tuple,         ///< items in order
+    list,          ///< the same
+    dict,          ///< items: key, value, key, value, ...
+    global,        ///< a name of module torch, as text: "FloatStorage", "float32"
+    storage,       ///< items as in torch.serialization: "storage", class, key, device, number of elements
+    tensor,        ///< items: the arguments of torch._utils._rebuild_tensor_v2 or _v3
+    other_tensor,  ///< sparse, quantized, without data ...: text is the name of the function in torch._utils
+    object,        ///< of a class in TorchScript; items: its state, a dict of attributes, unless it has none
+    other,         ///< something that no reader asks for
+  };
+
+  struct Node {
+    Kind kind = Kind::none;
+    uint8_t use = 0;    // of a global, to the machine
+    uint32_t size = 0;  // of text or items
+    union {
+      int64_t integer = 0;  // also of a boolean
+      double real;
+      const char* text;
+      uint64_t first;  // of items
+    };
+  };
+
+  Kind kind(Id id) const { return nodes[id].kind; }
+  int64_t integer(Id id) const { return nodes[id].integer; }                       ///< REQUIRES: integer or boolean
+  double real(Id id) const { return nodes[id].real; }                              ///< REQUIRES: real
+  std::string_view text(Id id) const { return {nodes[id].text, nodes[id].size}; }  ///< REQUIRES: a kind that has text
+
+  /// REQUIRES: a kind that has items.
+  std::span<const Id> items(Id id) const { return {pool.data() + nodes[id].first, nodes[id].size}; }
+
+  std::vector<Node> nodes;
+  std::vector<Id> pool;  // items of all nodes
+  Id root = 0;
+  size_t bytes = 0;  ///< of the pickle itself
+};
+
+/// Which classes and functions a pickle may name. Others are refused by name, with the line of Python that saves tensors only.
+enum class PickleNames {
+  state_dict,   ///< those that torch.load takes with weights_only=True
+  torchscript,  ///< any, as classes of the archive's own code
+};
+
+/// Reads protocols 2 to 5. Throws FileError with "[pickle] path: reason" for each defect.
+Pickle read_pickle(const std::string& path, Bytes bytes, PickleNames names);
+
+}  // namespace xattn::detail

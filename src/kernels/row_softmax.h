@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "kernels/kernels.h"
+#include "kernels/vector.h"
+
+namespace xattn::detail::XATTN_KERNELS {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+// exp(x) for x <= 0, off by at most 2 units in the last place; 0 for -inf, and perhaps for less than the smallest normal number.
+//
+// exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2. There the polynomial is the best of its degree for the
+// relative error, 3e-9, that begins with 1 + r.
+inline Vector exp_of_negative(Vector x) {
+  constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: a number it is added to loses its digits behind the point
+  constexpr float kLog2High = 0.693359375f;  // of few bits, so that its product with n is exact
+  constexpr float kLog2Low = -2.12194440e-4f;
+#if defined(__AVX512F__)
+  x = _mm512_maskz_max_ps(0xffff, broadcast(-104.0f), x);  // of which exp is 0; a NaN stays one
+#endif
+  const Vector rounded = x * 1.44269504f + kRound;  // its last bits are n
+  const Vector n = rounded - kRound;
+  const Vector r = x - n * kLog2High - n * kLog2Low;
+  Vector p = r * 0.001381456f + 0.008368736f;
+  p = p * r + 0.04166839f;
+  p = p * r + 0.16666521f;
+  p = p * r + 0.49999994f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(0xffff, p, n);  // GCC 12 warns of the one without a mask
+#else
+  const auto power = reinterpret_cast<Vector>((reinterpret_cast<Unsigned>(rounded) << 23) + (127u << 23));
+  return x < -87.0f ? Vector{} : p * power;  // 2^n is no normal number there; a NaN is not below
+#endif
+}
+
+struct Row {
+  float* x;
+  const float* bias;
+  const bool* keep;
+};
+
+inline Row row_of(const Softmax& s, int64_t i) {
+  return {s.x + i * s.x_stride, s.bias ? s.bias + i * s.bias_stride : nullptr, s.keep ? s.keep + i * s.keep_stride : nullptr};
+}
+
+// y of the keys j to j + count - 1, and -inf for those left out. In the lanes behind `count` there is anything.
+template <bool kMasked>
+inline Vector logits(const Row& row, float scale, int64_t j, int64_t count = kLanes) {
+  Vector y = load_first(row.x + j, count) * scale;
+  if constexpr (kMasked) {
+    if (row.bias) y += load_first(row.bias + j, count);
+    if (row.keep) y = load_first(row.keep + j, count) ? y : broadcast(-kInfinity);
+  }
+  return y;
+}
+
+// y of the last kLanes keys, and -inf for those of them that whole vectors from the start cover already.
+//
+// So the end of a row needs no store under a mask, which would hold up the loads of the next row.
+template <bool kMasked>
+inline Vector logits_at_end(const Row& row, float scale, int64_t n) {
+  const auto covered = static_cast<int32_t>((n + kLanes - 1) / kLanes * kLanes - n);
+  return lane_numbers() >= covered ? logits<kMasked>(row, scale, n - kLanes) : broadcast(-kInfinity);
+}
+
+// What is subtracted from y: the largest y or, in an empty row, 0, so that its exp(-inf - 0) is 0 and not NaN.
+inline Vector shift_of(Vector largest) {
+  return largest == -kInfinity ? Vector{} : largest;
+}
+
+inline Vector inverse(Vector sum) {
+  return sum == 0.0f ? Vector{} : 1.0f / sum;
+}
+
+inline void write_log_sum_exp(const Softmax& s, int64_t row, Vector shift, Vector sum) {
+  if (!s.log_sum_exp) return;
+  s.log_sum_exp[row] = (s.largest ? 0.0f : shift[0]) + __builtin_logf(sum[0]);
+  if (s.largest) s.largest[row] = shift[0];
+}
+
+// Up to kRows rows of kVectors vectors, the last of them filled by `last` keys.
+//
+// Step by step for all rows, as each step of one row waits for the one before. And the stores under a mask come together, as
+// they hold up later loads. Where kWidth is not kLanes, a vector is that many rows of kWidth keys.
+constexpr int64_t kRows = 16;
+
+template <int kVectors, bool kMasked, int kWidth = kLanes>
+void softmax_short(const Softmax& s, int64_t first, int64_t rows) {
+  constexpr int kLast = kVectors - 1;
+  const int64_t last = s.n - kLast * kLanes;
+  const Integers is_key = lane_numbers() < static_cast<int32_t>(last);
+  Vector y[kRows][kVectors], shifts[kRows], sums[kRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    const Row row = row_of(s, first + r);
+    y[r][kLast] = is_key ? logits<kMasked>(row, s.scale, kLast * kLanes, last) : broadcast(-kInfinity);
+    Vector largest = y[r][kLast];
+#pragma GCC unroll 8
+    for (int v = 0; v < kLast; ++v) {
+      y[r][v] = logits<kMasked>(row, s.scale, v * kLanes);
+      largest = larger(largest, y[r][v]);
+    }
+    shifts[r] = shift_of(reduce<kWidth>(largest, larger));
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    sums[r] = Vector{};
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      y[r][v] = exp_of_negative(y[r][v] - shifts[r]);
+      sums[r] += y[r][v];
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) sums[r] = reduce<kWidth>(sums[r], sum_of);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* const x = s.x + (first + r) * s.x_stride;
+    const Vector factor = inverse(sums[r]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kLast; ++v) store(x + v * kLanes, y[r][v] * factor);
+    store_first(x + kLast * kLanes, y[r][kLast] * factor, last);
+    write_log_sum_exp(s, first + r, shifts[r], sums[r]);
+  }
+}
+
+// A row of at least kLanes keys. The first pass finds the largest y and, where there is a bias or a mask, leaves y in place of x;
+// the second leaves exp(y - largest) and sums it; the third divides. The vector at the end stays in a register.
+template <bool kMasked>
+void softmax_long(const Softmax& s, int64_t i) {
+  const Row row = row_of(s, i);
+  const int64_t n = s.n;
+  float scale = s.scale;
+  const int64_t end = (n - 1) / kLanes * kLanes;
+  const Vector y = logits_at_end<kMasked>(row, scale, n);
+  Vector largest = y;
+  for (int64_t j = 0; j < end; j += kLanes) {
+    const Vector each = logits<kMasked>(row, scale, j);
+    if constexpr (kMasked) store(row.x + j, each);
+    largest = larger(largest, each);
+  }
+  const Vector shift = shift_of(reduce(largest, larger));
+  if constexpr (kMasked) scale = 1;
+  const Vector e_at_end = exp_of_negative(y - shift);
+  Vector sums = e_at_end;
+  for (int64_t j = 0; j < end; j += kLanes) {
+    const Vector e = exp_of_negative(load(row.x + j) * scale - shift);
+    store(row.x + j, e);
+    sums += e;
+  }
+  const Vector sum = reduce(sums, sum_of);
+  const Vector factor = inverse(sum);
+  for (int64_t j = 0; j < end; j += kLanes) store(row.x + j, load(row.x + j) * factor);
+  const auto covered = static_cast<int32_t>(kLanes - (n - end));
+  store(row.x + n - kLanes, lane_numbers() >= covered ? e_at_end * factor : load(row.x + n - kLanes));
+  write_log_sum_exp(s, i, shift, sum);
+}
+
+// Rows of kWidth keys one behind the other, as many as fill whole vectors; leaves the others in `s`.
+template <int kWidth>
+void softmax_narrow(Softmax& s) {
+  Softmax vectors = s;
+  vectors.rows = s.rows * kWidth / kLanes;
+  vectors.n = vectors.x_stride = kLanes;
+  for (int64_t i = 0; i < vectors.rows; i += kRows) {
+    softmax_short<1, false, kWidth>(vectors, i, vectors.rows - i < kRows ? vectors.rows - i : kRows);
+  }
+  s.x += vectors.rows * kLanes;
+  s.rows -= vectors.rows * kLanes / kWidth;
+}
+
+template <bool kMasked, int kVectors = 1>
+void softmax_rows(const Softmax& s) {
+  if constexpr (kVectors > 8) {
+    for (int64_t i = 0; i < s.rows; ++i) softmax_long<kMasked>(s, i);
+  } else if (s.n > kVectors * kLanes) {
+    softmax_rows<kMasked, kVectors + 1>(s);
+  } else {
+    for (int64_t i = 0; i < s.rows; i += kRows) softmax_short<kVectors, kMasked>(s, i, s.rows - i < kRows ? s.rows - i : kRows);
+  }
+}
+
+void softmax(const Softmax& all) {
+  Softmax s = all;
+  const bool is_masked = s.bias || s.keep;
+  if (!is_masked && !s.log_sum_exp && s.x_stride == s.n) {
+    if (s.n == 4 && kLanes > 4) softmax_narrow<4>(s);
+    if (s.n == 8 && kLanes > 8) softmax_narrow<8>(s);
+  }
+  is_masked ? softmax_rows<true>(s) : softmax_rows<false>(s);
+}
+
+}  // namespace
+}  // namespace xattn::detail::XATTN_KERNELS

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <xattn/layouts.h>
+#include <xattn/load.h>
+
+#include <algorithm>
+#include <array>
+#include <sstream>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "base/check.h"
+#include "base/text.h"
+#include "files/check_file.h"
+
+namespace xattn {
+namespace {
+
+constexpr std::string_view kIpAdapter = "ip_adapter";
+constexpr std::string_view kPlaces = "ip_adapter.";
+
+using Places = std::map<std::string, std::string>;  // prefixes of layers in the base -> in the adapter
+
+std::string with_point(const std::string& prefix) {
+  return prefix.empty() || prefix.ends_with('.') ? prefix : prefix + ".";
+}
+
+// Sorts layers as diffusers counts them: down blocks, up blocks, mid block, which single files call otherwise; 2 before 10.
+std::pair<size_t, std::string> order_of(const std::string& prefix) {
+  constexpr std::array kParts = {"down_blocks.",   "input_blocks.", "up_blocks.",
+                                 "output_blocks.", "mid_block.",    "middle_block."};
+  const auto* part = std::ranges::find_if(kParts, [&](const auto* name) { return prefix.find(name) != std::string::npos; });
+  std::istringstream words(prefix);
+  std::string padded;
+  for (std::string word; std::getline(words, word, '.');) padded += detail::formatted("{:0>9}.", word);
+  return {static_cast<size_t>(part - kParts.begin()) / 2, padded + prefix};  // "1" is not "01"
+}
+
+// The odd numbers count cross-attention layers; even ones are left to self-attention.
+Places places_by_order(const Checkpoint& base) {
+  std::map<std::pair<size_t, std::string>, std::string> ordered;
+  for (const auto& layer : find_layers(base.tensors(), &layout_named("diffusers"))) {
+    const bool in_time = layer.prefix.find("motion_modules.") != std::string::npos;  // AnimateDiff's
+    if (layer.kind == AttentionKind::cross && !in_time) ordered.emplace(order_of(layer.prefix), layer.prefix);
+  }
+  detail::check_file(!ordered.empty(), kIpAdapter, base.path(),
+                     "must hold cross-attention layers that are spelled as in diffusers, but holds none");
+  Places places;
+  for (const auto& [order, prefix] : ordered)
+    places.emplace(prefix, detail::formatted("{}{}.", kPlaces, 2 * places.size() + 1));
+  return places;
+}
+
+}  // namespace
+
+Checkpoint with_ip_adapter(const Checkpoint& base, const Checkpoint& adapter, const Places& places) {
+  std::map<std::string, std::string> names;  // in the adapter -> as diffusers has them in its U-Net
+  for (const auto& [layer, place] : places.empty() ? places_by_order(base) : places) {
+    for (const auto* side : {"to_k_ip", "to_v_ip"}) {
+      names.emplace(detail::formatted("{}{}.weight", with_point(place), side),
+                    detail::formatted("{}processor.{}.0.weight", with_point(layer), side));
+    }
+  }
+  std::vector<std::string> missing, unexpected;
+  for (const auto& [theirs, ours] : names) {
+    if (!adapter.contains(theirs)) missing.push_back(theirs);
+  }
+  const auto is_of_layers = [&](const std::string& name) {
+    if (places.empty()) return name.starts_with(kPlaces);
+    return std::ranges::any_of(places, [&](const auto& place) { return name.starts_with(with_point(place.second)); });
+  };
+  for (const auto& [name, info] : adapter.tensors()) {
+    if (is_of_layers(name) && !names.contains(name)) unexpected.push_back(name);
+  }
+  detail::check_file(missing.empty() && unexpected.empty(), kIpAdapter, adapter.path(),
+                     "must have to_k_ip and to_v_ip for the {} cross-attention layers of {}{}{}", names.size() / 2, base.path(),
+                     detail::list("missing", missing), detail::list("unexpected", unexpected));
+  return base.with(adapter, names);
+}
+
+}  // namespace xattn

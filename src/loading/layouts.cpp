@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <xattn/layouts.h>
+
+#include <array>
+
+#include "base/check.h"
+#include "base/text.h"
+
+// The table, and nothing else; find_layers.cpp works with it.
+namespace xattn {
+namespace {
+
+constexpr auto kHeads = "decoder_attention_heads num_attention_heads num_heads n_head mask_decoder_config.num_attention_heads";
+
+constexpr auto kNormBehind = "output.LayerNorm.weight output.LayerNorm.bias output.LayerNorm.gamma output.LayerNorm.beta";
+
+// Wan's image-to-video models; up to three IP-Adapters at once.
+constexpr std::array kDiffusersAdded = {
+    AddedNames{"add_k_proj", "add_v_proj", "norm_added_k"}, AddedNames{"processor.to_k_ip.0", "processor.to_v_ip.0", ""},
+    AddedNames{"processor.to_k_ip.1", "processor.to_v_ip.1", ""}, AddedNames{"processor.to_k_ip.2", "processor.to_v_ip.2", ""}};
+
+constexpr std::array kLayouts = {
+    Layout{.name = "reference",
+           .used_by = "this project, and the PyTorch reference that it mirrors",
+           .query = {"query_linear.weight", "query_linear.bias"},
+           .key = {"key_linear.weight", "key_linear.bias"},
+           .value = {"value_linear.weight", "value_linear.bias"},
+           .output = {"output_linear.weight", "output_linear.bias"},
+           .query_norm = "query_norm",
+           .key_norm = "key_norm",
+           .bias_k = "bias_k",
+           .bias_v = "bias_v",
+           .num_heads = kHeads},
+    Layout{.name = "torch",
+           .used_by = "torch.nn.MultiheadAttention, nn.TransformerDecoderLayer, the original DETR, SigLIP's head, OpenCLIP",
+           .query = {"in_proj_weight", "in_proj_bias", 0, 3, 3},
+           .key = {"in_proj_weight", "in_proj_bias", 1, 3, 3},
+           .value = {"in_proj_weight", "in_proj_bias", 2, 3, 3},
+           .output = {"out_proj.weight", "out_proj.bias"},
+           .bias_k = "bias_k",
+           .bias_v = "bias_v",
+           .num_heads = "vision_config.num_attention_heads num_attention_heads num_heads"},
+    Layout{.name = "torch_separate",
+           .used_by = "torch.nn.MultiheadAttention with kdim and vdim",
+           .query = {"q_proj_weight", "in_proj_bias", 0, 1, 3},
+           .key = {"k_proj_weight", "in_proj_bias", 1, 1, 3},
+           .value = {"v_proj_weight", "in_proj_bias", 2, 1, 3},
+           .output = {"out_proj.weight", "out_proj.bias"},
+           .bias_k = "bias_k",
+           .bias_v = "bias_v",
+           .num_heads = kHeads},
+    Layout{.name = "out_proj",
+           .used_by = "BART, mBART, M2M-100, Marian, Pegasus, fairseq, Whisper, DETR (Hugging Face), MusicGen, SAM",
+           .query = {"q_proj.weight", "q_proj.bias"},
+           .key = {"k_proj.weight", "k_proj.bias"},
+           .value = {"v_proj.weight", "v_proj.bias"},
+           .output = {"out_proj.weight", "out_proj.bias"},
+           .num_heads = kHeads},
+    Layout{.name = "o_proj",
+           .used_by = "Mllama, Moonshine, DETR (newer Hugging Face)",
+           .query = {"q_proj.weight", "q_proj.bias"},
+           .key = {"k_proj.weight", "k_proj.bias"},
+           .value = {"v_proj.weight", "v_proj.bias"},
+           .output = {"o_proj.weight", "o_proj.bias"},
+           .query_norm = "q_norm",
+           .key_norm = "k_norm",
+           .qk_norm_eps = 1e-5,
+           .qk_norm_eps_in_config = "rms_norm_eps",
+           .num_heads = "decoder_num_attention_heads decoder_attention_heads num_attention_heads",
+           .scale_root_in_config = "query_pre_attn_scalar"},
+    Layout{.name = "idefics",
+           .used_by = "Idefics with norms of queries and keys",
+           .query = {"q_proj.weight", "q_proj.bias"},
+           .key = {"k_proj.weight", "k_proj.bias"},
+           .value = {"v_proj.weight", "v_proj.bias"},
+           .output = {"o_proj.weight", "o_proj.bias"},
+           .query_norm = "q_layer_norm",
+           .key_norm = "k_layer_norm",
+           .qk_norm_eps_in_config = "rms_norm_eps",
+           .num_heads = "num_attention_heads"},
+    Layout{.name = "bert",
+           .used_by = "BERT, BLIP's text model, ALBEF",
+           .query = {"self.query.weight", "self.query.bias"},
+           .key = {"self.key.weight", "self.key.bias"},
+           .value = {"self.value.weight", "self.value.bias"},
+           .output = {"output.dense.weight", "output.dense.bias"},
+           .beside = kNormBehind,
+           .num_heads = "num_attention_heads"},
+    Layout{.name = "qformer",
+           .used_by = "Q-Former of BLIP-2 and InstructBLIP",
+           .query = {"attention.query.weight", "attention.query.bias"},
+           .key = {"attention.key.weight", "attention.key.bias"},
+           .value = {"attention.value.weight", "attention.value.bias"},
+           .output = {"output.dense.weight", "output.dense.bias"},
+           .beside = kNormBehind,
+           .num_heads = "qformer_config.num_attention_heads .num_attention_heads"},
+    Layout{.name = "perceiver",
+           .used_by = "Perceiver (Hugging Face)",
+           .query = {"self.query.weight", "self.query.bias"},
+           .key = {"self.key.weight", "self.key.bias"},
+           .value = {"self.value.weight", "self.value.bias"},
+           .output = {"output.dense.weight", "output.dense.bias"},
+           .query_input = "self.layernorm1",
+           .context_input = "self.layernorm2",
+           .num_heads = "num_cross_attention_heads",
+           .num_heads_untold = "decod"},  // decoders have numbers of their own, which are not in the config
+    Layout{.name = "perceiver_lucidrains",
+           .used_by = "perceiver-pytorch",
+           .query = {"fn.to_q.weight", ""},
+           .key = {"fn.to_kv.weight", "", 0, 2},
+           .value = {"fn.to_kv.weight", "", 1, 2},
+           .output = {"fn.to_out.weight", "fn.to_out.bias"},
+           .query_input = "norm",
+           .context_input = "norm_context"},
+    Layout{.name = "t5",
+           .used_by = "T5, mT5, UMT5, Flan-T5",
+           .query = {"q.weight", ""},
+           .key = {"k.weight", ""},
+           .value = {"v.weight", ""},
+           .output = {"o.weight", ""},
+           .scale = 1.0,
+           .beside_cross = "relative_attention_bias.weight",  // which T5 saves in its first block and never reads
+           .num_heads = "num_heads"},
+    Layout{.name = "wan",
+           .used_by = "Wan's original files",
+           .query = {"q.weight", "q.bias"},
+           .key = {"k.weight", "k.bias"},
+           .value = {"v.weight", "v.bias"},
+           .output = {"o.weight", "o.bias"},
+           .query_norm = "norm_q",
+           .key_norm = "norm_k",
+           .qk_norm_eps_in_config = "eps",
+           .added = {AddedNames{"k_img", "v_img", "norm_k_img"}},
+           .num_heads = "num_heads num_attention_heads"},
+    Layout{.name = "whisper",
+           .used_by = "Whisper (OpenAI)",
+           .query = {"query.weight", "query.bias"},
+           .key = {"key.weight", "key.bias"},
+           .value = {"value.weight", "value.bias"},
+           .output = {"out.weight", "out.bias"},
+           .num_heads = "n_text_head"},
+    Layout{.name = "gpt2",
+           .used_by = "GPT-2 with cross-attention",
+           .query = {"q_attn.weight", "q_attn.bias"},
+           .key = {"c_attn.weight", "c_attn.bias", 0, 2, 2},
+           .value = {"c_attn.weight", "c_attn.bias", 1, 2, 2},
+           .output = {"c_proj.weight", "c_proj.bias"},
+           .transposed = true,
+           .beside = "masked_bias",
+           .causal_mask = "bias",
+           .num_heads = "n_head",
+           .scaled_in_config = "scale_attn_weights",
+           .by_layer_in_config = "scale_attn_by_inverse_layer_idx"},
+    Layout{.name = "flamingo",
+           .used_by = "Flamingo (flamingo-pytorch, OpenFlamingo)",
+           .query = {"to_q.weight", ""},
+           .key = {"to_kv.weight", "", 0, 2},
+           .value = {"to_kv.weight", "", 1, 2},
+           .output = {"to_out.weight", ""},
+           .query_input = "norm"},
+    Layout{.name = "wan_diffusers",
+           .used_by = "Wan in diffusers",
+           .prefix_has = "blocks vace_blocks",
+           .query = {"to_q.weight", "to_q.bias"},
+           .key = {"to_k.weight", "to_k.bias"},
+           .value = {"to_v.weight", "to_v.bias"},
+           .output = {"to_out.0.weight", "to_out.0.bias"},
+           .query_norm = "norm_q",
+           .key_norm = "norm_k",
+           .layer_norms_are = "those of HunyuanDiT, whose queries have rotary embeddings, which are not computed",
+           .qk_norm_eps_in_config = "eps",
+           .added = kDiffusersAdded,
+           .num_heads = "num_attention_heads"},
+    Layout{.name = "diffusers",
+           .used_by = "Stable Diffusion in diffusers and in single files (LDM), SDXL, PixArt, Sana, LTX",
+           .query = {"to_q.weight", "to_q.bias"},
+           .key = {"to_k.weight", "to_k.bias"},
+           .value = {"to_v.weight", "to_v.bias"},
+           .output = {"to_out.0.weight", "to_out.0.bias"},
+           .query_norm = "norm_q",
+           .key_norm = "norm_k",
+           .qk_norm_eps = 1e-5,
+           .qk_norm_eps_in_config = "eps",
+           .added = kDiffusersAdded,
+           .num_heads = "num_cross_attention_heads num_attention_heads attention_head_dim"},
+    Layout{.name = "x_transformers",
+           .used_by = "x-transformers",
+           .query = {"to_q.weight", ""},
+           .key = {"to_k.weight", ""},
+           .value = {"to_v.weight", ""},
+           .output = {"to_out.weight", "to_out.bias"}},
+    Layout{.name = "mlx",
+           .used_by = "MLX",
+           .query = {"query_proj.weight", "query_proj.bias"},
+           .key = {"key_proj.weight", "key_proj.bias"},
+           .value = {"value_proj.weight", "value_proj.bias"},
+           .output = {"out_proj.weight", "out_proj.bias"},
+           .num_heads = kHeads},
+};
+
+}  // namespace
+
+std::span<const Layout> layouts() {
+  return kLayouts;
+}
+
+const Layout& layout_named(std::string_view name) {
+  std::vector<std::string_view> names;
+  for (const auto& layout : kLayouts) {
+    if (layout.name == name) return layout;
+    names.push_back(layout.name);
+  }
+  detail::check_value(false, "layouts", "layout must be one of {}, but is {}.", detail::joined(names), name);
+  return kLayouts.front();
+}
+
+}  // namespace xattn

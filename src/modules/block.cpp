@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <xattn/block.h>
+
+#include <ATen/ops/dropout.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/silu.h>
+#include <torch/nn/init.h>
+
+#include <sstream>
+#include <string>
+#include <string_view>
+
+#include "base/check.h"
+#include "base/describe.h"
+#include "base/text.h"
+#include "modules/inputs.h"
+#include "modules/option_names.h"
+
+namespace xattn {
+
+using detail::check_type;
+using detail::check_value;
+using detail::name_of;
+using detail::shape_of;
+using torch::Tensor;
+
+namespace {
+
+constexpr auto kBlock = "cross_attention_block";
+
+// Refuses what cannot be, in reading order, and gives every default its value. `attention` checks its own options.
+CrossAttentionBlockOptions resolved(CrossAttentionBlockOptions options) {
+  const auto dim_query = options.attention().dim_query(), dim_output = options.attention().dim_output();
+  check_value(dim_output == dim_query, kBlock,
+              "attention must have a dim_output of {}, its dim_query, for the output to be added to the query, but has {}.",
+              dim_query, dim_output);
+  check_value(options.norm_eps() >= 0, kBlock, "norm_eps must not be negative, but is {}.", options.norm_eps());
+  if (!options.feed_forward()) options.feed_forward(4 * dim_query);
+  check_value(*options.feed_forward() >= 0, kBlock, "feed_forward must not be negative, but is {}.", *options.feed_forward());
+  check_value(options.dropout() >= 0 && options.dropout() <= 1, kBlock, "dropout must lie in [0, 1], but is {}.",
+              options.dropout());
+  return options;
+}
+
+// Options that were changed since the module was made. `attention` checks its own.
+void check_options(const CrossAttentionBlockImpl& m) {
+  const auto& o = m.options;
+  const auto Eq = o.attention().dim_query();
+  check_value(o.dropout() >= 0 && o.dropout() <= 1, kBlock, "dropout must lie in [0, 1], but is {}.", o.dropout());
+  check_value(m.attention->options.dim_query() == Eq && o.attention().dim_output() == Eq, kBlock,
+              "options must fit the parameters, but say {} and {} for attention's dim_query and dim_output, which are {}.", Eq,
+              o.attention().dim_output(), m.attention->options.dim_query());
+  check_value(o.feed_forward() && (*o.feed_forward() > 0) == !m.feed_forward_in.is_empty(), kBlock,
+              "options must fit the parameters, but say {} feed_forward.", o.feed_forward().value_or(0) > 0 ? "a" : "no");
+  const auto check_gate = [&](std::string_view name, const Tensor& gate) {
+    const auto size = o.gate() == BlockGate::none ? 0 : o.gate() == BlockGate::scalar ? 1 : Eq;
+    check_value(gate.defined() ? gate.numel() == size : size == 0, kBlock,
+                "options must fit the parameters, but say another gate for {}.", name);
+  };
+  const auto norm_of = [&](std::string_view name, const Norm& norm) {
+    detail::check_norm(kBlock, name, norm, o.norm(), Eq, o.norm_eps());
+  };
+  norm_of("attention_norm", m.attention_norm);
+  check_gate("attention_gate", m.attention_gate);
+  if (!m.feed_forward_in) return;
+  norm_of("feed_forward_norm", m.feed_forward_norm);
+  check_gate("feed_forward_gate", m.feed_forward_gate);
+  const auto hidden = *o.feed_forward();
+  const bool bias = o.feed_forward_bias();
+  check_value(o.feed_forward_glu() == !m.feed_forward_multiplier.is_empty(), kBlock,
+              "options must fit the parameters, but say {} feed_forward_glu.", o.feed_forward_glu() ? "a" : "no");
+  detail::check_projection(kBlock, "feed_forward_in", m.feed_forward_in, Eq, hidden, bias);
+  detail::check_projection(kBlock, "feed_forward_out", m.feed_forward_out, hidden, Eq, bias);
+}
+
+Tensor activate(const Tensor& x, Activation activation) {
+  switch (activation) {
+    case Activation::relu: return at::relu(x);
+    case Activation::gelu: return at::gelu(x);
+    case Activation::gelu_tanh: return at::gelu(x, "tanh");
+    case Activation::silu: return at::silu(x);
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown activation");
+}
+
+}  // namespace
+
+CrossAttentionBlockImpl::CrossAttentionBlockImpl(const CrossAttentionBlockOptions& options_) : options(resolved(options_)) {
+  reset();
+}
+
+void CrossAttentionBlockImpl::reset() {
+  const auto Eq = options.attention().dim_query(), hidden = *options.feed_forward();
+  const auto norm = [&](const char* name) {
+    return register_module(name, Norm(NormOptions(options.norm(), Eq).eps(options.norm_eps()).bias(options.norm_bias())));
+  };
+  const auto linear = [&](const char* name, int64_t in, int64_t out) {
+    return register_module(name, torch::nn::Linear(torch::nn::LinearOptions(in, out).bias(options.feed_forward_bias())));
+  };
+  const auto gate = [&](const char* name) {
+    return register_parameter(name, torch::zeros({options.gate() == BlockGate::scalar ? 1 : Eq}));
+  };
+  const bool gated = options.gate() != BlockGate::none;
+  attention = register_module("attention", CrossAttention(options.attention()));
+  attention_norm = norm("attention_norm");
+  if (gated) attention_gate = gate("attention_gate");
+  if (hidden == 0) return;
+  feed_forward_norm = norm("feed_forward_norm");
+  feed_forward_in = linear("feed_forward_in", Eq, hidden);
+  if (options.feed_forward_glu()) feed_forward_multiplier = linear("feed_forward_multiplier", Eq, hidden);
+  feed_forward_out = linear("feed_forward_out", hidden, Eq);
+  if (gated) feed_forward_gate = gate("feed_forward_gate");
+}
+
+void CrossAttentionBlockImpl::reset_parameters() {
+  attention->reset_parameters();
+  for (auto* norm : {&attention_norm, &feed_forward_norm}) {
+    if (*norm) (*norm)->reset_parameters();
+  }
+  for (auto* linear : {&feed_forward_in, &feed_forward_multiplier, &feed_forward_out}) {
+    if (*linear) (*linear)->reset_parameters();
+  }
+  for (auto* gate : {&attention_gate, &feed_forward_gate}) {
+    if (gate->defined()) torch::nn::init::zeros_(*gate);
+  }
+}
+
+void CrossAttentionBlockImpl::pretty_print(std::ostream& stream) const {
+  const auto& o = options;
+  std::string named;
+  const auto add = [&named](bool differs, std::string_view call, const auto&... argument) {
+    if (differs) named += detail::formatted(fmt::runtime(call), argument...);
+  };
+  add(o.norm() != NormKind::layer, ".norm(NormKind::{})", name_of(o.norm()));
+  add(o.norm_placement() == NormPlacement::after, ".norm_placement(NormPlacement::after)");
+  add(o.norm_eps() != 1e-5, ".norm_eps({})", o.norm_eps());
+  add(!o.norm_bias(), ".norm_bias(false)");
+  add(o.gate() != BlockGate::none, ".gate(BlockGate::{})", name_of(o.gate()));
+  add(o.feed_forward() != 4 * o.attention().dim_query(), ".feed_forward({})", *o.feed_forward());
+  add(o.activation() != Activation::gelu, ".activation(Activation::{})", name_of(o.activation()));
+  add(o.feed_forward_glu(), ".feed_forward_glu(true)");
+  add(!o.feed_forward_bias(), ".feed_forward_bias(false)");
+  add(o.dropout() != 0, ".dropout({})", o.dropout());
+
+  // What stands between the brackets of "xattn::CrossAttention(...)": four sizes, or CrossAttentionOptions.
+  std::ostringstream inner;
+  attention->pretty_print(inner);
+  const auto text = inner.str();
+  const auto open = text.find('(');
+  auto arguments = text.substr(open + 1, text.size() - open - 2);
+  if (!arguments.starts_with("CrossAttentionOptions")) arguments = detail::formatted("CrossAttentionOptions({})", arguments);
+  stream << (named.empty()
+                 ? detail::formatted("xattn::CrossAttentionBlock({})", arguments)
+                 : detail::formatted("xattn::CrossAttentionBlock(CrossAttentionBlockOptions({}){})", arguments, named));
+}
+
+std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::forward(const Tensor& query,
+                                                            const Tensor& key,
+                                                            const Tensor& value,
+                                                            const Mask& mask) {
+  return attend(query, context(key, value, mask));
+}
+
+Context CrossAttentionBlockImpl::context(const Tensor& key, const Tensor& value, const Mask& mask) {
+  return attention->context(key, value, mask);
+}
+
+std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::attend(const Tensor& query, const Context& context) {
+  // The norm reads the query before the attention can refuse it; its type and its batch are left to the attention.
+  check_options(*this);
+  const auto Eq = options.attention().dim_query();
+  const auto device = attention->query_linear->weight.device();
+  check_value(query.defined() && (query.dim() == 2 || query.dim() == 3) && query.size(-1) == Eq, kBlock,
+              "query must have shape [B, Lq, {}], but has {}.", Eq, shape_of(query));
+  check_type(query.device() == device, kBlock, "query must be on {}, as the parameters, but is on {}.", device.str(),
+             query.device().str());
+
+  const bool before = options.norm_placement() == NormPlacement::before;
+  const auto entrance = [&](const Tensor& x, Norm& norm) { return before ? norm(x) : x; };
+  const auto sum = [&](const Tensor& x, const Tensor& branch, const Tensor& gate, Norm& norm) {
+    const auto dropped = at::dropout(branch, options.dropout(), is_training());
+    const auto y = x + (gate.defined() ? gate.tanh() * dropped : dropped);
+    return before ? y : norm(y);
+  };
+  const auto [mixed, weights] = attention->attend(entrance(query, attention_norm), context);  // [B, Lq, Eq]
+  const auto x = sum(query, mixed, attention_gate, attention_norm);
+  if (!feed_forward_in) return {x, weights};
+
+  const auto entered = entrance(x, feed_forward_norm);
+  auto hidden = activate(feed_forward_in(entered), options.activation());  // [B, Lq, hidden]
+  if (feed_forward_multiplier) hidden = hidden * feed_forward_multiplier(entered);
+  return {sum(x, feed_forward_out(hidden), feed_forward_gate, feed_forward_norm), weights};
+}
+
+}  // namespace xattn
