@@ -63,9 +63,10 @@ def main(arguments):
         if room not in below:
             faults.append(f"{name} is in no room of src/README.md")
             continue
-        lines[room] += lines_of_code(path)
-        if path.parts[-3] != "include" and path.stem != "main":
-            places[path.stem].add(room)
+        if path.is_relative_to(ROOT / "src"):
+            lines[room] += lines_of_code(path)
+            if path.stem != "main":
+                places[path.stem].add(room)
         for own, public in INCLUDE.findall(path.read_text()):
             other = own.split("/")[0] if "/" in own else room
             if public:
