@@ -11,6 +11,14 @@
 
 namespace xattn {
 
+/// What a context will be used for.
+struct ContextOptions {
+  static constexpr int64_t kMany = -1;
+  /// Query rows of one batch entry that the context will serve in all, over every call. Few rows are served best by a context
+  /// as it is, many by one that is projected or folded first.
+  int64_t expected_queries = kMany;
+};
+
 /// The key/value side of cross attention, made once by `CrossAttention::context` and attended to as often as one likes.
 ///
 /// It belongs to the weights that made it: after an optimizer step, a load, or a move to another type or device, `attend` refuses

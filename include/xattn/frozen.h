@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <xattn/context.h>
 #include <xattn/cross_attention.h>
 #include <xattn/export.h>
 #include <xattn/mask.h>
@@ -15,13 +16,6 @@
 #include <vector>
 
 namespace xattn {
-
-struct ContextOptions {
-  static constexpr int64_t kMany = -1;
-  /// Query rows of one batch entry that the context will serve in all, over every call. Few rows are served best by a context
-  /// as it is, many by one that is projected or folded first.
-  int64_t expected_queries = kMany;
-};
 
 /// The key/value side for a `Frozen`: projected, folded or as it came, chosen when it was made. Belongs to the Frozen that made it.
 /// Never changes after it is made; copies share storage; safe to share between threads.

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string_view>
 
 #include "cpu/packed.h"
 #include "kernels/kernels.h"
@@ -190,12 +191,8 @@ Tensor multiply_and_add(const Tensor& a, const Tensor& b, const Tensor& bias) {
 }  // namespace
 
 bool run_on_kernels(std::initializer_list<Tensor> all) {
-  static const bool kHasVectors = modules_run_on() == RunsOn::kernels;
+  static const bool kHasVectors = std::string_view(kernels().name) != "plain";
   return kHasVectors && std::ranges::all_of(all, runs_on_kernels) && !at::autocast::is_autocast_enabled(at::kCPU);
-}
-
-RunsOn runs_on(const Tensor& weight) {
-  return run_on_kernels({weight}) ? RunsOn::kernels : weight.is_cpu() ? RunsOn::cpu : RunsOn::cuda;
 }
 
 Tensor matrix_product(const Tensor& a, const Tensor& b) {

@@ -3,7 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
-#include <xattn/plan.h>
 
 #include <initializer_list>
 
@@ -13,9 +12,6 @@ namespace xattn::detail {
 
 /// Whether what is computed of these runs on the library's kernels.
 bool run_on_kernels(std::initializer_list<at::Tensor> all);
-
-/// What a module with this weight runs on.
-RunsOn runs_on(const at::Tensor& weight);
 
 /// a [..., m, k], b [..., k, n] -> [..., m, n]; two to four axes, of equal sizes but for the last two.
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);

@@ -20,6 +20,8 @@
 #include "distributed/collectives.h"
 #include "modules/inputs.h"
 #include "modules/layer.h"
+#include "modules/options.h"
+#include "modules/planning.h"
 
 namespace xattn {
 

@@ -21,6 +21,8 @@
 #include "frozen/engine.h"
 #include "modules/inputs.h"
 #include "modules/layer.h"
+#include "modules/options.h"
+#include "modules/planning.h"
 #include "plan/order_traits.h"
 
 namespace xattn {

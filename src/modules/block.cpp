@@ -14,8 +14,8 @@
 #include "base/check.h"
 #include "base/describe.h"
 #include "base/text.h"
-#include "modules/inputs.h"
 #include "modules/option_names.h"
+#include "modules/options.h"
 
 namespace xattn {
 

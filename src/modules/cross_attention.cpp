@@ -13,6 +13,8 @@
 #include "cpu/matrix_product.h"
 #include "modules/inputs.h"
 #include "modules/layer.h"
+#include "modules/options.h"
+#include "modules/planning.h"
 
 namespace xattn {
 

@@ -7,6 +7,8 @@
 #include "base/check.h"
 #include "base/text.h"
 #include "modules/inputs.h"
+#include "modules/layer.h"
+#include "modules/options.h"
 
 namespace xattn {
 
@@ -66,6 +68,19 @@ void check_options(const DecoupledCrossAttentionImpl& module) {
     const auto size = o.qk_norm_scope() == NormScope::per_head ? d : G * d;
     detail::check_norm(caller, "key_norm", side->key_norm, o.qk_norm(), size, o.qk_norm_eps());
   }
+}
+
+AttentionResult attend_heads(
+    std::string_view caller, const Tensor& q, const Context& context, const CrossAttentionOptions& options, bool training) {
+  const auto Lq = q.size(2), Lk = context.length() - (options.bias_kv() ? 1 : 0);
+  context.mask().check(caller, q.size(0), q.size(1), Lq, Lk, q.device());
+  AttentionOptions how;
+  how.mask = options.bias_kv() ? context.mask().with_free_key(Lq, Lk, q.device()) : context.mask();
+  how.scale = options.scale();
+  how.dropout = training ? options.dropout() : 0;
+  how.weights = options.attention_weights();
+  how.weight_heads = options.weight_heads();
+  return attention(q, context.key(), context.value(), how);
 }
 
 std::vector<Tensor> weights_of(const AddedProjection& side) {
@@ -183,14 +198,14 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& que
   const auto& heads = first.options;
   const auto q =
       split_heads(project(first.query_linear, batched(query)), heads.num_heads(), *heads.head_dim(), heads.qk_norm_scope(),
-                  first.query_norm);                                                                        // [B, H, Lq, d]
-  auto [mixed, weights, log_sum_exp] = detail::attend_heads(kDecoupled, q, context, heads, is_training());  // [B, H, Lq, e]
+                  first.query_norm);                                                                // [B, H, Lq, d]
+  auto [mixed, weights, log_sum_exp] = attend_heads(kDecoupled, q, context, heads, is_training());  // [B, H, Lq, e]
   auto quiet = heads;
   quiet.bias_kv(false).attention_weights(AttentionWeights::none);
   for (size_t i = 0; i < added.size(); ++i) {
     const auto scale = options.added()[i].scale();
     if (scale == 0) continue;
-    mixed = mixed.add(detail::attend_heads(caller_of(i), q, added[i], quiet, is_training()).output, scale);
+    mixed = mixed.add(attend_heads(caller_of(i), q, added[i], quiet, is_training()).output, scale);
   }
   const auto output = project(first.output_linear, detail::merge_heads(mixed));  // [B, Lq, Eo]
   if (context.is_batched()) return {output, weights};

@@ -3,6 +3,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/logical_not.h>
 #include <ATen/ops/matmul.h>
@@ -11,7 +12,6 @@
 
 #include "attention/softmax.h"
 #include "cpu/matrix_product.h"
-#include "modules/inputs.h"
 #include "plan/order_traits.h"
 
 namespace xattn::detail {
@@ -222,6 +222,39 @@ AttentionResult attend_apart(const Orders& orders,
 }
 
 }  // namespace
+
+Tensor project(const torch::nn::Linear& module, const Tensor& x) {
+  return project(x, module->weight, module->bias);
+}
+
+Tensor split_heads(const Tensor& x, int64_t n, int64_t size) {
+  return x.view({x.size(0), x.size(1), n, size}).transpose(1, 2);
+}
+
+Tensor split_heads(const Tensor& x, int64_t n, int64_t size, NormScope scope, Norm& norm) {
+  if (!norm) return split_heads(x, n, size);
+  if (scope == NormScope::across_heads) return split_heads(norm(x), n, size);
+  return norm(x.view({x.size(0), x.size(1), n, size})).transpose(1, 2);
+}
+
+Tensor with_zeros(const Tensor& x, int64_t n) {
+  return x.defined() && n > 0 ? at::constant_pad_nd(x, {0, n}) : x;
+}
+
+Tensor merge_heads(const Tensor& x) {
+  return x.transpose(1, 2).flatten(2);
+}
+
+std::vector<Tensor> context_weights(const torch::nn::Linear& key_linear,
+                                    const torch::nn::Linear& value_linear,
+                                    const Norm& key_norm,
+                                    const Tensor& bias_k,
+                                    const Tensor& bias_v) {
+  std::vector<Tensor> weights = {key_linear->weight, key_linear->bias, value_linear->weight,
+                                 value_linear->bias, bias_k,           bias_v};
+  if (key_norm) weights.insert(weights.end(), {key_norm->weight, key_norm->bias});
+  return weights;
+}
 
 LayerWeights::LayerWeights(const CrossAttentionImpl& m)
     : query(m.query_linear->weight),

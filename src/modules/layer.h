@@ -2,16 +2,39 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/nn/modules/linear.h>
 #include <xattn/attention.h>
 #include <xattn/cross_attention.h>
 #include <xattn/mask.h>
 #include <xattn/norm.h>
 #include <xattn/plan.h>
 
+#include <vector>
+
 // Attention in any order of its products, in plain tensor operations: one line of the table in plan.h for each order, all
 // differentiable, for all types and devices. What can be made of the context alone is made apart from the rest, and what can be
 // made of the weights alone is made apart from both.
 namespace xattn::detail {
+
+/// As the module does it: [..., in] -> [..., out].
+at::Tensor project(const torch::nn::Linear& module, const at::Tensor& x);
+
+/// [B, L, n * size] -> [B, n, L, size], normalised on the way if there is a norm.
+at::Tensor split_heads(const at::Tensor& x, int64_t n, int64_t size, NormScope scope, Norm& norm);
+at::Tensor split_heads(const at::Tensor& x, int64_t n, int64_t size);
+
+/// With n more columns of zeros; an undefined tensor stays so.
+at::Tensor with_zeros(const at::Tensor& x, int64_t n);
+
+/// [B, n, L, size] -> [B, L, n * size].
+at::Tensor merge_heads(const at::Tensor& x);
+
+/// The parameters that make a context; undefined where there is none.
+std::vector<at::Tensor> context_weights(const torch::nn::Linear& key_linear,
+                                        const torch::nn::Linear& value_linear,
+                                        const Norm& key_norm,
+                                        const at::Tensor& bias_k = {},
+                                        const at::Tensor& bias_v = {});
 
 /// The parameters of a layer; biases are undefined where there is none.
 struct LayerWeights {

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "modules/planning.h"
+
+#include <xattn/context.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "base/check.h"
+#include "cpu/matrix_product.h"
+
+namespace xattn::detail {
+
+RunsOn runs_on(const at::Tensor& weight) {
+  return run_on_kernels({weight}) ? RunsOn::kernels : weight.is_cpu() ? RunsOn::cpu : RunsOn::cuda;
+}
+
+PlanRequest request_of(const CrossAttentionOptions& o, int64_t B, int64_t Lq, int64_t Lk) {
+  PlanRequest request;
+  request.B = B;
+  request.H = o.num_heads();
+  request.G = *o.kv_heads();
+  request.Lq = Lq;
+  request.Lk = Lk;
+  request.Eq = o.dim_query();
+  request.Ek = o.dim_key();
+  request.Ev = o.dim_value();
+  request.d = *o.head_dim();
+  request.e = *o.value_head_dim();
+  request.Eo = o.dim_output();
+  request.query_norm = request.key_norm = o.qk_norm() != NormKind::none;
+  request.free_key = o.bias_kv();
+  return request;
+}
+
+PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t expected_queries) {
+  constexpr int64_t kRowsOfACall = 64;  // what a call is taken to have where a context is made
+  const bool many = expected_queries == ContextOptions::kMany;
+  check_value(expected_queries >= 0 || many, caller, "expected_queries must not be negative, but is {}.", expected_queries);
+  request.Lq = many ? kRowsOfACall : std::clamp<int64_t>(expected_queries, 1, kRowsOfACall);
+  request.context_rows = many ? PlanRequest::kKept : std::max<int64_t>(expected_queries, 1);
+  return request;
+}
+
+void check_plan(std::string_view caller, const PlanMode& plan, PlanRequest request) {
+  const auto& [logits, values] = plan.orders;
+  for (const auto reason : {illegal_for_logits(logits, request), illegal_for_values(values, request)}) {
+    check_value(reason.empty(), caller, "plan must be of legal orders, but {}, {} is not: {}.", name_of(logits),
+                name_of(values), reason);
+  }
+  if (!plan.rates) return;
+  request.rates = *plan.rates;
+  make_plan(request);  // names the rates that are wrong
+}
+
+}  // namespace xattn::detail
