@@ -28,8 +28,7 @@ Order order_of(char letter) {
     case 'S': return Order::standard;
     case 'F': return Order::fold_into_query;
     case 'P': return Order::prefold;
-    case 'C': return Order::fold_into_context;
-    default: return Order::prefold_into_context;
+    default: return Order::fold_into_context;
   }
 }
 

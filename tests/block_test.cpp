@@ -563,5 +563,15 @@ TEST(CrossAttentionBlockOptionsTest, ResetParametersStartsAfresh) {
   EXPECT_TRUE(block->attention_norm->weight.eq(1).all().item<bool>());
 }
 
+TEST(BlockOptionsTest, OptionsOfTheAttentionAreThoseOfItsModule) {
+  CrossAttentionBlock block(CrossAttentionOptions(8, 12, 12, 8));
+  const auto x = torch::randn({2, 3, 8}), y = torch::randn({2, 5, 12});
+  block->attention->options.attention_weights(AttentionWeights::per_head);
+  EXPECT_EQ(std::get<1>(block->forward(x, y, y)).sizes(), (std::vector<int64_t>{2, 1, 3, 5}));
+  block->options.attention().scale(0.5);
+  EXPECT_EQ(error_of<c10::ValueError>([&] { block->forward(x, y, y); }),
+            "[cross_attention_block] options.attention must be as the module was made, but has changed. Change attention->options.");
+}
+
 }  // namespace
 }  // namespace xattn::test

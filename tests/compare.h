@@ -17,8 +17,7 @@ namespace xattn::test {
 
 inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-inline constexpr Order kAllOrders[] = {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context,
-                                       Order::prefold_into_context};
+inline constexpr Order kAllOrders[] = {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context};
 
 /// Every device that is there. Suites that touch values run once on each.
 inline std::vector<torch::Device> devices() {

@@ -427,7 +427,7 @@ TEST_P(CrossAttentionTest, ChangedOptionsActOrAreRefused) {
     change(module->options);
     const auto context = make(options_)->context(key_, value_);
     const auto text = error_of<c10::ValueError>([&] { module->forward(query_, key_, value_); });
-    EXPECT_EQ(error_of<c10::ValueError>([&] { module->context(key_, value_); }), text);
+    EXPECT_EQ(error_of<c10::ValueError>([&] { return module->context(key_, value_); }), text);
     EXPECT_EQ(error_of<c10::ValueError>([&] { module->attend(query_, context); }), text);
     EXPECT_EQ(error_of<c10::ValueError>([&] { module->explain(1, 1, 1); }), text);
     return text;
@@ -488,7 +488,7 @@ TEST_P(CrossAttentionTest, RefusesBadInputByName) {
   EXPECT_EQ(type_error(query_, key_.to(torch::kHalf), value_),
             "[cross_attention] key must be float64, the type of the parameters, but is float16.");
   EXPECT_EQ(value_error(query_, key_, value_, Mask::lengths(torch::tensor({3, 4}), 5).to(device_)),
-            "[cross_attention] mask (lengths) must fit [B, H, Lq, Lk] = [2, 1, Lq, 6], but has [2, 1, 1, 5].");
+            "[cross_attention] mask (lengths) must fit [B, H, Lq, Lk] = [2, 1, 4, 6], but has [2, 1, 1, 5].");
   EXPECT_EQ(type_error(query_.to(torch::kMeta), key_, value_),
             "[cross_attention] query must be on " + device_.str() + ", as the parameters, but is on meta.");
   EXPECT_EQ(type_error(query_, key_.to(torch::kMeta), value_),

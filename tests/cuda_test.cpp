@@ -47,8 +47,7 @@ CrossAttention make(at::ScalarType type, AttentionWeights weights = AttentionWei
 }
 
 std::vector<PlanMode> plans() {
-  constexpr Order kAllOrders[] = {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context,
-                                  Order::prefold_into_context};
+  constexpr Order kAllOrders[] = {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context};
   std::vector<PlanMode> all = {PlanMode::automatic};
   for (const auto logits : kAllOrders) {
     for (const auto values : kAllOrders) all.push_back(PlanMode::pin({logits, values}));

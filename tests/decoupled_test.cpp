@@ -386,7 +386,7 @@ TEST_P(DecoupledTest, RefusesBadInputByName) {
             "[decoupled_cross_attention] added must have as many contexts as the options, 1, but has 0.");
   EXPECT_EQ(error_of<c10::ValueError>([&] { module->forward(query_, key_, value_, {image_, image_}); }),
             "[decoupled_cross_attention] added must have as many contexts as the options, 1, but has 2.");
-  EXPECT_EQ(error_of<c10::ValueError>([&] { module->added_context(1, image_key_, image_value_); }),
+  EXPECT_EQ(error_of<c10::ValueError>([&] { return module->added_context(1, image_key_, image_value_); }),
             "[decoupled_cross_attention] index must be below the number of added contexts, 1, but is 1.");
 }
 
@@ -691,6 +691,20 @@ TEST_F(IpAdapterTest, RefusesABaseThatHasNoPlaceForIt) {
   const auto has_one = saved("base", layer_with_adapters("a.attn2.", 1));
   EXPECT_EQ(error_of<FileError>([&] { with_ip_adapter(has_one, one); }),
             "[checkpoint] " + has_one.path() + R"(: already has a tensor "a.attn2.processor.to_k_ip.0.weight")");
+}
+
+TEST(DecoupledOptionsTest, OptionsOfTheAttentionAreThoseOfItsModule) {
+  DecoupledCrossAttention module(DecoupledCrossAttentionOptions(CrossAttentionOptions(8, 12, 12, 8)).added({{6, 6}}));
+  const auto x = torch::randn({2, 3, 8}), y = torch::randn({2, 5, 12}), z = torch::randn({2, 4, 6});
+  module->forward(x, y, y, {{z, z}});
+  module->options.attention().dropout(0.5);
+  EXPECT_EQ(error_of<c10::ValueError>([&] { module->forward(x, y, y, {{z, z}}); }),
+            "[decoupled_cross_attention] options.attention must be as the module was made, but has changed. Change "
+            "attention->options.");
+  DecoupledCrossAttention other(DecoupledCrossAttentionOptions(CrossAttentionOptions(8, 12, 12, 8)).added({{6, 6}}));
+  other->options.added()[0].value_bias(false);
+  EXPECT_EQ(error_of<c10::ValueError>([&] { other->forward(x, y, y, {{z, z}}); }),
+            "[decoupled_cross_attention.added0] options must fit the parameters, but say no bias for value_linear, which has one.");
 }
 
 }  // namespace

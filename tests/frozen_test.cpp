@@ -141,7 +141,7 @@ TEST_F(FrozenTest, EqualsTheDefinitionAtManyLengths) {
         const auto [output, weights] = exact(module, x, {});
         for (const auto& plan :
              {PlanMode::automatic, PlanMode::standard, PlanMode::pin({Order::fold_into_query, Order::prefold}),
-              PlanMode::pin({Order::fold_into_context, Order::prefold_into_context})}) {
+              PlanMode::pin({Order::fold_into_context, Order::fold_into_context})}) {
           const auto [y, p] = module->freeze({.plan = plan}).forward(x.query, x.key, x.value);
           expect_close(y, output, allowed(layer), "output");
           expect_close(p, weights, allowed(layer), "weights");
@@ -322,7 +322,7 @@ TEST_F(FrozenTest, Bfloat16StorageRoundsWeightsAndNothingElse) {
     const auto key_bias = order == Order::fold_into_context ? 4 * 2 * layer.H * 77 : 0;  // of folded keys: stays as it is
     EXPECT_EQ(context.bytes(), raw ? in_float : (in_float + key_bias) / 2);
   }
-  EXPECT_EQ(error_of<c10::ValueError>([&] { module->freeze({.storage = torch::kHalf}); }),
+  EXPECT_EQ(error_of<c10::ValueError>([&] { return module->freeze({.storage = torch::kHalf}); }),
             "[frozen] storage must be float32 or bfloat16, but is float16.");
 }
 
@@ -677,7 +677,7 @@ TEST_F(FrozenTest, AutocastChangesNeitherResultsNorTheTypesItTakes) {
     EXPECT_EQ(error({x.query.to(type), x.key, x.value}), message("query", type));
     EXPECT_EQ(error({x.query, x.key.to(type), x.value}), message("key", type));
     EXPECT_EQ(error({x.query, x.key, x.value.to(type)}), message("value", type));
-    EXPECT_EQ(error_of<c10::TypeError>([&] { frozen.context(x.key.to(type), x.value); }), message("key", type));
+    EXPECT_EQ(error_of<c10::TypeError>([&] { return frozen.context(x.key.to(type), x.value); }), message("key", type));
     EXPECT_EQ(error_of<c10::TypeError>([&] { frozen.attend(x.query.to(type), frozen.context(x.key, x.value)); }),
               message("query", type));
   }
@@ -696,21 +696,23 @@ TEST_F(FrozenTest, RefusesBadInputByName) {
             "[frozen] context must be made by the Frozen that attends to it, but is another's.");
   EXPECT_EQ(error_of<c10::ValueError>([&] { frozen.forward(x.key, x.value); }),
             "[frozen] query must be given to freeze or to forward, but is given to neither.");
-  EXPECT_EQ(error_of<c10::ValueError>([&] { module->freeze({.query = torch::randn({3, 9})}); }),
+  EXPECT_EQ(error_of<c10::ValueError>([&] { return module->freeze({.query = torch::randn({3, 9})}); }),
             "[frozen] query must have shape [Lq, 8], but has [3, 9].");
-  EXPECT_EQ(error_of<c10::ValueError>([&] { frozen.context(x.key, x.value, {}, {.expected_queries = -7}); }),
+  EXPECT_EQ(error_of<c10::ValueError>([&] { return frozen.context(x.key, x.value, {}, {.expected_queries = -7}); }),
             "[frozen] expected_queries must not be negative, but is -7.");
   EXPECT_EQ(error_of<c10::TypeError>([&] { frozen.forward(x.query.to(torch::kMeta), x.key, x.value); }),
             "[frozen] query must be on cpu, as the parameters, but is on meta.");
-  EXPECT_EQ(error_of<c10::TypeError>([&] { frozen.context(x.key.to(torch::kMeta), x.value); }),
+  EXPECT_EQ(error_of<c10::TypeError>([&] { return frozen.context(x.key.to(torch::kMeta), x.value); }),
             "[frozen] key must be on cpu, as the parameters, but is on meta.");
   auto changed = make(kLayers[0]);
   changed->options.weight_heads({1});
-  EXPECT_EQ(error_of<c10::ValueError>([&] { changed->freeze(); }), "[frozen] weight_heads must be of the 1 heads, but name 1.");
-  EXPECT_EQ(error_of<c10::ValueError>([&] { context.slice(1, 3); }), "[frozen] slice must lie in [0, 2], but is [1, 3).");
+  EXPECT_EQ(error_of<c10::ValueError>([&] { return changed->freeze(); }),
+            "[frozen] weight_heads must be of the 1 heads, but name 1.");
+  EXPECT_EQ(error_of<c10::ValueError>([&] { return context.slice(1, 3); }),
+            "[frozen] slice must lie in [0, 2], but is [1, 3).");
   const auto raw = module->freeze({.plan = PlanMode::pin({Order::fold_into_query, Order::fold_into_query})});
   const auto for_few = raw.context(x.key, x.value, {}, {.expected_queries = 1}), for_many = raw.context(x.key, x.value);
-  EXPECT_EQ(error_of<c10::ValueError>([&] { FrozenContext::cat({for_few, for_many}); }),  // which lie differently
+  EXPECT_EQ(error_of<c10::ValueError>([&] { return FrozenContext::cat({for_few, for_many}); }),  // which lie differently
             "[frozen] contexts must be batches of one Frozen, of one length and orders, but they differ.");
 }
 

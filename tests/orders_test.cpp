@@ -16,7 +16,8 @@ namespace xattn::test {
 namespace {
 
 using detail::attend;
-using detail::LayerWeights;
+using detail::make_context;
+using detail::weights_of;
 using torch::Tensor;
 
 // The line of the order that was chosen for the logits.
@@ -64,14 +65,12 @@ class OrdersTest : public testing::TestWithParam<torch::Device> {
   // Every pair of orders by its parts, with what they made ahead.
   template <class F>
   void for_each_pair(const CrossAttention& module, const AttentionOptions& how, const F& check) const {
-    const LayerWeights weights(*module);
     for (const auto logits : kAllOrders) {
       for (const auto values : kAllOrders) {
         SCOPED_TRACE(std::string(name_of(logits)) + ", " + std::string(name_of(values)));
         const Orders orders{logits, values};
-        const auto products = make_products(orders, weights);
-        const auto side = make_side(orders, weights, products, key_, value_);
-        check(orders, attend(orders, weights, products, query_, side, how));
+        const detail::Layer layer(orders, weights_of(*module));
+        check(orders, attend(layer, query_, make_context(layer, key_, value_), how));
       }
     }
   }
@@ -98,14 +97,13 @@ TEST_P(OrdersTest, LogSumExpIsThatOfTheDefinitionWithoutTheBiasOfTheKeys) {
 
 TEST_P(OrdersTest, LogSumExpHoldsTheBiasOfTheKeysUnlessProductsWereMadeAhead) {
   auto module = make(options_);
-  const LayerWeights weights(*module);
   AttentionOptions how;
   how.mask = mask_;
   how.log_sum_exp = true;
   how.path = AttentionPath::definition;
   const auto of = [&](Order logits) {
-    const Orders orders{logits, Order::standard};
-    return attend_heads(orders, weights, {}, query_, make_side(orders, weights, {}, key_, value_), how).log_sum_exp[0];
+    const detail::Layer layer({logits, Order::standard}, weights_of(*module));
+    return attend_heads(layer, query_, make_context(layer, key_, value_), how).log_sum_exp[0];
   };
   for (const auto order : {Order::fold_into_query, Order::fold_into_context}) {
     expect_close(of(order), of(Order::standard), tolerance(torch::kDouble, 100), std::string(name_of(order)));
@@ -159,16 +157,16 @@ TEST_P(OrdersTest, ARowWithoutKeysIsTheBiasOfTheOutputAlone) {
 TEST_P(OrdersTest, ProductsOfWeightsFollowTheWeightsInTraining) {
   const Orders orders{Order::prefold, Order::prefold};
   auto module = make(options_.plan(PlanMode::pin(orders)));
-  const auto output_with = [&](const Orders& by, const detail::Products& products) {
-    const LayerWeights weights(*module);
-    return attend(by, weights, products, query_, make_side(by, weights, products, key_, value_), {}).output;
+  const auto output_with = [&](const detail::Layer& layer) {
+    return attend(layer, query_, make_context(layer, key_, value_), {}).output;
   };
-  const auto kept = make_products(orders, LayerWeights(*module));
+  const auto kept = detail::Layer(orders, weights_of(*module)).products;
   std::get<0>(module->forward(query_, key_, value_)).square().sum().backward();
   torch::optim::SGD(module->parameters(), torch::optim::SGDOptions(0.01)).step();
-  const auto right = output_with({}, {});
+  const auto right = output_with(detail::Layer({}, weights_of(*module)));
   expect_close(std::get<0>(module->forward(query_, key_, value_)), right, tolerance(torch::kDouble, 400), "output");
-  EXPECT_GT((output_with(orders, kept) - right).abs().max().item<double>(), 1e-3) << "products from before the step";
+  EXPECT_GT((output_with(detail::Layer(orders, weights_of(*module), kept)) - right).abs().max().item<double>(), 1e-3)
+      << "products from before the step";
 }
 
 TEST_P(OrdersTest, DroppedAttentionIsRightInTheMean) {
@@ -176,8 +174,8 @@ TEST_P(OrdersTest, DroppedAttentionIsRightInTheMean) {
   AttentionOptions how;
   how.path = AttentionPath::definition;
   const auto exact = [&] {
-    const LayerWeights weights(*module);
-    return attend({}, weights, {}, query_, make_side({}, weights, {}, key_, value_), how).output;
+    const detail::Layer layer({}, weights_of(*module));
+    return attend(layer, query_, make_context(layer, key_, value_), how).output;
   }();
   // 2,000 copies of the query draw 2,000 masks each.
   constexpr int64_t kCopies = 2000;
@@ -192,7 +190,7 @@ TEST_P(OrdersTest, DroppedAttentionIsRightInTheMean) {
 }
 
 TEST_P(OrdersTest, ABiasThatTheResultDoesNotDependOnHasADefinedGradientOfZero) {
-  for (const auto logits : {Order::fold_into_query, Order::prefold, Order::prefold_into_context}) {
+  for (const auto logits : {Order::fold_into_query, Order::prefold}) {
     auto options = options_;
     auto module = make(options.plan(PlanMode::pin({logits, Order::standard})));
     std::get<0>(module->forward(query_, key_, value_)).sum().backward();
@@ -240,7 +238,7 @@ TEST_P(OrdersTest, ExplainNamesTheAttentionKernelThatRuns) {
     EXPECT_EQ(kernel_of(call), named) << explanation;
   };
   struct Case {
-    bool weights, free_key, other_values, training, learned_mask, dropout;
+    bool weights, bias_kv, other_values, training, learned_mask, dropout;
   };
   for (const auto type : {torch::kFloat, torch::kDouble}) {
     for (int bits = 0; bits < 64; ++bits) {
@@ -248,7 +246,7 @@ TEST_P(OrdersTest, ExplainNamesTheAttentionKernelThatRuns) {
       auto module = make(CrossAttentionOptions(16, 16, 16, 16)
                              .num_heads(2)
                              .value_head_dim(c.other_values ? 12 : 8)
-                             .bias_kv(c.free_key)
+                             .bias_kv(c.bias_kv)
                              .dropout(c.dropout ? 0.5 : 0)
                              .attention_weights(c.weights ? AttentionWeights::mean : AttentionWeights::none));
       module->to(type);
@@ -260,7 +258,7 @@ TEST_P(OrdersTest, ExplainNamesTheAttentionKernelThatRuns) {
         const auto mask = c.learned_mask ? Mask::bias(bias) : Mask();
         const at::AutoGradMode record(c.training);
         // With a free key the mask is made anew, without gradients one that asks for none: no matter for a plan.
-        if (c.free_key && c.learned_mask && !c.training) continue;
+        if (c.bias_kv && c.learned_mask && !c.training) continue;
         expect_kernel(module->explain(1, Lq, Lk, mask), [&] { module->forward(query, key, key, mask); });
         if (c.training || c.learned_mask || c.dropout || Lq * Lk == 0) continue;
         const auto frozen = module->freeze();

@@ -241,7 +241,7 @@ CrossAttentionOptions draw_options(Draw& draw) {
 Orders draw_orders(Draw& draw, const CrossAttentionOptions& o) {
   PlanRequest request;
   request.query_norm = request.key_norm = o.qk_norm() != NormKind::none;
-  request.free_key = o.bias_kv();
+  request.bias_kv = o.bias_kv();
   Orders orders{draw.of<Order>({std::begin(kAllOrders), std::end(kAllOrders)}),
                 draw.of<Order>({std::begin(kAllOrders), std::end(kAllOrders)})};
   if (!illegal_for_logits(orders.logits, request).empty()) orders.logits = Order::standard;

@@ -7,6 +7,7 @@
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
 #include <xattn/block_options.h>
+#include <xattn/call_options.h>
 #include <xattn/context.h>
 #include <xattn/cross_attention.h>
 #include <xattn/export.h>
@@ -17,7 +18,7 @@
 
 namespace xattn {
 
-/// Cross attention as a layer of a Transformer: attention, then a feed-forward network, each added to what it read.
+/// Cross attention as a layer of a Transformer: attention, then a feed-forward network, each added to its input.
 ///
 ///   before:  x = query + gate * attention(norm(query), key, value)      output = x + gate * feed_forward(norm(x))
 ///   after:   x = norm(query + gate * attention(query, key, value))      output = norm(x + gate * feed_forward(x))
@@ -25,8 +26,8 @@ namespace xattn {
 ///   feed_forward(x) = feed_forward_out(activation(feed_forward_in(x)))   gate = tanh(parameter), 1 without one
 ///   with glu:         feed_forward_out(activation(feed_forward_in(x)) * feed_forward_multiplier(x))
 ///
-/// Each branch has a norm and a gate of its own. Keys and values are taken as they come: no norm is applied to them. With norms
-/// after and relu it equals the second and third part of torch.nn.TransformerDecoderLayer.
+/// Each branch has a norm and a gate of its own. No norm is applied to keys and values. With norms after the branches and relu, the
+/// block equals the second and third part of torch.nn.TransformerDecoderLayer.
 ///
 ///   xattn::CrossAttentionBlock block(xattn::CrossAttentionOptions(128, 256, 256, 128).num_heads(4));
 ///   auto [output, weights] = block->forward(query, key, value);
@@ -37,7 +38,7 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
   explicit CrossAttentionBlockImpl(const CrossAttentionOptions& attention_)
       : CrossAttentionBlockImpl(CrossAttentionBlockOptions(attention_)) {}
 
-  /// Throws c10::ValueError, with the reason, for a combination of options that cannot be.
+  /// Throws c10::ValueError, with the reason, for options that do not fit each other.
   explicit CrossAttentionBlockImpl(const CrossAttentionBlockOptions& options_);
 
   void reset() override;
@@ -49,33 +50,41 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
   void pretty_print(std::ostream& stream) const override;
 
   /// `attend` applied to `context`.
-  /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev] -> output [B, Lq, Eq] and the weights that the options of the
-  /// attention ask for: [B, Lq, Lk], [B, H, Lq, Lk] or undefined.
+  /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev] -> output [B, Lq, Eq] and the requested weights: [B, Lq, Lk],
+  /// [B, H, Lq, Lk] or undefined.
   std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& query,
                                                    const torch::Tensor& key,
                                                    const torch::Tensor& value,
-                                                   const Mask& mask = {});
+                                                   const Mask& mask = {},
+                                                   const CallOptions& call = {});
 
-  /// The key/value side, made once: key [B, Lk, Ek], value [B, Lk, Ev].
-  Context context(const torch::Tensor& key, const torch::Tensor& value, const Mask& mask = {});
+  /// The context of later calls: key [B, Lk, Ek], value [B, Lk, Ev].
+  [[nodiscard]] Context context(const torch::Tensor& key, const torch::Tensor& value, const Mask& mask = {});
 
-  /// The block for query [B, Lq, Eq] and a context that it made, with the weights that it has now.
-  std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query, const Context& context);
+  /// Applies the block to query [B, Lq, Eq] and a context that it made with its current weights.
+  std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query,
+                                                  const Context& context,
+                                                  const CallOptions& call = {});
 
-  /// With every default resolved: feed_forward has a value.
+  /// With every default resolved: feed_forward has a value. Those of the attention are read from `attention->options`; a call
+  /// throws if `options.attention()` has been changed.
   CrossAttentionBlockOptions options;
 
-  Norm attention_norm{nullptr};                        ///< over Eq; the identity for NormKind::none
-  CrossAttention attention{nullptr};                   ///< Eq, Ek, Ev -> Eq
-  Norm feed_forward_norm{nullptr};                     ///< likewise; empty, as the next three, without feed-forward branch
-  torch::nn::Linear feed_forward_in{nullptr};          ///< Eq -> hidden
+  Norm attention_norm{nullptr};                ///< over Eq; the identity for NormKind::none
+  CrossAttention attention{nullptr};           ///< Eq, Ek, Ev -> Eq
+  Norm feed_forward_norm{nullptr};             ///< the same; this and the next three are empty without a feed-forward branch
+  torch::nn::Linear feed_forward_in{nullptr};  ///< Eq -> hidden
   torch::nn::Linear feed_forward_multiplier{nullptr};  ///< Eq -> hidden; empty without feed_forward_glu
   torch::nn::Linear feed_forward_out{nullptr};         ///< hidden -> Eq
   torch::Tensor attention_gate;                        ///< before tanh; undefined for BlockGate::none
-  torch::Tensor feed_forward_gate;                     ///< the same; also undefined without feed-forward branch
+  torch::Tensor feed_forward_gate;                     ///< the same; also undefined without a feed-forward branch
+
+ private:
+  void check_options() const;
+  CrossAttentionOptions attention_options_;  // as they were given
 
  protected:
-  FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(Mask())})
+  FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(Mask())}, {4, torch::nn::AnyValue(CallOptions())})
 };
 
 /// Holder of a CrossAttentionBlockImpl with the semantics of a shared pointer.

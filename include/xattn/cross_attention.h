@@ -6,6 +6,7 @@
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
+#include <xattn/call_options.h>
 #include <xattn/context.h>
 #include <xattn/cross_attention_options.h>
 #include <xattn/export.h>
@@ -21,13 +22,7 @@ namespace xattn {
 
 class Frozen;
 struct FreezeOptions;
-namespace detail {
-struct LayerWeights;
-struct Products;
-struct Side;
-}  // namespace detail
-
-/// Cross attention: a query asks, a context of keys and values answers.
+/// Cross attention of a query to a context of keys and values.
 ///
 ///   Q, K, V = query_linear(query), key_linear(key), value_linear(value), split into heads
 ///   weights = softmax(scale * Q K')                 [B, H, Lq, Lk]
@@ -39,12 +34,12 @@ struct Side;
 ///   xattn::CrossAttention attention(128, 256, 256, 512);
 ///   auto [output, weights] = attention->forward(query, key, value);
 ///
-/// Self-attention is `forward(x, x, x)`. Inputs are batched, [B, L, E], or all unbatched, [L, E], with masks as for B = 1 and
-/// results without the batch axis. Lq and Lk may be 0. Types: float64, float32, bfloat16, float16; inputs have the parameters'
+/// Self-attention is `forward(x, x, x)`. Inputs are batched, [B, L, E], or all unbatched, [L, E]; masks of unbatched calls are
+/// those of B = 1, and results have no batch axis. Lq and Lk may be 0. Types: float64, float32, bfloat16, float16; inputs have the parameters'
 /// type, unless autocast is on. Bad input throws c10::ValueError or c10::TypeError, naming the argument.
 ///
-/// `forward` multiplies in the cheapest order that its sizes, options and number of threads allow (plan.h), which never depends on
-/// values: the same call gives the same bits. Under autocast the order is the standard one, whose types autocast is made for.
+/// `forward` multiplies in the cheapest order for its sizes, options and number of threads (plan.h). The choice never depends on
+/// values: the same call gives the same bits. Under autocast the order is the standard one, for which autocast chooses its types.
 ///
 /// Thread safety: as for any torch::nn::Module. `context` and `attend` change nothing and may run in several threads at once as
 /// long as nobody trains, loads or moves the module. On CUDA no call waits for the device.
@@ -53,7 +48,7 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
   CrossAttentionImpl(int64_t dim_query, int64_t dim_key, int64_t dim_value, int64_t dim_output)
       : CrossAttentionImpl(CrossAttentionOptions(dim_query, dim_key, dim_value, dim_output)) {}
 
-  /// Throws c10::ValueError, with the reason, for a combination of options that cannot be.
+  /// Throws c10::ValueError, with the reason, for options that do not fit each other.
   explicit CrossAttentionImpl(const CrossAttentionOptions& options_);
 
   void reset() override;
@@ -65,25 +60,29 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
   void pretty_print(std::ostream& stream) const override;
 
   /// `attend` applied to `context`, in the order that is cheapest for both together.
-  /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev] -> output [B, Lq, Eo] and the weights that the options ask for:
-  /// [B, Lq, Lk], [B, H, Lq, Lk] or undefined.
+  /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev] -> output [B, Lq, Eo] and the requested weights: [B, Lq, Lk],
+  /// [B, H, Lq, Lk] or undefined.
   std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& query,
                                                    const torch::Tensor& key,
                                                    const torch::Tensor& value,
-                                                   const Mask& mask = {});
+                                                   const Mask& mask = {},
+                                                   const CallOptions& call = {});
 
-  /// The key/value side, made once: key [B, Lk, Ek], value [B, Lk, Ev].
-  Context context(const torch::Tensor& key, const torch::Tensor& value, const Mask& mask = {});
+  /// The context of later calls: key [B, Lk, Ek], value [B, Lk, Ev].
+  [[nodiscard]] Context context(const torch::Tensor& key, const torch::Tensor& value, const Mask& mask = {});
 
-  /// Attends with query [B, Lq, Eq] to a context that this module made, with the weights that it has now.
-  std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query, const Context& context);
+  /// Attends with query [B, Lq, Eq] to a context that this module made with its current weights.
+  std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query,
+                                                  const Context& context,
+                                                  const CallOptions& call = {});
 
-  /// For inference: a copy that is immutable, laid out and planned, and free to be shared by threads. See frozen.h.
-  Frozen freeze() const;
-  Frozen freeze(const FreezeOptions& options) const;
+  /// A copy for inference, as `torch.jit.freeze` makes one: immutable, with packed weights and planned calls, safe to share between
+  /// threads (frozen.h). The module itself does not change; to stop training it, call requires_grad_(false) on its parameters.
+  [[nodiscard]] Frozen freeze() const;
+  [[nodiscard]] Frozen freeze(const FreezeOptions& options) const;
 
-  /// What `forward` would do with B x Lq queries and B x Lk keys, now: every order with its cost, and the choice. As text.
-  std::string explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask = {});
+  /// What `forward` would do now with B x Lq queries and B x Lk keys: every order with its cost, and the choice. As text.
+  std::string explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask = {}) const;
 
   /// With every default resolved: kv_heads, head_dim, value_head_dim and scale have values.
   CrossAttentionOptions options;
@@ -98,20 +97,7 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
   torch::Tensor bias_v;                      ///< [1, 1, G * e]; likewise
 
  protected:
-  FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(Mask())})
-
- private:
-  friend class ContextParallel;
-  std::vector<torch::Tensor> context_weights() const;
-  PlanRequest request(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask, bool inputs_train) const;
-  Orders orders_for(const torch::Tensor& query, const torch::Tensor& key, const torch::Tensor& value, const Mask& mask) const;
-  std::tuple<torch::Tensor, torch::Tensor> attend(const Orders& orders,
-                                                  const detail::LayerWeights& weights,
-                                                  const detail::Products& products,
-                                                  const torch::Tensor& query,
-                                                  const detail::Side& side,
-                                                  const Mask& mask,
-                                                  bool is_batched) const;
+  FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(Mask())}, {4, torch::nn::AnyValue(CallOptions())})
 };
 
 /// Holder of a CrossAttentionImpl with the semantics of a shared pointer; `CrossAttention attention = nullptr` is the empty one.

@@ -35,7 +35,7 @@ struct XATTN_API CrossAttentionOptions {
   TORCH_ARG(int64_t, dim_key);
   /// Features of the value, Ev.
   TORCH_ARG(int64_t, dim_value);
-  /// Features of the output, Eo; and of all heads together, unless head_dim says otherwise.
+  /// Features of the output, Eo, and of all heads together unless head_dim is given.
   TORCH_ARG(int64_t, dim_output);
 
   /// Heads, H. Default: 1, the reference.
@@ -44,7 +44,7 @@ struct XATTN_API CrossAttentionOptions {
   TORCH_ARG(std::optional<int64_t>, kv_heads);
   /// Features of one query/key head, d. Default: dim_output / num_heads.
   TORCH_ARG(std::optional<int64_t>, head_dim);
-  /// Features of one value head, e. Default: head_dim. A size of its own gives up the fused kernel in training on the CPU.
+  /// Features of one value head, e. Default: head_dim. With another size, training on the CPU in types other than float32 has no fused kernel.
   TORCH_ARG(std::optional<int64_t>, value_head_dim);
 
   /// Whether the four projections have a bias. Default: true.
@@ -53,8 +53,8 @@ struct XATTN_API CrossAttentionOptions {
   TORCH_ARG(bool, value_bias) = true;
   TORCH_ARG(bool, output_bias) = true;
 
-  /// One more key and value that are learned, behind the projections and the last key of each context; no mask hides them, and
-  /// returned weights have a column for them, Lk + 1 in all (bias_k and bias_v of torch.nn.MultiheadAttention). Default: false.
+  /// A learned key and value behind the last ones of each context, not projected; no mask hides them, and returned weights have
+  /// a column for them, Lk + 1 in all (bias_k and bias_v of torch.nn.MultiheadAttention). Default: false.
   TORCH_ARG(bool, bias_kv) = false;
 
   /// Multiplies the logits; 1 for none (T5). Default: 1 / sqrt(head_dim).
@@ -69,16 +69,20 @@ struct XATTN_API CrossAttentionOptions {
   /// Added under the root of the query/key norms. Default: 1e-6.
   TORCH_ARG(double, qk_norm_eps) = 1e-6;
 
-  /// Which weights `forward` and `attend` return. `none` is the fastest. Default: mean, the reference's own with one head.
+  /// Which weights `forward` and `attend` return, unless a call says otherwise (CallOptions). `none` is the fastest. Default: mean,
+  /// the reference's own with one head.
   TORCH_ARG(AttentionWeights, attention_weights) = AttentionWeights::mean;
 
-  /// Of which heads `per_head` returns the weights, in this order: [B, n, Lq, Lk]. Default: empty, which is all.
+  /// Heads whose weights `per_head` returns, in this order: [B, n, Lq, Lk]. Default: empty, which means all.
   TORCH_ARG(std::vector<int64_t>, weight_heads);
 
-  /// In which order `forward` multiplies. `PlanMode::standard` is the reference's; `PlanMode::pin` any other; `PlanMode::by` the
-  /// cheapest by rates that were measured. Results differ by rounding alone, and gradients do. Default: automatic, the cheapest
-  /// for the sizes of each call by built-in rates.
+  /// The order in which `forward` multiplies: `PlanMode::standard` is the reference's, `PlanMode::pin` takes any other, `PlanMode::by`
+  /// the cheapest by measured rates. Results and gradients differ by rounding alone. Default: automatic, the cheapest for the sizes
+  /// of each call by built-in rates.
   TORCH_ARG(PlanMode, plan) = PlanMode::automatic;
+
+ public:
+  bool operator==(const CrossAttentionOptions&) const = default;
 };
 
 }  // namespace xattn

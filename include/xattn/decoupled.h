@@ -7,6 +7,7 @@
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
+#include <xattn/call_options.h>
 #include <xattn/context.h>
 #include <xattn/cross_attention.h>
 #include <xattn/export.h>
@@ -31,8 +32,8 @@ struct XATTN_API AddedContextOptions {
   /// Whether its projections have a bias. Default: those of the attention.
   TORCH_ARG(std::optional<bool>, key_bias);
   TORCH_ARG(std::optional<bool>, value_bias);
-  /// Multiplies what the context gives before it is added; 0 leaves the context out and costs nothing. Every call reads it
-  /// anew: `module->options.added()[0].scale(0.6)` changes it. Default: 1.
+  /// Multiplies the attention to this context before it is added; with 0 the context is skipped. Each call reads the current value:
+  /// `module->options.added()[0].scale(0.6)` changes it. Default: 1.
   TORCH_ARG(double, scale) = 1;
 };
 
@@ -42,13 +43,13 @@ struct XATTN_API AddedContextOptions {
 struct XATTN_API DecoupledCrossAttentionOptions {
   explicit DecoupledCrossAttentionOptions(CrossAttentionOptions attention) : attention_(std::move(attention)) {}
 
-  /// The attention to the first context. Its heads and norms are those of the added ones, too; its bias_kv is not.
+  /// The attention to the first context. Added contexts share its heads and norms, but not its bias_kv.
   TORCH_ARG(CrossAttentionOptions, attention);
-  /// The added contexts, in the order in which calls give them. Default: none.
+  /// The added contexts, in the order of the arguments of calls. Default: none.
   TORCH_ARG(std::vector<AddedContextOptions>, added);
 };
 
-/// A context that has not been projected: key [B, Lk, Ek], value [B, Lk, Ev], with any Lk, and the mask of its own.
+/// Key [B, Lk, Ek] and value [B, Lk, Ev] of one context, with any Lk, and their mask.
 struct KeyValue {
   torch::Tensor key;
   torch::Tensor value;
@@ -73,26 +74,27 @@ class XATTN_API AddedProjectionImpl : public torch::nn::Cloneable<AddedProjectio
 };
 TORCH_MODULE(AddedProjection);
 
-/// Decoupled cross attention: one query asks several contexts, as a text and an image, and adds up their answers.
+/// Decoupled cross attention: one query attends to several contexts, such as a text and an image, and the results are added.
 ///
 ///   Q, K, V  = query_linear(query), key_linear(key), value_linear(value), as in CrossAttention
 ///   K_i, V_i = key_linear_i(key_i), value_linear_i(value_i), for each added context
 ///   output   = output_linear(attention(Q, K, V) + scale_0 * attention(Q, K_0, V_0) + ...)               [B, Lq, Eo]
 ///
 /// Ye et al., IP-Adapter, 2023, https://arxiv.org/abs/2308.06721; image-to-video models of Wan, 2025,
-/// https://arxiv.org/abs/2503.20314. Each context has a softmax of its own, so that none takes weight from another, and a mask
-/// hides keys of its own context only.
+/// https://arxiv.org/abs/2503.20314. Each context has a softmax of its own, so the weights of one do not depend on another, and a
+/// mask hides keys of its own context only.
 ///
 ///   using namespace xattn;
 ///   DecoupledCrossAttention attention(
 ///       DecoupledCrossAttentionOptions(CrossAttentionOptions(320, 768, 768, 320).num_heads(8)).added({{768, 768}}));
 ///   auto [output, weights] = attention->forward(latent, text, text, {{image, image}});
 ///
-/// To adapt a trained CrossAttention, load its weights into the submodule `attention`, freeze it, and train the rest. Shapes,
+/// To adapt a trained CrossAttention, load its weights into the submodule `attention`, stop training it by
+/// requires_grad_(false) on its parameters, and train the rest. Shapes,
 /// types, errors and thread safety are those of `CrossAttention`; inputs are batched all or none.
 class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<DecoupledCrossAttentionImpl> {
  public:
-  /// Throws c10::ValueError, with the reason, for a combination of options that cannot be.
+  /// Throws c10::ValueError, with the reason, for options that do not fit each other.
   explicit DecoupledCrossAttentionImpl(const DecoupledCrossAttentionOptions& options_);
 
   void reset() override;
@@ -105,32 +107,42 @@ class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<Decoup
 
   /// `attend` applied to `context` and `added_context`.
   /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev], every added context as in the options -> output [B, Lq, Eo] and the
-  /// weights of the first context that the options of the attention ask for: [B, Lq, Lk], [B, H, Lq, Lk] or undefined.
+  /// requested weights of the first context: [B, Lq, Lk], [B, H, Lq, Lk] or undefined.
   std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& query,
                                                    const torch::Tensor& key,
                                                    const torch::Tensor& value,
                                                    const std::vector<KeyValue>& added,
-                                                   const Mask& mask = {});
+                                                   const Mask& mask = {},
+                                                   const CallOptions& call = {});
 
-  /// The first context, made once: key [B, Lk, Ek], value [B, Lk, Ev].
-  Context context(const torch::Tensor& key, const torch::Tensor& value, const Mask& mask = {});
+  /// The first context of later calls: key [B, Lk, Ek], value [B, Lk, Ev].
+  [[nodiscard]] Context context(const torch::Tensor& key, const torch::Tensor& value, const Mask& mask = {});
 
-  /// The added context of this index, made once.
-  Context added_context(size_t index, const torch::Tensor& key, const torch::Tensor& value, const Mask& mask = {});
+  /// The added context of this index.
+  [[nodiscard]] Context added_context(size_t index,
+                                      const torch::Tensor& key,
+                                      const torch::Tensor& value,
+                                      const Mask& mask = {});
 
-  /// Attends with query [B, Lq, Eq] to contexts that this module made, with the weights that it has now.
+  /// Attends with query [B, Lq, Eq] to contexts that this module made with its current weights.
   std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query,
                                                   const Context& context,
-                                                  const std::vector<Context>& added);
+                                                  const std::vector<Context>& added,
+                                                  const CallOptions& call = {});
 
-  /// With every default resolved: the biases of added contexts have values.
+  /// With every default resolved: the biases of added contexts have values. Those of the attention are read from
+  /// `attention->options`; a call throws if `options.attention()` has been changed.
   DecoupledCrossAttentionOptions options;
 
-  CrossAttention attention{nullptr};               ///< Eq, Ek, Ev -> Eo; its query and output projections serve all contexts
+  CrossAttention attention{nullptr};               ///< Eq, Ek, Ev -> Eo; all contexts share its query and output projections
   std::vector<AddedProjection> added_projections;  ///< submodules "added0", "added1" ...
 
+ private:
+  void check_options() const;
+  CrossAttentionOptions attention_options_;  // as they were given
+
  protected:
-  FORWARD_HAS_DEFAULT_ARGS({4, torch::nn::AnyValue(Mask())})
+  FORWARD_HAS_DEFAULT_ARGS({4, torch::nn::AnyValue(Mask())}, {5, torch::nn::AnyValue(CallOptions())})
 };
 
 /// Holder of a DecoupledCrossAttentionImpl with the semantics of a shared pointer.

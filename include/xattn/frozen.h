@@ -2,6 +2,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <xattn/attention.h>
+#include <xattn/call_options.h>
 #include <xattn/context.h>
 #include <xattn/cross_attention.h>
 #include <xattn/export.h>
@@ -17,8 +19,8 @@
 
 namespace xattn {
 
-/// The key/value side for a `Frozen`: projected, folded or as it came, chosen when it was made. Belongs to the Frozen that made it.
-/// Never changes after it is made; copies share storage; safe to share between threads.
+/// Keys and values for a `Frozen`: projected, folded or as they came, whichever is the cheapest for the expected queries. A context
+/// belongs to the Frozen that made it. Immutable; copies share storage; safe to share between threads.
 class XATTN_API FrozenContext {
  public:
   const Orders& orders() const;
@@ -26,17 +28,17 @@ class XATTN_API FrozenContext {
   int64_t batch_size() const;
   int64_t length() const;
   bool is_batched() const;
-  /// What it holds.
+  /// Size in memory.
   int64_t bytes() const;
 
   /// Batch entries [begin, end), without a copy. The mask must not differ between batch entries unless they are lengths.
-  FrozenContext slice(int64_t begin, int64_t end) const;
+  [[nodiscard]] FrozenContext slice(int64_t begin, int64_t end) const;
 
-  /// The same on another device, as one that waits there for its next use. Attending takes one on the device of the weights.
-  FrozenContext to(at::Device device) const;
+  /// A copy on another device, for storage between uses: `attend` takes contexts on the device of the weights.
+  [[nodiscard]] FrozenContext to(at::Device device) const;
 
-  /// One batch of several: contexts of one Frozen, of one length and made in the same orders.
-  static FrozenContext cat(const std::vector<FrozenContext>& contexts);
+  /// Joins the batches of several contexts of one Frozen that have one length and the same orders.
+  [[nodiscard]] static FrozenContext cat(const std::vector<FrozenContext>& contexts);
 
  private:
   friend class Frozen;
@@ -46,19 +48,18 @@ class XATTN_API FrozenContext {
 };
 
 struct FreezeOptions {
-  /// A learned query that never changes, [Lq, Eq], as of attention pooling: what is made of it and of the weights alone is made now,
-  /// and calls leave the query out.
+  /// A learned query [Lq, Eq], as in attention pooling. Its products with the weights are made now, and calls leave the query out.
   at::Tensor query = {};
-  /// In place of the module's own. What that says of rates holds for LibTorch's operators alone.
+  /// Replaces the module's own plan. Its rates are ignored when the library's own kernels run.
   std::optional<PlanMode> plan = {};
-  /// float32 (the default), or bfloat16 for weights and for contexts that are kept projected or folded: half the memory, and up to
-  /// twice the speed where reading it is what takes the time, as with one query row a call. Inputs, sums and results stay float32;
-  /// each weight is rounded to 8 bits. For what runs on the library's own kernels.
+  /// float32 (the default), or bfloat16 for packed weights and for projected or folded contexts: half the memory, and up to twice
+  /// the speed where reading memory takes most of the time, as with one query row a call. Inputs, sums and results stay float32;
+  /// each weight is rounded to 8 bits. Only for layers that run on the library's own kernels.
   std::optional<at::ScalarType> storage = {};
 };
 
-/// A CrossAttention for inference, made by `CrossAttention::freeze`: its weights, copied and laid out for the products that will
-/// run, the products of weights that pay, made in float64, and a plan for every call.
+/// A CrossAttention for inference, made by `CrossAttention::freeze`: a copy of the weights, packed for the products that will run,
+/// with the products of weights that pay, made in float64, and a plan for every call.
 ///
 ///   auto frozen = attention->freeze();
 ///   auto prepared = frozen.context(text, text, {}, {.expected_queries = 50 * 4096});   // once
@@ -71,35 +72,42 @@ struct FreezeOptions {
 /// Immutable: any number of threads may share one, without locks. Copies share everything.
 class XATTN_API Frozen {
  public:
-  /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev] -> output [B, Lq, Eo] and the weights that the options ask for. Keys that
-  /// Mask::lengths leaves out, with lengths on the host, are dropped before any product.
+  /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev] -> output [B, Lq, Eo] and the requested weights. Keys that Mask::lengths
+  /// excludes, with lengths on the host, are dropped before any product.
   std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query,
                                              const at::Tensor& key,
                                              const at::Tensor& value,
-                                             const Mask& mask = {}) const;
+                                             const Mask& mask = {},
+                                             const CallOptions& call = {}) const;
 
   /// The same with the constant query.
-  std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& key, const at::Tensor& value, const Mask& mask = {}) const;
+  std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& key,
+                                             const at::Tensor& value,
+                                             const Mask& mask = {},
+                                             const CallOptions& call = {}) const;
 
-  FrozenContext context(const at::Tensor& key,
-                        const at::Tensor& value,
-                        const Mask& mask = {},
-                        const ContextOptions& options = {}) const;
+  /// The context of later calls: key [B, Lk, Ek], value [B, Lk, Ev].
+  [[nodiscard]] FrozenContext context(const at::Tensor& key,
+                                      const at::Tensor& value,
+                                      const Mask& mask = {},
+                                      const ContextOptions& options = {}) const;
 
-  /// query [B * n, Lq, Eq] for a context of B entries: n queries in a row, as the beams of a search, share one without a copy.
-  std::tuple<at::Tensor, at::Tensor> attend(const at::Tensor& query, const FrozenContext& context) const;
+  /// query [B * n, Lq, Eq] for a context of B entries: n consecutive queries, such as the beams of a search, share one entry.
+  std::tuple<at::Tensor, at::Tensor> attend(const at::Tensor& query,
+                                            const FrozenContext& context,
+                                            const CallOptions& call = {}) const;
 
   /// The same with the constant query.
-  std::tuple<at::Tensor, at::Tensor> attend(const FrozenContext& context) const;
+  std::tuple<at::Tensor, at::Tensor> attend(const FrozenContext& context, const CallOptions& call = {}) const;
 
-  /// What `forward` would do with B x Lq queries and B x Lk keys, now; or, with a number of query rows that a context serves in all,
-  /// what `context` and `attend` would. As text.
+  /// What `forward` would do now with B x Lq queries and B x Lk keys; with `expected_queries`, what `context` and `attend` would do.
+  /// As text.
   std::string explain(int64_t B, int64_t Lq, int64_t Lk, std::optional<int64_t> expected_queries = {}) const;
 
-  /// The orders that `forward` would take.
+  /// The orders that `forward` would use.
   Orders orders(int64_t B, int64_t Lq, int64_t Lk) const;
 
-  /// Of the module, resolved.
+  /// The module's options, with all defaults resolved.
   const CrossAttentionOptions& options() const;
 
   /// Whether calls run on this library's own kernels.
@@ -110,11 +118,9 @@ class XATTN_API Frozen {
   friend class FrozenContext;
   struct State;
   Frozen(const CrossAttentionImpl& module, const FreezeOptions& options);
-  std::tuple<at::Tensor, at::Tensor> attend_with(const at::Tensor& query, const FrozenContext& context) const;
-  std::tuple<at::Tensor, at::Tensor> forward_with(const at::Tensor& query,
-                                                  const at::Tensor& key,
-                                                  const at::Tensor& value,
-                                                  const Mask& mask) const;
+  AttentionResult attend_with(const at::Tensor& query, const FrozenContext& context, const CallOptions& call) const;
+  std::tuple<at::Tensor, at::Tensor> forward_with(
+      const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const Mask& mask, const CallOptions& call) const;
   std::shared_ptr<FrozenContext::State> make_context(
       const Orders& orders, const at::Tensor& key, const at::Tensor& value, const Mask& mask, bool batched, int64_t rows) const;
 

@@ -9,22 +9,21 @@
 #include <string>
 #include <string_view>
 
-// In which order to multiply, told from sizes alone. Nothing here knows a tensor; every function is pure and takes about a
-// microsecond; nothing is read from disk or kept. Symbols are those of attention.h.
+// In which order to multiply, decided from sizes alone. Nothing here depends on a tensor; every function is pure, takes about a
+// microsecond, reads no file and keeps no state. Symbols are those of attention.h.
 namespace xattn {
 
 /// The order of a chain of four matrices. Each head's logits are one chain and its part of the output is another; the softmax
-/// between them, P = softmax(S), blocks neither. Every order gives the same result, at another cost.
+/// between them, P = softmax(S), does not constrain either. All orders give the same result, at different costs.
 ///
-///                            S = Xq Wq Wk' Xk'      Y = P Xv Wv Wo          made ahead, from
+///                         S = Xq Wq Wk' Xk'      Y = P Xv Wv Wo          made ahead, from
 enum class Order {
-  standard,              ///< (Xq Wq) (Wk' Xk')      (P (Xv Wv)) Wo          projected K and V, from the context
-  fold_into_query,       ///< ((Xq Wq) Wk') Xk'      ((P Xv) Wv) Wo          nothing; all of Xq Wq Wk' if the query is constant
-  prefold,               ///< (Xq (Wq Wk')) Xk'      (P Xv) (Wv Wo)          the two products of weights
-  fold_into_context,     ///< Xq (Wq (Wk' Xk'))      P ((Xv Wv) Wo)          all but Xq and P, from the context
-  prefold_into_context,  ///< Xq ((Wq Wk') Xk')      P (Xv (Wv Wo))          the same
+  standard,           ///< (Xq Wq) (Wk' Xk')      (P (Xv Wv)) Wo          projected K and V, from the context
+  fold_into_query,    ///< ((Xq Wq) Wk') Xk'      ((P Xv) Wv) Wo          nothing; all of Xq Wq Wk' if the query is constant
+  prefold,            ///< (Xq (Wq Wk')) Xk'      (P Xv) (Wv Wo)          the two products of weights
+  fold_into_context,  ///< Xq (Wq (Wk' Xk'))      P ((Xv Wv) Wo)          all but Xq and P, from the context
 };
-constexpr int kOrders = 5;
+constexpr int kOrders = 4;
 
 /// "standard", "fold_into_query" ...
 XATTN_API std::string_view name_of(Order order);
@@ -36,46 +35,46 @@ struct Orders {
   bool operator==(const Orders&) const = default;
 };
 
-/// How fast a machine works: what the estimates weigh with. Times are in seconds.
+/// How fast a machine works; the estimates of costs are made from these. Times are in seconds.
 struct XATTN_API Rates {
   double flops = 0;           ///< operations a second in a large product
-  double unit_flops = 0;      ///< of as many rows as the processor's unit for matrices takes (Intel AMX); 0 if there is none
-  double unit_half_rows = 0;  ///< as `half_rows`, there
-  double unit_rows = 0;       ///< from so many rows on
+  double unit_flops = 0;      ///< the same on the processor's matrix unit (Intel AMX); 0 if there is none
+  double unit_half_rows = 0;  ///< `half_rows` on the matrix unit
+  double unit_rows = 0;       ///< fewest rows of a product that runs there
   double memory = 0;          ///< bytes a second from memory
-  double cache = 0;           ///< bytes a second where all that a product touches fits into the cache; 0 for those of memory
-  double cache_size = 0;      ///< of it, in bytes
-  double half_rows = 0;       ///< a product of so many rows (the right side being weights) runs at half of `flops`
-  double half_columns = 0;    ///< likewise of so many columns
-  double half_depth = 0;      ///< likewise over so many terms
-  double start_product = 0;   ///< what each product costs before its first operation
-  double start_small = 0;     ///< what each of the many products of a batch costs
+  double cache = 0;           ///< bytes a second if all operands of a product fit into the cache; 0 means `memory`
+  double cache_size = 0;      ///< bytes
+  double half_rows = 0;       ///< a product of this many rows runs at half of `flops`
+  double half_columns = 0;    ///< the same for columns
+  double half_depth = 0;      ///< the same for terms of each sum
+  double start_product = 0;   ///< seconds that each product takes before its first operation
+  double start_small = 0;     ///< the same for each product of a batch
   double softmax = 0;         ///< elements a second through scale, mask and softmax
   double fused = 0;           ///< operations a second in the fused attention kernel; 0 if there is none
 
-  /// Of modules on the CPU: built-in values for the processor's instruction set and this number of threads.
+  /// Built-in values for modules on the CPU, for the processor's instruction set and this number of threads.
   static Rates cpu(int threads);
-  /// Of LibTorch's operators on CUDA devices.
+  /// Built-in values for LibTorch's operators on CUDA devices.
   static Rates cuda();
-  /// Of this library's own kernels on the CPU, which run in `Frozen`.
+  /// Built-in values for the kernels that `Frozen` runs on the CPU.
   static Rates kernels(int threads);
-  /// Those of modules on this machine with the threads that it has now. Takes some seconds; keep what it returns.
+  /// Values for modules, measured on this machine with the current number of threads. This takes some seconds: keep the result.
   static Rates measure();
 
   bool operator==(const Rates&) const = default;
 };
 
-/// Who chooses: the planner, or the caller.
+/// Whether the planner or the caller chooses the orders.
 struct PlanMode {
   bool pinned = false;
   Orders orders = {};               ///< if pinned
-  std::optional<Rates> rates = {};  ///< what the planner weighs with; the built-in ones where there are none
+  std::optional<Rates> rates = {};  ///< for the planner; without a value the built-in ones
 
-  static const PlanMode automatic;  ///< the cheapest that is legal
-  static const PlanMode standard;   ///< the reference's, always
-  /// These, always.
+  static const PlanMode automatic;  ///< the cheapest legal orders
+  static const PlanMode standard;   ///< always those of the reference
+  /// Always these orders.
   static constexpr PlanMode pin(Orders orders) { return {true, orders, {}}; }
-  /// The cheapest that is legal, by these rates, as `Rates::measure()` gives them.
+  /// The cheapest legal orders by these rates, such as those of `Rates::measure()`.
   static constexpr PlanMode by(const Rates& rates) { return {false, {}, rates}; }
   bool operator==(const PlanMode&) const = default;
 };
@@ -108,7 +107,7 @@ XATTN_API std::string_view name_of(AttentionKernel kernel);
 /// Whether it does the inner products of the standard orders and the softmax in one.
 XATTN_API bool is_fused(AttentionKernel kernel);
 
-/// All that a plan depends on.
+/// Everything that a plan depends on.
 struct PlanRequest {
   int64_t B = 1, H = 1, G = 1;     ///< batch, heads, key/value heads
   int64_t Lq = 1, Lk = 1;          ///< query rows of one call, context length
@@ -118,30 +117,30 @@ struct PlanRequest {
 
   bool query_norm = false;          ///< projected queries are normalised
   bool key_norm = false;            ///< projected keys are
-  bool free_key = false;            ///< a key and a value that bypass the projections (bias_kv)
-  bool query_is_constant = false;   ///< a learned query: what is made of it and of weights alone costs nothing
+  bool bias_kv = false;             ///< a key and a value that bypass the projections
+  bool query_is_constant = false;   ///< a learned query: its products with weights are made once and cost nothing
   bool weights_are_frozen = false;  ///< products of weights cost nothing
   bool training = false;            ///< a backward pass follows, of as many products twice over
-  bool gives_weights = false;       ///< attention weights are wanted
+  bool gives_weights = false;       ///< attention weights are returned
   bool drops_weights = false;       ///< dropout is above 0
-  bool mask_is_learned = false;     ///< the mask's bias asks for its gradient. No other kind of mask changes the kernel
+  bool mask_is_learned = false;     ///< the mask's bias requires a gradient; no other property of a mask changes the kernel
 
   RunsOn runs_on = RunsOn::kernels;   ///< with `rates` to match
   std::optional<Orders> pinned = {};  ///< in place of the cheapest
 
-  /// Query rows of one batch entry that the context serves in all, over every call; those of this call if it is not more. What
-  /// is made of the context is charged by the share of this call. kKept if it has been made already.
+  /// Query rows of one batch entry that the context serves over all calls; at least those of this call count. Products of the
+  /// context are charged in proportion to the rows of this call. kKept if they have been made already.
   int64_t context_rows = 0;
   static constexpr int64_t kKept = -1;
 
   Rates rates = {};
 };
 
-/// What one order of one chain costs a call, in training with its backward pass.
+/// The cost of one order of one chain in a call; in training with its backward pass.
 struct OrderCost {
   Order order = Order::standard;
   double operations = 0;
-  double bytes = 0;  ///< read and written, each operand and result once a product
+  double bytes = 0;  ///< read and written: each operand and result once for each product
   double seconds = 0;
   std::string_view illegal = {};  ///< why it cannot be chosen; empty if it can
 };
@@ -152,13 +151,13 @@ struct Plan {
   double bytes = 0;
   double seconds = 0;
   AttentionKernel kernel = AttentionKernel::tensor_operations;
-  std::string_view kernel_reason = {};    ///< why this one
+  std::string_view kernel_reason = {};    ///< why this kernel runs
   std::array<OrderCost, kOrders> logits;  ///< of every order, in the order of the enum
   std::array<OrderCost, kOrders> values;
 };
 
-/// Why this order cannot be taken for the chain of the logits; empty if it can. What comes between a projection and the dot
-/// product other than one fixed matrix pins that projection to the first place.
+/// Why this order is illegal for the chain of the logits; empty if it is legal. Anything but a fixed matrix between a projection
+/// and the dot product forces that projection to be multiplied first.
 XATTN_API std::string_view illegal_for_logits(Order order, const PlanRequest& request);
 /// The same for the chain of the values.
 XATTN_API std::string_view illegal_for_values(Order order, const PlanRequest& request);
@@ -168,14 +167,14 @@ XATTN_API bool logits_product_pays(const PlanRequest& request);
 /// The same of Wv Wo.
 XATTN_API bool values_product_pays(const PlanRequest& request);
 
-/// The pinned orders, or the cheapest legal ones; those of the reference where an axis is empty. Throws c10::ValueError for sizes
-/// that cannot be.
+/// The pinned orders, or the cheapest legal ones; those of the reference if an axis is empty. Throws c10::ValueError for invalid
+/// sizes.
 XATTN_API Plan make_plan(const PlanRequest& request);
 
 /// The cost of these orders, legal or not.
 XATTN_API Plan cost_of(const Orders& orders, const PlanRequest& request);
 
-/// All orders with their costs, the choice, what speaks against the others, and the attention kernel, as lines of text.
+/// All orders with their costs, the choice, why others are illegal, and the attention kernel, as lines of text.
 XATTN_API std::string explain(const PlanRequest& request);
 
 }  // namespace xattn

@@ -7,6 +7,7 @@
 #include <xattn/block.h>
 #include <xattn/block_layouts.h>
 #include <xattn/block_options.h>
+#include <xattn/call_options.h>
 #include <xattn/checkpoint.h>
 #include <xattn/context.h>
 #include <xattn/cross_attention.h>

@@ -41,7 +41,7 @@ void check_first_derivative() {
       "[context_parallel] create_graph must be false: attention over several ranks has first derivatives only.");
 }
 
-// The rows of all ranks, [B, L of each, ...], of tensors that are padded to the longest.
+// The rows of all ranks, each [B, L, ...] with its own L, exchanged as tensors padded to the longest.
 Tensor gather_rows(const Tensor& own, const std::vector<int64_t>& lengths, Ranks& ranks) {
   const auto most = *std::ranges::max_element(lengths);
   std::vector<int64_t> padding(static_cast<size_t>(2 * own.dim()), 0);
@@ -61,7 +61,7 @@ Tensor rows_of(const Tensor& all, const std::vector<int64_t>& lengths, int64_t r
 template <class Start>
 void Ranks::run(const Tensor& x, const Start& start) {
   bytes_ += static_cast<int64_t>(x.nbytes());
-  auto happened = "has no exchange with the others";  // none that fits: of another device, say
+  auto happened = "has no exchange with the others";  // no backend, for example none for this device
   try {
     const auto work = start();
     happened = "lost the others: a rank has failed, or did not answer in time";
@@ -151,19 +151,17 @@ struct OwnRows : torch::autograd::Function<OwnRows> {
 
 }  // namespace
 
-std::vector<Tensor> with_summed_gradients(const std::vector<Tensor>& tensors, const RanksPtr& ranks) {
-  std::vector<Tensor> asked;
-  for (const auto& x : tensors) {
-    if (x.defined() && x.requires_grad()) asked.push_back(x);
+void sum_gradients(const std::vector<Tensor*>& tensors, const RanksPtr& ranks) {
+  std::vector<Tensor> trained;
+  for (const auto* x : tensors) {
+    if (x->defined() && x->requires_grad()) trained.push_back(*x);
   }
-  if (ranks->size() == 1 || !at::GradMode::is_enabled() || asked.empty()) return tensors;
-  const auto same = SummedGradients::apply(at::TensorList(asked), ranks);
-  auto result = tensors;
+  if (ranks->size() == 1 || !at::GradMode::is_enabled() || trained.empty()) return;
+  const auto same = SummedGradients::apply(at::TensorList(trained), ranks);
   size_t next = 0;
-  for (auto& x : result) {
-    if (x.defined() && x.requires_grad()) x = same[next++];
+  for (auto* x : tensors) {
+    if (x->defined() && x->requires_grad()) *x = same[next++];
   }
-  return result;
 }
 
 Tensor all_rows(const Tensor& own, const std::vector<int64_t>& lengths, const RanksPtr& ranks) {

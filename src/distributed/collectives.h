@@ -9,10 +9,10 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
-// What the ranks of a process group do together, as steps that autograd knows how to undo. All are collective.
+// Collective operations of the ranks of a process group, with gradients.
 namespace xattn::detail {
 
-/// A process group that counts what passes through it, and whose failures are told.
+/// A process group that counts the bytes passed to it and reports failures as c10::DistBackendError.
 class Ranks : public torch::CustomClassHolder {
  public:
   explicit Ranks(c10::intrusive_ptr<c10d::ProcessGroup> group) : group_(std::move(group)) {}
@@ -21,7 +21,7 @@ class Ranks : public torch::CustomClassHolder {
   int64_t size() const { return group_->getSize(); }
   int64_t bytes() const { return bytes_; }
 
-  /// In place, over all ranks; x is contiguous.
+  /// Reduces x, which is contiguous, over all ranks in place.
   void sum(at::Tensor& x) { reduce(x, c10d::ReduceOp::SUM); }
   void max(at::Tensor& x) { reduce(x, c10d::ReduceOp::MAX); }
 
@@ -39,23 +39,25 @@ class Ranks : public torch::CustomClassHolder {
 
 using RanksPtr = c10::intrusive_ptr<Ranks>;
 
-/// The same tensors, which are equal on all ranks; backward adds up their gradients, which are not. Undefined ones stay so.
-std::vector<at::Tensor> with_summed_gradients(const std::vector<at::Tensor>& tensors, const RanksPtr& ranks);
+/// Replaces tensors that are equal on all ranks by ones whose backward adds up the gradients of all ranks. Undefined tensors are
+/// skipped.
+void sum_gradients(const std::vector<at::Tensor*>& tensors, const RanksPtr& ranks);
 
-/// The rows [B, L, ...] of all ranks behind each other, of `lengths` each; backward keeps this rank's part of a gradient that all
-/// ranks have.
+/// Concatenates the rows [B, L, ...] of all ranks, which have these `lengths`; backward keeps this rank's part of a gradient that
+/// is equal on all ranks.
 at::Tensor all_rows(const at::Tensor& own, const std::vector<int64_t>& lengths, const RanksPtr& ranks);
 
-/// This rank's rows of x [B, L, ...], which all ranks have; backward brings the gradients of all rows together.
+/// This rank's rows of x [B, L, ...], which is equal on all ranks; backward gathers the gradients of all rows.
 at::Tensor own_rows(const at::Tensor& x, const std::vector<int64_t>& lengths, const RanksPtr& ranks);
 
 struct Merged {
   at::Tensor output;  ///< [B, H, Lq, e], at least float32
-  at::Tensor share;   ///< [B, H, Lq, 1], of this rank's keys in a row's weights; no gradient
+  at::Tensor share;   ///< [B, H, Lq, 1], the sum of a row's weights over this rank's keys; no gradient
 };
 
-/// Attention over the keys of all ranks from that over each rank's own: output [B, H, Lq, e] and its log-sum-exp [B, H, Lq], which
-/// is relative to `largest`, and -inf for a row without keys here. Differentiable in both; backward needs no other rank.
+/// Attention over the keys of all ranks, from the attention over each rank's own keys: output [B, H, Lq, e] and log-sum-exp
+/// [B, H, Lq], which is relative to `largest`, and -inf for a row without keys here. Differentiable in both; backward exchanges
+/// nothing.
 Merged merge(const at::Tensor& output, const at::Tensor& log_sum_exp, const at::Tensor& largest, const RanksPtr& ranks);
 
 }  // namespace xattn::detail

@@ -22,47 +22,18 @@
 #include "modules/layer.h"
 #include "modules/options.h"
 #include "modules/planning.h"
+#include "modules/weights_stamp.h"
+#include "plan/order_traits.h"
 
 namespace xattn {
 
 using at::Tensor;
 using detail::batched;
 using detail::check_value;
-using detail::LayerWeights;
 
 namespace {
 
 constexpr auto kContextParallel = "context_parallel";
-
-// The tensors of one side of a layer, for the ranks to add up their gradients.
-std::vector<Tensor> of_query(const LayerWeights& w) {
-  return {w.query, w.query_bias, w.query_norm ? w.query_norm->weight : Tensor(), w.query_norm ? w.query_norm->bias : Tensor()};
-}
-std::vector<Tensor> of_context(const LayerWeights& w) {
-  return {w.key,
-          w.key_bias,
-          w.value,
-          w.value_bias,
-          w.key_norm ? w.key_norm->weight : Tensor(),
-          w.key_norm ? w.key_norm->bias : Tensor()};
-}
-
-Norm with_parameters(const Norm& norm, const Tensor& weight, const Tensor& bias) {
-  if (!norm) return norm;
-  Norm other(norm->options);
-  other->weight = weight;
-  other->bias = bias;
-  return other;
-}
-
-void set_query(LayerWeights& w, const std::vector<Tensor>& x) {
-  w.query = x[0], w.query_bias = x[1];
-  w.query_norm = with_parameters(w.query_norm, x[2], x[3]);
-}
-void set_context(LayerWeights& w, const std::vector<Tensor>& x) {
-  w.key = x[0], w.key_bias = x[1], w.value = x[2], w.value_bias = x[3];
-  w.key_norm = with_parameters(w.key_norm, x[4], x[5]);
-}
 
 // What the options must be for several ranks; they may have been changed since the module was made.
 void check_options(const CrossAttentionImpl& module) {
@@ -70,13 +41,13 @@ void check_options(const CrossAttentionImpl& module) {
   check_value(!module.options.bias_kv(), kContextParallel,
               "module must have no bias_kv, whose free key belongs to no rank, but has one.");
   const auto& plan = module.options.plan();
-  const auto ends_in_heads = [](Order order) { return order == Order::standard || order == Order::fold_into_query; };
-  check_value(!plan.pinned || (ends_in_heads(plan.orders.logits) && ends_in_heads(plan.orders.values)), kContextParallel,
+  const bool ends_in_heads = detail::ends_in_heads(plan.orders.logits) && detail::ends_in_heads(plan.orders.values);
+  check_value(!plan.pinned || ends_in_heads, kContextParallel,
               "plan must be of orders that end in heads, standard and fold_into_query, but is {}, {}.",
               name_of(plan.orders.logits), name_of(plan.orders.values));
 }
 
-// The cheapest for one rank: the output projection comes after the ranks have met, and folds with nothing.
+// The cheapest orders for one rank. The output projection follows the merging of the ranks' parts, so the values end in heads.
 Orders cheapest(const PlanRequest& request) {
   std::optional<Orders> best;
   for (const auto logits : {Order::standard, Order::fold_into_query}) {
@@ -89,8 +60,8 @@ Orders cheapest(const PlanRequest& request) {
   return best.value_or(Orders{});
 }
 
-// What every rank knows of every other: batch and length of x, once `check` has passed on all. Where it throws on one rank alone,
-// the others, which would wait for that rank, hear of it.
+// Exchanges batch and length of x once `check` has passed on all ranks. An error that it throws on one rank alone is reported by
+// every rank: the others would wait for that rank.
 std::vector<int64_t> exchange_lengths(
     const Tensor& x, const char* name, at::Device device, detail::Ranks& ranks, const std::function<void()>& check) {
   int64_t B = -1, length = -1;
@@ -128,16 +99,16 @@ struct ContextParallel::State {
 
 struct SharedContext::State {
   std::shared_ptr<const ContextParallel::State> owner;
-  Orders orders;
-  detail::Side side;
-  std::vector<Tensor> weights;  // of_context, as the side was made with them
-  Context stamp;                // of the parameters
-  Mask mask;                    // of the whole context
+  detail::Layer layer;  // with the weights that made the context, whose gradients are added up over the ranks
+  detail::LayerContext parts;
+  detail::WeightsStamp made_from;
+  Mask mask;  // of the whole context
+  bool is_batched;
   int64_t first, own, length;
 };
 
 int64_t SharedContext::batch_size() const {
-  return state_->side.keys.size(0);
+  return state_->parts.keys.size(0);
 }
 int64_t SharedContext::length() const {
   return state_->length;
@@ -149,10 +120,10 @@ int64_t SharedContext::own_length() const {
   return state_->own;
 }
 const Orders& SharedContext::orders() const {
-  return state_->orders;
+  return state_->layer.orders;
 }
 int64_t SharedContext::bytes() const {
-  const auto& [keys, key_bias, values, Lk] = state_->side;
+  const auto& [keys, key_bias, values, Lk] = state_->parts;
   const bool one = keys.const_data_ptr() == values.const_data_ptr();  // neither is projected
   return static_cast<int64_t>(keys.nbytes() + (one ? 0 : values.nbytes()));
 }
@@ -168,13 +139,11 @@ int64_t ContextParallel::bytes_exchanged() const {
   return state_->ranks->bytes();
 }
 
-std::tuple<Tensor, Tensor> ContextParallel::forward(const Tensor& query,
-                                                    const Tensor& key,
-                                                    const Tensor& value,
-                                                    const Mask& mask) {
+std::tuple<Tensor, Tensor> ContextParallel::forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask, const CallOptions& call) {
   const auto rows = query.defined() && query.dim() >= 2 ? query.size(-2) : 1;
   const auto all = state_->queries == Queries::own ? rows * state_->ranks->size() : rows;
-  return attend(query, context(key, value, mask, {.expected_queries = all}));
+  return attend(query, context(key, value, mask, {.expected_queries = all}), call);
 }
 
 SharedContext ContextParallel::context(const Tensor& key,
@@ -183,38 +152,39 @@ SharedContext ContextParallel::context(const Tensor& key,
                                        const ContextOptions& options) {
   auto& module = *state_->module;
   const auto& o = module.options;
-  const auto expected = options.expected_queries;
-  const auto lengths = exchange_lengths(key, "key", module.key_linear->weight.device(), *state_->ranks, [&] {
+  auto weights = detail::weights_of(module);
+  detail::ContextInputs inputs;
+  const auto lengths = exchange_lengths(key, "key", weights.key.device(), *state_->ranks, [&] {
     check_options(module);
-    detail::check_key_value(kContextParallel, key, value, {}, module.key_linear, module.value_linear, o.num_heads());
+    inputs = detail::context_inputs(kContextParallel, weights, key, value, {});
   });
-  auto Xk = batched(key), Xv = batched(value);
-  const auto rank = state_->ranks->rank(), own = Xk.size(1);
+  const auto rank = state_->ranks->rank(), own = inputs.Lk();
   const auto first = std::accumulate(lengths.begin(), lengths.begin() + rank, int64_t{0});
   const auto length = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
-  mask.check(kContextParallel, Xk.size(0), o.num_heads(), std::nullopt, length, Xk.device());
+  mask.check(kContextParallel, inputs.B(), o.num_heads(), std::nullopt, length, inputs.key.device());
 
+  const bool inputs_train = key.requires_grad() || value.requires_grad();
   const auto request = detail::for_context(
-      kContextParallel, module.request(Xk.size(0), 1, std::max<int64_t>(1, own), {}, Xk.requires_grad() || Xv.requires_grad()),
-      expected);
+      kContextParallel,
+      detail::request_of(module, inputs.B(), 1, std::max<int64_t>(1, own), {}, o.attention_weights(), inputs_train),
+      options.expected_queries);
   const auto orders = o.plan().pinned ? o.plan().orders : cheapest(request);
 
-  // A share without keys is one key that nobody sees: its rank takes all steps of the others.
+  // A share without keys becomes one key that no query may attend to, so that its rank takes all steps of the others.
   if (own == 0) {
-    const bool one = Xk.is_same(Xv);
-    Xk = at::constant_pad_nd(Xk, {0, 0, 0, 1});
-    Xv = one ? Xk : at::constant_pad_nd(Xv, {0, 0, 0, 1});
+    const bool one = inputs.key.is_same(inputs.value);
+    inputs.key = at::constant_pad_nd(inputs.key, {0, 0, 0, 1});
+    inputs.value = one ? inputs.key : at::constant_pad_nd(inputs.value, {0, 0, 0, 1});
   }
-  LayerWeights weights(module);
-  const auto summed = detail::with_summed_gradients(of_context(weights), state_->ranks);
-  set_context(weights, summed);
-  auto side = detail::make_side(orders, weights, {}, Xk, Xv);
-  Context stamp(side.keys, side.values, {}, key.dim() == 3, module.context_weights());
+  const detail::WeightsStamp stamp(weights);
+  detail::sum_gradients(detail::context_tensors(weights), state_->ranks);
+  detail::Layer layer(orders, std::move(weights));
+  auto parts = detail::make_context(layer, inputs.key, inputs.value);
   return SharedContext(std::make_shared<SharedContext::State>(
-      SharedContext::State{state_, orders, std::move(side), summed, std::move(stamp), mask, first, own, length}));
+      SharedContext::State{state_, std::move(layer), std::move(parts), stamp, mask, inputs.is_batched, first, own, length}));
 }
 
-std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const SharedContext& context) {
+std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const SharedContext& context, const CallOptions& call) {
   auto& module = *state_->module;
   const auto& o = module.options;
   const auto& c = *context.state_;
@@ -222,65 +192,62 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   check_value(c.owner == state_, kContextParallel,
               "context must be made by the ContextParallel that attends to it, but is another's.");
   const bool apart = state_->queries == Queries::own;
+  auto own_weights = detail::weights_of(module);
+  Tensor own;  // [B, Lq, Eq]
   const auto check = [&] {
     check_options(module);
-    detail::check_query(kContextParallel, query, c.stamp.is_batched(), context.batch_size(), module.query_linear);
-    c.stamp.check_made_from(kContextParallel, module.context_weights());
+    own = detail::query_input(kContextParallel, own_weights, query, c.is_batched, context.batch_size());
+    c.made_from.check(kContextParallel, own_weights);
   };
-  const auto device = module.query_linear->weight.device();
+  const auto device = own_weights.query.device();
   std::vector<int64_t> lengths;
   if (apart || device.is_cpu()) {
     lengths = exchange_lengths(query, "query", device, *ranks, check);
   } else {
-    check();  // to hear of the others would be to wait for the device
+    check();  // exchanging the errors of others would wait for the device
   }
-  const auto own = batched(query);
   for (size_t rank = 0; rank < lengths.size() && !apart; ++rank) {
     check_value(lengths[rank] == own.size(1), kContextParallel,
                 "query must have one length on all ranks, but has {} on rank {} and {} on rank {}.", own.size(1), ranks->rank(),
                 lengths[rank], rank);
   }
-  const auto all = apart ? detail::all_rows(own, lengths, ranks) : own;
-  const auto Lq = all.size(1);
-  c.mask.check(kContextParallel, context.batch_size(), o.num_heads(), Lq, c.length, all.device());
+  auto Xq = apart ? detail::all_rows(own, lengths, ranks) : own;
+  const auto Lq = Xq.size(1);
+  const auto type = Xq.scalar_type();
+  c.mask.check(kContextParallel, context.batch_size(), o.num_heads(), Lq, c.length, device);
 
-  LayerWeights weights(module);
-  auto replicated = of_query(weights);
-  replicated.push_back(all);
-  auto summed = detail::with_summed_gradients(replicated, ranks);
-  const auto Xq = summed.back();
-  set_query(weights, summed);
-  set_context(weights, c.weights);
+  auto layer = c.layer;
+  auto replicated = detail::query_tensors(own_weights);
+  replicated.push_back(&Xq);
+  detail::sum_gradients(replicated, ranks);
+  layer.weights.query = own_weights.query;
+  layer.weights.query_bias = own_weights.query_bias;
+  layer.weights.query_norm = own_weights.query_norm;
 
-  AttentionOptions how;
-  how.mask = c.own > 0 ? c.mask.shard(c.first, c.own, Lq, c.length, all.device())
-                       : Mask::key_padding(at::zeros({1, 1}, at::dtype(at::kBool).device(all.device())));
-  how.scale = o.scale();
-  how.dropout = module.is_training() ? o.dropout() : 0;
-  how.weights = o.attention_weights() == AttentionWeights::none ? AttentionWeights::none : AttentionWeights::per_head;
-  if (o.attention_weights() == AttentionWeights::per_head) how.weight_heads = o.weight_heads();
+  const auto mask = c.own > 0 ? c.mask.shard(c.first, c.own, Lq, c.length, device)
+                              : Mask::key_padding(at::zeros({1, 1}, at::dtype(at::kBool).device(device)));
+  auto how = detail::attention_options(kContextParallel, o, call, mask, module.is_training());
+  const auto returned = how.weights;
+  if (returned != AttentionWeights::per_head) how.weight_heads.clear();
+  if (returned == AttentionWeights::mean) how.weights = AttentionWeights::per_head;  // the mean follows the merging
   how.log_sum_exp = true;
   Tensor largest;
-  const auto part = detail::attend_heads(c.orders, weights, {}, Xq, c.side, how, &largest);
+  const auto part = detail::attend_heads(layer, Xq, c.parts, how, &largest);
   const auto merged = detail::merge(part.output, part.log_sum_exp, largest, ranks);
 
-  auto mixed = detail::merge_heads(merged.output.to(all.scalar_type()));  // [B, Lq, H * e]
-  std::vector<Tensor> last = {weights.output, weights.output_bias};
+  auto heads = detail::merge_heads(merged.output.to(type));  // [B, Lq, H * e]
   if (apart) {
-    mixed = detail::own_rows(mixed, lengths, ranks);
-    last = detail::with_summed_gradients(last, ranks);
+    heads = detail::own_rows(heads, lengths, ranks);
+    detail::sum_gradients({&own_weights.output, &own_weights.output_bias}, ranks);
   }
-  const auto output = detail::project(mixed, last[0], last[1]);
-
-  Tensor map;
+  AttentionResult result{detail::project(heads, own_weights.output, own_weights.output_bias), {}, {}};
   if (part.weights.defined()) {
     const at::NoGradGuard no_grad;
     const auto share = detail::chosen_heads(merged.share, how.weight_heads);
-    map = (part.weights.detach() * share).narrow(-1, 0, c.own).to(part.weights.scalar_type());
-    if (o.attention_weights() == AttentionWeights::mean) map = map.mean(1);
+    result.weights = (part.weights.detach() * share).narrow(-1, 0, c.own).to(part.weights.scalar_type());
+    if (returned == AttentionWeights::mean) result.weights = result.weights.mean(1);
   }
-  if (c.stamp.is_batched()) return {output, map};
-  return {output.squeeze(0), map.defined() ? map.squeeze(0) : map};
+  return detail::results(result, c.is_batched);
 }
 
 }  // namespace xattn

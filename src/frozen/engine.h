@@ -32,7 +32,7 @@ struct EngineNorm {
 struct EngineWeights {
   /// Products as far as they are defined, computed without the scale. Throws unless all are float32 on the CPU.
   /// storage: float32, or bfloat16 for what is multiplied with and for contexts made of it; sums are float32 all the same.
-  EngineWeights(const LayerWeights& weights, const Products& products, at::ScalarType storage);
+  EngineWeights(const LayerWeights& weights, const WeightProducts& products, at::ScalarType storage);
 
   int64_t H, G, d, e, Eq, Ek, Ev, Eo;
   float scale;

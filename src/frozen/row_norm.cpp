@@ -7,11 +7,10 @@
 
 namespace xattn::detail::engine {
 
-EngineNorm engine_norm(const Norm& norm) {
-  if (!norm) return {};
-  const auto& o = norm->options;
-  return {o.kind(), o.size(), o.eps(), norm->weight.resolve_neg().contiguous(),
-          norm->bias.defined() ? norm->bias.resolve_neg().contiguous() : at::Tensor()};
+EngineNorm engine_norm(const NormWeights& norm) {
+  if (norm.kind == NormKind::none) return {};
+  return {norm.kind, norm.size, norm.eps, norm.weight.resolve_neg().contiguous(),
+          norm.bias.defined() ? norm.bias.resolve_neg().contiguous() : at::Tensor()};
 }
 
 // The sum of f(x[i]), in as many parts as vectors have lanes.

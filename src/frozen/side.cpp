@@ -139,7 +139,7 @@ Tensor pack_values(const EngineWeights& w, const EngineSide& side, const Tensor&
 // Wq (Wk' Xk') or (Wq Wk') Xk' of every head beside each other, packed: [B, Eq x H * length]; and what becomes of bq, [B, H * Lk].
 void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
   const auto& run = kernels();
-  const bool by_product = side.orders.logits == Order::prefold_into_context;
+  const bool by_product = side.orders.logits == Order::prefold;  // never
   const auto projected = by_product ? key : project_rows(side, key, w.key, w.key_bias);
   const auto& bias = by_product ? w.logits_product_bias : w.query_bias;
   const auto features = projected.size(2), terms = by_product ? w.Ek : w.d, columns = w.H * side.Lk;
@@ -180,7 +180,7 @@ void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
 // (Xv Wv) Wo, or Xv (Wv Wo), of every head below each other, packed: [B, H * length x Eo].
 Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor& value) {
   const auto& run = kernels();
-  const bool by_product = side.orders.values == Order::prefold_into_context;
+  const bool by_product = side.orders.values == Order::prefold;  // never
   const auto projected = by_product ? value : project_rows(side, value, w.value, w.value_bias);
   const auto features = projected.size(2), size = run.packed_size(w.H * side.Lk, w.Eo);
   const auto values = in_huge_pages(at::empty({side.B, size}, value.options()));
@@ -224,15 +224,13 @@ EngineSide make_side(const Orders& orders,
     case Order::standard: side.keys = project_keys(w, side, Xk); break;
     case Order::fold_into_query:
     case Order::prefold: side.keys = side.raw != Raw::packed ? Xk : transpose_keys(w, side, Xk); break;
-    case Order::fold_into_context:
-    case Order::prefold_into_context: fold_keys(w, side, Xk); break;
+    case Order::fold_into_context: fold_keys(w, side, Xk); break;
   }
   switch (orders.values) {
     case Order::standard: side.values = project_values(w, side, Xv); break;
     case Order::fold_into_query:
     case Order::prefold: side.values = side.raw != Raw::packed ? Xv : pack_values(w, side, Xv); break;
-    case Order::fold_into_context:
-    case Order::prefold_into_context: side.values = fold_values(w, side, Xv); break;
+    case Order::fold_into_context: side.values = fold_values(w, side, Xv); break;
   }
   return side;
 }

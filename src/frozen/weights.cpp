@@ -44,7 +44,7 @@ Tensor or_zeros(const Tensor& bias, const Tensor& like, int64_t n) {
 
 }  // namespace
 
-EngineWeights::EngineWeights(const LayerWeights& l, const Products& products, at::ScalarType storage)
+EngineWeights::EngineWeights(const LayerWeights& l, const WeightProducts& products, at::ScalarType storage)
     : H(l.H), G(l.G), d(l.d), e(l.e), Eq(l.query.size(1)), Ek(l.key.size(1)), Ev(l.value.size(1)), Eo(l.output.size(0)) {
   for (const auto* weight : {&l.query, &l.key, &l.value, &l.output}) {
     check_type(weight->is_cpu() && weight->scalar_type() == at::kFloat, "engine",

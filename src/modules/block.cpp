@@ -29,7 +29,7 @@ namespace {
 
 constexpr auto kBlock = "cross_attention_block";
 
-// Refuses what cannot be, in reading order, and gives every default its value. `attention` checks its own options.
+// Checks the options in reading order and gives every default its value. `attention` checks its own options.
 CrossAttentionBlockOptions resolved(CrossAttentionBlockOptions options) {
   const auto dim_query = options.attention().dim_query(), dim_output = options.attention().dim_output();
   check_value(dim_output == dim_query, kBlock,
@@ -41,37 +41,6 @@ CrossAttentionBlockOptions resolved(CrossAttentionBlockOptions options) {
   check_value(options.dropout() >= 0 && options.dropout() <= 1, kBlock, "dropout must lie in [0, 1], but is {}.",
               options.dropout());
   return options;
-}
-
-// Options that were changed since the module was made. `attention` checks its own.
-void check_options(const CrossAttentionBlockImpl& m) {
-  const auto& o = m.options;
-  const auto Eq = o.attention().dim_query();
-  check_value(o.dropout() >= 0 && o.dropout() <= 1, kBlock, "dropout must lie in [0, 1], but is {}.", o.dropout());
-  check_value(m.attention->options.dim_query() == Eq && o.attention().dim_output() == Eq, kBlock,
-              "options must fit the parameters, but say {} and {} for attention's dim_query and dim_output, which are {}.", Eq,
-              o.attention().dim_output(), m.attention->options.dim_query());
-  check_value(o.feed_forward() && (*o.feed_forward() > 0) == !m.feed_forward_in.is_empty(), kBlock,
-              "options must fit the parameters, but say {} feed_forward.", o.feed_forward().value_or(0) > 0 ? "a" : "no");
-  const auto check_gate = [&](std::string_view name, const Tensor& gate) {
-    const auto size = o.gate() == BlockGate::none ? 0 : o.gate() == BlockGate::scalar ? 1 : Eq;
-    check_value(gate.defined() ? gate.numel() == size : size == 0, kBlock,
-                "options must fit the parameters, but say another gate for {}.", name);
-  };
-  const auto norm_of = [&](std::string_view name, const Norm& norm) {
-    detail::check_norm(kBlock, name, norm, o.norm(), Eq, o.norm_eps());
-  };
-  norm_of("attention_norm", m.attention_norm);
-  check_gate("attention_gate", m.attention_gate);
-  if (!m.feed_forward_in) return;
-  norm_of("feed_forward_norm", m.feed_forward_norm);
-  check_gate("feed_forward_gate", m.feed_forward_gate);
-  const auto hidden = *o.feed_forward();
-  const bool bias = o.feed_forward_bias();
-  check_value(o.feed_forward_glu() == !m.feed_forward_multiplier.is_empty(), kBlock,
-              "options must fit the parameters, but say {} feed_forward_glu.", o.feed_forward_glu() ? "a" : "no");
-  detail::check_projection(kBlock, "feed_forward_in", m.feed_forward_in, Eq, hidden, bias);
-  detail::check_projection(kBlock, "feed_forward_out", m.feed_forward_out, hidden, Eq, bias);
 }
 
 Tensor activate(const Tensor& x, Activation activation) {
@@ -86,8 +55,38 @@ Tensor activate(const Tensor& x, Activation activation) {
 
 }  // namespace
 
-CrossAttentionBlockImpl::CrossAttentionBlockImpl(const CrossAttentionBlockOptions& options_) : options(resolved(options_)) {
+CrossAttentionBlockImpl::CrossAttentionBlockImpl(const CrossAttentionBlockOptions& options_)
+    : options(resolved(options_)), attention_options_(options_.attention()) {
   reset();
+}
+
+// Checks options that may have been changed since the module was made. `attention` checks its own options.
+void CrossAttentionBlockImpl::check_options() const {
+  const auto& o = options;
+  const auto Eq = o.attention().dim_query();
+  check_value(o.dropout() >= 0 && o.dropout() <= 1, kBlock, "dropout must lie in [0, 1], but is {}.", o.dropout());
+  detail::check_unchanged(kBlock, o.attention(), attention_options_);
+  check_value(o.feed_forward() && (*o.feed_forward() > 0) == !feed_forward_in.is_empty(), kBlock,
+              "options must fit the parameters, but say {} feed_forward.", o.feed_forward().value_or(0) > 0 ? "a" : "no");
+  const auto check_gate = [&](std::string_view name, const Tensor& gate) {
+    const auto size = o.gate() == BlockGate::none ? 0 : o.gate() == BlockGate::scalar ? 1 : Eq;
+    check_value(gate.defined() ? gate.numel() == size : size == 0, kBlock,
+                "options must fit the parameters, but say another gate for {}.", name);
+  };
+  const auto norm_of = [&](std::string_view name, const Norm& norm) {
+    detail::check_norm(kBlock, name, norm, o.norm(), Eq, o.norm_eps());
+  };
+  norm_of("attention_norm", attention_norm);
+  check_gate("attention_gate", attention_gate);
+  if (!feed_forward_in) return;
+  norm_of("feed_forward_norm", feed_forward_norm);
+  check_gate("feed_forward_gate", feed_forward_gate);
+  const auto hidden = *o.feed_forward();
+  const bool bias = o.feed_forward_bias();
+  check_value(o.feed_forward_glu() == !feed_forward_multiplier.is_empty(), kBlock,
+              "options must fit the parameters, but say {} feed_forward_glu.", o.feed_forward_glu() ? "a" : "no");
+  detail::check_projection(kBlock, "feed_forward_in", feed_forward_in, Eq, hidden, bias);
+  detail::check_projection(kBlock, "feed_forward_out", feed_forward_out, hidden, Eq, bias);
 }
 
 void CrossAttentionBlockImpl::reset() {
@@ -143,7 +142,7 @@ void CrossAttentionBlockImpl::pretty_print(std::ostream& stream) const {
   add(!o.feed_forward_bias(), ".feed_forward_bias(false)");
   add(o.dropout() != 0, ".dropout({})", o.dropout());
 
-  // What stands between the brackets of "xattn::CrossAttention(...)": four sizes, or CrossAttentionOptions.
+  // The arguments in "xattn::CrossAttention(...)": four sizes, or CrossAttentionOptions.
   std::ostringstream inner;
   attention->pretty_print(inner);
   const auto text = inner.str();
@@ -155,20 +154,20 @@ void CrossAttentionBlockImpl::pretty_print(std::ostream& stream) const {
                  : detail::formatted("xattn::CrossAttentionBlock(CrossAttentionBlockOptions({}){})", arguments, named));
 }
 
-std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::forward(const Tensor& query,
-                                                            const Tensor& key,
-                                                            const Tensor& value,
-                                                            const Mask& mask) {
-  return attend(query, context(key, value, mask));
+std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask, const CallOptions& call) {
+  return attend(query, context(key, value, mask), call);
 }
 
 Context CrossAttentionBlockImpl::context(const Tensor& key, const Tensor& value, const Mask& mask) {
   return attention->context(key, value, mask);
 }
 
-std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::attend(const Tensor& query, const Context& context) {
-  // The norm reads the query before the attention can refuse it; its type and its batch are left to the attention.
-  check_options(*this);
+std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::attend(const Tensor& query,
+                                                           const Context& context,
+                                                           const CallOptions& call) {
+  // The norm reads the query before the attention checks it. The attention checks its type and batch.
+  check_options();
   const auto Eq = options.attention().dim_query();
   const auto device = attention->query_linear->weight.device();
   check_value(query.defined() && (query.dim() == 2 || query.dim() == 3) && query.size(-1) == Eq, kBlock,
@@ -183,7 +182,7 @@ std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::attend(const Tensor& query, 
     const auto y = x + (gate.defined() ? gate.tanh() * dropped : dropped);
     return before ? y : norm(y);
   };
-  const auto [mixed, weights] = attention->attend(entrance(query, attention_norm), context);  // [B, Lq, Eq]
+  const auto [mixed, weights] = attention->attend(entrance(query, attention_norm), context, call);  // [B, Lq, Eq]
   const auto x = sum(query, mixed, attention_gate, attention_norm);
   if (!feed_forward_in) return {x, weights};
 

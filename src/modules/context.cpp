@@ -3,31 +3,29 @@
 
 #include <utility>
 
-#include "base/check.h"
+#include "modules/context_state.h"
 
 namespace xattn {
 
-Context::Context(at::Tensor key, at::Tensor value, Mask mask, bool batched, const Weights& made_from)
-    : key_(std::move(key)), value_(std::move(value)), mask_(std::move(mask)), batched_(batched) {
-  made_from_.reserve(made_from.size());
-  for (const auto& weight : made_from) made_from_.push_back(stamp(weight));
-}
+Context::Context(std::shared_ptr<const State> state) : state_(std::move(state)) {}
 
-void Context::check_made_from(std::string_view caller, const Weights& weights) const {
-  bool same = made_from_.size() == weights.size();
-  for (size_t i = 0; same && i < weights.size(); ++i) {
-    const auto now = stamp(weights[i]);
-    const auto& then = made_from_[i];
-    same = now.tensor.is_same(then.tensor) && now.data == then.data && now.version == then.version;
-  }
-  detail::check_value(same, caller,
-                      "context must be made with the weights that attend to it, but they are another module's, or have changed "
-                      "since. Make the context again.");
+const at::Tensor& Context::key() const {
+  return state_->parts.keys;
 }
-
-Context::Stamp Context::stamp(const at::Tensor& weight) {
-  if (!weight.defined()) return {weight, nullptr, 0};
-  return {weight, weight.const_data_ptr(), weight.is_inference() ? 0 : static_cast<uint32_t>(weight._version())};
+const at::Tensor& Context::value() const {
+  return state_->parts.values;
+}
+const Mask& Context::mask() const {
+  return state_->mask;
+}
+bool Context::is_batched() const {
+  return state_->is_batched;
+}
+int64_t Context::batch_size() const {
+  return key().size(0);
+}
+int64_t Context::length() const {
+  return key().size(2);
 }
 
 }  // namespace xattn

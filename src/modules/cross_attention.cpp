@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/cross_attention.h>
 
-#include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
 #include <torch/nn/init.h>
 
 #include <cmath>
-#include <string_view>
+#include <memory>
+#include <optional>
+#include <utility>
 
 #include "base/check.h"
 #include "base/text.h"
-#include "cpu/matrix_product.h"
+#include "modules/context_state.h"
 #include "modules/inputs.h"
 #include "modules/layer.h"
 #include "modules/options.h"
@@ -18,7 +18,6 @@
 
 namespace xattn {
 
-using detail::batched;
 using detail::check_value;
 using torch::Tensor;
 
@@ -26,7 +25,7 @@ namespace {
 
 constexpr auto kCrossAttention = "cross_attention";
 
-// Refuses what cannot be, in reading order, and gives every default its value.
+// Checks the options in reading order and gives every default its value.
 CrossAttentionOptions resolved(CrossAttentionOptions options) {
   detail::check_options(kCrossAttention, options);
   const auto heads = options.num_heads();
@@ -73,92 +72,49 @@ void CrossAttentionImpl::reset_parameters() {
   }
 }
 
-std::tuple<Tensor, Tensor> CrossAttentionImpl::forward(const Tensor& query,
-                                                       const Tensor& key,
-                                                       const Tensor& value,
-                                                       const Mask& mask) {
+std::tuple<Tensor, Tensor> CrossAttentionImpl::forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask, const CallOptions& call) {
   detail::check_module(kCrossAttention, *this);
-  detail::check_key_value(kCrossAttention, key, value, mask, key_linear, value_linear, options.num_heads());
-  const bool is_batched = key.dim() == 3;
-  detail::check_query(kCrossAttention, query, is_batched, is_batched ? key.size(0) : 1, query_linear);
-  mask.check(kCrossAttention, is_batched ? key.size(0) : 1, options.num_heads(), query.size(-2), key.size(-2), key.device());
-  const auto Lk = key.size(-2), keys = options.bias_kv() ? Lk : mask.needed_keys(Lk);
-  if (keys < Lk) {
-    const auto [output, weights] = forward(query, key.narrow(-2, 0, keys), value.narrow(-2, 0, keys), mask.first_keys(keys));
-    return {output, detail::with_zeros(weights, Lk - keys)};
-  }
-  const auto Xq = batched(query), Xk = batched(key), Xv = batched(value);
-  const auto orders = orders_for(Xq, Xk, Xv, mask);
-  const detail::LayerWeights weights(*this);
-  const auto products = detail::make_products(orders, weights);
-  return attend(orders, weights, products, Xq, detail::make_side(orders, weights, products, Xk, Xv), mask, is_batched);
+  auto weights = detail::weights_of(*this);
+  auto inputs = detail::context_inputs(kCrossAttention, weights, key, value, mask);
+  const auto Xq = detail::query_input(kCrossAttention, weights, query, inputs.is_batched, inputs.B());
+  const auto Lq = Xq.size(1);
+  detail::check_mask(kCrossAttention, weights, inputs, Lq);
+  const auto dropped_keys = detail::drop_padding(weights, inputs);
+  const auto how = detail::attention_options(kCrossAttention, options, call, inputs.mask, is_training());
+
+  const bool inputs_train = query.requires_grad() || key.requires_grad() || value.requires_grad();
+  const auto request = detail::request_of(*this, inputs.B(), Lq, inputs.Lk(), inputs.mask,
+                                          detail::returned_weights(options, call), inputs_train);
+  const detail::Layer layer(detail::orders_of(request), std::move(weights));
+  const auto context = detail::make_context(layer, inputs.key, inputs.value);
+  return detail::results(detail::attend(layer, Xq, context, how), inputs.is_batched, dropped_keys);
 }
 
 Context CrossAttentionImpl::context(const Tensor& key, const Tensor& value, const Mask& mask) {
   detail::check_module(kCrossAttention, *this);
-  detail::check_key_value(kCrossAttention, key, value, mask, key_linear, value_linear, options.num_heads());
-  const auto side = detail::make_side({}, detail::LayerWeights(*this), {}, batched(key), batched(value));
-  return Context(side.keys, side.values, mask, key.dim() == 3, context_weights());
+  const detail::Layer layer({}, detail::weights_of(*this));
+  const auto inputs = detail::context_inputs(kCrossAttention, layer.weights, key, value, mask);
+  detail::check_mask(kCrossAttention, layer.weights, inputs, std::nullopt);
+  return Context(std::make_shared<Context::State>(Context::State{detail::make_context(layer, inputs.key, inputs.value), mask,
+                                                                 inputs.is_batched, detail::WeightsStamp(layer.weights)}));
 }
 
-std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Tensor& query, const Context& context) {
+std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Tensor& query, const Context& context, const CallOptions& call) {
   detail::check_module(kCrossAttention, *this);
-  detail::check_query(kCrossAttention, query, context, query_linear);
-  context.check_made_from(kCrossAttention, context_weights());
-  const detail::Side side{context.key(), {}, context.value(), context.length() - (options.bias_kv() ? 1 : 0)};
-  return attend({}, detail::LayerWeights(*this), {}, batched(query), side, context.mask(), context.is_batched());
+  const detail::Layer layer({}, detail::weights_of(*this));
+  const auto& [parts, mask, is_batched, made_from] = context.state();
+  const auto Xq = detail::query_input(kCrossAttention, layer.weights, query, is_batched, context.batch_size());
+  made_from.check(kCrossAttention, layer.weights);
+  mask.check(kCrossAttention, Xq.size(0), options.num_heads(), Xq.size(1), parts.Lk, Xq.device());
+  const auto how = detail::attention_options(kCrossAttention, options, call, mask, is_training());
+  return detail::results(detail::attend(layer, Xq, parts, how), is_batched);
 }
 
-// query [B, Lq, Eq]
-std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Orders& orders,
-                                                      const detail::LayerWeights& weights,
-                                                      const detail::Products& products,
-                                                      const Tensor& query,
-                                                      const detail::Side& side,
-                                                      const Mask& mask,
-                                                      bool is_batched) const {
-  mask.check(kCrossAttention, query.size(0), options.num_heads(), query.size(1), side.Lk, query.device());
-  AttentionOptions how;
-  how.mask = mask;
-  how.scale = options.scale();
-  how.dropout = is_training() ? options.dropout() : 0;
-  how.weights = options.attention_weights();
-  how.weight_heads = options.weight_heads();
-  const auto [output, map, log_sum_exp] = detail::attend(orders, weights, products, query, side, how);
-  if (is_batched) return {output, map};
-  return {output.squeeze(0), map.defined() ? map.squeeze(0) : map};
-}
-
-// Of `forward`, for batched inputs.
-Orders CrossAttentionImpl::orders_for(const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask) const {
-  const bool inputs_train = query.requires_grad() || key.requires_grad() || value.requires_grad();
-  const auto request = this->request(key.size(0), query.size(1), key.size(1), mask, inputs_train);
-  return request.pinned ? *request.pinned : make_plan(request).orders;
-}
-
-PlanRequest CrossAttentionImpl::request(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask, bool inputs_train) const {
-  auto request = detail::request_of(options, B, Lq, Lk);
-  const auto& weight = query_linear->weight;
-  request.element = static_cast<int64_t>(weight.element_size());
-  request.mask_is_learned = mask.is_learned();
-  request.training = at::GradMode::is_enabled() && (inputs_train || request.mask_is_learned || weight.requires_grad() ||
-                                                    key_linear->weight.requires_grad() || value_linear->weight.requires_grad());
-  request.gives_weights = options.attention_weights() != AttentionWeights::none;
-  request.drops_weights = is_training() && options.dropout() > 0;
-  request.runs_on = detail::runs_on(weight);
-  if (options.plan().pinned) request.pinned = options.plan().orders;
-  if (at::autocast::is_autocast_enabled(weight.device().type())) request.pinned = Orders{};
-  request.rates = options.plan().rates.value_or(weight.is_cuda() ? Rates::cuda() : Rates::cpu(at::get_num_threads()));
-  return request;
-}
-
-std::string CrossAttentionImpl::explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask) {
+std::string CrossAttentionImpl::explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask) const {
   detail::check_module(kCrossAttention, *this);
-  return xattn::explain(request(B, Lq, options.bias_kv() ? Lk : mask.needed_keys(Lk), mask, false));
-}
-
-std::vector<Tensor> CrossAttentionImpl::context_weights() const {
-  return detail::context_weights(key_linear, value_linear, key_norm, bias_k, bias_v);
+  const auto keys = options.bias_kv() ? Lk : mask.needed_keys(Lk);
+  return xattn::explain(detail::request_of(*this, B, Lq, keys, mask, options.attention_weights(), false));
 }
 
 void CrossAttentionImpl::pretty_print(std::ostream& stream) const {

@@ -2,27 +2,28 @@
 #include <xattn/decoupled.h>
 
 #include <cmath>
+#include <memory>
+#include <optional>
 #include <string>
 
 #include "base/check.h"
 #include "base/text.h"
+#include "cpu/matrix_product.h"
+#include "modules/context_state.h"
 #include "modules/inputs.h"
 #include "modules/layer.h"
 #include "modules/options.h"
 
 namespace xattn {
 
-using detail::batched;
 using detail::check_value;
-using detail::project;
-using detail::split_heads;
 using torch::Tensor;
 
 namespace {
 
 constexpr auto kDecoupled = "decoupled_cross_attention";
 
-// Refuses what cannot be, in reading order, and gives every default its value. `attention` checks its own options.
+// Checks the options in reading order and gives every default its value. `attention` checks its own options.
 DecoupledCrossAttentionOptions resolved(DecoupledCrossAttentionOptions options) {
   for (size_t i = 0; i < options.added().size(); ++i) {
     auto& added = options.added()[i];
@@ -35,7 +36,7 @@ DecoupledCrossAttentionOptions resolved(DecoupledCrossAttentionOptions options) 
   return options;
 }
 
-// "decoupled_cross_attention.added0": messages about its key, value and mask begin so.
+// The caller in messages about an added context: "decoupled_cross_attention.added0".
 std::string caller_of(size_t index) {
   return detail::formatted("{}.added{}", kDecoupled, index);
 }
@@ -49,42 +50,15 @@ void check_count(size_t given, size_t expected) {
               given);
 }
 
-// Options that were changed since the module was made.
-void check_options(const DecoupledCrossAttentionImpl& module) {
-  detail::check_module(kDecoupled, *module.attention);
-  const auto& o = module.attention->options;
-  const auto& all = module.options.added();
-  check_value(all.size() == module.added_projections.size(), kDecoupled,
-              "options must fit the parameters, but name {} added contexts for {}.", all.size(),
-              module.added_projections.size());
-  const auto G = *o.kv_heads(), d = *o.head_dim(), e = *o.value_head_dim();
-  for (size_t i = 0; i < all.size(); ++i) {
-    const auto& added = all[i];
-    const auto& side = module.added_projections[i];
-    check_value(std::isfinite(added.scale()), kDecoupled, "added[{}].scale must be finite, but is {}.", i, added.scale());
-    const auto caller = caller_of(i);
-    detail::check_projection(caller, "key_linear", side->key_linear, added.dim_key(), G * d, side->options.key_bias());
-    detail::check_projection(caller, "value_linear", side->value_linear, added.dim_value(), G * e, side->options.value_bias());
-    const auto size = o.qk_norm_scope() == NormScope::per_head ? d : G * d;
-    detail::check_norm(caller, "key_norm", side->key_norm, o.qk_norm(), size, o.qk_norm_eps());
-  }
-}
-
-AttentionResult attend_heads(
-    std::string_view caller, const Tensor& q, const Context& context, const CrossAttentionOptions& options, bool training) {
-  const auto Lq = q.size(2), Lk = context.length() - (options.bias_kv() ? 1 : 0);
-  context.mask().check(caller, q.size(0), q.size(1), Lq, Lk, q.device());
-  AttentionOptions how;
-  how.mask = options.bias_kv() ? context.mask().with_free_key(Lq, Lk, q.device()) : context.mask();
-  how.scale = options.scale();
-  how.dropout = training ? options.dropout() : 0;
-  how.weights = options.attention_weights();
-  how.weight_heads = options.weight_heads();
-  return attention(q, context.key(), context.value(), how);
-}
-
-std::vector<Tensor> weights_of(const AddedProjection& side) {
-  return detail::context_weights(side->key_linear, side->value_linear, side->key_norm);
+// The layer of an added context: its own projections, and everything else from the first context.
+detail::LayerWeights weights_of_added(const DecoupledCrossAttentionImpl& module, size_t index) {
+  auto weights = detail::weights_of(*module.attention);
+  const auto& added = *module.added_projections[index];
+  weights.key = added.key_linear->weight, weights.key_bias = added.key_linear->bias;
+  weights.value = added.value_linear->weight, weights.value_bias = added.value_linear->bias;
+  weights.key_norm = detail::norm_weights(added.key_norm);
+  weights.bias_k = weights.bias_v = Tensor();
+  return weights;
 }
 
 }  // namespace
@@ -118,8 +92,29 @@ void AddedProjectionImpl::pretty_print(std::ostream& stream) const {
 // ---- DecoupledCrossAttention -----------------------------------------------------------------------------------------------
 
 DecoupledCrossAttentionImpl::DecoupledCrossAttentionImpl(const DecoupledCrossAttentionOptions& options_)
-    : options(resolved(options_)) {
+    : options(resolved(options_)), attention_options_(options_.attention()) {
   reset();
+}
+
+// Checks options that may have been changed since the module was made.
+void DecoupledCrossAttentionImpl::check_options() const {
+  detail::check_unchanged(kDecoupled, options.attention(), attention_options_);
+  detail::check_module(kDecoupled, *attention);
+  const auto& o = attention->options;
+  const auto& all = options.added();
+  check_value(all.size() == added_projections.size(), kDecoupled,
+              "options must fit the parameters, but name {} added contexts for {}.", all.size(), added_projections.size());
+  const auto G = *o.kv_heads(), d = *o.head_dim(), e = *o.value_head_dim();
+  for (size_t i = 0; i < all.size(); ++i) {
+    const auto& added = all[i];
+    const auto& side = added_projections[i];
+    check_value(std::isfinite(added.scale()), kDecoupled, "added[{}].scale must be finite, but is {}.", i, added.scale());
+    const auto caller = caller_of(i);
+    detail::check_projection(caller, "key_linear", side->key_linear, added.dim_key(), G * d, added.key_bias() == true);
+    detail::check_projection(caller, "value_linear", side->value_linear, added.dim_value(), G * e, added.value_bias() == true);
+    const auto size = o.qk_norm_scope() == NormScope::per_head ? d : G * d;
+    detail::check_norm(caller, "key_norm", side->key_norm, o.qk_norm(), size, o.qk_norm_eps());
+  }
 }
 
 void DecoupledCrossAttentionImpl::reset() {
@@ -152,64 +147,70 @@ void DecoupledCrossAttentionImpl::pretty_print(std::ostream& stream) const {
                               detail::printed(attention->options), named);
 }
 
-std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, const std::vector<KeyValue>& added, const Mask& mask) {
+std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::forward(const Tensor& query,
+                                                                const Tensor& key,
+                                                                const Tensor& value,
+                                                                const std::vector<KeyValue>& added,
+                                                                const Mask& mask,
+                                                                const CallOptions& call) {
   check_count(added.size(), added_projections.size());
   const auto first = context(key, value, mask);
   std::vector<Context> others;
   for (size_t i = 0; i < added.size(); ++i) others.push_back(added_context(i, added[i].key, added[i].value, added[i].mask));
-  return attend(query, first, others);
+  return attend(query, first, others, call);
 }
 
 Context DecoupledCrossAttentionImpl::context(const Tensor& key, const Tensor& value, const Mask& mask) {
-  check_options(*this);
+  check_options();
   return attention->context(key, value, mask);
 }
 
 Context DecoupledCrossAttentionImpl::added_context(size_t index, const Tensor& key, const Tensor& value, const Mask& mask) {
   check_value(index < added_projections.size(), kDecoupled, "index must be below the number of added contexts, {}, but is {}.",
               added_projections.size(), index);
-  check_options(*this);
-  auto& side = added_projections[index];
-  const auto& heads = attention->options;
-  detail::check_key_value(caller_of(index), key, value, mask, side->key_linear, side->value_linear, heads.num_heads());
-  const auto G = *heads.kv_heads(), d = *heads.head_dim(), e = *heads.value_head_dim();
-  const auto k =
-      split_heads(project(side->key_linear, batched(key)), G, d, heads.qk_norm_scope(), side->key_norm);  // [B, G, Lk, d]
-  const auto v = split_heads(project(side->value_linear, batched(value)), G, e);                          // [B, G, Lk, e]
-  return Context(k, v, mask, key.dim() == 3, weights_of(side));
+  check_options();
+  const detail::Layer layer({}, weights_of_added(*this, index));
+  const auto caller = caller_of(index);
+  const auto inputs = detail::context_inputs(caller, layer.weights, key, value, mask);
+  detail::check_mask(caller, layer.weights, inputs, std::nullopt);
+  return Context(std::make_shared<Context::State>(Context::State{detail::make_context(layer, inputs.key, inputs.value), mask,
+                                                                 inputs.is_batched, detail::WeightsStamp(layer.weights)}));
 }
 
 std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& query,
                                                                const Context& context,
-                                                               const std::vector<Context>& added) {
-  check_options(*this);
-  auto& first = *attention;
-  detail::check_query(kDecoupled, query, context, first.query_linear);
+                                                               const std::vector<Context>& added,
+                                                               const CallOptions& call) {
+  check_options();
+  const auto& heads = attention->options;
+  const auto first = detail::weights_of(*attention);
+  const auto Xq = detail::query_input(kDecoupled, first, query, context.is_batched(), context.batch_size());
   check_count(added.size(), added_projections.size());
-  context.check_made_from(
-      kDecoupled, detail::context_weights(first.key_linear, first.value_linear, first.key_norm, first.bias_k, first.bias_v));
+  context.state().made_from.check(kDecoupled, first);
   for (size_t i = 0; i < added.size(); ++i) {
     check_value(added[i].is_batched() == context.is_batched() && added[i].batch_size() == context.batch_size(), kDecoupled,
                 "added[{}] must be {}, as the first context, but is {}.", i, batch_of(context), batch_of(added[i]));
-    added[i].check_made_from(caller_of(i), weights_of(added_projections[i]));
+    added[i].state().made_from.check(caller_of(i), weights_of_added(*this, i));
   }
+  const auto check_mask = [&](std::string_view caller, const Context& c) {
+    c.mask().check(caller, Xq.size(0), heads.num_heads(), Xq.size(1), c.state().parts.Lk, Xq.device());
+  };
+  check_mask(kDecoupled, context);
 
-  const auto& heads = first.options;
-  const auto q =
-      split_heads(project(first.query_linear, batched(query)), heads.num_heads(), *heads.head_dim(), heads.qk_norm_scope(),
-                  first.query_norm);                                                                // [B, H, Lq, d]
-  auto [mixed, weights, log_sum_exp] = attend_heads(kDecoupled, q, context, heads, is_training());  // [B, H, Lq, e]
-  auto quiet = heads;
-  quiet.bias_kv(false).attention_weights(AttentionWeights::none);
+  auto how = detail::attention_options(kDecoupled, heads, call, context.mask(), is_training());
+  const auto q = detail::project_query(first, Xq);                               // [B, H, Lq, d]
+  auto result = detail::attend_projected(first, q, context.state().parts, how);  // [B, H, Lq, e]
+  how.weights = AttentionWeights::none;
   for (size_t i = 0; i < added.size(); ++i) {
+    check_mask(caller_of(i), added[i]);
     const auto scale = options.added()[i].scale();
     if (scale == 0) continue;
-    mixed = mixed.add(attend_heads(caller_of(i), q, added[i], quiet, is_training()).output, scale);
+    how.mask = added[i].mask();
+    const auto other = detail::attend_projected(weights_of_added(*this, i), q, added[i].state().parts, how);
+    result.output = result.output.add(other.output, scale);
   }
-  const auto output = project(first.output_linear, detail::merge_heads(mixed));  // [B, Lq, Eo]
-  if (context.is_batched()) return {output, weights};
-  return {output.squeeze(0), weights.defined() ? weights.squeeze(0) : weights};
+  result.output = detail::project(detail::merge_heads(result.output), first.output, first.output_bias);
+  return detail::results(result, context.is_batched());
 }
 
 }  // namespace xattn

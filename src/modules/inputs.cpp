@@ -2,28 +2,22 @@
 #include "modules/inputs.h"
 
 #include <ATen/autocast_mode.h>
-
-#include <algorithm>
-#include <cmath>
-#include <optional>
+#include <ATen/ops/constant_pad_nd.h>
 
 #include "base/check.h"
 #include "base/describe.h"
 #include "base/text.h"
-#include "cpu/matrix_product.h"
 
 namespace xattn::detail {
 
-using torch::Tensor;
+using at::Tensor;
 
 namespace {
 
-void check_input(
-    std::string_view caller, const char* name, const Tensor& x, const char* length, const torch::nn::Linear& projection) {
-  const auto features = projection->options.in_features();
-  const auto& weight = projection->weight;
-  check_value(x.defined() && (x.dim() == 2 || x.dim() == 3) && x.size(-1) == features, caller,
-              "{} must have shape [B, {}, {}], but has {}.", name, length, features, shape_of(x));
+// weight: of the projection that x is for, [out, in].
+void check_input(std::string_view caller, const char* name, const Tensor& x, const char* length, const Tensor& weight) {
+  check_value(x.defined() && (x.dim() == 2 || x.dim() == 3) && x.size(-1) == weight.size(1), caller,
+              "{} must have shape [B, {}, {}], but has {}.", name, length, weight.size(1), shape_of(x));
   check_type(!x.is_meta() || x.device() != weight.device(), caller, "{} must hold numbers, but is on meta.", name);
   const bool is_casted = !x.is_meta() && at::autocast::is_autocast_enabled(x.device().type());
   if (is_casted) {
@@ -38,38 +32,49 @@ void check_input(
 
 }  // namespace
 
-void check_key_value(std::string_view caller,
-                     const Tensor& key,
-                     const Tensor& value,
-                     const Mask& mask,
-                     const torch::nn::Linear& key_linear,
-                     const torch::nn::Linear& value_linear,
-                     int64_t num_heads) {
-  check_input(caller, "key", key, "Lk", key_linear);
-  check_input(caller, "value", value, "Lk", value_linear);
+ContextInputs context_inputs(
+    std::string_view caller, const LayerWeights& layer, const Tensor& key, const Tensor& value, const Mask& mask) {
+  check_input(caller, "key", key, "Lk", layer.key);
+  check_input(caller, "value", value, "Lk", layer.value);
   check_value(key.sizes().slice(0, key.dim() - 1) == value.sizes().slice(0, value.dim() - 1), caller,
               "value must have the batch and length of key, {}, but has {}.", shape_of(key), shape_of(value));
-  const auto B = key.dim() == 3 ? key.size(0) : 1;
-  mask.check(caller, B, num_heads, std::nullopt, key.size(-2), key.device());
+  return {batched(key), batched(value), mask, key.dim() == 3};
 }
 
-void check_query(std::string_view caller, const Tensor& query, const Context& context, const torch::nn::Linear& query_linear) {
-  check_query(caller, query, context.is_batched(), context.batch_size(), query_linear);
+void check_mask(std::string_view caller, const LayerWeights& layer, const ContextInputs& context, std::optional<int64_t> Lq) {
+  context.mask.check(caller, context.B(), layer.H, Lq, context.Lk(), context.key.device());
 }
 
-void check_query(
-    std::string_view caller, const Tensor& query, bool is_batched, int64_t batch_size, const torch::nn::Linear& query_linear) {
-  check_input(caller, "query", query, "Lq", query_linear);
-  check_value((query.dim() == 3) == is_batched && (query.dim() == 2 || query.size(0) == batch_size), caller,
-              "query must have shape {}Lq, {}] to match its context, but has {}.",
-              is_batched ? formatted("[{}, ", batch_size) : "[", query.size(-1), shape_of(query));
+Tensor query_input(std::string_view caller, const LayerWeights& layer, const Tensor& query, bool is_batched, int64_t B) {
+  check_input(caller, "query", query, "Lq", layer.query);
+  check_value((query.dim() == 3) == is_batched && (query.dim() == 2 || query.size(0) == B), caller,
+              "query must have shape {}Lq, {}] to match its context, but has {}.", is_batched ? formatted("[{}, ", B) : "[",
+              query.size(-1), shape_of(query));
+  return batched(query);
 }
 
-// A unit batch axis also gets its natural stride back: `transpose().contiguous()` may leave a huge one there, with which
-// products are ten times slower.
+int64_t drop_padding(const LayerWeights& layer, ContextInputs& context) {
+  const auto Lk = context.Lk();
+  const auto needed = layer.bias_k.defined() ? Lk : context.mask.needed_keys(Lk);
+  if (needed == Lk) return 0;
+  context.key = context.key.narrow(1, 0, needed);
+  context.value = context.value.narrow(1, 0, needed);
+  context.mask = context.mask.first_keys(needed);
+  return Lk - needed;
+}
+
+// An axis of one entry also gets its natural stride: `transpose().contiguous()` may leave a huge one, with which products take ten
+// times as long.
 Tensor batched(const Tensor& x) {
   if (x.dim() == 2) return x.unsqueeze(0);
   return x.size(0) == 1 ? x.select(0, 0).unsqueeze(0) : x;
+}
+
+std::tuple<Tensor, Tensor> results(const AttentionResult& result, bool is_batched, int64_t dropped_keys) {
+  auto weights = result.weights;
+  if (weights.defined() && dropped_keys > 0) weights = at::constant_pad_nd(weights, {0, dropped_keys});
+  if (is_batched) return {result.output, weights};
+  return {result.output.squeeze(0), weights.defined() ? weights.squeeze(0) : weights};
 }
 
 }  // namespace xattn::detail

@@ -1,39 +1,49 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <torch/nn/modules/linear.h>
-#include <torch/types.h>
-#include <xattn/context.h>
+#include <ATen/core/Tensor.h>
+#include <xattn/attention.h>
 #include <xattn/mask.h>
 
+#include <cstdint>
+#include <optional>
 #include <string_view>
+#include <tuple>
 
-// What the callers of modules hand in: checked once, and brought to one form. `caller` begins a message: "[caller] key must have ...".
+#include "modules/layer.h"
+
+// The arguments of a call, checked and brought to one form, and its results as the caller expects them. `caller` begins a message:
+// "[caller] key must have ...".
 namespace xattn::detail {
 
-/// Throws unless key and value fit their projections and each other, and the mask fits them.
-void check_key_value(std::string_view caller,
-                     const torch::Tensor& key,
-                     const torch::Tensor& value,
-                     const Mask& mask,
-                     const torch::nn::Linear& key_linear,
-                     const torch::nn::Linear& value_linear,
-                     int64_t num_heads);
+/// Keys and values with a batch axis, [B, Lk, Ek] and [B, Lk, Ev].
+struct ContextInputs {
+  at::Tensor key, value;
+  Mask mask;
+  bool is_batched;  ///< as the caller gave them
 
-/// Throws unless the query fits its projection and its context.
-void check_query(std::string_view caller,
-                 const torch::Tensor& query,
-                 const Context& context,
-                 const torch::nn::Linear& query_linear);
+  int64_t B() const { return key.size(0); }
+  int64_t Lk() const { return key.size(1); }
+};
 
-/// The same with a context of this batch size.
-void check_query(std::string_view caller,
-                 const torch::Tensor& query,
-                 bool is_batched,
-                 int64_t batch_size,
-                 const torch::nn::Linear& query_linear);
+/// Throws unless key and value fit the layer and each other. The mask is left to `check_mask`.
+ContextInputs context_inputs(
+    std::string_view caller, const LayerWeights& layer, const at::Tensor& key, const at::Tensor& value, const Mask& mask);
 
-/// [L, E] -> [1, L, E]; anything else stays as it is.
-torch::Tensor batched(const torch::Tensor& x);
+/// Throws unless the mask fits these keys and, if their number is known, the query rows.
+void check_mask(std::string_view caller, const LayerWeights& layer, const ContextInputs& context, std::optional<int64_t> Lq);
+
+/// query [B, Lq, Eq] or, unless `is_batched`, [Lq, Eq] -> [B, Lq, Eq]. Throws unless it fits the layer and its context.
+at::Tensor query_input(std::string_view caller, const LayerWeights& layer, const at::Tensor& query, bool is_batched, int64_t B);
+
+/// Drops the keys behind those that any batch entry needs, as far as the host knows; none where bias_kv adds a key behind them.
+/// Returns how many it dropped: returned weights get as many columns of zeros.
+int64_t drop_padding(const LayerWeights& layer, ContextInputs& context);
+
+/// [L, E] -> [1, L, E]; three axes stay.
+at::Tensor batched(const at::Tensor& x);
+
+/// The results of a call for a caller whose inputs had a batch axis or not, with columns of zeros for keys that were dropped.
+std::tuple<at::Tensor, at::Tensor> results(const AttentionResult& result, bool is_batched, int64_t dropped_keys = 0);
 
 }  // namespace xattn::detail

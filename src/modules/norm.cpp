@@ -8,6 +8,8 @@
 #include "base/check.h"
 #include "base/describe.h"
 #include "base/text.h"
+#include "modules/norm_weights.h"
+#include "modules/option_names.h"
 
 namespace xattn {
 
@@ -30,8 +32,7 @@ void NormImpl::reset_parameters() {
 }
 
 void NormImpl::pretty_print(std::ostream& stream) const {
-  constexpr const char* kNames[] = {"none", "rms", "layer"};
-  stream << detail::formatted("xattn::Norm(NormOptions(NormKind::{}, {}).eps({}){})", kNames[static_cast<int>(options.kind())],
+  stream << detail::formatted("xattn::Norm(NormOptions(NormKind::{}, {}).eps({}){})", detail::name_of(options.kind()),
                               options.size(), options.eps(), options.bias() ? "" : ".bias(false)");
 }
 
@@ -41,11 +42,24 @@ torch::Tensor NormImpl::forward(const torch::Tensor& x) {
                       "options must fit the parameters, but kind or eps do not.");
   detail::check_value(x.dim() >= 1 && x.size(-1) == options.size(), "norm", "x must have shape [..., {}], but has {}.",
                       options.size(), detail::shape_of(x));
-  const auto shape = at::IntArrayRef(options.size());
-  const auto wide = x.to(weight.scalar_type());  // under autocast the weight may be wider than the input
-  const auto y = options.kind() == NormKind::rms ? at::rms_norm(wide, shape, weight, options.eps())
-                                                 : at::layer_norm(wide, shape, weight, bias, options.eps());
+  return detail::normalised(x, {options.kind(), options.size(), options.eps(), weight, bias});
+}
+
+namespace detail {
+
+NormWeights norm_weights(const Norm& norm) {
+  if (!norm) return {};
+  return {norm->options.kind(), norm->options.size(), norm->options.eps(), norm->weight, norm->bias};
+}
+
+at::Tensor normalised(const at::Tensor& x, const NormWeights& norm) {
+  if (norm.kind == NormKind::none) return x;
+  const auto wide = x.to(norm.weight.scalar_type());  // under autocast the weight may be wider than the input
+  const auto y = norm.kind == NormKind::rms ? at::rms_norm(wide, norm.size, norm.weight, norm.eps)
+                                            : at::layer_norm(wide, norm.size, norm.weight, norm.bias, norm.eps);
   return y.to(x.scalar_type());
 }
+
+}  // namespace detail
 
 }  // namespace xattn

@@ -2,6 +2,8 @@
 #include "modules/options.h"
 
 #include <cmath>
+#include <cstdint>
+#include <vector>
 
 #include "base/check.h"
 #include "base/describe.h"
@@ -10,6 +12,16 @@
 #include "modules/planning.h"
 
 namespace xattn::detail {
+
+namespace {
+
+void check_weight_heads(std::string_view caller, const std::vector<int64_t>& chosen, int64_t heads) {
+  for (const auto head : chosen) {
+    check_value(head >= 0 && head < heads, caller, "weight_heads must be of the {} heads, but name {}.", heads, head);
+  }
+}
+
+}  // namespace
 
 void check_options(std::string_view caller, const CrossAttentionOptions& options) {
   const auto check_positive = [caller](const char* name, int64_t size) {
@@ -33,12 +45,15 @@ void check_options(std::string_view caller, const CrossAttentionOptions& options
               options.scale().value_or(1));
   check_value(options.dropout() >= 0 && options.dropout() <= 1, caller, "dropout must lie in [0, 1], but is {}.",
               options.dropout());
-  for (const auto head : options.weight_heads()) {
-    check_value(head >= 0 && head < heads, caller, "weight_heads must be of the {} heads, but name {}.", heads, head);
-  }
+  check_weight_heads(caller, options.weight_heads(), heads);
   check_value(options.qk_norm_eps() >= 0, caller, "qk_norm_eps must not be negative, but is {}.", options.qk_norm_eps());
   check_value(options.qk_norm() != NormKind::none || options.qk_norm_scope() == NormScope::per_head, caller,
               "qk_norm must be rms or layer for a qk_norm_scope of across_heads, but is none.");
+}
+
+void check_unchanged(std::string_view caller, const CrossAttentionOptions& now, const CrossAttentionOptions& given) {
+  check_value(now == given, caller,
+              "options.attention must be as the module was made, but has changed. Change attention->options.");
 }
 
 void check_projection(
@@ -82,8 +97,24 @@ Norm make_qk_norm(const CrossAttentionOptions& options, int64_t heads) {
   return Norm(NormOptions(options.qk_norm(), size).eps(options.qk_norm_eps()));
 }
 
+AttentionWeights returned_weights(const CrossAttentionOptions& options, const CallOptions& call) {
+  return call.weights.value_or(options.attention_weights());
+}
+
+AttentionOptions attention_options(std::string_view caller,
+                                   const CrossAttentionOptions& options,
+                                   const CallOptions& call,
+                                   const Mask& mask,
+                                   bool is_training) {
+  if (call.weight_heads) check_weight_heads(caller, *call.weight_heads, options.num_heads());
+  return {.mask = mask,
+          .scale = options.scale(),
+          .dropout = is_training ? options.dropout() : 0,
+          .weights = returned_weights(options, call),
+          .weight_heads = call.weight_heads.value_or(options.weight_heads())};
+}
+
 std::string printed(const CrossAttentionOptions& resolved) {
-  constexpr const char* kWeights[] = {"none", "mean", "per_head"};
   const auto& o = resolved;
   const auto heads = o.num_heads(), d = *o.head_dim();
   auto text = formatted("CrossAttentionOptions({}, {}, {}, {})", o.dim_query(), o.dim_key(), o.dim_value(), o.dim_output());
@@ -107,7 +138,7 @@ std::string printed(const CrossAttentionOptions& resolved) {
     add(o.qk_norm_eps() != 1e-6, ".qk_norm_eps({})", o.qk_norm_eps());
   }
   add(o.attention_weights() != AttentionWeights::mean, ".attention_weights(AttentionWeights::{})",
-      kWeights[static_cast<int>(o.attention_weights())]);
+      name_of(o.attention_weights()));
   add(!o.weight_heads().empty(), ".weight_heads({{{}}})", joined(o.weight_heads()));
   if (o.plan() == PlanMode::standard) {
     text += ".plan(PlanMode::standard)";

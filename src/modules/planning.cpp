@@ -29,12 +29,40 @@ PlanRequest request_of(const CrossAttentionOptions& o, int64_t B, int64_t Lq, in
   request.e = *o.value_head_dim();
   request.Eo = o.dim_output();
   request.query_norm = request.key_norm = o.qk_norm() != NormKind::none;
-  request.free_key = o.bias_kv();
+  request.bias_kv = o.bias_kv();
   return request;
 }
 
+PlanRequest request_of(const CrossAttentionImpl& module,
+                       int64_t B,
+                       int64_t Lq,
+                       int64_t Lk,
+                       const Mask& mask,
+                       AttentionWeights returned,
+                       bool inputs_train) {
+  const auto& o = module.options;
+  const auto& weight = module.query_linear->weight;
+  auto request = request_of(o, B, Lq, Lk);
+  request.element = static_cast<int64_t>(weight.element_size());
+  request.mask_is_learned = mask.is_learned();
+  const bool weights_train =
+      weight.requires_grad() || module.key_linear->weight.requires_grad() || module.value_linear->weight.requires_grad();
+  request.training = at::GradMode::is_enabled() && (inputs_train || request.mask_is_learned || weights_train);
+  request.gives_weights = returned != AttentionWeights::none;
+  request.drops_weights = module.is_training() && o.dropout() > 0;
+  request.runs_on = runs_on(weight);
+  if (o.plan().pinned) request.pinned = o.plan().orders;
+  if (at::autocast::is_autocast_enabled(weight.device().type())) request.pinned = Orders{};
+  request.rates = o.plan().rates.value_or(weight.is_cuda() ? Rates::cuda() : Rates::cpu(at::get_num_threads()));
+  return request;
+}
+
+Orders orders_of(const PlanRequest& request) {
+  return request.pinned ? *request.pinned : make_plan(request).orders;
+}
+
 PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t expected_queries) {
-  constexpr int64_t kRowsOfACall = 64;  // what a call is taken to have where a context is made
+  constexpr int64_t kRowsOfACall = 64;  // assumed for each call while a context is planned
   const bool many = expected_queries == ContextOptions::kMany;
   check_value(expected_queries >= 0 || many, caller, "expected_queries must not be negative, but is {}.", expected_queries);
   request.Lq = many ? kRowsOfACall : std::clamp<int64_t>(expected_queries, 1, kRowsOfACall);
@@ -50,7 +78,7 @@ void check_plan(std::string_view caller, const PlanMode& plan, PlanRequest reque
   }
   if (!plan.rates) return;
   request.rates = *plan.rates;
-  make_plan(request);  // names the rates that are wrong
+  make_plan(request);  // checks the rates
 }
 
 }  // namespace xattn::detail

@@ -2,24 +2,38 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <xattn/cross_attention_options.h>
+#include <xattn/attention.h>
+#include <xattn/cross_attention.h>
+#include <xattn/mask.h>
 #include <xattn/plan.h>
 
 #include <string_view>
 
-// What the planner is asked, from what modules and frozen layers know.
+// Requests to the planner, made from modules and frozen layers.
 namespace xattn::detail {
 
 /// What a module with this weight runs on.
 RunsOn runs_on(const at::Tensor& weight);
 
-/// What the planner must know of a layer; its rates, types and purpose are the caller's to add.
+/// The request for a call of a module in its current state. inputs_train: whether query, key or value require a gradient.
+PlanRequest request_of(const CrossAttentionImpl& module,
+                       int64_t B,
+                       int64_t Lq,
+                       int64_t Lk,
+                       const Mask& mask,
+                       AttentionWeights returned,
+                       bool inputs_train);
+
+/// The pinned orders of a request, or the cheapest.
+Orders orders_of(const PlanRequest& request);
+
+/// The sizes and norms of a layer; the caller adds rates, type and purpose.
 PlanRequest request_of(const CrossAttentionOptions& resolved, int64_t B, int64_t Lq, int64_t Lk);
 
-/// The same for a context that serves so many query rows in all (ContextOptions::expected_queries). Throws if they are negative.
+/// The request for a context that serves this many query rows over all calls (ContextOptions::expected_queries). Throws if negative.
 PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t expected_queries);
 
-/// Refuses orders that are illegal for such a layer, and rates that cannot be.
+/// Throws for orders that are illegal for such a layer, and for invalid rates.
 void check_plan(std::string_view caller, const PlanMode& plan, PlanRequest request);
 
 }  // namespace xattn::detail

@@ -3,24 +3,47 @@
 
 #include <xattn/plan.h>
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "kernels/kernels.h"
 
-// What an order of products (plan.h) reads: asked by the planner, by modules and by frozen layers.
+// What distinguishes the orders of products (plan.h): the one table that the planner, modules and frozen layers read.
 namespace xattn::detail {
 
-/// Whether the context stays as it came.
+/// One row of the table of orders.
+struct OrderTraits {
+  std::string_view name;
+  bool is_raw;         ///< it reads the context as it came
+  bool is_folded;      ///< it reads a context that all weights of its chain have been multiplied into
+  bool uses_product;   ///< it multiplies the two weights of a head with each other
+  bool ends_in_heads;  ///< as the order of the values, it ends with a product of its own for the output projection
+};
+
+/// In the order of the enum.
+inline constexpr std::array<OrderTraits, kOrders> kOrderTraits = {{
+    {"standard", false, false, false, true},
+    {"fold_into_query", true, false, false, true},
+    {"prefold", true, false, true, false},
+    {"fold_into_context", false, true, false, false},
+}};
+
+constexpr const OrderTraits& traits(Order order) {
+  return kOrderTraits[static_cast<size_t>(order)];
+}
 constexpr bool is_raw(Order order) {
-  return order == Order::fold_into_query || order == Order::prefold;
+  return traits(order).is_raw;
 }
-/// Whether the context takes in all of the weights.
 constexpr bool is_folded(Order order) {
-  return order == Order::fold_into_context || order == Order::prefold_into_context;
+  return traits(order).is_folded;
 }
-/// Whether the two weights of a head are multiplied with each other.
 constexpr bool uses_product(Order order) {
-  return order == Order::prefold || order == Order::prefold_into_context;
+  return traits(order).uses_product;
+}
+constexpr bool ends_in_heads(Order order) {
+  return traits(order).ends_in_heads;
 }
 
 /// How a frozen layer lays out Xk and Xv where they are all that is kept of a context.

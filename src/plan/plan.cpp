@@ -18,11 +18,10 @@ namespace {
 using detail::check_value;
 using detail::uses_product;
 
-constexpr std::string_view kNames[] = {"standard", "fold_into_query", "prefold", "fold_into_context", "prefold_into_context"};
 constexpr std::string_view kKernelNames[] = {"tensor_operations",           "heads", "heads_in_parts", "chain", "fused_cpu",
                                              "scaled_dot_product_attention"};
 
-// `count` products of [m, k] by [k, n], of which a call pays this share.
+// `count` products of [m, k] by [k, n]. A call is charged this share of their cost.
 struct Product {
   double count, m, k, n;
   double share = 1;
@@ -39,13 +38,13 @@ struct Cost {
   }
 };
 
-// What an operation costs before its first element: more where it is recorded, as autograd makes a node of it and visits that.
+// Seconds that an operation takes before its first element. With autograd it takes longer, to create a node and to visit it.
 double start_of_operation(const PlanRequest& request) {
   constexpr double kRecorded = 3;
   return (request.training ? kRecorded : 1) * request.rates.start_product;
 }
 
-// A product runs at full speed when it is large in every direction, and no faster than its operands arrive.
+// A product runs at full speed if all its sizes are large, and no faster than memory delivers its operands.
 Cost cost_of_product(const Product& product, const PlanRequest& request) {
   const auto& [count, m, k, n, share] = product;
   if (share * count * m * k * n == 0) return {};
@@ -67,7 +66,7 @@ Cost cost_of_products(std::span<const Product> products, const PlanRequest& requ
   return sum;
 }
 
-// The sizes as numbers to multiply, and what part of the work that can be made ahead a call pays.
+// The sizes as doubles, and the shares of products with weights, query and context that a call is charged.
 struct Sizes {
   explicit Sizes(const PlanRequest& r)
       : B(r.B), H(r.H), G(r.G), Lq(r.Lq), Lk(r.Lk), Eq(r.Eq), Ek(r.Ek), Ev(r.Ev), d(r.d), e(r.e), Eo(r.Eo) {
@@ -80,7 +79,7 @@ struct Sizes {
   double of_weights = 1, of_query = 1, of_context = 0;
 };
 
-// What a frozen layer takes to pack a context of so many features that stays as it came, for more rows than those of a task.
+// The cost of packing a raw context of this many features in a frozen layer.
 Cost cost_of_packing(double features, const PlanRequest& r) {
   const Sizes s(r);
   if (r.runs_on != RunsOn::engine || detail::raw_for(std::max(r.Lq, r.context_rows), r.H) != detail::Raw::packed) return {};
@@ -88,51 +87,58 @@ Cost cost_of_packing(double features, const PlanRequest& r) {
   return {0, bytes, bytes / r.rates.memory};
 }
 
-Cost cost_of_logits(Order order, const PlanRequest& request) {
+// The features along one chain: of the query or the output at its outer end, of a head, and of the context.
+struct Chain {
+  double outer, head, context;
+  bool is_logits;
+
+  // A product of m rows with k terms and n columns in the chain of the logits; the chain of the values swaps k and n.
+  Product product(double count, double m, double k, double n, double share = 1) const {
+    return is_logits ? Product{count, m, k, n, share} : Product{count, m, n, k, share};
+  }
+};
+
+Chain chain_of_logits(const Sizes& s) {
+  return {s.Eq, s.d, s.Ek, true};
+}
+Chain chain_of_values(const Sizes& s) {
+  return {s.Eo, s.e, s.Ev, false};
+}
+
+// The product of heads between the two projections of a standard order.
+Product product_of_heads(const Chain& c, const Sizes& s) {
+  return c.product(s.B * s.G, s.H / s.G * s.Lq, c.head, s.Lk);
+}
+
+Cost cost_of_chain(Order order, const Chain& c, const PlanRequest& request) {
   const Sizes s(request);
-  const Product project_query{1, s.B * s.Lq, s.Eq, s.H * s.d, s.of_query};  // Xq Wq
-  const Product project_key{1, s.B * s.Lk, s.Ek, s.G * s.d, s.of_context};  // Wk' Xk'
-  const Product of_weights{s.H, s.Eq, s.d, s.Ek, s.of_weights};             // Wq Wk'
-  const Product meet_raw{s.B, s.H * s.Lq, s.Ek, s.Lk};                      // (...) Xk'
-  const Product meet_folded{s.B, s.Lq, s.Eq, s.H * s.Lk};                   // Xq (...)
+  const auto of_query = c.is_logits ? s.of_query : 1;  // what follows the softmax is paid by every call
+  const auto outer_projection = c.product(1, s.B * s.Lq, c.outer, s.H * c.head, of_query);
+  const Product context_projection{1, s.B * s.Lk, c.context, s.G * c.head, s.of_context};
+  const auto with_raw_context = c.product(s.B, s.H * s.Lq, c.context, s.Lk);
   std::array<Product, 3> products = {};
   switch (order) {
-    case Order::standard: products = {project_query, project_key, {s.B * s.G, s.H / s.G * s.Lq, s.d, s.Lk}}; break;
-    case Order::fold_into_query: products = {project_query, {s.H, s.B * s.Lq, s.d, s.Ek, s.of_query}, meet_raw}; break;
-    case Order::prefold: products = {of_weights, {1, s.B * s.Lq, s.Eq, s.H * s.Ek, s.of_query}, meet_raw}; break;
-    case Order::fold_into_context: products = {project_key, {s.H, s.B * s.Lk, s.d, s.Eq, s.of_context}, meet_folded}; break;
-    case Order::prefold_into_context:
-      products = {of_weights, {1, s.B * s.Lk, s.Ek, s.H * s.Eq, s.of_context}, meet_folded};
+    case Order::standard: products = {outer_projection, context_projection, product_of_heads(c, s)}; break;
+    case Order::fold_into_query:
+      products = {outer_projection, c.product(s.H, s.B * s.Lq, c.head, c.context, of_query), with_raw_context};
+      break;
+    case Order::prefold: {
+      const auto of_weights =
+          c.is_logits ? Product{s.H, s.Eq, s.d, s.Ek, s.of_weights} : Product{s.H, s.Ev, s.e, s.Eo, s.of_weights};
+      products = {of_weights, c.product(1, s.B * s.Lq, c.outer, s.H * c.context, of_query), with_raw_context};
+      break;
+    }
+    case Order::fold_into_context:
+      products = {
+          context_projection, {s.H, s.B * s.Lk, c.head, c.outer, s.of_context}, c.product(s.B, s.Lq, c.outer, s.H * s.Lk)};
       break;
   }
   auto cost = cost_of_products(products, request);
-  if (detail::is_raw(order)) cost += cost_of_packing(s.Ek, request);
+  if (detail::is_raw(order)) cost += cost_of_packing(c.context, request);
   return cost;
 }
 
-Cost cost_of_values(Order order, const PlanRequest& request) {
-  const Sizes s(request);
-  const Product project_value{1, s.B * s.Lk, s.Ev, s.G * s.e, s.of_context};  // Xv Wv
-  const Product project_output{1, s.B * s.Lq, s.H * s.e, s.Eo};               // (...) Wo
-  const Product of_weights{s.H, s.Ev, s.e, s.Eo, s.of_weights};               // Wv Wo
-  const Product mix_raw{s.B, s.H * s.Lq, s.Lk, s.Ev};                         // P Xv
-  const Product mix_folded{s.B, s.Lq, s.H * s.Lk, s.Eo};                      // P (...)
-  std::array<Product, 3> products = {};
-  switch (order) {
-    case Order::standard: products = {project_value, {s.B * s.G, s.H / s.G * s.Lq, s.Lk, s.e}, project_output}; break;
-    case Order::fold_into_query: products = {mix_raw, {s.H, s.B * s.Lq, s.Ev, s.e}, project_output}; break;
-    case Order::prefold: products = {of_weights, mix_raw, {1, s.B * s.Lq, s.H * s.Ev, s.Eo}}; break;
-    case Order::fold_into_context: products = {project_value, {s.H, s.B * s.Lk, s.e, s.Eo, s.of_context}, mix_folded}; break;
-    case Order::prefold_into_context:
-      products = {of_weights, {1, s.B * s.Lk, s.Ev, s.H * s.Eo, s.of_context}, mix_folded};
-      break;
-  }
-  auto cost = cost_of_products(products, request);
-  if (detail::is_raw(order)) cost += cost_of_packing(s.Ev, request);
-  return cost;
-}
-
-// What lies between the chains: the softmax, on logits that go to memory and come back.
+// The softmax between the chains, which writes the logits to memory and reads them again.
 Cost cost_of_softmax(const PlanRequest& request) {
   const Sizes s(request);
   const auto elements = s.B * s.H * s.Lq * s.Lk;
@@ -140,11 +146,10 @@ Cost cost_of_softmax(const PlanRequest& request) {
           start_of_operation(request) + elements / request.rates.softmax};
 }
 
-// What standard orders save where the fused kernel does both of their inner products and the softmax.
+// The time that a fused kernel saves: it computes both inner products of the standard orders and the softmax in one.
 double saved_by_fusion(const PlanRequest& request) {
   const Sizes s(request);
-  const Product logits{s.B * s.G, s.H / s.G * s.Lq, s.d, s.Lk}, values{s.B * s.G, s.H / s.G * s.Lq, s.Lk, s.e};
-  const std::array both = {logits, values};
+  const std::array both = {product_of_heads(chain_of_logits(s), s), product_of_heads(chain_of_values(s), s)};
   const auto parts = cost_of_products(both, request);
   const auto fused = start_of_operation(request) + parts.operations / request.rates.fused;
   return parts.seconds + cost_of_softmax(request).seconds - fused;
@@ -157,7 +162,7 @@ bool is_empty(const PlanRequest& r) {
 // Kernels of this library for heads, by what engine/heads.cpp calls a long context.
 AttentionKernel kernel_of_heads(const PlanRequest& r) {
   constexpr int64_t kLongContext = 4096;
-  const auto keys = r.Lk + (r.free_key ? 1 : 0);
+  const auto keys = r.Lk + (r.bias_kv ? 1 : 0);
   return keys > kLongContext && !r.gives_weights ? AttentionKernel::heads_in_parts : AttentionKernel::heads;
 }
 
@@ -171,7 +176,7 @@ std::pair<AttentionKernel, std::string_view> kernel_of(const Orders& orders, con
   }
   if (!is_standard) return {kPlain, "the order is not the standard one"};
   if (r.drops_weights) return {kPlain, "dropout is above 0"};
-  if (r.B == 0 || r.Lq == 0 || (r.Lk == 0 && !r.free_key)) return {kPlain, "an axis is empty"};
+  if (r.B == 0 || r.Lq == 0 || (r.Lk == 0 && !r.bias_kv)) return {kPlain, "an axis is empty"};
   if (own && !r.training) return {kernel_of_heads(r), "the type is float32, and no gradient is wanted"};
   if (r.gives_weights) return {kPlain, own ? "weights and gradients are wanted" : "weights are wanted"};
   if (r.mask_is_learned) return {kPlain, "the mask's bias asks for its gradient"};
@@ -222,18 +227,20 @@ void check(const PlanRequest& r) {
               r.rates.softmax);
 }
 
-// The costs of each chain, and from them the plan of any orders.
+// The costs of all orders of both chains, and the plans made from them.
 class Planner {
  public:
   explicit Planner(const PlanRequest& request) : request_(request) {
     check(request);
-    for (int i = 0; i < kOrders; ++i) {
+    const Sizes sizes(request);
+    const auto cost_of_order = [&](Order order, const Chain& chain, std::string_view illegal) {
+      const auto cost = in_all_passes(cost_of_chain(order, chain, request));
+      return OrderCost{order, cost.operations, cost.bytes, cost.seconds, illegal};
+    };
+    for (size_t i = 0; i < kOrders; ++i) {
       const auto order = static_cast<Order>(i);
-      const auto logits = in_all_passes(cost_of_logits(order, request)), values = in_all_passes(cost_of_values(order, request));
-      plan_.logits[static_cast<size_t>(i)] = {order, logits.operations, logits.bytes, logits.seconds,
-                                              illegal_for_logits(order, request)};
-      plan_.values[static_cast<size_t>(i)] = {order, values.operations, values.bytes, values.seconds,
-                                              illegal_for_values(order, request)};
+      plan_.logits[i] = cost_of_order(order, chain_of_logits(sizes), illegal_for_logits(order, request));
+      plan_.values[i] = cost_of_order(order, chain_of_values(sizes), illegal_for_values(order, request));
     }
   }
 
@@ -251,7 +258,7 @@ class Planner {
     return plan;
   }
 
-  // The chains meet in the fused kernel alone: the cheapest pair is that of the cheapest of each, or the standard one.
+  // Only the fused kernel couples the chains: the cheapest pair is the cheapest order of each, or the standard one for both.
   Orders cheapest() const {
     const auto of_chain = [](const std::array<OrderCost, kOrders>& costs) {
       const auto rank = [](const OrderCost& cost) { return std::pair(!cost.illegal.empty(), cost.seconds); };
@@ -267,7 +274,7 @@ class Planner {
   }
 
   const PlanRequest& request_;
-  const double passes_ = request_.training ? 3 : 1;  // backward is two products for each of forward
+  const double passes_ = request_.training ? 3 : 1;  // backward has two products for each of forward
   Plan plan_;
 };
 
@@ -282,7 +289,7 @@ std::string engineering(double value, std::string_view unit) {
 }  // namespace
 
 std::string_view name_of(Order order) {
-  return kNames[static_cast<size_t>(order)];
+  return detail::traits(order).name;
 }
 
 std::string_view name_of(AttentionKernel kernel) {
@@ -305,7 +312,7 @@ constexpr std::string_view kNoProduct = "the product of weights is larger than b
 
 std::string_view illegal_for_logits(Order order, const PlanRequest& request) {
   if (order == Order::standard) return {};
-  if (request.free_key) return "bias_kv adds a key that no projection made";
+  if (request.bias_kv) return "bias_kv adds a key that no projection made";
   const bool projects_query = order == Order::fold_into_query;
   const bool projects_key = order == Order::fold_into_context;
   if (request.query_norm && !projects_query) return "a norm of the query stands behind Wq";
@@ -315,7 +322,7 @@ std::string_view illegal_for_logits(Order order, const PlanRequest& request) {
 }
 
 std::string_view illegal_for_values(Order order, const PlanRequest& request) {
-  if (order != Order::standard && request.free_key) return "bias_kv adds a value that no projection made";
+  if (order != Order::standard && request.bias_kv) return "bias_kv adds a value that no projection made";
   if (request.weights_are_frozen && uses_product(order) && !values_product_pays(request)) return kNoProduct;
   return {};
 }

@@ -19,7 +19,7 @@
 namespace xattn {
 namespace {
 
-// The least time of a few calls, in seconds: a disturbance can only add.
+// The least time of a few calls, in seconds: disturbances only add time.
 template <class F>
 double least_seconds(const F& call) {
   using Clock = std::chrono::steady_clock;
@@ -45,8 +45,8 @@ double half_size(double flops, double speed, double size) {
   return std::max(0.0, size * (flops / speed - 1));
 }
 
-// Of this processor, with a unit for matrices or without. Two threads do not double what memory gives, nor quite what arithmetic
-// does.
+// Rates of several threads from those of one. Two threads have less than twice the memory bandwidth, and slightly less than twice
+// the arithmetic.
 Rates with_threads(Rates one, int threads) {
   const auto n = static_cast<double>(std::max(1, threads));
   one.unit_half_rows = 30;
@@ -118,7 +118,7 @@ Rates Rates::cuda() {
 Rates Rates::measure() {
   const at::NoGradGuard no_grad;
   const bool has_unit = detail::kernels().has_unit();
-  const int64_t columns = has_unit ? 64 : 768;  // too few for the unit
+  const int64_t columns = has_unit ? 64 : 768;  // too few for the matrix unit
   Rates rates;
   rates.flops = product_speed(768, 768, columns);
   if (has_unit) {

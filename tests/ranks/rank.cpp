@@ -320,7 +320,7 @@ void errors(const Ranks& ranks) {
   };
   const auto rank = ranks.place.rank;
   const auto x = torch::randn({rank == 0 ? 2 : 3, 4, 10});
-  const auto found = message([&] { parallel.context(x, x); });
+  const auto found = message([&] { return parallel.context(x, x); });
   const auto expected =
       ranks.place.size == 1 ? ""
       : rank == 0
@@ -329,7 +329,7 @@ void errors(const Ranks& ranks) {
                         rank);
   expect(found == expected, "batch: " + found);
   const auto y = torch::randn({2, 4, 10});
-  const auto wrong = message([&] { parallel.context(y, y, Mask::lengths(torch::tensor({4, 4}), 5)); });
+  const auto wrong = message([&] { return parallel.context(y, y, Mask::lengths(torch::tensor({4, 4}), 5)); });
   expect(
       wrong == fmt::format("[context_parallel] mask (lengths) must fit [B, H, Lq, Lk] = [2, 4, Lq, {}], but has [2, 1, 1, 5].",
                            4 * ranks.place.size),
@@ -342,10 +342,10 @@ void errors(const Ranks& ranks) {
   const auto narrow = torch::randn({2, 4, 9});
   refused("key", "[context_parallel] key must have shape [B, Lk, 10], but has [2, 4, 9].", message([&] {
             const auto& own = rank == 0 ? narrow : y;
-            parallel.context(own, own);
+            return parallel.context(own, own);
           }));
   refused("key", "[context_parallel] key must have shape [B, Lk, 10], but has undefined.",
-          message([&] { parallel.context(rank == 0 ? Tensor() : y, y); }));
+          message([&] { return parallel.context(rank == 0 ? Tensor() : y, y); }));
   ContextParallel apart(module, ranks.group, Queries::own);
   const auto of_apart = apart.context(y, y);
   refused("query", "[context_parallel] query must have shape [B, Lq, 6], but has [2, 3, 5].",
@@ -360,7 +360,7 @@ void errors(const Ranks& ranks) {
   expect(longer == (ranks.place.size == 1 ? "" : other), "length of the query: " + longer);
   const auto nowhere = message([&] {
     auto none = c10::make_intrusive<c10d::ProcessGroup>(rank, ranks.place.size);
-    ContextParallel(module, std::move(none)).context(y, y);
+    return ContextParallel(module, std::move(none)).context(y, y);
   });
   expect(nowhere.starts_with(fmt::format("[context_parallel] rank {} of {} has no exchange with the others (", rank,
                                          ranks.place.size)) == (ranks.place.size > 1),

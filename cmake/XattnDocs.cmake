@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+
+# The target `docs`: the public headers as web pages in the build folder's html. A warning is an error.
+function(xattn_add_docs)
+  find_package(Doxygen)
+  if(NOT DOXYGEN_FOUND)
+    message(STATUS "No Doxygen: there is no target docs")
+    return()
+  endif()
+  set(DOXYGEN_PROJECT_NAME xattn)
+  set(DOXYGEN_PROJECT_BRIEF "Cross attention for LibTorch")
+  set(DOXYGEN_EXTRACT_ALL YES)
+  set(DOXYGEN_JAVADOC_AUTOBRIEF YES)
+  set(DOXYGEN_GENERATE_LATEX NO)
+  set(DOXYGEN_QUIET YES)
+  set(DOXYGEN_WARN_AS_ERROR FAIL_ON_WARNINGS)
+  set(DOXYGEN_MACRO_EXPANSION YES)
+  set(DOXYGEN_EXPAND_ONLY_PREDEF YES)
+  set(DOXYGEN_PREDEFINED XATTN_API= "TORCH_ARG(T,name)=T name" "TORCH_MODULE(name)=" "FORWARD_HAS_DEFAULT_ARGS(...)=")
+  set(DOXYGEN_STRIP_FROM_INC_PATH ${PROJECT_SOURCE_DIR}/include)
+  doxygen_add_docs(docs ${PROJECT_SOURCE_DIR}/include/xattn COMMENT "Public headers as web pages")
+endfunction()

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <xattn/attention.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace xattn {
+
+/// What one call of `forward` or `attend` returns beside its output. It takes precedence over the options of the module.
+///
+///   auto [output, weights] = attention->forward(query, key, value, {}, {.weights = AttentionWeights::per_head});
+struct CallOptions {
+  std::optional<AttentionWeights> weights = {};           ///< default: `attention_weights` of the module
+  std::optional<std::vector<int64_t>> weight_heads = {};  ///< default: `weight_heads` of the module
+};
+
+}  // namespace xattn

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <xattn/norm.h>
+
+#include <cstdint>
+
+namespace xattn::detail {
+
+/// A norm as plain data: what a layer needs of a `Norm` to compute, without its module.
+struct NormWeights {
+  NormKind kind = NormKind::none;
+  int64_t size = 0;  ///< of the normalised axis
+  double eps = 0;
+  at::Tensor weight, bias;  ///< [size]; undefined where there is none
+};
+
+/// Of a norm that may be empty.
+NormWeights norm_weights(const Norm& norm);
+
+/// x [..., size], normalised over its last axis; x itself for NormKind::none. Sums are made in the weight's type or wider.
+at::Tensor normalised(const at::Tensor& x, const NormWeights& norm);
+
+}  // namespace xattn::detail
