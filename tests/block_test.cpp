@@ -563,14 +563,68 @@ TEST(CrossAttentionBlockOptionsTest, ResetParametersStartsAfresh) {
   EXPECT_TRUE(block->attention_norm->weight.eq(1).all().item<bool>());
 }
 
+// Norms, branches and feed-forward in plain operations, around a layer of self-attention that a function gives.
+TEST(SelfAttentionBlockTest, NormalisesKeysAndValuesAsItDoesTheQuery) {
+  torch::manual_seed(0);
+  const auto options = CrossAttentionOptions(16, 16, 16, 16).num_heads(4).attention_weights(AttentionWeights::per_head);
+  CrossAttentionBlock block(CrossAttentionBlockOptions(options).norm_context(true));
+  block->to(torch::kDouble);
+  const auto x = torch::randn({2, 5, 16}, torch::kDouble);
+  const auto mask = Mask::causal(CausalAlignment::upper_left);
+  const auto normalised = block->attention_norm(x);
+  const auto [attended, expected_weights] = block->attention->forward(normalised, normalised, normalised, mask);
+  auto expected = x + attended;
+  const auto hidden = torch::gelu(block->feed_forward_in(block->feed_forward_norm(expected)));
+  expected = expected + block->feed_forward_out(hidden);
+  const auto [output, weights] = block->forward(x, x, x, mask);
+  expect_close(output, expected, 1e-12, "output");
+  expect_close(weights, expected_weights, 1e-12, "weights");
+  expect_close(std::get<0>(block->attend(x, block->context(x, x, mask))), expected, 1e-12, "with a kept context");
+  const auto y = torch::randn({2, 5, 16}, torch::kDouble);
+  expect_close(std::get<0>(block->forward(x, x.clone(), y)), std::get<0>(block->attend(x, block->context(x, y))), 1e-12,
+               "others");
+}
+
+TEST(SelfAttentionBlockTest, RefusesItsOwnQueryAsAKeyThatItWouldNotNormalise) {
+  const CrossAttentionOptions options(8, 8, 8, 8);
+  const auto x = torch::randn({2, 3, 8});
+  CrossAttentionBlock before{options};
+  EXPECT_EQ(error_of<c10::ValueError>([&] { before->forward(x, x, x); }),
+            "[cross_attention_block] key must be another tensor than the query, unless norm_context is set, but is the same: a "
+            "block of self-attention with norms before normalises keys and values, too.");
+  CrossAttentionBlock after(CrossAttentionBlockOptions(options).norm_placement(NormPlacement::after));
+  CrossAttentionBlock without(CrossAttentionBlockOptions(options).norm(NormKind::none));
+  after->forward(x, x, x);
+  without->forward(x, x, x);
+  EXPECT_EQ(
+      error_of<c10::ValueError>(
+          [] { CrossAttentionBlock(CrossAttentionBlockOptions(CrossAttentionOptions(8, 6, 6, 8)).norm_context(true)); }),
+      "[cross_attention_block] attention must have a dim_key and dim_value of 8, its dim_query, for norm_context, but has 6 "
+      "and 6.");
+}
+
+TEST(PlannedBlockTest, ForwardTakesTheCheapestOrderAndGivesTheSameResult) {
+  torch::manual_seed(0);
+  CrossAttentionBlock block(CrossAttentionOptions(64, 64, 64, 64).num_heads(4));
+  const torch::NoGradGuard no_grad;
+  const auto x = torch::randn({1, 1, 64}), y = torch::randn({1, 500, 64});
+  EXPECT_EQ(block->explain(1, 1, 500), block->attention->explain(1, 1, 500));
+  EXPECT_NE(block->explain(1, 1, 500).find("fold_into_query"), std::string::npos);
+  expect_close(std::get<0>(block->forward(x, y, y)), std::get<0>(block->attend(x, block->context(y, y))), 1e-4, "output");
+  const auto few = block->context(y, y, {}, {.expected_queries = 1});
+  EXPECT_EQ(few.orders().logits, Order::fold_into_query);
+  expect_close(std::get<0>(block->attend(x, few)), std::get<0>(block->forward(x, y, y)), 1e-4, "with a raw context");
+}
+
 TEST(BlockOptionsTest, OptionsOfTheAttentionAreThoseOfItsModule) {
   CrossAttentionBlock block(CrossAttentionOptions(8, 12, 12, 8));
   const auto x = torch::randn({2, 3, 8}), y = torch::randn({2, 5, 12});
   block->attention->options.attention_weights(AttentionWeights::per_head);
   EXPECT_EQ(std::get<1>(block->forward(x, y, y)).sizes(), (std::vector<int64_t>{2, 1, 3, 5}));
   block->options.attention().scale(0.5);
-  EXPECT_EQ(error_of<c10::ValueError>([&] { block->forward(x, y, y); }),
-            "[cross_attention_block] options.attention must be as the module was made, but has changed. Change attention->options.");
+  EXPECT_EQ(
+      error_of<c10::ValueError>([&] { block->forward(x, y, y); }),
+      "[cross_attention_block] options.attention must be as the module was made, but has changed. Change attention->options.");
 }
 
 }  // namespace

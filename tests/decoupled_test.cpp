@@ -703,8 +703,9 @@ TEST(DecoupledOptionsTest, OptionsOfTheAttentionAreThoseOfItsModule) {
             "attention->options.");
   DecoupledCrossAttention other(DecoupledCrossAttentionOptions(CrossAttentionOptions(8, 12, 12, 8)).added({{6, 6}}));
   other->options.added()[0].value_bias(false);
-  EXPECT_EQ(error_of<c10::ValueError>([&] { other->forward(x, y, y, {{z, z}}); }),
-            "[decoupled_cross_attention.added0] options must fit the parameters, but say no bias for value_linear, which has one.");
+  EXPECT_EQ(
+      error_of<c10::ValueError>([&] { other->forward(x, y, y, {{z, z}}); }),
+      "[decoupled_cross_attention.added0] options must fit the parameters, but say no bias for value_linear, which has one.");
 }
 
 }  // namespace

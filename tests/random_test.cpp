@@ -5,6 +5,7 @@
 #include <torch/torch.h>
 #include <xattn/attention.h>
 #include <xattn/cross_attention.h>
+#include <xattn/decoupled.h>
 #include <xattn/distributed.h>
 #include <xattn/frozen.h>
 
@@ -18,6 +19,7 @@
 
 #include "compare.h"
 #include "one_thread.h"
+#include "plan/order_traits.h"
 
 // Random layers, masks, types, orders and paths, the same in every run, each against a definition in float64 that is written out
 // here: a path that forgets an option has no chance to agree with it.
@@ -277,8 +279,9 @@ class LayerCase {
 
   void run() {
     SCOPED_TRACE(what());
-    switch (draw_.number(0, 5)) {
+    switch (draw_.number(0, 6)) {
       case 0: return evaluate();
+      case 6: return decouple();
       case 1:
       case 2: return train();
       case 3: return freeze();
@@ -326,7 +329,7 @@ class LayerCase {
     const torch::NoGradGuard no_grad;
     const auto exact = expected();
     compare(module_->forward(query_, key_, value_, restrictions_.mask), exact, "forward");
-    const auto context = module_->context(key_, value_, restrictions_.mask);
+    const auto context = module_->context(key_, value_, restrictions_.mask, draw_use());
     compare(module_->attend(query_, context), exact, "context and attend");
   }
 
@@ -335,9 +338,10 @@ class LayerCase {
     const auto leaf = [](const Tensor& x) { return x.detach().clone().requires_grad_(); };
     std::vector<Tensor> inputs = {leaf(query_), leaf(key_)}, exact_inputs = {wide(query_), wide(key_)};
     if (!self_) inputs.push_back(leaf(value_)), exact_inputs.push_back(wide(value_));
-    const auto result = draw_.chance(0.5)
-                            ? module_->forward(inputs[0], inputs[1], inputs.back(), restrictions_.mask)
-                            : module_->attend(inputs[0], module_->context(inputs[1], inputs.back(), restrictions_.mask));
+    const auto result =
+        draw_.chance(0.5)
+            ? module_->forward(inputs[0], inputs[1], inputs.back(), restrictions_.mask)
+            : module_->attend(inputs[0], module_->context(inputs[1], inputs.back(), restrictions_.mask, draw_use()));
     NamedTensors exact_parameters;
     auto exact_all = exact_inputs;
     for (const auto& item : module_->named_parameters()) {
@@ -365,10 +369,61 @@ class LayerCase {
     const auto frozen = module_->freeze(options);
     const auto& mask = restrictions_.mask;
     compare(constant ? frozen.forward(key_, value_, mask) : frozen.forward(query_, key_, value_, mask), result, "frozen");
-    const auto context =
-        frozen.context(key_, value_, mask, {.expected_queries = draw_.of<int64_t>({1, 100, ContextOptions::kMany})});
+    const auto context = frozen.context(key_, value_, mask, draw_use());
     compare(constant ? frozen.attend(context) : frozen.attend(query_, context), result, "frozen context and attend");
   }
+
+  // With one added context: the sum of two layers, of which the added one has no output bias.
+  void decouple() {
+    auto pinned = options_.plan();
+    if (pinned.pinned && !detail::ends_in_heads(pinned.orders.values)) pinned = PlanMode::automatic;
+    const auto Lk = draw_.of<int64_t>({0, 1, 3, 20});
+    const auto scale = draw_.of<double>({1, 0.5, -2});
+    const AddedContextOptions added = AddedContextOptions(draw_.number(2, 24), draw_.number(2, 24)).scale(scale);
+    auto first = options_;
+    DecoupledCrossAttention module(DecoupledCrossAttentionOptions(first.plan(pinned)).added({added}));
+    module->to(type_);
+    const auto leaf = [](const Tensor& x) { return x.detach().clone().requires_grad_(); };
+    std::vector<Tensor> inputs = {leaf(query_), leaf(key_), leaf(value_),
+                                  leaf(torch::randn({sizes_.B, Lk, added.dim_key()}).to(type_)),
+                                  leaf(torch::randn({sizes_.B, Lk, added.dim_value()}).to(type_))};
+    const auto result = draw_.chance(0.5)
+                            ? module->forward(inputs[0], inputs[1], inputs[2], {{inputs[3], inputs[4]}}, restrictions_.mask)
+                            : module->attend(inputs[0], module->context(inputs[1], inputs[2], restrictions_.mask, draw_use()),
+                                             {module->added_context(0, inputs[3], inputs[4], {}, draw_use())});
+
+    std::vector<Tensor> exact_all;
+    for (const auto& x : inputs) exact_all.push_back(wide(x));
+    const auto exact_inputs = exact_all;
+    NamedTensors of_first, of_added;
+    for (const auto& item : module->named_parameters()) {
+      inputs.push_back(item.value());
+      exact_all.push_back(wide(item.value()));
+      const auto& name = item.key();
+      const auto own = name.substr(name.find('.') + 1);
+      const bool is_added = name.starts_with("added0.");
+      (is_added ? of_added : of_first)[own] = exact_all.back();
+    }
+    auto o = options_;
+    const auto [output, weights] = layer_by_definition(o, of_first, exact_inputs[0], exact_inputs[1], exact_inputs[2],
+                                                       restrictions_.allowed, restrictions_.added(type_, sizes_));
+    for (const auto* own :
+         {"query_linear.weight", "query_linear.bias", "query_norm.weight", "query_norm.bias", "output_linear.weight"}) {
+      if (const auto found = of_first.find(own); found != of_first.end()) of_added[own] = found->second;
+    }
+    o.bias_kv(false).output_bias(false).dim_key(added.dim_key()).dim_value(added.dim_value());
+    const auto all = torch::ones({sizes_.B, sizes_.H, sizes_.Lq, Lk}, torch::kBool);
+    const auto none = torch::zeros({sizes_.B, sizes_.H, sizes_.Lq, Lk}, torch::kDouble);
+    const auto other = layer_by_definition(o, of_added, exact_inputs[0], exact_inputs[3], exact_inputs[4], all, none);
+    const Result exact{output + scale * other.output, weights};
+    compare(result, exact, "decoupled");
+    if (restrictions_.learned.defined()) inputs.push_back(restrictions_.learned), exact_all.push_back(restrictions_.learned);
+    const auto cotangents = cotangents_of(exact);
+    expect_close(gradients_of({std::get<0>(result), std::get<1>(result)}, cotangents, inputs),
+                 gradients_of({exact.output, exact.weights}, cotangents, exact_all), allowed(6), "gradients of decoupled");
+  }
+
+  ContextOptions draw_use() { return {.expected_queries = draw_.of<int64_t>({1, 100, ContextOptions::kMany})}; }
 
   void run_in_parallel() {
     if (options_.bias_kv()) return evaluate();

@@ -14,6 +14,8 @@
 #include <xattn/mask.h>
 #include <xattn/norm.h>
 
+#include <functional>
+#include <string>
 #include <tuple>
 
 namespace xattn {
@@ -26,7 +28,8 @@ namespace xattn {
 ///   feed_forward(x) = feed_forward_out(activation(feed_forward_in(x)))   gate = tanh(parameter), 1 without one
 ///   with glu:         feed_forward_out(activation(feed_forward_in(x)) * feed_forward_multiplier(x))
 ///
-/// Each branch has a norm and a gate of its own. No norm is applied to keys and values. With norms after the branches and relu, the
+/// Each branch has a norm and a gate of its own. Keys and values are not normalised, unless norm_context says that the norm of the
+/// query is theirs, too: a block with it is a layer of self-attention, `forward(x, x, x)`. With norms after the branches and relu, the
 /// block equals the second and third part of torch.nn.TransformerDecoderLayer.
 ///
 ///   xattn::CrossAttentionBlock block(xattn::CrossAttentionOptions(128, 256, 256, 128).num_heads(4));
@@ -59,12 +62,18 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
                                                    const CallOptions& call = {});
 
   /// The context of later calls: key [B, Lk, Ek], value [B, Lk, Ev].
-  [[nodiscard]] Context context(const torch::Tensor& key, const torch::Tensor& value, const Mask& mask = {});
+  [[nodiscard]] Context context(const torch::Tensor& key,
+                                const torch::Tensor& value,
+                                const Mask& mask = {},
+                                const ContextOptions& options = {});
 
   /// Applies the block to query [B, Lq, Eq] and a context that it made with its current weights.
   std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query,
                                                   const Context& context,
                                                   const CallOptions& call = {});
+
+  /// `CrossAttention::explain` of the attention that `forward` would run now.
+  std::string explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask = {}) const;
 
   /// With every default resolved: feed_forward has a value. Those of the attention are read from `attention->options`; a call
   /// throws if `options.attention()` has been changed.
@@ -81,6 +90,11 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
 
  private:
   void check_options() const;
+  void check_input(const char* name, const torch::Tensor& x, const char* length) const;
+  bool norms_before() const;
+  torch::Tensor normalised_context(const char* name, const torch::Tensor& x);
+  std::tuple<torch::Tensor, torch::Tensor> add_branches(
+      const torch::Tensor& query, const std::function<std::tuple<torch::Tensor, torch::Tensor>(const torch::Tensor&)>& attend);
   CrossAttentionOptions attention_options_;  // as they were given
 
  protected:

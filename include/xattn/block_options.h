@@ -46,6 +46,9 @@ struct XATTN_API CrossAttentionBlockOptions {
   TORCH_ARG(NormKind, norm) = NormKind::layer;
   /// Where they stand. Default: before.
   TORCH_ARG(NormPlacement, norm_placement) = NormPlacement::before;
+  /// Whether attention_norm is applied to keys and values, too, which then have the features of the query: for self-attention with
+  /// norms before, as in ViT, GPT and Whisper. Default: false.
+  TORCH_ARG(bool, norm_context) = false;
   /// Added under the root of the norms. Default: 1e-5.
   TORCH_ARG(double, norm_eps) = 1e-5;
   /// Whether norms of kind layer have biases. Default: true.

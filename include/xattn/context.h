@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <xattn/export.h>
 #include <xattn/mask.h>
+#include <xattn/plan.h>
 
 #include <cstdint>
 #include <memory>
@@ -13,7 +14,7 @@ namespace xattn {
 /// The expected use of a context.
 struct ContextOptions {
   static constexpr int64_t kMany = -1;
-  /// Query rows of one batch entry that will attend to the context over all calls. For few rows it is cheapest to keep the context
+  /// Query rows of one batch entry that will attend to the context over all calls; kMany, the default, for an unknown number. For few rows it is cheapest to keep the context
   /// as it came, for many to project or fold it first.
   int64_t expected_queries = kMany;
 };
@@ -26,9 +27,11 @@ struct ContextOptions {
 /// Immutable; copies share storage; safe to share between threads.
 class XATTN_API Context {
  public:
-  /// Projected keys, [B, G, Lk, d].
+  /// The orders of products that attend to it.
+  const Orders& orders() const;
+  /// Keys as the order of the logits reads them: standard, K [B, G, Lk, d]; raw, [B, Lk, Ek]; folded, [B, H * Lk, Eq].
   const at::Tensor& key() const;
-  /// Projected values, [B, G, Lk, e].
+  /// Values as the order of the values reads them: standard, V [B, G, Lk, e]; raw, [B, Lk, Ev]; folded, [B, H * Lk, Eo].
   const at::Tensor& value() const;
   const Mask& mask() const;
   /// False if it was made from unbatched [Lk, E] tensors; its queries are then unbatched, too.

@@ -68,8 +68,12 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
                                                    const Mask& mask = {},
                                                    const CallOptions& call = {});
 
-  /// The context of later calls: key [B, Lk, Ek], value [B, Lk, Ev].
-  [[nodiscard]] Context context(const torch::Tensor& key, const torch::Tensor& value, const Mask& mask = {});
+  /// The context of later calls: key [B, Lk, Ek], value [B, Lk, Ev]. It is projected, or, for a known number of expected queries, kept
+  /// as it is cheapest for them: as it came, projected or folded.
+  [[nodiscard]] Context context(const torch::Tensor& key,
+                                const torch::Tensor& value,
+                                const Mask& mask = {},
+                                const ContextOptions& options = {});
 
   /// Attends with query [B, Lq, Eq] to a context that this module made with its current weights.
   std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query,

@@ -15,6 +15,7 @@
 #include <xattn/norm.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -94,7 +95,8 @@ TORCH_MODULE(AddedProjection);
 /// types, errors and thread safety are those of `CrossAttention`; inputs are batched all or none.
 class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<DecoupledCrossAttentionImpl> {
  public:
-  /// Throws c10::ValueError, with the reason, for options that do not fit each other.
+  /// Throws c10::ValueError, with the reason, for options that do not fit each other, and for a plan pinned to an order of the values
+  /// other than standard and fold_into_query: outputs are added before the output projection.
   explicit DecoupledCrossAttentionImpl(const DecoupledCrossAttentionOptions& options_);
 
   void reset() override;
@@ -116,19 +118,27 @@ class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<Decoup
                                                    const CallOptions& call = {});
 
   /// The first context of later calls: key [B, Lk, Ek], value [B, Lk, Ev].
-  [[nodiscard]] Context context(const torch::Tensor& key, const torch::Tensor& value, const Mask& mask = {});
+  [[nodiscard]] Context context(const torch::Tensor& key,
+                                const torch::Tensor& value,
+                                const Mask& mask = {},
+                                const ContextOptions& options = {});
 
   /// The added context of this index.
   [[nodiscard]] Context added_context(size_t index,
                                       const torch::Tensor& key,
                                       const torch::Tensor& value,
-                                      const Mask& mask = {});
+                                      const Mask& mask = {},
+                                      const ContextOptions& options = {});
 
   /// Attends with query [B, Lq, Eq] to contexts that this module made with its current weights.
   std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query,
                                                   const Context& context,
                                                   const std::vector<Context>& added,
                                                   const CallOptions& call = {});
+
+  /// What `forward` would do now with B x Lq queries, for contexts of these lengths, the first one first; the mask is that of the
+  /// first. As text.
+  std::string explain(int64_t B, int64_t Lq, const std::vector<int64_t>& lengths, const Mask& mask = {}) const;
 
   /// With every default resolved: the biases of added contexts have values. Those of the attention are read from
   /// `attention->options`; a call throws if `options.attention()` has been changed.

@@ -120,6 +120,8 @@ struct PlanRequest {
   bool bias_kv = false;             ///< a key and a value that bypass the projections
   bool query_is_constant = false;   ///< a learned query: its products with weights are made once and cost nothing
   bool weights_are_frozen = false;  ///< products of weights cost nothing
+  bool sums_heads = false;          ///< heads of several contexts or ranks are added before the one output projection
+  bool sums_ranks = false;          ///< those of several ranks, by their log-sum-exps
   bool training = false;            ///< a backward pass follows, of as many products twice over
   bool gives_weights = false;       ///< attention weights are returned
   bool drops_weights = false;       ///< dropout is above 0

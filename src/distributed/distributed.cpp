@@ -18,11 +18,11 @@
 #include "base/check.h"
 #include "cpu/matrix_product.h"
 #include "distributed/collectives.h"
+#include "modules/context_state.h"
 #include "modules/inputs.h"
 #include "modules/layer.h"
 #include "modules/options.h"
 #include "modules/planning.h"
-#include "modules/weights_stamp.h"
 #include "plan/order_traits.h"
 
 namespace xattn {
@@ -45,19 +45,6 @@ void check_options(const CrossAttentionImpl& module) {
   check_value(!plan.pinned || ends_in_heads, kContextParallel,
               "plan must be of orders that end in heads, standard and fold_into_query, but is {}, {}.",
               name_of(plan.orders.logits), name_of(plan.orders.values));
-}
-
-// The cheapest orders for one rank. The output projection follows the merging of the ranks' parts, so the values end in heads.
-Orders cheapest(const PlanRequest& request) {
-  std::optional<Orders> best;
-  for (const auto logits : {Order::standard, Order::fold_into_query}) {
-    for (const auto values : {Order::standard, Order::fold_into_query}) {
-      const Orders orders{logits, values};
-      if (!illegal_for_logits(logits, request).empty() || !illegal_for_values(values, request).empty()) continue;
-      if (!best || cost_of(orders, request).seconds < cost_of(*best, request).seconds) best = orders;
-    }
-  }
-  return best.value_or(Orders{});
 }
 
 // Exchanges batch and length of x once `check` has passed on all ranks. An error that it throws on one rank alone is reported by
@@ -164,11 +151,10 @@ SharedContext ContextParallel::context(const Tensor& key,
   mask.check(kContextParallel, inputs.B(), o.num_heads(), std::nullopt, length, inputs.key.device());
 
   const bool inputs_train = key.requires_grad() || value.requires_grad();
-  const auto request = detail::for_context(
-      kContextParallel,
-      detail::request_of(module, inputs.B(), 1, std::max<int64_t>(1, own), {}, o.attention_weights(), inputs_train),
-      options.expected_queries);
-  const auto orders = o.plan().pinned ? o.plan().orders : cheapest(request);
+  auto request = detail::request_of(module, inputs.B(), 1, std::max<int64_t>(1, own), {}, o.attention_weights(), inputs_train);
+  request.sums_heads = request.sums_ranks = true;
+  if (!o.plan().pinned) request.pinned.reset();  // autocast pins the standard order, for which there is no need here
+  const auto orders = detail::orders_of(detail::for_context(kContextParallel, request, options.expected_queries));
 
   // A share without keys becomes one key that no query may attend to, so that its rank takes all steps of the others.
   if (own == 0) {
@@ -232,7 +218,7 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   if (returned == AttentionWeights::mean) how.weights = AttentionWeights::per_head;  // the mean follows the merging
   how.log_sum_exp = true;
   Tensor largest;
-  const auto part = detail::attend_heads(layer, Xq, c.parts, how, &largest);
+  const auto part = detail::attend_heads(layer, detail::make_query(layer.weights, Xq, true), c.parts, how, &largest);
   const auto merged = detail::merge(part.output, part.log_sum_exp, largest, ranks);
 
   auto heads = detail::merge_heads(merged.output.to(type));  // [B, Lq, H * e]

@@ -138,18 +138,6 @@ struct Frozen::State {
   }
 };
 
-// Copies the caller's tensors where a context would hold them: later changes of them must not change it.
-template <class Parts>
-void copy_what_came(Parts& parts, const Tensor& key, const Tensor& value) {
-  const bool one = parts.values.is_same(parts.keys);
-  if (parts.keys.is_alias_of(key)) parts.keys = parts.keys.clone();
-  if (one) {
-    parts.values = parts.keys;
-  } else if (parts.values.is_alias_of(value)) {
-    parts.values = parts.values.clone();
-  }
-}
-
 struct FrozenContext::State {
   std::shared_ptr<const Frozen::State> owner;
   std::variant<detail::LayerContext, detail::EngineSide> parts;
@@ -358,7 +346,7 @@ FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask
   const auto orders = detail::orders_of(state_->request_for_context(inputs.B(), keys, expected));
   const auto rows = expected == ContextOptions::kMany ? std::numeric_limits<int64_t>::max() : expected;
   auto context = make_context(orders, inputs.key, inputs.value, mask, inputs.is_batched, rows);
-  std::visit([&](auto& parts) { copy_what_came(parts, inputs.key, inputs.value); }, context->parts);
+  std::visit([&](auto& parts) { detail::copy_shared(parts, inputs.key, inputs.value); }, context->parts);
   return FrozenContext(std::move(context));
 }
 

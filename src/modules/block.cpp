@@ -7,6 +7,7 @@
 #include <ATen/ops/silu.h>
 #include <torch/nn/init.h>
 
+#include <functional>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -35,6 +36,10 @@ CrossAttentionBlockOptions resolved(CrossAttentionBlockOptions options) {
   check_value(dim_output == dim_query, kBlock,
               "attention must have a dim_output of {}, its dim_query, for the output to be added to the query, but has {}.",
               dim_query, dim_output);
+  check_value(
+      !options.norm_context() || (options.attention().dim_key() == dim_query && options.attention().dim_value() == dim_query),
+      kBlock, "attention must have a dim_key and dim_value of {}, its dim_query, for norm_context, but has {} and {}.",
+      dim_query, options.attention().dim_key(), options.attention().dim_value());
   check_value(options.norm_eps() >= 0, kBlock, "norm_eps must not be negative, but is {}.", options.norm_eps());
   if (!options.feed_forward()) options.feed_forward(4 * dim_query);
   check_value(*options.feed_forward() >= 0, kBlock, "feed_forward must not be negative, but is {}.", *options.feed_forward());
@@ -133,6 +138,7 @@ void CrossAttentionBlockImpl::pretty_print(std::ostream& stream) const {
   };
   add(o.norm() != NormKind::layer, ".norm(NormKind::{})", name_of(o.norm()));
   add(o.norm_placement() == NormPlacement::after, ".norm_placement(NormPlacement::after)");
+  add(o.norm_context(), ".norm_context(true)");
   add(o.norm_eps() != 1e-5, ".norm_eps({})", o.norm_eps());
   add(!o.norm_bias(), ".norm_bias(false)");
   add(o.gate() != BlockGate::none, ".gate(BlockGate::{})", name_of(o.gate()));
@@ -156,34 +162,67 @@ void CrossAttentionBlockImpl::pretty_print(std::ostream& stream) const {
 
 std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask, const CallOptions& call) {
-  return attend(query, context(key, value, mask), call);
+  const bool forgets_norm = query.is_same(key) && !options.norm_context() && norms_before() && options.norm() != NormKind::none;
+  check_value(!forgets_norm, kBlock,
+              "key must be another tensor than the query, unless norm_context is set, but is the same: a block of "
+              "self-attention with norms before normalises keys and values, too.");
+  return add_branches(query, [&](const Tensor& x) {
+    if (!options.norm_context()) return attention->forward(x, key, value, mask, call);
+    const auto Xk = key.is_same(query) ? x : normalised_context("key", key);
+    return attention->forward(x, Xk, value.is_same(key) ? Xk : normalised_context("value", value), mask, call);
+  });
 }
 
-Context CrossAttentionBlockImpl::context(const Tensor& key, const Tensor& value, const Mask& mask) {
-  return attention->context(key, value, mask);
+Context CrossAttentionBlockImpl::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& how) {
+  if (!options.norm_context()) return attention->context(key, value, mask, how);
+  check_options();
+  const auto Xk = normalised_context("key", key);
+  return attention->context(Xk, value.is_same(key) ? Xk : normalised_context("value", value), mask, how);
 }
 
 std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::attend(const Tensor& query,
                                                            const Context& context,
                                                            const CallOptions& call) {
-  // The norm reads the query before the attention checks it. The attention checks its type and batch.
-  check_options();
+  return add_branches(query, [&](const Tensor& x) { return attention->attend(x, context, call); });
+}
+
+std::string CrossAttentionBlockImpl::explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask) const {
+  return attention->explain(B, Lq, Lk, mask);
+}
+
+bool CrossAttentionBlockImpl::norms_before() const {
+  return options.norm_placement() == NormPlacement::before;
+}
+
+// A norm reads its input before the attention checks it. Type and batch are left to the attention.
+void CrossAttentionBlockImpl::check_input(const char* name, const Tensor& x, const char* length) const {
   const auto Eq = options.attention().dim_query();
   const auto device = attention->query_linear->weight.device();
-  check_value(query.defined() && (query.dim() == 2 || query.dim() == 3) && query.size(-1) == Eq, kBlock,
-              "query must have shape [B, Lq, {}], but has {}.", Eq, shape_of(query));
-  check_type(query.device() == device, kBlock, "query must be on {}, as the parameters, but is on {}.", device.str(),
-             query.device().str());
+  check_value(x.defined() && (x.dim() == 2 || x.dim() == 3) && x.size(-1) == Eq, kBlock,
+              "{} must have shape [B, {}, {}], but has {}.", name, length, Eq, shape_of(x));
+  check_type(x.device() == device, kBlock, "{} must be on {}, as the parameters, but is on {}.", name, device.str(),
+             x.device().str());
+}
 
-  const bool before = options.norm_placement() == NormPlacement::before;
+Tensor CrossAttentionBlockImpl::normalised_context(const char* name, const Tensor& x) {
+  check_input(name, x, "Lk");
+  return norms_before() ? attention_norm(x) : x;
+}
+
+// query [B, Lq, Eq]; attend: from the query, normalised if norms stand before, to the output [B, Lq, Eq] and weights.
+std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::add_branches(
+    const Tensor& query, const std::function<std::tuple<Tensor, Tensor>(const Tensor&)>& attend) {
+  check_options();
+  check_input("query", query, "Lq");
+  const bool before = norms_before();
   const auto entrance = [&](const Tensor& x, Norm& norm) { return before ? norm(x) : x; };
   const auto sum = [&](const Tensor& x, const Tensor& branch, const Tensor& gate, Norm& norm) {
     const auto dropped = at::dropout(branch, options.dropout(), is_training());
     const auto y = x + (gate.defined() ? gate.tanh() * dropped : dropped);
     return before ? y : norm(y);
   };
-  const auto [mixed, weights] = attention->attend(entrance(query, attention_norm), context, call);  // [B, Lq, Eq]
-  const auto x = sum(query, mixed, attention_gate, attention_norm);
+  const auto [attended, weights] = attend(entrance(query, attention_norm));
+  const auto x = sum(query, attended, attention_gate, attention_norm);
   if (!feed_forward_in) return {x, weights};
 
   const auto entered = entrance(x, feed_forward_norm);

@@ -91,19 +91,21 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::forward(
   return detail::results(detail::attend(layer, Xq, context, how), inputs.is_batched, dropped_keys);
 }
 
-Context CrossAttentionImpl::context(const Tensor& key, const Tensor& value, const Mask& mask) {
+Context CrossAttentionImpl::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& how) {
   detail::check_module(kCrossAttention, *this);
-  const detail::Layer layer({}, detail::weights_of(*this));
-  const auto inputs = detail::context_inputs(kCrossAttention, layer.weights, key, value, mask);
-  detail::check_mask(kCrossAttention, layer.weights, inputs, std::nullopt);
-  return Context(std::make_shared<Context::State>(Context::State{detail::make_context(layer, inputs.key, inputs.value), mask,
-                                                                 inputs.is_batched, detail::WeightsStamp(layer.weights)}));
+  auto weights = detail::weights_of(*this);
+  const auto inputs = detail::context_inputs(kCrossAttention, weights, key, value, mask);
+  detail::check_mask(kCrossAttention, weights, inputs, std::nullopt);
+  const bool inputs_train = key.requires_grad() || value.requires_grad();
+  const auto request = detail::request_of(*this, inputs.B(), 1, inputs.Lk(), mask, options.attention_weights(), inputs_train);
+  const auto orders = detail::orders_of_context(kCrossAttention, request, how.expected_queries);
+  return detail::keep_context(detail::Layer(orders, std::move(weights), {}), inputs);
 }
 
 std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Tensor& query, const Context& context, const CallOptions& call) {
   detail::check_module(kCrossAttention, *this);
-  const detail::Layer layer({}, detail::weights_of(*this));
-  const auto& [parts, mask, is_batched, made_from] = context.state();
+  const auto& [orders, parts, mask, is_batched, made_from] = context.state();
+  const detail::Layer layer(orders, detail::weights_of(*this));
   const auto Xq = detail::query_input(kCrossAttention, layer.weights, query, is_batched, context.batch_size());
   made_from.check(kCrossAttention, layer.weights);
   mask.check(kCrossAttention, Xq.size(0), options.num_heads(), Xq.size(1), parts.Lk, Xq.device());

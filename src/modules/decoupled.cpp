@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/decoupled.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <optional>
@@ -13,6 +14,8 @@
 #include "modules/inputs.h"
 #include "modules/layer.h"
 #include "modules/options.h"
+#include "modules/planning.h"
+#include "plan/order_traits.h"
 
 namespace xattn {
 
@@ -36,13 +39,20 @@ DecoupledCrossAttentionOptions resolved(DecoupledCrossAttentionOptions options) 
   return options;
 }
 
-// The caller in messages about an added context: "decoupled_cross_attention.added0".
-std::string caller_of(size_t index) {
-  return detail::formatted("{}.added{}", kDecoupled, index);
+// The caller in messages about a context: that of an added one is "decoupled_cross_attention.added0".
+std::string caller_of(size_t context) {
+  return context == 0 ? kDecoupled : detail::formatted("{}.added{}", kDecoupled, context - 1);
 }
 
-std::string batch_of(const Context& context) {
-  return context.is_batched() ? detail::formatted("a batch of {}", context.batch_size()) : "unbatched";
+std::string batch_of(bool is_batched, int64_t B) {
+  return is_batched ? detail::formatted("a batch of {}", B) : "unbatched";
+}
+
+// Context 0 is the first one; context i > 0 is added[i - 1].
+void check_batch(size_t context, bool is_batched, int64_t B, bool first_is_batched, int64_t first_B) {
+  check_value(is_batched == first_is_batched && B == first_B, kDecoupled,
+              "added[{}] must be {}, as the first context, but is {}.", context - 1, batch_of(first_is_batched, first_B),
+              batch_of(is_batched, B));
 }
 
 void check_count(size_t given, size_t expected) {
@@ -50,15 +60,86 @@ void check_count(size_t given, size_t expected) {
               given);
 }
 
-// The layer of an added context: its own projections, and everything else from the first context.
-detail::LayerWeights weights_of_added(const DecoupledCrossAttentionImpl& module, size_t index) {
+// The layer of a context: an added one has its own projections, and everything else from the first context.
+detail::LayerWeights weights_of(const DecoupledCrossAttentionImpl& module, size_t context) {
   auto weights = detail::weights_of(*module.attention);
-  const auto& added = *module.added_projections[index];
+  if (context == 0) return weights;
+  const auto& added = *module.added_projections[context - 1];
   weights.key = added.key_linear->weight, weights.key_bias = added.key_linear->bias;
   weights.value = added.value_linear->weight, weights.value_bias = added.value_linear->bias;
   weights.key_norm = detail::norm_weights(added.key_norm);
   weights.bias_k = weights.bias_v = Tensor();
   return weights;
+}
+
+// The request for one context. Its heads are added to those of the others, so its values end in heads.
+PlanRequest request(const DecoupledCrossAttentionImpl& module,
+                    size_t context,
+                    int64_t B,
+                    int64_t Lq,
+                    int64_t Lk,
+                    const Mask& mask,
+                    const CallOptions& call,
+                    bool inputs_train) {
+  const auto& o = module.attention->options;
+  const auto returned = context == 0 ? detail::returned_weights(o, call) : AttentionWeights::none;
+  auto request = detail::request_of(*module.attention, B, Lq, Lk, mask, returned, inputs_train);
+  request.sums_heads = true;
+  if (context == 0) return request;
+  const auto& added = module.options.added()[context - 1];
+  request.Ek = added.dim_key();
+  request.Ev = added.dim_value();
+  request.bias_kv = false;
+  const auto& projections = *module.added_projections[context - 1];
+  request.training = request.training || (at::GradMode::is_enabled() && (projections.key_linear->weight.requires_grad() ||
+                                                                         projections.value_linear->weight.requires_grad()));
+  return request;
+}
+
+Context keep(const DecoupledCrossAttentionImpl& module,
+             size_t context,
+             const Tensor& key,
+             const Tensor& value,
+             const Mask& mask,
+             const ContextOptions& how) {
+  auto weights = weights_of(module, context);
+  const auto caller = caller_of(context);
+  const auto inputs = detail::context_inputs(caller, weights, key, value, mask);
+  detail::check_mask(caller, weights, inputs, std::nullopt);
+  const bool trains = key.requires_grad() || value.requires_grad();
+  const auto orders = detail::orders_of_context(caller, request(module, context, inputs.B(), 1, inputs.Lk(), mask, {}, trains),
+                                                how.expected_queries);
+  return detail::keep_context(detail::Layer(orders, std::move(weights), {}), inputs);
+}
+
+// One context of a call, as its orders read it.
+struct Part {
+  detail::Layer layer;
+  detail::LayerContext context;
+  Mask mask;
+};
+
+// query [B, Lq, Eq] -> output [B, Lq, Eo], and the weights of the first context
+AttentionResult attend_to(const DecoupledCrossAttentionImpl& module,
+                          const Tensor& x,
+                          const std::vector<Part>& parts,
+                          const CallOptions& call) {
+  const auto& first = parts.front().layer.weights;
+  const bool is_projected =
+      std::ranges::any_of(parts, [](const Part& part) { return detail::projects_query(part.layer.orders.logits); });
+  const auto query = detail::make_query(first, x, is_projected);
+  auto how = detail::attention_options(kDecoupled, module.attention->options, call, parts.front().mask, module.is_training());
+  auto result = detail::attend_heads(parts.front().layer, query, parts.front().context, how);  // [B, H, Lq, e]
+  how.weights = AttentionWeights::none;
+  for (size_t i = 1; i < parts.size(); ++i) {
+    const auto scale = module.options.added()[i - 1].scale();
+    if (scale == 0) continue;
+    how.mask = parts[i].mask;
+    const auto added = detail::attend_heads(parts[i].layer, query, parts[i].context, how);
+    result.output = result.output.add(added.output, scale);
+  }
+  result.output = detail::project(detail::merge_heads(result.output), first.output, first.output_bias);
+  return result;
 }
 
 }  // namespace
@@ -94,12 +175,17 @@ void AddedProjectionImpl::pretty_print(std::ostream& stream) const {
 DecoupledCrossAttentionImpl::DecoupledCrossAttentionImpl(const DecoupledCrossAttentionOptions& options_)
     : options(resolved(options_)), attention_options_(options_.attention()) {
   reset();
+  check_options();
 }
 
 // Checks options that may have been changed since the module was made.
 void DecoupledCrossAttentionImpl::check_options() const {
   detail::check_unchanged(kDecoupled, options.attention(), attention_options_);
   detail::check_module(kDecoupled, *attention);
+  const auto& plan = attention->options.plan();
+  check_value(!plan.pinned || detail::ends_in_heads(plan.orders.values), kDecoupled,
+              "plan must have an order of the values that ends in heads, standard or fold_into_query, but has {}.",
+              name_of(plan.orders.values));
   const auto& o = attention->options;
   const auto& all = options.added();
   check_value(all.size() == added_projections.size(), kDecoupled,
@@ -109,7 +195,7 @@ void DecoupledCrossAttentionImpl::check_options() const {
     const auto& added = all[i];
     const auto& side = added_projections[i];
     check_value(std::isfinite(added.scale()), kDecoupled, "added[{}].scale must be finite, but is {}.", i, added.scale());
-    const auto caller = caller_of(i);
+    const auto caller = caller_of(i + 1);
     detail::check_projection(caller, "key_linear", side->key_linear, added.dim_key(), G * d, added.key_bias() == true);
     detail::check_projection(caller, "value_linear", side->value_linear, added.dim_value(), G * e, added.value_bias() == true);
     const auto size = o.qk_norm_scope() == NormScope::per_head ? d : G * d;
@@ -153,28 +239,47 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::forward(const Tensor& qu
                                                                 const std::vector<KeyValue>& added,
                                                                 const Mask& mask,
                                                                 const CallOptions& call) {
-  check_count(added.size(), added_projections.size());
-  const auto first = context(key, value, mask);
-  std::vector<Context> others;
-  for (size_t i = 0; i < added.size(); ++i) others.push_back(added_context(i, added[i].key, added[i].value, added[i].mask));
-  return attend(query, first, others, call);
-}
-
-Context DecoupledCrossAttentionImpl::context(const Tensor& key, const Tensor& value, const Mask& mask) {
   check_options();
-  return attention->context(key, value, mask);
+  check_count(added.size(), added_projections.size());
+  std::vector<Part> parts;
+  auto inputs = detail::context_inputs(kDecoupled, weights_of(*this, 0), key, value, mask);
+  const bool is_batched = inputs.is_batched;
+  const auto B = inputs.B();
+  const auto Xq = detail::query_input(kDecoupled, weights_of(*this, 0), query, is_batched, B);
+  int64_t dropped_keys = 0;
+  for (size_t i = 0; i <= added.size(); ++i) {
+    auto weights = weights_of(*this, i);
+    const auto caller = caller_of(i);
+    if (i > 0) {
+      inputs = detail::context_inputs(caller, weights, added[i - 1].key, added[i - 1].value, added[i - 1].mask);
+      check_batch(i, inputs.is_batched, inputs.B(), is_batched, B);
+    }
+    detail::check_mask(caller, weights, inputs, Xq.size(1));
+    const auto dropped = detail::drop_padding(weights, inputs);
+    if (i == 0) dropped_keys = dropped;
+    const bool trains = query.requires_grad() || inputs.key.requires_grad() || inputs.value.requires_grad();
+    const detail::Layer layer(
+        detail::orders_of(request(*this, i, inputs.B(), Xq.size(1), inputs.Lk(), inputs.mask, call, trains)),
+        std::move(weights));
+    parts.push_back({layer, detail::make_context(layer, inputs.key, inputs.value), inputs.mask});
+  }
+  return detail::results(attend_to(*this, Xq, parts, call), is_batched, dropped_keys);
 }
 
-Context DecoupledCrossAttentionImpl::added_context(size_t index, const Tensor& key, const Tensor& value, const Mask& mask) {
+Context DecoupledCrossAttentionImpl::context(const Tensor& key,
+                                             const Tensor& value,
+                                             const Mask& mask,
+                                             const ContextOptions& how) {
+  check_options();
+  return keep(*this, 0, key, value, mask, how);
+}
+
+Context DecoupledCrossAttentionImpl::added_context(
+    size_t index, const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& how) {
   check_value(index < added_projections.size(), kDecoupled, "index must be below the number of added contexts, {}, but is {}.",
               added_projections.size(), index);
   check_options();
-  const detail::Layer layer({}, weights_of_added(*this, index));
-  const auto caller = caller_of(index);
-  const auto inputs = detail::context_inputs(caller, layer.weights, key, value, mask);
-  detail::check_mask(caller, layer.weights, inputs, std::nullopt);
-  return Context(std::make_shared<Context::State>(Context::State{detail::make_context(layer, inputs.key, inputs.value), mask,
-                                                                 inputs.is_batched, detail::WeightsStamp(layer.weights)}));
+  return keep(*this, index + 1, key, value, mask, how);
 }
 
 std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& query,
@@ -182,35 +287,35 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& que
                                                                const std::vector<Context>& added,
                                                                const CallOptions& call) {
   check_options();
-  const auto& heads = attention->options;
-  const auto first = detail::weights_of(*attention);
+  const auto first = weights_of(*this, 0);
   const auto Xq = detail::query_input(kDecoupled, first, query, context.is_batched(), context.batch_size());
   check_count(added.size(), added_projections.size());
-  context.state().made_from.check(kDecoupled, first);
-  for (size_t i = 0; i < added.size(); ++i) {
-    check_value(added[i].is_batched() == context.is_batched() && added[i].batch_size() == context.batch_size(), kDecoupled,
-                "added[{}] must be {}, as the first context, but is {}.", i, batch_of(context), batch_of(added[i]));
-    added[i].state().made_from.check(caller_of(i), weights_of_added(*this, i));
+  std::vector<Part> parts;
+  for (size_t i = 0; i <= added.size(); ++i) {
+    const auto& [orders, tensors, mask, is_batched, made_from] = (i == 0 ? context : added[i - 1]).state();
+    auto weights = weights_of(*this, i);
+    if (i > 0) check_batch(i, is_batched, tensors.keys.size(0), context.is_batched(), context.batch_size());
+    made_from.check(caller_of(i), weights);
+    mask.check(caller_of(i), Xq.size(0), first.H, Xq.size(1), tensors.Lk, Xq.device());
+    parts.push_back({detail::Layer(orders, std::move(weights)), tensors, mask});
   }
-  const auto check_mask = [&](std::string_view caller, const Context& c) {
-    c.mask().check(caller, Xq.size(0), heads.num_heads(), Xq.size(1), c.state().parts.Lk, Xq.device());
-  };
-  check_mask(kDecoupled, context);
+  return detail::results(attend_to(*this, Xq, parts, call), context.is_batched());
+}
 
-  auto how = detail::attention_options(kDecoupled, heads, call, context.mask(), is_training());
-  const auto q = detail::project_query(first, Xq);                               // [B, H, Lq, d]
-  auto result = detail::attend_projected(first, q, context.state().parts, how);  // [B, H, Lq, e]
-  how.weights = AttentionWeights::none;
-  for (size_t i = 0; i < added.size(); ++i) {
-    check_mask(caller_of(i), added[i]);
-    const auto scale = options.added()[i].scale();
-    if (scale == 0) continue;
-    how.mask = added[i].mask();
-    const auto other = detail::attend_projected(weights_of_added(*this, i), q, added[i].state().parts, how);
-    result.output = result.output.add(other.output, scale);
+std::string DecoupledCrossAttentionImpl::explain(int64_t B,
+                                                 int64_t Lq,
+                                                 const std::vector<int64_t>& lengths,
+                                                 const Mask& mask) const {
+  check_options();
+  check_value(lengths.size() == added_projections.size() + 1, kDecoupled, "lengths must be those of {} contexts, but are {}.",
+              added_projections.size() + 1, lengths.size());
+  std::string text;
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    const auto keys = i == 0 && !attention->options.bias_kv() ? mask.needed_keys(lengths[i]) : lengths[i];
+    text += i == 0 ? "first context: " : detail::formatted("added context {}: ", i - 1);
+    text += xattn::explain(request(*this, i, B, Lq, keys, i == 0 ? mask : Mask(), {}, false));
   }
-  result.output = detail::project(detail::merge_heads(result.output), first.output, first.output_bias);
-  return detail::results(result, context.is_batched());
+  return text;
 }
 
 }  // namespace xattn

@@ -83,8 +83,8 @@ Tensor with_bias_kv(const Tensor& x, const Tensor& bias) {
 }
 
 // (Xq Wq) Wk'
-Tensor fold_into_query(const LayerWeights& w, const Tensor& query) {
-  const auto rows = times_each_head(project_query(w, query) * w.scale, for_every_head(key_heads(w), w.H));
+Tensor fold_into_query(const LayerWeights& w, const LayerQuery& query) {
+  const auto rows = times_each_head(query.projected * w.scale, for_every_head(key_heads(w), w.H));
   return with_zero_gradient(rows, w.key_bias);  // [B, H, Lq, Ek]
 }
 
@@ -103,21 +103,21 @@ std::pair<Tensor, Tensor> fold_into_context(const LayerWeights& w, const Tensor&
   return {times_each_head(k, query_heads(w)).flatten(1, 2), bias};
 }
 
-// query [B, Lq, Eq] -> logits [B, H, Lq, Lk]
-Tensor logits_of(const Layer& layer, const Tensor& query, const LayerContext& context) {
+// -> logits [B, H, Lq, Lk]
+Tensor logits_of(const Layer& layer, const LayerQuery& query, const LayerContext& context) {
   const auto& w = layer.weights;
   switch (layer.orders.logits) {
     case Order::standard: {
-      const auto B = query.size(0), Lq = query.size(1), Lk = context.keys.size(2);
-      const auto rows = (project_query(w, query) * w.scale).reshape({B, w.G, w.H / w.G * Lq, w.d});
+      const auto B = query.x.size(0), Lq = query.x.size(1), Lk = context.keys.size(2);
+      const auto rows = (query.projected * w.scale).reshape({B, w.G, w.H / w.G * Lq, w.d});
       return logits_product(rows, context.keys.transpose(-2, -1)).view({B, w.H, Lq, Lk});
     }
     case Order::fold_into_query: return times_shared(fold_into_query(w, query), context.keys.transpose(1, 2), logits_product);
     case Order::prefold:
-      return times_shared(times_product(w, layer.products.logits, query), context.keys.transpose(1, 2), logits_product);
+      return times_shared(times_product(w, layer.products.logits, query.x), context.keys.transpose(1, 2), logits_product);
     case Order::fold_into_context: break;
   }
-  auto logits = logits_product(query, context.keys.transpose(1, 2));  // [B, Lq, Eq] [B, Eq, H * Lk]
+  auto logits = logits_product(query.x, context.keys.transpose(1, 2));  // [B, Lq, Eq] [B, Eq, H * Lk]
   if (context.key_bias.defined()) logits = logits + context.key_bias;
   return logits.unflatten(2, {w.H, -1}).transpose(1, 2);
 }
@@ -169,19 +169,19 @@ Tensor output_of(const Layer& layer, const Tensor& weights, const Tensor& sums, 
 }
 
 // q bk of each head and row, [B, H, Lq]: what a fold into the query leaves out of all logits of a row.
-Tensor logits_of_key_bias(const LayerWeights& w, const Tensor& query) {
+Tensor logits_of_key_bias(const LayerWeights& w, const LayerQuery& query) {
   const auto bias = for_every_head(w.key_bias.view({w.G, 1, w.d}), w.H);  // [H, 1, d]
-  return (project_query(w, query) * bias).sum(-1) * w.scale;
+  return (query.projected * bias).sum(-1) * w.scale;
 }
 
 // Orders other than the standard one for both chains -> output [B, H, Lq, e] if they end in heads, else [B, Lq, Eo].
 AttentionResult attend_in_steps(const Layer& layer,
-                                const Tensor& query,
+                                const LayerQuery& query,
                                 const LayerContext& context,
                                 const AttentionOptions& options,
                                 Tensor* largest = nullptr) {
   const auto& w = layer.weights;
-  const auto type = product_type(query);
+  const auto type = product_type(query.x);
   const auto logits = logits_of(layer, query, context);  // [B, H, Lq, Lk]
   auto [weights, log_sum_exp, empty_rows] = softmax_over_keys(logits, type, options.mask, options.log_sum_exp, largest);
   if (log_sum_exp.defined() && w.key_bias.defined() && layer.orders.logits == Order::fold_into_query) {
@@ -252,8 +252,9 @@ Layer::Layer(const Orders& orders_, LayerWeights weights_) : orders(orders_), we
   if (uses_product(orders.values)) products.values = product_for_values(weights);
 }
 
-Tensor project_query(const LayerWeights& w, const Tensor& query) {
-  return normalised_heads(project(query, w.query, w.query_bias), w.H, w.d, w.norm_scope, w.query_norm);
+LayerQuery make_query(const LayerWeights& w, const Tensor& x, bool is_projected) {
+  if (!is_projected) return {x, {}};
+  return {x, normalised_heads(project(x, w.query, w.query_bias), w.H, w.d, w.norm_scope, w.query_norm)};
 }
 
 LayerContext make_context(const Layer& layer, const Tensor& key, const Tensor& value) {
@@ -266,21 +267,21 @@ LayerContext make_context(const Layer& layer, const Tensor& key, const Tensor& v
   return context;
 }
 
-AttentionResult attend_projected(
-    const LayerWeights& w, const Tensor& q, const LayerContext& context, const AttentionOptions& options, Tensor* largest) {
+AttentionResult attend_heads(const Layer& layer,
+                             const LayerQuery& query,
+                             const LayerContext& context,
+                             const AttentionOptions& options,
+                             Tensor* largest) {
+  if (layer.orders != Orders{}) return attend_in_steps(layer, query, context, options, largest);
   auto how = options;
-  if (w.bias_k.defined()) how.mask = options.mask.with_free_key(q.size(2), context.Lk, q.device());
+  const auto& q = query.projected;
+  if (layer.weights.bias_k.defined()) how.mask = options.mask.with_free_key(q.size(2), context.Lk, q.device());
   return largest ? attention_by_largest(q, context.keys, context.values, how, largest)
                  : attention(q, context.keys, context.values, how);
 }
 
-AttentionResult attend_heads(
-    const Layer& layer, const Tensor& query, const LayerContext& context, const AttentionOptions& options, Tensor* largest) {
-  if (layer.orders != Orders{}) return attend_in_steps(layer, query, context, options, largest);
-  return attend_projected(layer.weights, project_query(layer.weights, query), context, options, largest);
-}
-
-AttentionResult attend(const Layer& layer, const Tensor& query, const LayerContext& context, const AttentionOptions& options) {
+AttentionResult attend(const Layer& layer, const Tensor& x, const LayerContext& context, const AttentionOptions& options) {
+  const auto query = make_query(layer.weights, x, projects_query(layer.orders.logits));
   if (!ends_in_heads(layer.orders.values)) return attend_in_steps(layer, query, context, options);
   auto result = attend_heads(layer, query, context, options);
   result.output = project(merge_heads(result.output), layer.weights.output, layer.weights.output_bias);

@@ -73,11 +73,27 @@ struct LayerContext {
   at::Tensor values;    ///< standard: V, [B, G, Lk, e]; raw: Xv; folded: [B, H * Lk, Eo]
   int64_t Lk;           ///< without the key of bias_k
 };
+/// Copies what a context would share with the caller's tensors, so that later changes of these do not change it.
+template <class AnyContext>
+void copy_shared(AnyContext& context, const at::Tensor& key, const at::Tensor& value) {
+  const bool one = context.values.is_same(context.keys);
+  if (context.keys.is_alias_of(key)) context.keys = context.keys.clone();
+  if (one) {
+    context.values = context.keys;
+  } else if (context.values.is_alias_of(value)) {
+    context.values = context.values.clone();
+  }
+}
+
 /// key [B, Lk, Ek], value [B, Lk, Ev].
 LayerContext make_context(const Layer& layer, const at::Tensor& key, const at::Tensor& value);
 
-/// query [B, Lq, Eq] -> Q [B, H, Lq, d].
-at::Tensor project_query(const LayerWeights& weights, const at::Tensor& query);
+/// A query, and what layers that share its projection read of it.
+struct LayerQuery {
+  at::Tensor x;          ///< [B, Lq, Eq]
+  at::Tensor projected;  ///< Q, [B, H, Lq, d]; undefined if the orders of no layer read it
+};
+LayerQuery make_query(const LayerWeights& weights, const at::Tensor& x, bool is_projected);
 
 /// query [B, Lq, Eq] -> output [B, Lq, Eo], with weights and log-sum-exp if requested. Only the standard order reads
 /// `options.path`. A bias of the keys adds the same number to all logits of a row; the log-sum-exp of `prefold` omits it.
@@ -89,16 +105,9 @@ AttentionResult attend(const Layer& layer,
 /// The same without the output projection, for values in an order that ends in heads: output [B, H, Lq, e]. With `largest`, which
 /// is not null then, the log-sum-exp is relative to what that becomes: see `attention_by_largest`.
 AttentionResult attend_heads(const Layer& layer,
-                             const at::Tensor& query,
+                             const LayerQuery& query,
                              const LayerContext& context,
                              const AttentionOptions& options,
                              at::Tensor* largest = nullptr);
-
-/// The standard order from a projected query on: q [B, H, Lq, d] -> output [B, H, Lq, e].
-AttentionResult attend_projected(const LayerWeights& weights,
-                                 const at::Tensor& q,
-                                 const LayerContext& context,
-                                 const AttentionOptions& options,
-                                 at::Tensor* largest = nullptr);
 
 }  // namespace xattn::detail

@@ -61,6 +61,10 @@ Orders orders_of(const PlanRequest& request) {
   return request.pinned ? *request.pinned : make_plan(request).orders;
 }
 
+Orders orders_of_context(std::string_view caller, const PlanRequest& request, int64_t expected_queries) {
+  return expected_queries == ContextOptions::kMany ? Orders{} : orders_of(for_context(caller, request, expected_queries));
+}
+
 PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t expected_queries) {
   constexpr int64_t kRowsOfACall = 64;  // assumed for each call while a context is planned
   const bool many = expected_queries == ContextOptions::kMany;

@@ -30,6 +30,9 @@ Orders orders_of(const PlanRequest& request);
 /// The sizes and norms of a layer; the caller adds rates, type and purpose.
 PlanRequest request_of(const CrossAttentionOptions& resolved, int64_t B, int64_t Lq, int64_t Lk);
 
+/// The orders of a context that a module keeps: standard for an unknown number of query rows, else the cheapest.
+Orders orders_of_context(std::string_view caller, const PlanRequest& request, int64_t expected_queries);
+
 /// The request for a context that serves this many query rows over all calls (ContextOptions::expected_queries). Throws if negative.
 PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t expected_queries);
 

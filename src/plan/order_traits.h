@@ -19,7 +19,7 @@ struct OrderTraits {
   bool is_raw;         ///< it reads the context as it came
   bool is_folded;      ///< it reads a context that all weights of its chain have been multiplied into
   bool uses_product;   ///< it multiplies the two weights of a head with each other
-  bool ends_in_heads;  ///< as the order of the values, it ends with a product of its own for the output projection
+  bool ends_in_heads;  ///< the projection of the query, or of the output, is a product of its own
 };
 
 /// In the order of the enum.
@@ -42,8 +42,11 @@ constexpr bool is_folded(Order order) {
 constexpr bool uses_product(Order order) {
   return traits(order).uses_product;
 }
-constexpr bool ends_in_heads(Order order) {
-  return traits(order).ends_in_heads;
+constexpr bool projects_query(Order logits) {
+  return traits(logits).ends_in_heads;
+}
+constexpr bool ends_in_heads(Order values) {
+  return traits(values).ends_in_heads;
 }
 
 /// How a frozen layer lays out Xk and Xv where they are all that is kept of a context.

@@ -317,12 +317,14 @@ std::string_view illegal_for_logits(Order order, const PlanRequest& request) {
   const bool projects_key = order == Order::fold_into_context;
   if (request.query_norm && !projects_query) return "a norm of the query stands behind Wq";
   if (request.key_norm && !projects_key) return "a norm of the key stands behind Wk";
+  if (request.sums_ranks && !detail::projects_query(order)) return "its log-sum-exp is not that of other orders";
   if (request.weights_are_frozen && uses_product(order) && !logits_product_pays(request)) return kNoProduct;
   return {};
 }
 
 std::string_view illegal_for_values(Order order, const PlanRequest& request) {
   if (order != Order::standard && request.bias_kv) return "bias_kv adds a value that no projection made";
+  if (request.sums_heads && !detail::ends_in_heads(order)) return "the output projection follows the sum of heads";
   if (request.weights_are_frozen && uses_product(order) && !values_product_pays(request)) return kNoProduct;
   return {};
 }
