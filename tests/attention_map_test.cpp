@@ -10,12 +10,15 @@
 #include <tuple>
 #include <vector>
 
+#include "attention/draw.h"
 #include "compare.h"
 #include "test_util.h"
 
 namespace xattn::test {
 namespace {
 
+using detail::color_map;
+using detail::resize_map;
 using torch::Tensor;
 using Sizes = std::vector<int64_t>;
 

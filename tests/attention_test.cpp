@@ -10,7 +10,9 @@
 #include <map>
 
 #include "attention/heads.h"
+#include "attention/mask_parts.h"
 #include "compare.h"
+#include "plan/runs_on.h"
 #include "test_util.h"
 
 namespace xattn::test {
@@ -92,7 +94,7 @@ TEST_P(AttentionTest, DefinitionEqualsItsFormulaNumberByNumber) {
     for (const auto& [name, mask] : masks(device_)) {
       AttentionOptions options{.mask = mask, .scale = 0.7, .weights = AttentionWeights::per_head, .log_sum_exp = true};
       const auto result = attention(q, k, v, options);
-      const auto keep = mask.keep(kLq, kLk, device_), bias = mask.additive();
+      const auto keep = detail::allowed_keys(mask, kLq, kLk, device_), bias = detail::total_bias(mask);
       const auto allowed = (keep.defined() ? keep.cpu() : torch::ones({1, 1, 1, 1}, torch::kBool)).expand({kB, kH, kLq, kLk});
       const auto added = (bias.defined() ? bias.cpu() : torch::zeros({1, 1, 1, 1}, torch::kDouble)).expand({kB, kH, kLq, kLk});
       for (int64_t b = 0; b < kB; ++b) {
@@ -148,7 +150,7 @@ TEST_P(AttentionTest, FusedEqualsDefinitionInOutputLogSumExpAndGradients) {
 
 // Contexts that are gone through in parts, with rows enough to be packed for; value heads of another size where these kernels run.
 TEST_P(AttentionTest, GradientsOverALongContextAreExactAndOfEqualBitsForAnyThreads) {
-  const int64_t Lq = 50, Lk = 2300, d = 20, e = device_.is_cpu() && modules_run_on() == RunsOn::kernels ? 13 : d;
+  const int64_t Lq = 50, Lk = 2300, d = 20, e = device_.is_cpu() && detail::modules_run_on() == RunsOn::module_kernels ? 13 : d;
   const auto q = random({2, 4, Lq, d}, torch::kFloat), k = random({2, 2, Lk, d}, torch::kFloat),
              v = random({2, 2, Lk, e}, torch::kFloat);
   const auto cotangent = random({2, 4, Lq, e}, torch::kFloat).detach();

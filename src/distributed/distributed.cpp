@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/mask_parts.h"
 #include "attention/softmax.h"
 #include "base/check.h"
 #include "cpu/matrix_product.h"
@@ -192,7 +193,7 @@ SharedContext ContextParallel::context(const Tensor& key,
   const auto rank = state_->ranks->rank(), own = Xk.size(1);
   const auto first = std::accumulate(lengths.begin(), lengths.begin() + rank, int64_t{0});
   const auto length = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
-  mask.check(kContextParallel, Xk.size(0), o.num_heads(), std::nullopt, length, Xk.device());
+  detail::check_mask(mask, kContextParallel, Xk.size(0), o.num_heads(), std::nullopt, length, Xk.device());
 
   const auto request = detail::for_context(
       kContextParallel, module.request(Xk.size(0), 1, std::max<int64_t>(1, own), {}, Xk.requires_grad() || Xv.requires_grad()),
@@ -242,7 +243,7 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   }
   const auto all = apart ? detail::all_rows(own, lengths, ranks) : own;
   const auto Lq = all.size(1);
-  c.mask.check(kContextParallel, context.batch_size(), o.num_heads(), Lq, c.length, all.device());
+  detail::check_mask(c.mask, kContextParallel, context.batch_size(), o.num_heads(), Lq, c.length, all.device());
 
   LayerWeights weights(module);
   auto replicated = of_query(weights);
@@ -253,7 +254,7 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   set_context(weights, c.weights);
 
   AttentionOptions how;
-  how.mask = c.own > 0 ? c.mask.shard(c.first, c.own, Lq, c.length, all.device())
+  how.mask = c.own > 0 ? detail::shard_of_keys(c.mask, c.first, c.own, Lq, c.length, all.device())
                        : Mask::key_padding(at::zeros({1, 1}, at::dtype(at::kBool).device(all.device())));
   how.scale = o.scale();
   how.dropout = module.is_training() ? o.dropout() : 0;

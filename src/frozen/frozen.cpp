@@ -15,6 +15,7 @@
 #include <utility>
 #include <variant>
 
+#include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/describe.h"
 #include "cpu/matrix_product.h"
@@ -49,10 +50,10 @@ detail::LayerWeights in_double(detail::LayerWeights w) {
 
 // The keys of each batch entry that the mask leaves as far as the host knows, and what else it says.
 std::pair<std::vector<int64_t>, Mask> split_lengths(const Mask& mask, int64_t B, int64_t Lk) {
-  auto lengths = mask.host_lengths();
+  auto lengths = detail::host_lengths(mask);
   if (lengths.empty()) return {std::vector<int64_t>(static_cast<size_t>(B), Lk), mask};
   if (lengths.size() == 1) lengths.resize(static_cast<size_t>(B), lengths.front());
-  return {lengths, mask.without_lengths()};
+  return {lengths, detail::without_lengths(mask)};
 }
 
 // What a plan is made for: these keys are all that is looked at.
@@ -66,8 +67,8 @@ Mask for_queries(const Mask& mask, int64_t n, int64_t Lq, int64_t Lk, at::Device
   if (n == 1) return mask;
   const auto repeated = [n](const Tensor& x) { return x.size(2) == 1 ? x : x.repeat({1, 1, n, 1}); };
   Mask result;
-  if (const auto keep = mask.keep(Lq, Lk, device); keep.defined()) result = Mask::dense(repeated(keep));
-  if (const auto bias = mask.additive(type); bias.defined()) result = result & Mask::bias(repeated(bias));
+  if (const auto keep = detail::allowed_keys(mask, Lq, Lk, device); keep.defined()) result = Mask::dense(repeated(keep));
+  if (const auto bias = detail::total_bias(mask, type); bias.defined()) result = result & Mask::bias(repeated(bias));
   return result;
 }
 
@@ -110,7 +111,7 @@ struct Frozen::State {
                     : weights.query.is_cuda() ? Rates::cuda()
                                               : Rates::cpu(threads);
     request.gives_weights = module->options.attention_weights() != AttentionWeights::none;
-    request.runs_on = engine ? RunsOn::engine : detail::runs_on(weights.query);
+    request.runs_on = engine ? RunsOn::frozen_kernels : detail::runs_on(weights.query);
     if (plan.pinned) request.pinned = plan.orders;
     return request;
   }
@@ -332,10 +333,10 @@ std::tuple<Tensor, Tensor> Frozen::forward_with(const Tensor& query,
   detail::check_key_value(kFrozen, key, value, mask, module.key_linear, module.value_linear, module.options.num_heads());
   const auto Xk = batched(key), Xv = batched(value);
   const auto B = Xk.size(0), Lq = query.defined() ? query.size(1) : state_->query.size(0), Lk = Xk.size(1);
-  mask.check(kFrozen, B, options().num_heads(), Lq, Lk, key.device());
+  detail::check_mask(mask, kFrozen, B, options().num_heads(), Lq, Lk, key.device());
   if (!state_->engine) {
-    const auto keys = options().bias_kv() ? Lk : mask.needed_keys(Lk);
-    const auto cut_mask = mask.first_keys(keys);
+    const auto keys = options().bias_kv() ? Lk : detail::needed_keys(mask, Lk);
+    const auto cut_mask = detail::first_keys(mask, keys);
     const FrozenContext context(
         make_context(orders(B, Lq, keys), Xk.narrow(1, 0, keys), Xv.narrow(1, 0, keys), cut_mask, key.dim() == 3, Lq));
     const auto [output, weights] = attend_with(query, context);
@@ -407,7 +408,7 @@ std::tuple<Tensor, Tensor> Frozen::attend_with(const Tensor& query, const Frozen
   const auto wanted = options().attention_weights();
   const auto Xq = query.defined() ? batched(query) : Tensor();
   const auto Lq = query.defined() ? Xq.size(1) : state_->query.size(0);
-  c.mask.check(kFrozen, c.B, options().num_heads(), Lq, c.Lk, state_->weights.query.device());
+  detail::check_mask(c.mask, kFrozen, c.B, options().num_heads(), Lq, c.Lk, state_->weights.query.device());
   if (const auto* side = std::get_if<detail::EngineSide>(&c.side)) {
     return as_given(detail::attend(*state_->engine, *side, state_->call(c.orders, Xq, c.mask)), c.batched);
   }

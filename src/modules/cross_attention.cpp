@@ -8,6 +8,7 @@
 #include <cmath>
 #include <string_view>
 
+#include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/text.h"
 #include "cpu/matrix_product.h"
@@ -81,10 +82,12 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::forward(const Tensor& query,
   detail::check_key_value(kCrossAttention, key, value, mask, key_linear, value_linear, options.num_heads());
   const bool is_batched = key.dim() == 3;
   detail::check_query(kCrossAttention, query, is_batched, is_batched ? key.size(0) : 1, query_linear);
-  mask.check(kCrossAttention, is_batched ? key.size(0) : 1, options.num_heads(), query.size(-2), key.size(-2), key.device());
-  const auto Lk = key.size(-2), keys = options.bias_kv() ? Lk : mask.needed_keys(Lk);
+  detail::check_mask(mask, kCrossAttention, is_batched ? key.size(0) : 1, options.num_heads(), query.size(-2), key.size(-2),
+                     key.device());
+  const auto Lk = key.size(-2), keys = options.bias_kv() ? Lk : detail::needed_keys(mask, Lk);
   if (keys < Lk) {
-    const auto [output, weights] = forward(query, key.narrow(-2, 0, keys), value.narrow(-2, 0, keys), mask.first_keys(keys));
+    const auto [output, weights] =
+        forward(query, key.narrow(-2, 0, keys), value.narrow(-2, 0, keys), detail::first_keys(mask, keys));
     return {output, detail::with_zeros(weights, Lk - keys)};
   }
   const auto Xq = batched(query), Xk = batched(key), Xv = batched(value);
@@ -117,7 +120,7 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Orders& orders,
                                                       const detail::Side& side,
                                                       const Mask& mask,
                                                       bool is_batched) const {
-  mask.check(kCrossAttention, query.size(0), options.num_heads(), query.size(1), side.Lk, query.device());
+  detail::check_mask(mask, kCrossAttention, query.size(0), options.num_heads(), query.size(1), side.Lk, query.device());
   AttentionOptions how;
   how.mask = mask;
   how.scale = options.scale();
@@ -140,7 +143,7 @@ PlanRequest CrossAttentionImpl::request(int64_t B, int64_t Lq, int64_t Lk, const
   auto request = detail::request_of(options, B, Lq, Lk);
   const auto& weight = query_linear->weight;
   request.element = static_cast<int64_t>(weight.element_size());
-  request.mask_is_learned = mask.is_learned();
+  request.mask_is_learned = detail::is_learned(mask);
   request.training = at::GradMode::is_enabled() && (inputs_train || request.mask_is_learned || weight.requires_grad() ||
                                                     key_linear->weight.requires_grad() || value_linear->weight.requires_grad());
   request.gives_weights = options.attention_weights() != AttentionWeights::none;
@@ -154,7 +157,7 @@ PlanRequest CrossAttentionImpl::request(int64_t B, int64_t Lq, int64_t Lk, const
 
 std::string CrossAttentionImpl::explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask) {
   detail::check_module(kCrossAttention, *this);
-  return xattn::explain(request(B, Lq, options.bias_kv() ? Lk : mask.needed_keys(Lk), mask, false));
+  return xattn::explain(request(B, Lq, options.bias_kv() ? Lk : detail::needed_keys(mask, Lk), mask, false));
 }
 
 std::vector<Tensor> CrossAttentionImpl::context_weights() const {

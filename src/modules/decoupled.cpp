@@ -4,6 +4,7 @@
 #include <cmath>
 #include <string>
 
+#include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/text.h"
 #include "modules/inputs.h"
@@ -73,9 +74,9 @@ void check_options(const DecoupledCrossAttentionImpl& module) {
 AttentionResult attend_heads(
     std::string_view caller, const Tensor& q, const Context& context, const CrossAttentionOptions& options, bool training) {
   const auto Lq = q.size(2), Lk = context.length() - (options.bias_kv() ? 1 : 0);
-  context.mask().check(caller, q.size(0), q.size(1), Lq, Lk, q.device());
+  detail::check_mask(context.mask(), caller, q.size(0), q.size(1), Lq, Lk, q.device());
   AttentionOptions how;
-  how.mask = options.bias_kv() ? context.mask().with_free_key(Lq, Lk, q.device()) : context.mask();
+  how.mask = options.bias_kv() ? detail::with_bias_kv(context.mask(), Lq, Lk, q.device()) : context.mask();
   how.scale = options.scale();
   how.dropout = training ? options.dropout() : 0;
   how.weights = options.attention_weights();

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <optional>
 
+#include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/describe.h"
 #include "base/text.h"
@@ -50,7 +51,7 @@ void check_key_value(std::string_view caller,
   check_value(key.sizes().slice(0, key.dim() - 1) == value.sizes().slice(0, value.dim() - 1), caller,
               "value must have the batch and length of key, {}, but has {}.", shape_of(key), shape_of(value));
   const auto B = key.dim() == 3 ? key.size(0) : 1;
-  mask.check(caller, B, num_heads, std::nullopt, key.size(-2), key.device());
+  check_mask(mask, caller, B, num_heads, std::nullopt, key.size(-2), key.device());
 }
 
 void check_query(std::string_view caller, const Tensor& query, const Context& context, const torch::nn::Linear& query_linear) {

@@ -10,6 +10,8 @@
 
 #include <optional>
 
+#include "attention/attend.h"
+#include "attention/mask_parts.h"
 #include "attention/softmax.h"
 #include "cpu/matrix_product.h"
 #include "plan/order_traits.h"
@@ -209,7 +211,10 @@ AttentionResult attend_apart(const Orders& orders,
                              Tensor* largest = nullptr) {
   const auto type = product_type(query);
   const auto logits = logits_of(orders.logits, w, products, query, side);  // [B, H, Lq, Lk]
-  auto [weights, log_sum_exp, empty_rows] = softmax_over_keys(logits, type, options.mask, options.log_sum_exp, largest);
+  const auto base = largest ? LogSumExpBase::largest_logit : LogSumExpBase::zero;
+  auto [weights, log_sum_exp, largest_of_rows, empty_rows] =
+      softmax_over_keys(logits, type, options.mask, options.log_sum_exp ? std::optional(base) : std::nullopt);
+  if (largest) *largest = largest_of_rows;
   if (log_sum_exp.defined() && w.key_bias.defined() && orders.logits == Order::fold_into_query) {
     log_sum_exp = log_sum_exp + logits_of_key_bias(w, query);
   }
@@ -319,9 +324,12 @@ AttentionResult attend_heads(const Orders& orders,
                              Tensor* largest) {
   if (orders == Orders{}) {
     auto how = options;
-    if (w.bias_k.defined()) how.mask = options.mask.with_free_key(query.size(1), side.Lk, query.device());
+    if (w.bias_k.defined()) how.mask = with_bias_kv(options.mask, query.size(1), side.Lk, query.device());
     const auto q = project_query(w, query);
-    return largest ? attention_by_largest(q, side.keys, side.values, how, largest) : attention(q, side.keys, side.values, how);
+    if (!largest) return attention(q, side.keys, side.values, how);
+    auto [result, largest_of_rows] = attention_by_largest(q, side.keys, side.values, how);
+    *largest = largest_of_rows;
+    return result;
   }
   return attend_apart(orders, w, products, query, side, options, largest);
 }

@@ -12,7 +12,7 @@
 namespace xattn::detail {
 
 RunsOn runs_on(const at::Tensor& weight) {
-  return run_on_kernels({weight}) ? RunsOn::kernels : weight.is_cpu() ? RunsOn::cpu : RunsOn::cuda;
+  return run_on_kernels({weight}) ? RunsOn::module_kernels : weight.is_cpu() ? RunsOn::libtorch_cpu : RunsOn::libtorch_cuda;
 }
 
 PlanRequest request_of(const CrossAttentionOptions& o, int64_t B, int64_t Lq, int64_t Lk) {
