@@ -30,7 +30,7 @@ torch::Tensor table(std::vector<std::vector<int>> rows) {
   return result;
 }
 
-// What the mask says, as a full table [B, H, Lq, Lk].
+// The keys that the mask allows, as a full table [B, H, Lq, Lk].
 torch::Tensor expanded(const Mask& mask, int64_t B, int64_t H, int64_t Lq, int64_t Lk) {
   return allowed_keys(mask, Lq, Lk, torch::kCPU).expand({B, H, Lq, Lk});
 }
@@ -113,7 +113,7 @@ TEST(MaskTest, ABiasForbidsWhereItIsMinusInfinityInTheTypeOfTheLogits) {
   EXPECT_TRUE(rows_without_keys(mask, 2, 0, torch::kCPU).item<bool>());
 }
 
-TEST(MaskTest, RefusesSizesAndBatchesThatCannotBe) {
+TEST(MaskTest, ThrowsOnImpossibleSizesAndBatches) {
   const auto lengths = Mask::lengths(torch::tensor({2, 3}), 5), others = Mask::lengths(torch::tensor({1, 2, 3}), 5);
   const auto error = [](const auto& call) { return error_of<c10::ValueError>(call); };
   EXPECT_EQ(error([] { Mask::cat({}); }), "[mask] masks must be at least one, but are none.");
@@ -137,7 +137,7 @@ TEST(MaskTest, RefusesSizesAndBatchesThatCannotBe) {
   EXPECT_EQ(error([&] { lengths.slice(1, 0); }), "[mask] batch entries must be [begin, end), but are [1, 0).");
 }
 
-TEST(MaskTest, MasksOfOneKindArePutBehindEachOther) {
+TEST(MaskTest, CatJoinsTheBatchesOfMasksThatWereBuiltAlike) {
   const auto one = Mask::bias(torch::randn({1, 2, 1, 5})), each = Mask::bias(torch::randn({2, 1, 4, 5}));
   const auto joined = Mask::cat({{one, 3}, {each, 2}});
   const auto all = torch::cat({total_bias(one).expand({3, 2, 4, 5}), total_bias(each).expand({2, 2, 4, 5})});
@@ -147,7 +147,7 @@ TEST(MaskTest, MasksOfOneKindArePutBehindEachOther) {
   EXPECT_EQ(host_lengths(Mask::lengths(at::_neg_view(torch::tensor({-2, -4})), 6)), (std::vector<int64_t>{2, 4}));
 }
 
-TEST(MaskTest, MasksBuiltInAnotherOrderAreStillBuiltAlike) {
+TEST(MaskTest, CatIgnoresTheOrderInWhichPartsWereCombined) {
   const auto causal = Mask::causal(CausalAlignment::upper_left), bias = Mask::bias(torch::randn({1, 5}));
   const auto lengths = Mask::lengths(torch::tensor({2}), 5);
   const auto joined = Mask::cat({{causal & lengths & bias & causal, 1}, {bias & causal & lengths, 1}});
@@ -203,7 +203,7 @@ TEST(MaskTest, FromAdditiveForbidsLargeNegativeNumbersAndKeepsTheRestAsBias) {
   EXPECT_TRUE(total_bias(mask).view({2, 3}).equal(torch::tensor({{0.0, -1.5, 0.0}, {0.0, 0.0, 2.0}})));
 }
 
-TEST(MaskTest, KnowsWhenAFlagSaysItAll) {
+TEST(MaskTest, IsCausalOnlyWhereAFlagOfTheKernelExpressesIt) {
   const auto lower_right = Mask::causal(CausalAlignment::lower_right);
   EXPECT_TRUE(is_causal_only(Mask::causal(CausalAlignment::upper_left), 2, 4));
   EXPECT_TRUE(is_causal_only(lower_right, 3, 3));
@@ -212,7 +212,7 @@ TEST(MaskTest, KnowsWhenAFlagSaysItAll) {
   EXPECT_FALSE(is_causal_only(Mask(), 3, 3));
 }
 
-TEST(MaskTest, RefusesWrongTypesByName) {
+TEST(MaskTest, ErrorsNameAnArgumentOfAWrongType) {
   const auto floats = torch::zeros({2, 3}), bools = torch::zeros({2, 3}, torch::kBool);
   EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::key_padding(floats); }),
             "[mask] key_padding must be bool, true = may attend, but is float32.");
@@ -227,7 +227,7 @@ TEST(MaskTest, RefusesWrongTypesByName) {
             "[mask] lengths must be of an integer type, but is float32.");
 }
 
-TEST(MaskTest, RefusesWrongShapesByName) {
+TEST(MaskTest, ErrorsNameAnArgumentOfAWrongShape) {
   const auto flat = torch::zeros({3}, torch::kBool), square = torch::zeros({3, 3}, torch::kBool);
   EXPECT_EQ(error_of<c10::ValueError>([&] { Mask::key_padding(flat); }),
             "[mask] key_padding must have shape [B, Lk], but has [3].");
@@ -251,7 +251,7 @@ TEST(MaskTest, RefusesWrongShapesByName) {
             "[mask] num_heads must be at least 1, but is 0.");
 }
 
-TEST(MaskTest, HostLengthsSayWhichKeysNobodyNeeds) {
+TEST(MaskTest, KeysBehindAllHostLengthsAreNotNeeded) {
   const auto lengths = Mask::lengths(torch::tensor({2, 4}), 6);
   EXPECT_EQ(needed_keys(lengths, 6), 4);
   EXPECT_EQ(needed_keys(Mask::lengths(torch::tensor({0, 0}), 6), 6), 1);
@@ -265,7 +265,7 @@ TEST(MaskTest, HostLengthsSayWhichKeysNobodyNeeds) {
   EXPECT_TRUE(
       allowed_keys(first_keys(both, 4), 3, 4, torch::kCPU).equal(allowed_keys(both, 3, 6, torch::kCPU).narrow(3, 0, 4)));
   EXPECT_TRUE(total_bias(first_keys(both, 4)).equal(total_bias(both).narrow(3, 0, 4)));
-  EXPECT_TRUE(first_keys(lengths, 2).is_none());  // all that are left are needed
+  EXPECT_TRUE(first_keys(lengths, 2).is_none());  // all remaining keys are needed
 }
 
 TEST(MaskTest, CheckNamesThePartThatDoesNotFit) {

@@ -18,9 +18,7 @@
 #include <optional>
 #include <tuple>
 #include <utility>
-#include <vector>
 
-#include "attention/attend.h"
 #include "attention/choose_kernel.h"
 #include "attention/gradients.h"
 #include "attention/heads.h"
@@ -43,10 +41,20 @@ using detail::scale_of;
 using detail::shape_of;
 using detail::type_of;
 using detail::with_rows_filled;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
 
 namespace {
 
-void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+// The arguments of one call, and what its log-sum-exp is relative to.
+struct AttentionCall {
+  const Tensor &q, &k, &v;
+  const AttentionOptions& options;
+  LogSumExpBase base = LogSumExpBase::zero;
+};
+
+void check_inputs(const AttentionCall& call) {
+  const auto& [q, k, v, options, base] = call;
   constexpr auto kCaller = "attention";
   check_value(q.dim() == 4 && q.size(1) >= 1 && q.size(3) >= 1, kCaller, "q must have shape [B, H, Lq, d], but has {}.",
               shape_of(q));
@@ -73,11 +81,11 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Atten
 }
 
 // The definition in plain tensor operations:
-//   S = scale * q k'                                        [B, H, Lq, Lk]
-//   P = softmax(S + bias, over the keys that the mask allows)
-//   output = dropout(P) v                                   [B, H, Lq, e]
-RelativeAttention define(
-    const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options, LogSumExpBase base) {
+//   S = scale * q k'                                             [B, H, Lq, Lk]
+//   P = softmax(S + bias, over the keys that the mask allows)    [B, H, Lq, Lk]
+//   output = dropout(P) v                                        [B, H, Lq, e]
+RelativeAttention define(const AttentionCall& call) {
+  const auto& [q, k, v, options, base] = call;
   const auto B = q.size(0), H = q.size(1), Lq = q.size(2), d = q.size(3);
   const auto G = k.size(1), Lk = k.size(2), e = v.size(3);
   // The H/G query heads that share a key/value head are rows of one product.
@@ -93,8 +101,9 @@ RelativeAttention define(
   return {{values.view({B, H, Lq, e}), wanted, softmax.log_sum_exp}, softmax.largest};
 }
 
-// What `choose_kernel` decides by.
-detail::KernelRequest kernel_request(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+// What `choose_kernel` reads of a call.
+detail::KernelRequest kernel_request(const AttentionCall& call) {
+  const auto& [q, k, v, options, base] = call;
   const bool is_learned = detail::is_learned(options.mask);
   const bool requires_grad = q.requires_grad() || k.requires_grad() || v.requires_grad() || is_learned;
   return {.own_kernels = run_on_kernels({q, k, v}),
@@ -109,91 +118,84 @@ detail::KernelRequest kernel_request(const Tensor& q, const Tensor& k, const Ten
           .mask_is_learned = is_learned};
 }
 
-// LibTorch's kernels read rows of consecutive numbers.
+// LibTorch's kernels require consecutive numbers in each row.
 Tensor with_unit_stride(const Tensor& x) {
   return x.stride(-1) == 1 ? x : x.contiguous();
 }
 
-// A mask in the form that a fused kernel takes. Rows without keys are open in it, and the caller fills their results.
-struct KernelMask {
-  bool is_causal;  // by the kernel's flag. LibTorch scales the -inf of a forbidden key, so its kernels need a scale above 0
+// A mask in the form that LibTorch's kernels take.
+struct LibTorchMask {
+  bool is_causal = false;  // by the kernel's flag
   bool has_bias = false;
-  std::optional<Tensor> additive;
-
-  KernelMask(const Mask& mask, const Tensor& q, const Tensor& k, double scale, AttentionKernel kernel)
-      : is_causal(detail::is_causal_only(mask, q.size(2), k.size(2)) && (scale > 0 || detail::is_own(kernel))) {
-    if (is_causal || mask.is_none()) return;
-    const auto Lq = q.size(2), Lk = k.size(2);
-    const auto type = q.scalar_type();
-    const auto allowed = detail::allowed_keys(mask, Lq, Lk, q.device());
-    auto bias = detail::total_bias(mask, type);
-    has_bias = bias.defined();
-    if (!has_bias) bias = at::zeros({}, q.options());
-    if (!q.is_cpu()) bias = bias.to(type);  // the kernels there take no other
-    const auto all = allowed.defined() ? at::where(allowed, bias, kMinusInfinity) : bias;
-    additive = with_unit_stride(with_rows_filled(all, detail::rows_without_keys(mask, Lq, Lk, q.device(), type), 0));
-  }
-
-  Mask as_mask() const {
-    if (is_causal) return Mask::causal(CausalAlignment::upper_left);
-    return additive ? Mask::bias(*additive) : Mask();
-  }
+  std::optional<Tensor> additive = {};  // zeros in rows without keys, whose results the caller fills
 };
 
+LibTorchMask libtorch_mask(const Mask& mask, const Tensor& q, const Tensor& k, double scale) {
+  const auto Lq = q.size(2), Lk = k.size(2);
+  // With the flag, LibTorch also scales the -inf of a forbidden key: a scale of 0 makes it NaN, and one below 0 allows the key.
+  if (scale > 0 && detail::is_causal_only(mask, Lq, Lk)) return {.is_causal = true};
+  if (mask.is_none()) return {};
+  const auto type = q.scalar_type();
+  const auto allowed = detail::allowed_keys(mask, Lq, Lk, q.device());
+  auto bias = detail::total_bias(mask, type);
+  const bool has_bias = bias.defined();
+  if (!has_bias) bias = at::zeros({}, q.options());
+  if (!q.is_cpu()) bias = bias.to(type);  // the kernels there take no other
+  const auto all = allowed.defined() ? at::where(allowed, bias, kMinusInfinity) : bias;
+  const auto opened = with_rows_filled(all, detail::rows_without_keys(mask, Lq, Lk, q.device(), type), 0);
+  return {.has_bias = has_bias, .additive = with_unit_stride(opened)};
+}
+
 // One call of LibTorch's fused kernel -> output and, on the CPU, the log-sum-exp.
-std::tuple<Tensor, Tensor> run_libtorch(
-    const Tensor& q, const Tensor& k, const Tensor& v, const KernelMask& mask, double scale) {
+variable_list run_libtorch(const Tensor& q, const Tensor& k, const Tensor& v, const LibTorchMask& mask, double scale) {
   if (q.is_cpu()) {
-    return at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask.is_causal, mask.additive, scale);
+    const auto [output, log_sum_exp] =
+        at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask.is_causal, mask.additive, scale);
+    return {output, log_sum_exp};
   }
   const bool is_grouped = q.size(1) != k.size(1);
-  return {at::scaled_dot_product_attention(q, k, v, mask.additive, 0.0, mask.is_causal, scale, is_grouped), {}};
+  return {at::scaled_dot_product_attention(q, k, v, mask.additive, 0.0, mask.is_causal, scale, is_grouped)};
 }
 
 // A fused kernel with gradients. The kernels have a first derivative only, which comes
 //   - from this library's backward pass for its own kernels;
 //   - from LibTorch's backward pass for its CPU kernel;
-//   - from the kernel's own graph, which this node holds and differentiates, on other devices.
+//   - on other devices from the kernel's own graph, which this node holds.
 // The definition is differentiated in their place if the backward pass is itself recorded, or if the log-sum-exp has a gradient; and
 // for LibTorch's kernels under a bias, because their backward passes compute the weights from a log-sum-exp that beside a bias of
 // -1e9 has lost the number of keys.
 struct FusedKernel : torch::autograd::Function<FusedKernel> {
   struct State : torch::CustomClassHolder {
-    State(const AttentionOptions& options_, AttentionKernel kernel_, const Tensor& q, const Tensor& k)
-        : options(options_), kernel(kernel_), scale(scale_of(options, q.size(3))), mask(options.mask, q, k, scale, kernel) {}
+    explicit State(const AttentionOptions& options_) : options(options_) {}
     const AttentionOptions options;
-    const AttentionKernel kernel;
-    const double scale;
-    const KernelMask mask;
-    std::vector<Tensor> inputs;  // of the kernel's own graph: detached q, k, v
-    Tensor output;               // of that graph
+    double scale = 1;
+    bool is_own = false;   // this library's kernel
+    LibTorchMask mask;     // for LibTorch's kernels
+    variable_list inputs;  // of the kernel's own graph: detached q, k, v
+    Tensor output;         // of that graph
   };
 
-  // -> output, log-sum-exp on the CPU, and what it is relative to from own kernels
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
-                                                const Tensor& q,
-                                                const Tensor& k,
-                                                const Tensor& v,
-                                                const AttentionOptions& options,
-                                                AttentionKernel kernel) {
-    auto state = c10::make_intrusive<State>(options, kernel, q, k);
-    const auto& mask = state->mask;
+  // -> output; on the CPU also the log-sum-exp; from this library's kernel also the largest logit, to which it is relative
+  static variable_list forward(
+      AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options, bool is_own) {
+    auto state = c10::make_intrusive<State>(options);
+    state->scale = scale_of(options, q.size(3));
+    state->is_own = is_own;
+    if (!is_own) state->mask = libtorch_mask(options.mask, q, k, state->scale);
     ctx->set_materialize_grads(false);
-    torch::autograd::variable_list results, saved = {q, k, v};
-    if (detail::is_own(kernel)) {
-      const AttentionOptions how{.mask = mask.as_mask(), .scale = state->scale, .log_sum_exp = true};
+    variable_list results, saved = {q, k, v};
+    if (is_own) {
+      const AttentionOptions how{.mask = options.mask, .scale = state->scale, .log_sum_exp = true};
       const auto [result, largest] = detail::attend_on_kernels_by_largest(q, k, v, how);
       ctx->mark_non_differentiable({largest});
       results = {result.output, result.log_sum_exp, largest};
-    } else if (q.is_cpu()) {
-      const auto [output, log_sum_exp] = run_libtorch(q, k, v, mask, state->scale);
-      results = {output, log_sum_exp};
-    } else if (mask.has_bias) {
-      results = {std::get<0>(run_libtorch(q, k, v, mask, state->scale))};
+    } else if (q.is_cpu() || state->mask.has_bias) {
+      results = run_libtorch(q, k, v, state->mask, state->scale);
     } else {
-      for (const auto& x : {q, k, v}) state->inputs.push_back(x.detach().requires_grad_(x.requires_grad()));
+      auto& inputs = state->inputs;
+      for (const auto& x : saved) inputs.push_back(x.detach().requires_grad_(x.requires_grad()));
       const at::AutoGradMode record(true);
-      state->output = std::get<0>(run_libtorch(state->inputs[0], state->inputs[1], state->inputs[2], mask, state->scale));
+      state->output = run_libtorch(inputs[0], inputs[1], inputs[2], state->mask, state->scale)[0];
       results = {state->output.detach()};
     }
     if (q.is_cpu()) saved.insert(saved.end(), results.begin(), results.end());
@@ -202,19 +204,17 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
     return results;
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 const torch::autograd::variable_list& grads) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto state = c10::static_intrusive_pointer_cast<State>(ctx->saved_data["state"].toCapsule());
-    const auto saved = ctx->get_saved_variables();  // throws if they were freed, or changed in place since
-    const auto &q = saved[0], &k = saved[1], &v = saved[2];
-    const Tensor grad = grads[0];
-    torch::autograd::variable_list result(5);  // q, k, v, options, kernel
+    const auto saved = ctx->get_saved_variables();  // throws if they were freed, or have been changed in place
+    const auto &q = saved[0], &k = saved[1], &v = saved[2], &grad = grads[0];
+    const auto& mask = state->mask;
     const bool log_sum_exp_has_grad = grads.size() > 1 && grads[1].defined();
-    const bool own = detail::is_own(state->kernel);
+    variable_list result(5);  // q, k, v, options, is_own
     if (at::GradMode::is_enabled() || log_sum_exp_has_grad) {
       differentiate_definition(*state, {q, k, v}, grads, result);
-    } else if (own && run_on_kernels({q, k, v, grad})) {
+    } else if (state->is_own && run_on_kernels({q, k, v, grad})) {
       const auto gradients = detail::differentiate_on_kernels({.q = q,
                                                                .k = k,
                                                                .v = v,
@@ -222,17 +222,17 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
                                                                .log_sum_exp = saved[4],
                                                                .largest = saved[5],
                                                                .output_grad = grad,
-                                                               .mask = state->mask.as_mask(),
+                                                               .mask = state->options.mask,
                                                                .scale = state->scale,
                                                                .wants_q = ctx->needs_input_grad(0),
                                                                .wants_k = ctx->needs_input_grad(1),
                                                                .wants_v = ctx->needs_input_grad(2)});
       result = {gradients.q, gradients.k, gradients.v, {}, {}};
-    } else if (own || state->mask.has_bias) {
+    } else if (state->is_own || mask.has_bias) {
       differentiate_definition(*state, {q, k, v}, grads, result);
     } else if (q.is_cpu()) {
       std::tie(result[0], result[1], result[2]) = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-          grad, q, k, v, saved[3], saved[4], 0.0, state->mask.is_causal, state->mask.additive, state->scale);
+          grad, q, k, v, saved[3], saved[4], 0.0, mask.is_causal, mask.additive, state->scale);
     } else {
       differentiate({state->output}, state->inputs, grads, /*recorded=*/false, result);
     }
@@ -241,25 +241,24 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
 
  private:
   static void differentiate_definition(const State& state,
-                                       const torch::autograd::variable_list& saved,
-                                       const torch::autograd::variable_list& grads,
-                                       torch::autograd::variable_list& result) {
+                                       variable_list inputs,
+                                       const variable_list& grads,
+                                       variable_list& result) {
     const bool recorded = at::GradMode::is_enabled();
     const at::AutoGradMode record(true);
-    auto inputs = saved;
     for (auto& x : inputs) {  // distinct tensors even if one was given twice: autograd then adds up its gradients
       x = recorded ? x.view_as(x) : x.detach().requires_grad_(x.requires_grad());
     }
-    const auto defined = define(inputs[0], inputs[1], inputs[2], state.options, LogSumExpBase::zero).result;
-    differentiate({defined.output, defined.log_sum_exp}, inputs, grads, recorded, result);
+    const auto [output, weights, log_sum_exp] = define({inputs[0], inputs[1], inputs[2], state.options}).result;
+    differentiate({output, log_sum_exp}, inputs, grads, recorded, result);
   }
 
-  static void differentiate(const torch::autograd::variable_list& outputs,
-                            const torch::autograd::variable_list& inputs,
-                            const torch::autograd::variable_list& grads,
+  static void differentiate(const variable_list& outputs,
+                            const variable_list& inputs,
+                            const variable_list& grads,
                             bool recorded,
-                            torch::autograd::variable_list& result) {
-    torch::autograd::variable_list asked, given, of;
+                            variable_list& result) {
+    variable_list asked, given, of;
     for (const auto& x : inputs) {
       if (x.requires_grad()) asked.push_back(x);
     }
@@ -268,7 +267,7 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
       given.push_back(grads[i]);
       of.push_back(outputs[i]);
     }
-    torch::autograd::variable_list found(asked.size());
+    variable_list found(asked.size());
     if (!of.empty()) {
       found = torch::autograd::grad(of, asked, given, /*retain_graph=*/true, /*create_graph=*/recorded, /*allow_unused=*/true);
     }
@@ -280,27 +279,17 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
   }
 };
 
-// One call of the chosen fused kernel.
-RelativeAttention fuse(const Tensor& q,
-                       const Tensor& k,
-                       const Tensor& v,
-                       const AttentionOptions& options,
-                       AttentionKernel kernel,
-                       bool is_differentiated,
-                       LogSumExpBase base) {
-  const auto rows = with_unit_stride(q), keys = with_unit_stride(k), values = with_unit_stride(v);
-  Tensor output, log_sum_exp, largest;
-  if (is_differentiated) {
-    const auto results = FusedKernel::apply(rows, keys, values, options, kernel);
-    output = results[0];
-    if (results.size() > 1) log_sum_exp = results[1];
-    if (results.size() > 2) largest = results[2];
-  } else {
-    const auto scale = scale_of(options, q.size(3));
-    std::tie(output, log_sum_exp) =
-        run_libtorch(rows, keys, values, KernelMask(options.mask, rows, keys, scale, kernel), scale);
-  }
-  // [B|1, H|1, Lq|1, 1]
+// One call of a fused kernel: through FusedKernel if it is differentiated, otherwise of LibTorch's directly.
+RelativeAttention fuse(const AttentionCall& call, const detail::KernelRequest& request) {
+  const auto& [given_q, given_k, given_v, options, base] = call;
+  const auto q = with_unit_stride(given_q), k = with_unit_stride(given_k), v = with_unit_stride(given_v);
+  const auto scale = scale_of(options, q.size(3));
+  auto results = request.is_differentiated ? FusedKernel::apply(q, k, v, options, request.own_kernels)
+                                           : run_libtorch(q, k, v, libtorch_mask(options.mask, q, k, scale), scale);
+  results.resize(3);  // results that the kernel does not return stay undefined
+  const auto &output = results[0], &largest = results[2];
+  auto log_sum_exp = results[1];
+
   const auto empty_rows = detail::rows_without_keys(options.mask, q.size(2), k.size(2), q.device(), q.scalar_type());
   RelativeAttention attended;
   attended.result.output = with_rows_filled(output, empty_rows, 0);
@@ -310,23 +299,21 @@ RelativeAttention fuse(const Tensor& q,
   } else if (largest.defined()) {
     log_sum_exp = log_sum_exp + largest;
   }
-  const auto rows_to_fill = empty_rows.defined() ? empty_rows.squeeze(-1) : empty_rows;
-  attended.result.log_sum_exp = with_rows_filled(log_sum_exp, rows_to_fill, kMinusInfinity);
+  const auto rows = empty_rows.defined() ? empty_rows.squeeze(-1) : empty_rows;
+  attended.result.log_sum_exp = with_rows_filled(log_sum_exp, rows, kMinusInfinity);
   return attended;
 }
 
-RelativeAttention attend(
-    const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options, LogSumExpBase base) {
-  if (options.path == AttentionPath::definition) return define(q, k, v, options, base);
-  const auto request = kernel_request(q, k, v, options);
+RelativeAttention attend(const AttentionCall& call) {
+  const auto& [q, k, v, options, base] = call;
+  if (options.path == AttentionPath::definition) return define(call);
+  const auto request = kernel_request(call);
   const auto [kernel, reason] = detail::choose_kernel(request);
   if (kernel == AttentionKernel::tensor_operations) {
     check_value(options.path != AttentionPath::fused, "attention", "path must not be fused here, because {}.", reason);
-    return define(q, k, v, options, base);
+    return define(call);
   }
-  if (!detail::is_own(kernel) || request.is_differentiated) {
-    return fuse(q, k, v, options, kernel, request.is_differentiated, base);
-  }
+  if (!detail::is_own(kernel) || request.is_differentiated) return fuse(call, request);
   if (base == LogSumExpBase::largest_logit) return detail::attend_on_kernels_by_largest(q, k, v, options);
   return {detail::attend_on_kernels(q, k, v, options), {}};
 }
@@ -334,23 +321,23 @@ RelativeAttention attend(
 }  // namespace
 
 AttentionResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
-  check_inputs(q, k, v, options);
-  return attend(q, k, v, options, LogSumExpBase::zero).result;
+  check_inputs({q, k, v, options});
+  return attend({q, k, v, options}).result;
 }
 
 AttentionResult detail::attend_checked(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
-  return xattn::attend(q, k, v, options, LogSumExpBase::zero).result;
+  return xattn::attend({q, k, v, options}).result;
 }
 
 RelativeAttention detail::attention_by_largest(const Tensor& q,
                                                const Tensor& k,
                                                const Tensor& v,
                                                const AttentionOptions& options) {
-  check_inputs(q, k, v, options);
+  check_inputs({q, k, v, options});
   auto how = options;
-  // LibTorch's kernels return only the log-sum-exp itself, which a bias may have made inexact.
+  // LibTorch's kernels return only the log-sum-exp itself, which is inexact beside a large bias.
   if (has_bias(options.mask) && !run_on_kernels({q, k, v})) how.path = AttentionPath::definition;
-  return xattn::attend(q, k, v, how, LogSumExpBase::largest_logit);
+  return xattn::attend({q, k, v, how, LogSumExpBase::largest_logit});
 }
 
 }  // namespace xattn

@@ -45,7 +45,7 @@ Tensor attention_entropy(const Tensor& weights) {
   check_floating(kCaller, "weights", weights);
   check_value(weights.dim() >= 1, kCaller, "weights must have shape [..., Lk], but has {}.", shape_of(weights));
   const auto wide = weights.scalar_type() == at::kDouble ? weights : weights.to(at::kFloat);
-  const auto w = wide.masked_fill(wide.eq(0), 1);  // 1 log 1 = 0, as 0 log 0 is meant; no infinite slope in backward
+  const auto w = wide.masked_fill(wide.eq(0), 1);  // 1 log 1 = 0 stands for 0 log 0, and has a finite gradient
   return -(w * w.log()).sum(-1);
 }
 

@@ -84,7 +84,7 @@ Tensor overlay_map(const Tensor& image, const Tensor& map, const OverlayOptions&
 
   const auto grid = for_picture(map).nan_to_num(/*nan=*/0.0);
   const auto largest = options.maximum.value_or(grid.max().item<double>());
-  const auto shares = (grid / (largest > 0 ? largest : 1)).clamp(0, 1);  // a map of zeros stays one
+  const auto shares = (grid / (largest > 0 ? largest : 1)).clamp(0, 1);  // a map of zeros stays zero
   const auto strength = detail::resize_map(shares, image.size(0), image.size(1), options.interpolation);  // [H, W], from 0 to 1
   const auto opacity = (options.opacity * strength).unsqueeze(-1);                                        // [H, W, 1]
   return at::lerp(for_picture(image), detail::color_map(strength).to(at::kFloat), opacity).round().to(at::kByte);

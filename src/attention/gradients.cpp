@@ -16,8 +16,8 @@ using namespace engine;
 namespace {
 
 constexpr int64_t kKeysOfABlock = 1024;
-// Of the logits and their gradients in one step: with the keys and values of a block, they fit into a core's cache.
-constexpr int64_t kFloatsAtATime = 3 << 16;
+// Logits and their gradients of one step, in floats. They fit into a core's cache beside the keys and values of a block.
+constexpr int64_t kFloatsOfAStep = 3 << 16;
 
 // An empty tensor of x's shape [B, n, L, size], stored as [B, L, n, size]: the gradient of what split_heads returns.
 Tensor like_heads(const Tensor& x, bool is_wanted) {
@@ -53,7 +53,7 @@ class Gradients {
         softmax_(call.mask, H_, Lq_, Lk_, scale_, AttentionWeights::none, {}),
         blocks_((Lk_ + kKeysOfABlock - 1) / kKeysOfABlock),
         keys_of_a_block_((Lk_ + blocks_ - 1) / blocks_),
-        rows_of_a_step_(std::clamp<int64_t>(kFloatsAtATime / (2 * keys_of_a_block_), 1, Lq_)) {}
+        rows_of_a_step_(std::clamp<int64_t>(kFloatsOfAStep / (2 * keys_of_a_block_), 1, Lq_)) {}
 
   void run() const {
     const auto heads = B_ * G_, operations = 2 * H_ / G_ * Lq_ * Lk_ * (3 * d_ + 2 * e_);
@@ -153,7 +153,7 @@ class Gradients {
   }
 
   static Right plain_rows(const float* rows, int64_t stride) { return {rows, nullptr, stride, kernels().panel}; }
-  // Packed, with k rows.
+  // A packed right side with k rows.
   static Right panels(const float* packed, int64_t k) { return {packed, nullptr, kernels().panel, k * kernels().panel}; }
 
   // c [n, keys] = a [n, size] times the transposed keys or values
@@ -200,7 +200,7 @@ class Gradients {
     return {data(largest_)[at], data(log_sum_exp_)[at]};
   }
 
-  // Turns logits into weights. They are relative to the keys of the block, and then scaled by its share of the whole row.
+  // Turns the logits of a block into weights: by a softmax over the block, scaled by the block's share of the whole row.
   void recompute_weights(const Segment& s, int64_t h, float* logits, Scratch scratch) const {
     auto* largest = scratch.take(s.rows);
     const LogSumExps of_block{largest, scratch.take(s.rows)};

@@ -29,7 +29,7 @@ Tensor empty_weights(
 
 namespace {
 
-// The kernels read a mask's memory by rows.
+// The kernels read a mask row by row.
 Tensor contiguous(const Tensor& x) {
   return x.defined() ? x.contiguous() : x;
 }
@@ -56,40 +56,34 @@ void SoftmaxStage::write_to(const Tensor& weights, const Tensor& log_sum_exp, co
   if (log_sum_exp.defined()) log_sum_exp_ = {mutable_data(largest), mutable_data(log_sum_exp)};
 }
 
+void SoftmaxStage::softmax(
+    const Segment& s, int64_t h, int64_t i, int64_t n, float* logits, int64_t stride, const LogSumExps& log_sum_exp) const {
+  kernels().softmax({.rows = n,
+                     .n = s.keys,
+                     .x = logits,
+                     .x_stride = stride,
+                     .scale = scale_,
+                     .bias = bias_.at(s.context, h, i, s.first_key),
+                     .bias_stride = bias_.row_stride,
+                     .keep = allowed_.at(s.context, h, i, s.first_key),
+                     .keep_stride = allowed_.row_stride,
+                     .log_sum_exp = log_sum_exp.log_sum,
+                     .largest = log_sum_exp.largest});
+}
+
 void SoftmaxStage::softmax_head(const Segment& s, int64_t h, float* logits, int64_t stride, LogSumExps log_sum_exp) const {
-  for (int64_t row = 0, n = 0; row < s.rows;
-       row += n) {  // n rows of one query: the mask has one entry for all queries of a context
+  for (int64_t row = 0, n = 0; row < s.rows; row += n) {  // the n rows of one query after another
     const auto i = (s.first_row + row) % Lq_;
     n = std::min(s.rows - row, Lq_ - i);
-    const auto sums = log_sum_exp ? log_sum_exp + row : log_sum_exp_at(s, h, row);
-    kernels().softmax({.rows = n,
-                       .n = s.keys,
-                       .x = logits + row * stride,
-                       .x_stride = stride,
-                       .scale = scale_,
-                       .bias = bias_.at(s.context, h, i, s.first_key),
-                       .bias_stride = bias_.row_stride,
-                       .keep = allowed_.at(s.context, h, i, s.first_key),
-                       .keep_stride = allowed_.row_stride,
-                       .log_sum_exp = sums.log_sum,
-                       .largest = sums.largest});
+    softmax(s, h, i, n, logits + row * stride, stride, log_sum_exp ? log_sum_exp + row : log_sum_exp_at(s, h, row));
   }
 }
 
 void SoftmaxStage::softmax_rows(const Segment& s, float* logits, int64_t stride, int64_t begin, int64_t end) const {
-  const auto step = bias_.is_uniform() && allowed_.is_uniform() ? end - begin : 1;
-  for (auto row = begin; row < end; row += step) {
+  const auto n = bias_.is_uniform() && allowed_.is_uniform() ? end - begin : 1;
+  for (auto row = begin; row < end; row += n) {
     const auto h = row % H_, i = (s.first_row + row / H_) % Lq_;
-    const auto sums = s.log_sum_exp ? s.log_sum_exp + row : LogSumExps{};
-    kernels().softmax({.rows = step,
-                       .n = s.keys,
-                       .x = logits + row * stride,
-                       .x_stride = stride,
-                       .scale = scale_,
-                       .bias = bias_.at(s.context, h, i, s.first_key),
-                       .keep = allowed_.at(s.context, h, i, s.first_key),
-                       .log_sum_exp = sums.log_sum,
-                       .largest = sums.largest});
+    softmax(s, h, i, n, logits + row * stride, stride, s.log_sum_exp ? s.log_sum_exp + row : LogSumExps{});
   }
 }
 
@@ -128,7 +122,7 @@ void SoftmaxStage::add_to_mean(const Segment& s, const float* weights, int64_t s
 
 namespace {
 
-// Whether a call reads its keys in parts.
+// Whether the keys are read in parts.
 bool in_parts(const Heads& heads, const SoftmaxStage& softmax) {
   return own_kernel(heads.Lk, softmax.returns_weights()) == AttentionKernel::heads_in_parts;
 }
@@ -162,7 +156,7 @@ void multiply_by_values(const Heads& heads,
             .all_rows = s.context_rows});
 }
 
-// One head over all keys at once. logits [rows, keys] become its weights.
+// One head over all keys at once. `logits` [rows, keys] is scratch, and holds the weights afterwards.
 void attend_head(const Heads& heads, const SoftmaxStage& softmax, const Segment& s, int64_t h, float* logits) {
   logits_of_head(heads, s, h, logits, s.keys);
   softmax.softmax_head(s, h, logits, s.keys);

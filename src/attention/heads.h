@@ -86,6 +86,9 @@ class SoftmaxStage {
   void write_weights(const Segment& s, int64_t h, const float* weights, int64_t stride) const;
 
  private:
+  // Of n rows of head h that begin at row i of a query, or of n rows with the same mask.
+  void softmax(
+      const Segment& s, int64_t h, int64_t i, int64_t n, float* logits, int64_t stride, const LogSumExps& log_sum_exp) const;
   LogSumExps log_sum_exp_at(const Segment& s, int64_t h, int64_t row) const;
   void copy_weights(const Segment& s, int64_t place, int64_t places, const float* weights, int64_t stride) const;
   void add_to_mean(const Segment& s, const float* weights, int64_t stride) const;

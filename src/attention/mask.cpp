@@ -74,6 +74,18 @@ bool is_causal(const MaskPart& part) {
   return part.kind == MaskKind::causal_upper_left || part.kind == MaskKind::causal_lower_right;
 }
 
+bool all_are_causal(const Mask& mask) {
+  return std::ranges::all_of(MaskAccess::parts(mask), is_causal);
+}
+
+std::vector<at::Tensor> biases_of(const Mask& mask) {
+  std::vector<at::Tensor> biases;
+  for (const auto& part : MaskAccess::parts(mask)) {
+    if (part.kind == MaskKind::bias) biases.push_back(part.tensor);
+  }
+  return biases;
+}
+
 // The last key that query i sees is i + diagonal; nothing if no part is causal.
 std::optional<int64_t> diagonal(const Mask& mask, int64_t Lq, int64_t Lk) {
   std::optional<int64_t> least;
@@ -94,7 +106,7 @@ Mask with_changed_tensors(Mask mask, const F& change) {
   return mask;
 }
 
-// The mask without the parts that `condition` is true for.
+// The mask without the parts that meet `condition`.
 template <class F>
 Mask without_parts(Mask mask, const F& condition) {
   std::erase_if(MaskAccess::parts(mask), condition);
@@ -107,7 +119,7 @@ std::vector<std::string_view> names_of_parts(const Mask& mask) {
   return names;
 }
 
-// One part from those at one place of several masks, each with the size of its batch.
+// The same part of several masks, joined along the batch. Each comes with the size of its batch.
 MaskPart joined_parts(const std::vector<std::pair<MaskPart, int64_t>>& parts) {
   auto joined = parts.front().first;
   const auto Lk = joined.tensor.size(3);
@@ -121,7 +133,7 @@ MaskPart joined_parts(const std::vector<std::pair<MaskPart, int64_t>>& parts) {
   }
   std::vector<at::Tensor> tensors;
   std::vector<int64_t> lengths;
-  bool in_host_memory = true;  // all of the lengths
+  bool in_host_memory = true;  // whether all lengths are
   for (const auto& [part, B] : parts) {
     const auto sizes = part.tensor.sizes();
     check_value((sizes[1] == 1 || sizes[1] == H) && (sizes[2] == 1 || sizes[2] == Lq) && sizes[3] == Lk, "mask",
@@ -296,10 +308,7 @@ at::Tensor detail::allowed_keys(const Mask& mask, int64_t Lq, int64_t Lk, at::De
 }
 
 at::Tensor detail::total_bias(const Mask& mask, std::optional<at::ScalarType> logits) {
-  std::vector<at::Tensor> biases;
-  for (const auto& part : MaskAccess::parts(mask)) {
-    if (part.kind == MaskKind::bias) biases.push_back(part.tensor);
-  }
+  const auto biases = biases_of(mask);
   if (biases.empty()) return {};
   if (!logits) {
     if (biases.size() == 1) return biases.front();
@@ -314,21 +323,19 @@ at::Tensor detail::total_bias(const Mask& mask, std::optional<at::ScalarType> lo
 }
 
 bool detail::has_bias(const Mask& mask) {
-  return std::ranges::any_of(MaskAccess::parts(mask), [](const MaskPart& part) { return part.kind == MaskKind::bias; });
+  return !biases_of(mask).empty();
 }
 
 bool detail::is_learned(const Mask& mask) {
-  return std::ranges::any_of(MaskAccess::parts(mask),
-                             [](const MaskPart& part) { return part.kind == MaskKind::bias && part.tensor.requires_grad(); });
+  return std::ranges::any_of(biases_of(mask), [](const at::Tensor& bias) { return bias.requires_grad(); });
 }
 
 bool detail::is_causal_only(const Mask& mask, int64_t Lq, int64_t Lk) {
-  return std::ranges::all_of(MaskAccess::parts(mask), is_causal) && diagonal(mask, Lq, Lk) == 0;
+  return all_are_causal(mask) && diagonal(mask, Lq, Lk) == 0;
 }
 
 bool detail::may_have_empty_rows(const Mask& mask, int64_t Lq, int64_t Lk) {
-  const bool all_see_first_key =
-      std::ranges::all_of(MaskAccess::parts(mask), is_causal) && diagonal(mask, Lq, Lk).value_or(0) >= 0;
+  const bool all_see_first_key = all_are_causal(mask) && diagonal(mask, Lq, Lk).value_or(0) >= 0;
   return Lk == 0 || !all_see_first_key;
 }
 
@@ -347,9 +354,7 @@ Mask detail::with_bias_kv(const Mask& mask, int64_t Lq, int64_t Lk, at::Device d
   Mask longer;
   const auto allowed = allowed_keys(mask, Lq, Lk, device);
   if (allowed.defined()) longer = Mask::dense(at::constant_pad_nd(allowed, {0, 1}, true));
-  for (const auto& part : MaskAccess::parts(mask)) {
-    if (part.kind == MaskKind::bias) longer = longer & Mask::bias(at::constant_pad_nd(part.tensor, {0, 1}, 0));
-  }
+  for (const auto& bias : biases_of(mask)) longer = longer & Mask::bias(at::constant_pad_nd(bias, {0, 1}, 0));
   return longer;
 }
 

@@ -11,7 +11,8 @@
 #include <optional>
 #include <vector>
 
-// The softmax of attention in plain tensor operations, for logits that were computed in any order.
+// The softmax of attention in plain tensor operations, for logits that were computed in any order; and the entries to attention for
+// the rest of the library.
 namespace xattn::detail {
 
 inline constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
@@ -48,6 +49,16 @@ SoftmaxResult softmax_over_keys(const at::Tensor& products,
                                 at::ScalarType type,
                                 const Mask& mask,
                                 std::optional<LogSumExpBase> log_sum_exp);
+
+/// `attention` without its checks. REQUIRES: the caller has checked the arguments, the mask included (`check_mask`).
+AttentionResult attend_checked(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options);
+
+/// `attention`, checks included, with a log-sum-exp for merging: relative to `largest`, which is always defined. It is 0 for a row
+/// without keys, and wherever the log-sum-exp itself is as exact.
+RelativeAttention attention_by_largest(const at::Tensor& q,
+                                       const at::Tensor& k,
+                                       const at::Tensor& v,
+                                       const AttentionOptions& options);
 
 /// Returns from weights [B, H, Lq, Lk] what the options ask for, in the type of the logits: nothing, the mean over heads, all heads
 /// or chosen ones.

@@ -10,7 +10,6 @@
 
 #include <optional>
 
-#include "attention/attend.h"
 #include "attention/mask_parts.h"
 #include "attention/softmax.h"
 #include "cpu/matrix_product.h"
