@@ -50,14 +50,14 @@ struct AttentionResult {
 ///
 ///   weights = softmax(scale * q k' + bias, over the keys that the mask allows)      output = dropout(weights) v
 ///
-/// Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762. With G < H key/value heads, H/G query heads
-/// share one: Ainslie et al., GQA, 2023, https://arxiv.org/abs/2305.13245.
+/// Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762. With G < H key/value heads, H/G query
+/// heads share one: Ainslie et al., GQA, 2023, https://arxiv.org/abs/2305.13245.
 ///
-/// q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e], of one floating point type and on one device; any strides; any axis may be 0.
+/// q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e], of one floating point type, on one device; any strides; axes may be 0.
 ///
-/// For float32 on the CPU (with AVX2 or AVX-512) the fused kernel is this library's own, which returns weights from the same pass
-/// if no gradient is wanted; elsewhere it is LibTorch's. Twice differentiable in q, k, v and the mask's bias on both paths. The
-/// gradient of the log-sum-exp of a fused kernel is that of the definition and holds all logits in memory.
+/// For float32 on the CPU (with AVX2 or AVX-512) the fused kernel is this library's own, which returns weights from the same
+/// pass if no gradient is wanted; elsewhere it is LibTorch's. Twice differentiable in q, k, v and the mask's bias on both
+/// paths. The gradient of the log-sum-exp of a fused kernel is that of the definition and holds all logits in memory.
 ///
 /// Throws c10::ValueError or c10::TypeError on bad input. Has no state and is safe to call from several threads.
 XATTN_API AttentionResult attention(const at::Tensor& q,

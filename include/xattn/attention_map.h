@@ -8,8 +8,8 @@
 #include <optional>
 #include <vector>
 
-// Attention weights as pictures, for contexts whose keys are the cells of an image: patches, or the positions of a CNN's feature
-// map. For 4 words (query [1, 4, Eq]) that attend to 7 x 7 regions (context [1, 49, Ek]) of an image [224, 224, 3]:
+// Attention weights as pictures, for contexts whose keys are the cells of an image: patches, or the positions of a CNN's
+// feature map. For 4 words (query [1, 4, Eq]) that attend to 7 x 7 regions (context [1, 49, Ek]) of an image [224, 224, 3]:
 //
 //   auto weights = std::get<1>(attention->forward(query, context, context));         // [1, 4, 49]
 //   auto maps = xattn::attention_maps(weights, {.rows = 7, .columns = 7});           // [1, 4, 7, 7]
@@ -17,8 +17,8 @@
 //   auto picture = xattn::overlay_map(image, maps[0][2], {.maximum = strongest});    // [224, 224, 3]: where word 2 looks
 //   auto regions = xattn::attention_entropy(weights).exp();                          // [1, 4]: at how many regions each looks
 //
-// Pure functions, safe to call from several threads. Tensors may be on any device. Maps and pictures are returned on the CPU and
-// have no gradient. Bad input throws c10::ValueError or c10::TypeError.
+// Pure functions, safe to call from several threads. Tensors may be on any device. Maps and pictures are returned on the CPU
+// and have no gradient. Bad input throws c10::ValueError or c10::TypeError.
 namespace xattn {
 
 /// How the keys lie in the image, and which heads and keys to show.
@@ -44,12 +44,12 @@ struct OverlayOptions {
   Interpolation interpolation = Interpolation::bilinear;
 };
 
-/// Draws a map over its image, in colours from black (0) to light yellow (the maximum): image uint8 [H, W, 3], map [rows, columns] -> uint8 [H, W, 3].
+/// Draws a map over its image, from black to light yellow: image uint8 [H, W, 3], map [rows, columns] -> uint8 [H, W, 3].
 XATTN_API at::Tensor overlay_map(const at::Tensor& image, const at::Tensor& map, const OverlayOptions& options = {});
 
 /// The entropy of each row of weights, in nats: weights [..., Lk] -> [...], float32 (float64 for float64) and on their device.
-/// It is 0 if one key has all the weight, log n for n equal weights, and 0 for a row without keys. Differentiable; a weight of zero
-/// passes no gradient.
+/// It is 0 if one key has all the weight, log n for n equal weights, and 0 for a row without keys. Differentiable; a weight of
+/// zero passes no gradient.
 XATTN_API at::Tensor attention_entropy(const at::Tensor& weights);
 
 }  // namespace xattn

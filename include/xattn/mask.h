@@ -28,12 +28,12 @@ enum class CausalAlignment {
 ///
 /// A bias is read in the type of the logits, which is the type of the projected queries (or autocast's). Biases are added up in
 /// float32, or in float64 for float64, and a sum that is -inf in the type of the logits forbids its key. So the lowest float64
-/// forbids a key of a float32 layer, and -1e9 forbids one of a float16 layer. A bias that stays finite, such as -1e9 in float32,
-/// does not forbid: a row of nothing else is an average over its keys.
+/// forbids a key of a float32 layer, and -1e9 forbids one of a float16 layer. A bias that stays finite, such as -1e9 in
+/// float32, does not forbid: a row of nothing else is an average over its keys.
 ///
-/// A masked key of finite content has no influence. NaN or infinity under a mask may spread, as in PyTorch, because zero times NaN
-/// is NaN. For unbatched inputs, build masks as for B = 1. A mask keeps the tensors that it was built from and never changes; it
-/// may be shared between threads.
+/// A masked key of finite content has no influence. NaN or infinity under a mask may spread, as in PyTorch, because zero times
+/// NaN is NaN. For unbatched inputs, build masks as for B = 1. A mask keeps the tensors that it was built from and never
+/// changes; it may be shared between threads.
 ///
 ///   auto mask = Mask::lengths(text_lengths, /*Lk=*/77) & Mask::causal(CausalAlignment::lower_right);
 class XATTN_API Mask {
@@ -46,8 +46,8 @@ class XATTN_API Mask {
   static Mask key_padding(const at::Tensor& valid);
 
   /// The first `lengths[b]` keys of batch entry b are real; the others, up to Lk, are padding.
-  /// lengths: an integer type, [B], each in [0, Lk]. This is checked on the CPU alone, because a check on another device would wait
-  /// for it; there, a length outside the range acts as the nearest end of the range.
+  /// lengths: an integer type, [B], each in [0, Lk]. This is checked on the CPU alone, because a check on another device would
+  /// wait for it; there, a length outside the range acts as the nearest end of the range.
   static Mask lengths(const at::Tensor& lengths, int64_t Lk);
 
   /// keep: bool, one of [Lq, Lk], [B, Lq, Lk], [B|1, H|1, Lq|1, Lk].
@@ -69,8 +69,8 @@ class XATTN_API Mask {
   /// [H|1, Lq|1, Lk], unlike `dense`). is_causal aligns to the upper left, as there.
   static Mask from_scaled_dot_product_attention(const at::Tensor& attn_mask, bool is_causal = false);
 
-  /// From an additive mask that marks forbidden keys by a large negative number in place of -inf (finfo.min, -10000): an entry at
-  /// or below -10000 forbids its key, so that a row of them gives zeros rather than a uniform average; other entries are a bias.
+  /// From an additive mask that marks forbidden keys by a large negative number in place of -inf (finfo.min, -10000): an entry
+  /// at or below -10000 forbids its key, so that a row of them gives zeros and not a uniform average; others are a bias.
   /// mask: a floating point type, same shapes as `dense`.
   static Mask from_additive(const at::Tensor& mask);
 

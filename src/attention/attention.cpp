@@ -161,9 +161,9 @@ variable_list run_libtorch(const Tensor& q, const Tensor& k, const Tensor& v, co
 //   - from this library's backward pass for its own kernels;
 //   - from LibTorch's backward pass for its CPU kernel;
 //   - on other devices from the kernel's own graph, which this node holds.
-// The definition is differentiated in their place if the backward pass is itself recorded, or if the log-sum-exp has a gradient; and
-// for LibTorch's kernels under a bias, because their backward passes compute the weights from a log-sum-exp that beside a bias of
-// -1e9 has lost the number of keys.
+// The definition is differentiated in their place if the backward pass is itself recorded, or if the log-sum-exp has a
+// gradient; and for LibTorch's kernels under a bias, whose backward passes compute the weights from the log-sum-exp: beside a
+// bias of -1e9 it has lost the number of keys.
 struct FusedKernel : torch::autograd::Function<FusedKernel> {
   struct State : torch::CustomClassHolder {
     explicit State(const AttentionOptions& options_) : options(options_) {}

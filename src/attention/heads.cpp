@@ -163,8 +163,8 @@ void attend_head(const Heads& heads, const SoftmaxStage& softmax, const Segment&
   weighted_values_of_head(heads, s, h, logits, s.keys);
 }
 
-// One head, one part of its keys after another. `values` [rows, e] and `log_sum_exp` [rows] are those of the parts so far. A part's
-// weights sum to one over its own keys, so old values and new weights are scaled by the share of their keys in the new sum.
+// One head, one part of its keys after another. `values` [rows, e] and `log_sum_exp` [rows] are those of the parts so far. A
+// part's weights sum to one over its own keys, so old values and new weights are scaled by their share of the new sum.
 void attend_head_in_parts(const Heads& heads, const SoftmaxStage& softmax, const Segment& s, int64_t h, float* scratch) {
   auto* logits = scratch;
   auto* values = logits + s.rows * kKeysOfAPart;

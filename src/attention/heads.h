@@ -13,12 +13,12 @@
 
 // Attention between projected heads on this library's kernels. For a few query rows of one head after another:
 //
-//   logits_of_head           S = q k'                                 [rows, keys], in a thread's scratch, which stays in its cache
+//   logits_of_head           S = q k'                                 [rows, keys], in scratch that stays in the cache
 //   SoftmaxStage             P = softmax(scale * S + bias, over the keys that the mask allows), in place
 //   weighted_values_of_head  P v                                      [rows, e], into the result
 //
-// A long context is read in parts of `kKeysOfAPart` keys, and the weighted values of the parts are merged (merge.h). Frozen layers
-// run the same stages between their own projections.
+// A long context is read in parts of `kKeysOfAPart` keys, and the weighted values of the parts are merged (merge.h). Frozen
+// layers run the same stages between their own projections.
 namespace xattn::detail::engine {
 
 /// Query rows of one context, the keys that they attend to, and where their weighted values go.
@@ -66,8 +66,8 @@ class SoftmaxStage {
   SoftmaxStage(
       const Mask& mask, int64_t H, int64_t Lq, int64_t Lk, float scale, AttentionWeights wanted, std::vector<int64_t> heads);
 
-  /// Buffers for weights, and for the log-sum-exp and the largest logit that it is relative to, both [B, H, Lq]. Nothing is written
-  /// to an undefined one.
+  /// Buffers for weights, and for the log-sum-exp and the largest logit that it is relative to, both [B, H, Lq]. Nothing is
+  /// written to an undefined one.
   void write_to(const at::Tensor& weights, const at::Tensor& log_sum_exp = {}, const at::Tensor& largest = {});
 
   /// True if the kind of the mask shows that every row has a key.
@@ -75,8 +75,8 @@ class SoftmaxStage {
   bool returns_weights() const { return weights_ != nullptr; }
   bool returns_mean() const { return weights_ && wanted_ == AttentionWeights::mean; }
 
-  /// Softmax of one head's logits [rows, keys], `stride` apart, in place. Its log-sum-exp [rows] goes to `log_sum_exp`, or to the
-  /// buffer of `write_to` by default.
+  /// Softmax of one head's logits [rows, keys], `stride` apart, in place. Its log-sum-exp [rows] goes to `log_sum_exp`, or to
+  /// the buffer of `write_to` by default.
   void softmax_head(const Segment& s, int64_t h, float* logits, int64_t stride, LogSumExps log_sum_exp = {}) const;
   /// Softmax of rows [begin, end) of logits [rows * H, keys], `stride` apart, in place; the log-sum-exp goes to the segment's.
   void softmax_rows(const Segment& s, float* logits, int64_t stride, int64_t begin, int64_t end) const;

@@ -11,14 +11,14 @@
 #include <optional>
 #include <vector>
 
-// The softmax of attention in plain tensor operations, for logits that were computed in any order; and the entries to attention for
-// the rest of the library.
+// The softmax of attention in plain tensor operations, for logits that were computed in any order; and the entries to attention
+// for the rest of the library.
 namespace xattn::detail {
 
 inline constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 
-/// What a row's log-sum-exp is relative to. Beside a large logit, float32 loses log n of n keys; parts of a context are therefore
-/// merged by a log-sum-exp relative to the largest logit.
+/// What a row's log-sum-exp is relative to. Beside a large logit, float32 loses log n of n keys; parts of a context are
+/// therefore merged by a log-sum-exp relative to the largest logit.
 enum class LogSumExpBase { zero, largest_logit };
 
 struct SoftmaxResult {
@@ -53,15 +53,15 @@ SoftmaxResult softmax_over_keys(const at::Tensor& products,
 /// `attention` without its checks. REQUIRES: the caller has checked the arguments, the mask included (`check_mask`).
 AttentionResult attend_checked(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options);
 
-/// `attention`, checks included, with a log-sum-exp for merging: relative to `largest`, which is always defined. It is 0 for a row
-/// without keys, and wherever the log-sum-exp itself is as exact.
+/// `attention`, checks included, with a log-sum-exp for merging: relative to `largest`, which is always defined. It is 0 for a
+/// row without keys, and wherever the log-sum-exp itself is as exact.
 RelativeAttention attention_by_largest(const at::Tensor& q,
                                        const at::Tensor& k,
                                        const at::Tensor& v,
                                        const AttentionOptions& options);
 
-/// Returns from weights [B, H, Lq, Lk] what the options ask for, in the type of the logits: nothing, the mean over heads, all heads
-/// or chosen ones.
+/// Returns from weights [B, H, Lq, Lk] what the options ask for, in the type of the logits: nothing, the mean over heads, all
+/// heads or chosen ones.
 at::Tensor wanted_weights(const at::Tensor& weights, const AttentionOptions& options, at::ScalarType type);
 
 /// The chosen heads of x [B, H, ...], or all if none is named. Uses no tensor of indices, which would make a CUDA call wait.
