@@ -10,12 +10,15 @@
 #include <tuple>
 #include <vector>
 
+#include "attention/draw.h"
 #include "compare.h"
 #include "test_util.h"
 
 namespace xattn::test {
 namespace {
 
+using detail::color_map;
+using detail::resize_map;
 using torch::Tensor;
 using Sizes = std::vector<int64_t>;
 
@@ -61,8 +64,8 @@ TEST_P(AttentionMapTest, FoldsKeysRowByRow) {
       maps.equal(torch::tensor({0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11.}).view({1, 2, 2, 3}).to(torch::kFloat)));
 }
 
-TEST_P(AttentionMapTest, AOneHotRowLightsExactlyItsPlace) {
-  const auto maps = attention_maps(torch::eye(6, device_).unsqueeze(0), {.rows = 2, .columns = 3});  // query i looks at key i
+TEST_P(AttentionMapTest, AOneHotRowMarksExactlyItsCell) {
+  const auto maps = attention_maps(torch::eye(6, device_).unsqueeze(0), {.rows = 2, .columns = 3});  // query i attends to key i
   for (int64_t i = 0; i < 6; ++i) {
     EXPECT_EQ(maps[0][i][i / 3][i % 3].item<float>(), 1);
     EXPECT_EQ(maps[0][i].sum().item<float>(), 1);
@@ -87,7 +90,7 @@ TEST_P(AttentionMapTest, LeavesOutLeadingKeys) {
   EXPECT_TRUE(maps.equal(w.slice(2, 1).reshape({2, 3, 2, 3}).cpu()));
 }
 
-TEST_P(AttentionMapTest, MapsHaveMemoryOfTheirOwn) {
+TEST_P(AttentionMapTest, MapsDoNotShareMemoryWithTheWeights) {
   const auto w = weights({1, 1, 4});
   const auto before = w.clone();
   attention_maps(w, {.rows = 2, .columns = 2}).zero_();
@@ -104,7 +107,7 @@ TEST_P(AttentionMapTest, MapsAreFloat32WithoutGradientFromEveryType) {
   }
 }
 
-TEST_P(AttentionMapTest, RefusesWeightsThatDoNotMakeMaps) {
+TEST_P(AttentionMapTest, MapsThrowOnWeightsThatDoNotFitTheGrid) {
   const auto value_error = [&](const Tensor& w, const MapOptions& options) {
     return error_of<c10::ValueError>([&] { attention_maps(w, options); });
   };
@@ -143,7 +146,7 @@ TEST_P(AttentionMapTest, NearestIsTheCellOfThePixelsCentre) {
   EXPECT_TRUE(resize_map(map, 1, 4, Interpolation::nearest).equal(torch::tensor({{1.f, 2.f, 2.f, 3.f}})));
 }
 
-TEST_P(AttentionMapTest, BilinearRunsStraightBetweenCentres) {
+TEST_P(AttentionMapTest, BilinearIsLinearBetweenCentres) {
   const auto map = torch::tensor({{0.f, 1.f}}).to(device_);
   EXPECT_TRUE(resize_map(map, 2, 4).equal(torch::tensor({0.f, 0.25f, 0.75f, 1.f}).expand({2, 4})));
 }
@@ -157,7 +160,7 @@ TEST_P(AttentionMapTest, ResizingKeepsAConstantAndTheOwnSize) {
   }
 }
 
-TEST_P(AttentionMapTest, RefusesToResizeWhatIsNoMap) {
+TEST_P(AttentionMapTest, ResizingThrowsOnBadInput) {
   const auto map = weights({3, 5});
   EXPECT_EQ(error_of<c10::ValueError>([&] { resize_map(map[0], 3, 5); }),
             "[resize_map] map must have shape [rows, columns], but has [5].");
@@ -199,14 +202,14 @@ TEST_P(AttentionMapTest, ColorsOutsideTheRangeAreThoseOfItsEnds) {
   EXPECT_EQ(color_map(torch::zeros({0, 4})).sizes(), (Sizes{0, 4, 3}));
 }
 
-TEST_P(AttentionMapTest, RefusesToColorWholeNumbers) {
+TEST_P(AttentionMapTest, ColoringThrowsOnIntegers) {
   EXPECT_EQ(error_of<c10::TypeError>([&] { color_map(torch::ones({2, 2}, torch::kLong)); }),
             "[color_map] map must be of a floating point type, but is int64.");
 }
 
 // ---- overlay_map --------------------------------------------------------------------------------------------------------------
 
-TEST_P(AttentionMapTest, OpacityZeroAndAMapOfZerosGiveTheImageBack) {
+TEST_P(AttentionMapTest, OpacityZeroAndAMapOfZerosReturnTheImage) {
   const auto image = torch::randint(256, {8, 12, 3}, torch::dtype(torch::kByte).device(device_));
   EXPECT_TRUE(overlay_map(image, weights({2, 3}), {.opacity = 0}).equal(image.cpu()));
   EXPECT_TRUE(overlay_map(image, torch::zeros({2, 3}, device_)).equal(image.cpu()));
@@ -253,7 +256,7 @@ TEST_P(AttentionMapTest, MaximumIsTheWeightDrawnStrongest) {
   EXPECT_TRUE(overlay_map(image, map.clamp_max(0.1), {.maximum = 0.1}).equal(overlay_map(image, map, {.maximum = 0.1})));
 }
 
-TEST_P(AttentionMapTest, RefusesToDrawOverWhatIsNoImage) {
+TEST_P(AttentionMapTest, OverlayThrowsOnBadInput) {
   const auto image = torch::zeros({8, 12, 3}, torch::kByte);
   const auto map = weights({2, 3});
   EXPECT_EQ(error_of<c10::TypeError>([&] { overlay_map(image.to(torch::kFloat), map); }),
@@ -292,7 +295,7 @@ TEST_P(AttentionMapTest, EntropyOfOneKeyAndOfNoneIsZero) {
   EXPECT_EQ(attention_entropy(torch::zeros({4, 0}, device_)).sum().item<float>(), 0);
 }
 
-TEST_P(AttentionMapTest, EntropyHasItsGradientAndAWeightOfZeroPassesNone) {
+TEST_P(AttentionMapTest, EntropyIsDifferentiableAndAWeightOfZeroPassesNoGradient) {
   const auto w = torch::tensor({0.0, 0.25, 0.75}, torch::dtype(torch::kDouble).device(device_)).requires_grad_();
   attention_entropy(w).backward();
   const auto expected = torch::tensor({0.0, -1 - std::log(0.25), -1 - std::log(0.75)}, torch::kDouble);
@@ -310,7 +313,7 @@ TEST_P(AttentionMapTest, EntropyIsFloat32OrWiderAndStaysOnItsDevice) {
   }
 }
 
-TEST_P(AttentionMapTest, RefusesTheEntropyOfWhatIsNoWeight) {
+TEST_P(AttentionMapTest, EntropyThrowsOnBadInput) {
   EXPECT_EQ(error_of<c10::TypeError>([&] { attention_entropy(torch::ones({2, 3}, torch::kLong)); }),
             "[attention_entropy] weights must be of a floating point type, but is int64.");
   EXPECT_EQ(error_of<c10::ValueError>([&] { attention_entropy(torch::tensor(1.f)); }),

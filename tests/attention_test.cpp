@@ -10,7 +10,9 @@
 #include <map>
 
 #include "attention/heads.h"
+#include "attention/mask_parts.h"
 #include "compare.h"
+#include "plan/runs_on.h"
 #include "test_util.h"
 
 namespace xattn::test {
@@ -92,7 +94,7 @@ TEST_P(AttentionTest, DefinitionEqualsItsFormulaNumberByNumber) {
     for (const auto& [name, mask] : masks(device_)) {
       AttentionOptions options{.mask = mask, .scale = 0.7, .weights = AttentionWeights::per_head, .log_sum_exp = true};
       const auto result = attention(q, k, v, options);
-      const auto keep = mask.keep(kLq, kLk, device_), bias = mask.additive();
+      const auto keep = detail::allowed_keys(mask, kLq, kLk, device_), bias = detail::total_bias(mask);
       const auto allowed = (keep.defined() ? keep.cpu() : torch::ones({1, 1, 1, 1}, torch::kBool)).expand({kB, kH, kLq, kLk});
       const auto added = (bias.defined() ? bias.cpu() : torch::zeros({1, 1, 1, 1}, torch::kDouble)).expand({kB, kH, kLq, kLk});
       for (int64_t b = 0; b < kB; ++b) {
@@ -146,9 +148,9 @@ TEST_P(AttentionTest, FusedEqualsDefinitionInOutputLogSumExpAndGradients) {
   }
 }
 
-// Contexts that are gone through in parts, with rows enough to be packed for; value heads of another size where these kernels run.
+// The context is read in parts, and there are enough rows for it to be packed. Value heads have another size on our own kernels.
 TEST_P(AttentionTest, GradientsOverALongContextAreExactAndOfEqualBitsForAnyThreads) {
-  const int64_t Lq = 50, Lk = 2300, d = 20, e = device_.is_cpu() && modules_run_on() == RunsOn::kernels ? 13 : d;
+  const int64_t Lq = 50, Lk = 2300, d = 20, e = device_.is_cpu() && detail::modules_run_on() == RunsOn::module_kernels ? 13 : d;
   const auto q = random({2, 4, Lq, d}, torch::kFloat), k = random({2, 2, Lk, d}, torch::kFloat),
              v = random({2, 2, Lk, e}, torch::kFloat);
   const auto cotangent = random({2, 4, Lq, e}, torch::kFloat).detach();
@@ -189,7 +191,7 @@ TEST_P(AttentionTest, FusedIsTwiceDifferentiableThroughTheDefinition) {
   }
 }
 
-TEST_P(AttentionTest, FusedGivesGradientsOnlyToThoseThatAsk) {
+TEST_P(AttentionTest, FusedComputesOnlyTheGradientsThatAreRequired) {
   const auto q = random({1, 2, 3, 4}).detach(), k = random({1, 2, 5, 4}), v = random({1, 2, 5, 4}).detach();
   const auto output = attention(q, k, v, {.path = AttentionPath::fused}).output;
   output.sum().backward();
@@ -248,7 +250,7 @@ TEST_P(AttentionTest, RowWithoutKeysGivesZerosAndNoGradientInEveryType) {
         if (options.log_sum_exp) {
           EXPECT_TRUE(result.log_sum_exp.select(2, 2).eq(-kInfinity).all().item<bool>());
         }
-        // All of the gradient comes in at the empty row: none may reach q, k or v, and none may be NaN.
+        // The whole gradient arrives at the empty row: nothing may reach q, k or v, and nothing may be NaN.
         const auto gradients = torch::autograd::grad({result.output.select(2, 2).sum()}, {q, k, v}, {}, true);
         for (const auto& gradient : gradients) EXPECT_TRUE(gradient.eq(0).all().item<bool>());
         const auto all = torch::autograd::grad({result.output.sum()}, {q, k, v});
@@ -259,7 +261,7 @@ TEST_P(AttentionTest, RowWithoutKeysGivesZerosAndNoGradientInEveryType) {
   }
 }
 
-TEST_P(AttentionTest, ABiasThatIsMinusInfinityInTheTypeOfTheLogitsForbids) {
+TEST_P(AttentionTest, ABiasOfMinusInfinityInTheTypeOfTheLogitsForbidsItsKey) {
   const auto floats = torch::dtype(torch::kDouble).device(device_);
   for (const auto& [type, least] :
        {std::pair(torch::kFloat, std::numeric_limits<double>::lowest()),
@@ -286,7 +288,7 @@ TEST_P(AttentionTest, ABiasThatIsMinusInfinityInTheTypeOfTheLogitsForbids) {
   }
 }
 
-// Beside such a bias a log-sum-exp keeps nothing of the number of keys. Parts of a context are of 1,024 and of 2,048 keys.
+// Beside such a bias, a log-sum-exp loses the number of keys. A part of a context has 2,048 keys, or 1,024 in backward.
 TEST_P(AttentionTest, RowsOfVeryNegativeFiniteBiasesAreAveragesWithTheirGradients) {
   for (const auto type : {torch::kDouble, torch::kFloat, torch::kBFloat16}) {
     for (const int64_t Lk : {70, 2500, 8192}) {
@@ -341,7 +343,7 @@ TEST_P(AttentionTest, ACausalMaskAloneIsExactAtAnyScale) {
   }
 }
 
-TEST_P(AttentionTest, ATensorGivenTwiceGetsEachOfItsGradientsOnce) {
+TEST_P(AttentionTest, GradientsOfATensorGivenTwiceAreAddedOnce) {
   const auto q = random({kB, kH, kLq, kD}), k = random({kB, kH, kLk, kD});
   std::vector<std::vector<torch::Tensor>> all;
   for (const auto path : {AttentionPath::definition, AttentionPath::fused}) {
@@ -353,7 +355,7 @@ TEST_P(AttentionTest, ATensorGivenTwiceGetsEachOfItsGradientsOnce) {
   for (size_t i = 0; i < 4; ++i) expect_close(all[1][i], all[0][i], 1e-12, "gradient " + std::to_string(i));
 }
 
-TEST_P(AttentionTest, TheLogSumExpGivesZeroToValuesThatAskAlone) {
+TEST_P(AttentionTest, GradientOfTheLogSumExpIsZeroForTheValues) {
   if (!device_.is_cpu()) GTEST_SKIP() << "only the CPU kernel is asked for its log-sum-exp";
   for (const auto type : {torch::kDouble, torch::kFloat}) {
     const auto q = random({1, 2, 3, 4}, type).detach(), k = random({1, 2, 5, 4}, type).detach(), v = random({1, 2, 5, 4}, type);
@@ -457,7 +459,7 @@ TEST_P(AttentionTest, StridesDoNotMatter) {
   }
 }
 
-TEST_P(AttentionTest, FusedRefusesWhatItsKernelsCannotDo) {
+TEST_P(AttentionTest, FusedThrowsWithTheReasonWhereThereIsNoKernel) {
   const auto x = random({1, 2, 3, 4});
   const auto refusal = [&](AttentionOptions options, const torch::Tensor& k, const torch::Tensor& v) {
     options.path = AttentionPath::fused;
@@ -514,7 +516,7 @@ class AttentionOnKernelsTest : public testing::Test {
   AttentionOnKernelsTest() { torch::manual_seed(0); }
   ~AttentionOnKernelsTest() override { at::set_num_threads(threads_); }
 
-  // Compares all that is returned with the definition in float64.
+  // Compares every result with the definition in float64.
   static void expect_the_definition(const torch::Tensor& q,
                                     const torch::Tensor& k,
                                     const torch::Tensor& v,
@@ -534,12 +536,12 @@ class AttentionOnKernelsTest : public testing::Test {
   int threads_ = at::get_num_threads();
 };
 
-TEST_F(AttentionOnKernelsTest, GiveWhatTheDefinitionGivesForEveryMaskAndRequest) {
+TEST_F(AttentionOnKernelsTest, EqualTheDefinitionForEveryMaskAndRequest) {
   const std::vector<AttentionOptions> requests = {{},
                                                   {.scale = 0.3, .weights = AttentionWeights::mean},
                                                   {.weights = AttentionWeights::per_head},
                                                   {.weights = AttentionWeights::per_head, .weight_heads = {2, 0}}};
-  for (const int64_t Lq : {1, 5, 33}) {  // on 1 to 132 rows of a head: with rows of keys as they are, and packed
+  for (const int64_t Lq : {1, 5, 33}) {  // 1 to 132 rows of a head: with unpacked keys, and with packed ones
     for (const int64_t G : {1, 2, 4}) {
       const auto q = torch::randn({kB, kH, Lq, kD}), k = torch::randn({kB, G, 19, kD}), v = torch::randn({kB, G, 19, 3});
       for (const auto& [name, mask] : masks(torch::kCPU, Lq, 19)) {
@@ -552,8 +554,8 @@ TEST_F(AttentionOnKernelsTest, GiveWhatTheDefinitionGivesForEveryMaskAndRequest)
   }
 }
 
-// Parts are of 2,048 keys: here the first may have none, and with `upper_left` no other one has.
-TEST_F(AttentionOnKernelsTest, GoThroughALongContextInParts) {
+// A part has 2,048 keys. Here the first part may have no allowed key, and with `upper_left` no other part has one.
+TEST_F(AttentionOnKernelsTest, ReadALongContextInParts) {
   const int64_t Lk = 3 * 2048 + 37;
   const auto only_last = torch::arange(Lk).ge(Lk - 3).view({1, Lk}).expand({kB, Lk}).contiguous();
   for (const int64_t Lq : {3, 29}) {
@@ -570,7 +572,7 @@ TEST_F(AttentionOnKernelsTest, GoThroughALongContextInParts) {
   }
 }
 
-TEST_F(AttentionOnKernelsTest, GiveTheSameBitsWithOneThreadAndTwoAndWithWeightsOrNone) {
+TEST_F(AttentionOnKernelsTest, HaveEqualBitsForOneThreadAndTwoAndWithOrWithoutWeights) {
   for (const int64_t Lq : {1, 6, 70}) {
     for (const int64_t Lk : {50, 5000}) {
       const auto q = torch::randn({3, 4, Lq, 16}), k = torch::randn({3, 2, Lk, 16}), v = torch::randn({3, 2, Lk, 16});
@@ -588,7 +590,7 @@ TEST_F(AttentionOnKernelsTest, GiveTheSameBitsWithOneThreadAndTwoAndWithWeightsO
   }
 }
 
-TEST_F(AttentionOnKernelsTest, KeepANaNInItsRow) {
+TEST_F(AttentionOnKernelsTest, ConfineANaNToItsRow) {
   for (const int64_t Lk : {50, 5000}) {
     const auto q = torch::randn({1, 2, 30, 8}), k = torch::randn({1, 2, Lk, 8});
     const auto clean = detail::attend_on_kernels(q, k, k, {.log_sum_exp = true});

@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "pickle_writer.h"
+#include "plan/runs_on.h"
 #include "run_program.h"
 #include "test_util.h"
 
@@ -670,7 +671,7 @@ TEST_F(CliTest, ExplainNamesTheAttentionKernelAndWhy) {
     return json::parse(xattn("explain 1,8,500,500,64,64,64 --threads 1 --json " + options).out);
   };
   const auto kernel = [&](const std::string& options) { return explained(options)["chosen"]["kernel"]; };
-  const auto own = modules_run_on() == RunsOn::kernels;
+  const auto own = detail::modules_run_on() == RunsOn::module_kernels;
   EXPECT_EQ(kernel(""), own ? "heads" : "fused_cpu");
   EXPECT_EQ(kernel("--type bfloat16"), "fused_cpu");
   EXPECT_EQ(kernel("--cuda"), "scaled_dot_product_attention");

@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "attention/choose_kernel.h"
 #include "attention/heads.h"
 #include "compare.h"
 #include "test_util.h"
@@ -109,9 +110,9 @@ TEST(PlanTest, AFrozenLayerIsChargedForPackingAContextForManyRowsUnlessItIsKept)
     r.context_rows = PlanRequest::kKept;
     return now.logits[1].seconds - cost_of({}, r).logits[1].seconds;
   };
-  EXPECT_EQ(packing(28, RunsOn::engine), 0);
-  EXPECT_NEAR(packing(29, RunsOn::engine), 2 * 4 * 1000 * 96 / request(1, 4, 29, 1000, 64, 96, 64).rates.memory, 1e-12);
-  EXPECT_EQ(packing(29, RunsOn::kernels), 0);
+  EXPECT_EQ(packing(28, RunsOn::frozen_kernels), 0);
+  EXPECT_NEAR(packing(29, RunsOn::frozen_kernels), 2 * 4 * 1000 * 96 / request(1, 4, 29, 1000, 64, 96, 64).rates.memory, 1e-12);
+  EXPECT_EQ(packing(29, RunsOn::module_kernels), 0);
 }
 
 TEST(PlanTest, WhatHasAnEmptyAxisCostsNothing) {
@@ -230,7 +231,7 @@ TEST(LegalityTest, InTrainingAProductOfWeightsIsMadeAndChargedInEachCall) {
 TEST(LegalityTest, DroppedWeightsForbidTheFusedKernelThatWouldKeepThemAll) {
   auto r = request(1, 8, 500, 500, 64, 64, 64);
   const auto fused = make_plan(r);
-  ASSERT_TRUE(is_fused(fused.kernel));
+  ASSERT_TRUE(detail::is_fused(fused.kernel));
   r.drops_weights = true;
   EXPECT_EQ(make_plan(r).kernel, AttentionKernel::tensor_operations);
   EXPECT_EQ(make_plan(r).kernel_reason, "dropout is above 0");
@@ -266,11 +267,11 @@ TEST(KernelTest, DependsOnOrdersGradientsWeightsAndWhatALayerRunsOn) {
   const struct {
     RunsOn runs_on;
     AttentionKernel plain, training, with_weights, with_both, with_learned_mask, with_other_values, without_keys;
-  } kRows[] = {{RunsOn::kernels, heads, heads, heads, tensor_operations, tensor_operations, heads, tensor_operations},
-               {RunsOn::cpu, fused_cpu, fused_cpu, tensor_operations, tensor_operations, tensor_operations, tensor_operations,
-                tensor_operations},
-               {RunsOn::cuda, scaled_dot_product_attention, scaled_dot_product_attention, tensor_operations, tensor_operations,
-                tensor_operations, scaled_dot_product_attention, tensor_operations}};
+  } kRows[] = {{RunsOn::module_kernels, heads, heads, heads, tensor_operations, tensor_operations, heads, tensor_operations},
+               {RunsOn::libtorch_cpu, fused_cpu, fused_cpu, tensor_operations, tensor_operations, tensor_operations,
+                tensor_operations, tensor_operations},
+               {RunsOn::libtorch_cuda, scaled_dot_product_attention, scaled_dot_product_attention, tensor_operations,
+                tensor_operations, tensor_operations, scaled_dot_product_attention, tensor_operations}};
   for (const auto& row : kRows) {
     SCOPED_TRACE(static_cast<int>(row.runs_on));
     EXPECT_EQ(kernel(row.runs_on, {}, nothing), row.plain);
@@ -282,23 +283,23 @@ TEST(KernelTest, DependsOnOrdersGradientsWeightsAndWhatALayerRunsOn) {
     EXPECT_EQ(kernel(row.runs_on, {}, no_keys), row.without_keys);
     EXPECT_EQ(kernel(row.runs_on, {Order::fold_into_query, Order::standard}, nothing), tensor_operations);
   }
-  EXPECT_EQ(kernel(RunsOn::engine, {}, nothing), heads);
-  EXPECT_EQ(kernel(RunsOn::engine, {}, weights), heads);
-  EXPECT_EQ(kernel(RunsOn::engine, {Order::standard, Order::prefold}, weights), chain);
+  EXPECT_EQ(kernel(RunsOn::frozen_kernels, {}, nothing), heads);
+  EXPECT_EQ(kernel(RunsOn::frozen_kernels, {}, weights), heads);
+  EXPECT_EQ(kernel(RunsOn::frozen_kernels, {Order::standard, Order::prefold}, weights), chain);
 }
 
 TEST(KernelTest, GoesThroughAContextInPartsWhereTheEngineDoes) {
   using detail::engine::Heads;
   for (const int64_t Lk : {4096, 4097}) {
     for (const auto weights : {AttentionWeights::none, AttentionWeights::mean}) {
-      detail::engine::Weighing weighing({}, 1, 1, Lk, 1, weights, {});
+      detail::engine::SoftmaxStage softmax({}, 1, 1, Lk, 1, weights, {});
       const auto map = detail::engine::empty_weights(weights, {}, 1, 1, 1, Lk, /*all_keys=*/true);
-      weighing.write_to(map, {});
-      const Heads heads{.H = 1, .G = 1, .d = 8, .e = 8, .Lk = Lk, .keys = {}, .values = {}};
-      const bool in_parts = room_of_heads(heads, weighing, {.all = true}).row < Lk;
+      softmax.write_to(map, {});
+      const Heads heads{.H = 1, .G = 1, .d = 8, .e = 8, .Lk = Lk, .keys = {}, .values = {}, .are_packed = true};
+      const bool in_parts = scratch_of_heads(heads, softmax, {.all = true}).row < Lk;
       auto r = request(1, 1, 1, Lk, 8, 8, 8);
       r.gives_weights = weights != AttentionWeights::none;
-      for (const auto runs_on : {RunsOn::kernels, RunsOn::engine}) {
+      for (const auto runs_on : {RunsOn::module_kernels, RunsOn::frozen_kernels}) {
         r.runs_on = runs_on;
         EXPECT_EQ(cost_of({}, r).kernel, in_parts ? AttentionKernel::heads_in_parts : AttentionKernel::heads) << Lk;
       }
@@ -340,7 +341,7 @@ TEST(ExplainTest, NamesEveryOrderItsCostAndTheReason) {
   EXPECT_NE(explain(r).find("output 64; forward and backward\n"), std::string::npos) << explain(r);
   r = request(1, 12, 1, 1500, 768, 768, 768);
   r.weights_are_frozen = r.gives_weights = true;
-  r.runs_on = RunsOn::engine;
+  r.runs_on = RunsOn::frozen_kernels;
   expect_end(
       r,
       "attention by chain: this library's kernels, the whole chain for a few rows at a time, because the layer is frozen, "

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <xattn/attention_kernel.h>
 #include <xattn/export.h>
 
 #include <array>
@@ -81,31 +82,13 @@ struct PlanMode {
 inline constexpr PlanMode PlanMode::automatic = {};
 inline constexpr PlanMode PlanMode::standard = PlanMode::pin({});
 
-/// Whose work a layer is made of.
+/// The code that a layer runs on.
 enum class RunsOn {
-  kernels,  ///< this library's kernels: a module in float32 on the CPU, with AVX2 or AVX-512 and without autocast
-  engine,   ///< this library's kernels for the whole chain: a `Frozen` in float32 on the CPU
-  cpu,      ///< LibTorch's operators on the CPU
-  cuda,     ///< LibTorch's operators elsewhere
+  module_kernels,  ///< this library's kernels, in a module: float32 on the CPU, with AVX2 or AVX-512 and without autocast
+  frozen_kernels,  ///< this library's kernels for the whole chain: a `Frozen` in float32 on the CPU
+  libtorch_cpu,    ///< LibTorch's operators on the CPU
+  libtorch_cuda,   ///< LibTorch's operators on other devices
 };
-/// Of modules in float32 on this processor, without autocast: `kernels` or `cpu`.
-XATTN_API RunsOn modules_run_on();
-
-/// What does the attention itself: the logits, their softmax, and the mixing of values.
-enum class AttentionKernel {
-  tensor_operations,  ///< plain ones, as of the definition: all logits go to memory
-  heads,              ///< of this library: one head after the other, so that its logits stay in the cache
-  heads_in_parts,     ///< the same, a part of a long context after the other, without weights
-  chain,              ///< of this library, in `Frozen`, in other than standard orders: logits of a few rows at a time
-  fused_cpu,          ///< LibTorch's fused kernel for the CPU
-  scaled_dot_product_attention,  ///< LibTorch's, elsewhere
-};
-
-/// "tensor_operations", "heads" ...
-XATTN_API std::string_view name_of(AttentionKernel kernel);
-
-/// Whether it does the inner products of the standard orders and the softmax in one.
-XATTN_API bool is_fused(AttentionKernel kernel);
 
 /// Everything that a plan depends on.
 struct PlanRequest {
@@ -127,8 +110,8 @@ struct PlanRequest {
   bool drops_weights = false;       ///< dropout is above 0
   bool mask_is_learned = false;     ///< the mask's bias requires a gradient; no other property of a mask changes the kernel
 
-  RunsOn runs_on = RunsOn::kernels;   ///< with `rates` to match
-  std::optional<Orders> pinned = {};  ///< in place of the cheapest
+  RunsOn runs_on = RunsOn::module_kernels;  ///< with `rates` to match
+  std::optional<Orders> pinned = {};        ///< in place of the cheapest
 
   /// Query rows of one batch entry that the context serves over all calls; at least those of this call count. Products of the
   /// context are charged in proportion to the rows of this call. kKept if they have been made already.

@@ -3,6 +3,7 @@
 
 // The whole library. Start reading with cross_attention.h.
 #include <xattn/attention.h>
+#include <xattn/attention_kernel.h>
 #include <xattn/attention_map.h>
 #include <xattn/block.h>
 #include <xattn/block_layouts.h>

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "attention/gradients.h"
+
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "attention/heads.h"
 #include "attention/merge.h"
@@ -15,9 +16,10 @@ using namespace engine;
 namespace {
 
 constexpr int64_t kKeysOfABlock = 1024;
-constexpr int64_t kFloatsAtATime = 3 << 16;  // of logits and their gradients: what a core's cache holds beside those keys
+// Logits and their gradients of one step, in floats. They fit into a core's cache beside the keys and values of a block.
+constexpr int64_t kFloatsOfAStep = 3 << 16;
 
-// [B, L, n, size] as it lies, [B, n, L, size] as it is seen: as the gradient of what split_heads returns.
+// An empty tensor of x's shape [B, n, L, size], stored as [B, L, n, size]: the gradient of what split_heads returns.
 Tensor like_heads(const Tensor& x, bool is_wanted) {
   if (!is_wanted) return {};
   return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
@@ -33,32 +35,25 @@ struct Rows {
   const float* at(int64_t row) const { return data + row * stride; }
 };
 
-// With P the weights of a block of rows by a part of the keys, of which nothing was kept but the log-sum-exp of whole rows:
-//   dV = P' dO,  dP = dO V',  dS = P * (dP - rows' sums of dO * O) * scale,  dQ = dS K,  dK = dS' Q
+// Only the log-sum-exp of each row was kept. With the weights P of a block of rows and keys, computed anew:
+//   dV = P' dO,  dP = dO V',  dS = P * (dP - row sums of dO * O) * scale,  dQ = dS K,  dK = dS' Q
 // as in Dao et al., FlashAttention, 2022, https://arxiv.org/abs/2205.14135, appendix B.4.
 class Gradients {
  public:
-  Gradients(const Tensor& q,
-            const Tensor& k,
-            const Tensor& v,
-            const AttentionResult& result,
-            const Tensor& largest,
-            const Tensor& grad,
-            const AttentionOptions& options,
-            const AttentionGradients& into)
-      : q_(with_rows(q)),
-        k_(with_rows(k)),
-        v_(with_rows(v)),
-        output_(with_rows(result.output)),
-        log_sum_exp_(result.log_sum_exp.contiguous()),
-        largest_(largest.contiguous()),
-        grad_(with_rows(grad)),
+  Gradients(const AttentionBackward& call, const AttentionGradients& into)
+      : q_(with_rows(call.q)),
+        k_(with_rows(call.k)),
+        v_(with_rows(call.v)),
+        output_(with_rows(call.output)),
+        log_sum_exp_(call.log_sum_exp.contiguous()),
+        largest_(call.largest.contiguous()),
+        output_grad_(with_rows(call.output_grad)),
         into_(into),
-        scale_(static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3)))))),
-        weighing_(options.mask, q.size(1), q.size(2), k.size(2), scale_, AttentionWeights::none, {}),
-        parts_((Lk_ + kKeysOfABlock - 1) / kKeysOfABlock),
-        keys_((Lk_ + parts_ - 1) / parts_),
-        rows_(std::clamp<int64_t>(kFloatsAtATime / (2 * keys_), 1, Lq_)) {}
+        scale_(static_cast<float>(call.scale)),
+        softmax_(call.mask, H_, Lq_, Lk_, scale_, AttentionWeights::none, {}),
+        blocks_((Lk_ + kKeysOfABlock - 1) / kKeysOfABlock),
+        keys_of_a_block_((Lk_ + blocks_ - 1) / blocks_),
+        rows_of_a_step_(std::clamp<int64_t>(kFloatsOfAStep / (2 * keys_of_a_block_), 1, Lq_)) {}
 
   void run() const {
     const auto heads = B_ * G_, operations = 2 * H_ / G_ * Lq_ * Lk_ * (3 * d_ + 2 * e_);
@@ -73,104 +68,108 @@ class Gradients {
   }
 
  private:
-  // Right sides made of keys and values; null where so few rows meet them that they stay as they are.
-  struct Packs {
-    float *key_columns = nullptr, *key_rows = nullptr, *value_columns = nullptr;
+  // Keys and values of a block as right sides of products.
+  struct RightSides {
+    Right key_columns;    // [d, keys]
+    Right key_rows;       // [keys, d]
+    Right value_columns;  // [e, keys]
   };
 
+  // For few query rows, packing keys and values takes longer than it saves.
   bool is_packed() const { return Lq_ * H_ / G_ > kFewRows; }
 
   int64_t floats_of_a_task() const {
     const auto& run = kernels();
-    int64_t floats = 2 * rows_ * keys_ + run.packed_size(rows_, std::max(d_, e_)) + 2 * rows_;
-    if (is_packed()) floats += run.packed_size(d_, keys_) + run.packed_size(keys_, d_) + run.packed_size(e_, keys_);
+    const auto rows = rows_of_a_step_, keys = keys_of_a_block_;
+    int64_t floats = 2 * rows * keys + run.packed_size(rows, std::max(d_, e_)) + 2 * rows;
+    if (is_packed()) floats += run.packed_size(d_, keys) + run.packed_size(keys, d_) + run.packed_size(e_, keys);
     return floats + 16 * 16;
   }
 
-  // All that meets one head of the keys and values.
+  // All query heads that share one key/value head.
   void run_head(int64_t b, int64_t g, Scratch scratch) const {
     const auto& run = kernels();
     const Rows key(k_, b, g), value(v_, b, g);
-    Packs packs;
+    float *key_columns = nullptr, *key_rows = nullptr, *value_columns = nullptr;
     if (is_packed()) {
-      packs.key_columns = scratch.take(run.packed_size(d_, keys_));
-      packs.key_rows = scratch.take(run.packed_size(keys_, d_));
-      packs.value_columns = scratch.take(run.packed_size(e_, keys_));
+      key_columns = scratch.take(run.packed_size(d_, keys_of_a_block_));
+      key_rows = scratch.take(run.packed_size(keys_of_a_block_, d_));
+      value_columns = scratch.take(run.packed_size(e_, keys_of_a_block_));
     }
-    for (int64_t first = 0; first < Lk_; first += keys_) {
-      const auto keys = std::min(keys_, Lk_ - first);
+    for (int64_t first = 0; first < Lk_; first += keys_of_a_block_) {
+      const auto keys = std::min(keys_of_a_block_, Lk_ - first);
+      RightSides sides{plain_rows(key.at(first), key.stride), plain_rows(key.at(first), key.stride),
+                       plain_rows(value.at(first), value.stride)};
       if (is_packed()) {
-        run.pack_transposed(key.at(first), key.stride, d_, keys, packs.key_columns);
-        run.pack(key.at(first), key.stride, keys, d_, packs.key_rows);
-        run.pack_transposed(value.at(first), value.stride, e_, keys, packs.value_columns);
+        run.pack_transposed(key.at(first), key.stride, d_, keys, key_columns);
+        run.pack(key.at(first), key.stride, keys, d_, key_rows);
+        run.pack_transposed(value.at(first), value.stride, e_, keys, value_columns);
+        sides = {panels(key_columns, d_), panels(key_rows, keys), panels(value_columns, e_)};
       }
       for (int64_t h = g * H_ / G_; h < (g + 1) * H_ / G_; ++h) {
-        for (int64_t row = 0; row < Lq_; row += rows_) {
-          const Segment s{.b = b,
-                          .first = b * Lq_ + row,
-                          .n = std::min(rows_, Lq_ - row),
+        for (int64_t row = 0; row < Lq_; row += rows_of_a_step_) {
+          const Segment s{.context = b,
+                          .first_row = b * Lq_ + row,
+                          .rows = std::min(rows_of_a_step_, Lq_ - row),
                           .keys = keys,
-                          .rows = Rows(q_, b, h).at(row),
-                          .stride = q_.stride(2),
+                          .queries = Rows(q_, b, h).at(row),
+                          .query_stride = q_.stride(2),
                           .head_stride = 0,
-                          .mixed = nullptr,
+                          .weighted_values = nullptr,
                           .log_sum_exp = {},
-                          .all_rows = Lq_,
+                          .context_rows = Lq_,
                           .first_key = first};
-          run_block(s, h, g, packs, scratch);
+          run_block(s, h, g, sides, scratch);
         }
       }
     }
   }
 
-  void run_block(const Segment& s, int64_t h, int64_t g, const Packs& packs, Scratch scratch) const {
-    const auto row = s.first % Lq_;
-    const Rows key(k_, s.b, g), value(v_, s.b, g), grad(grad_, s.b, h);
+  void run_block(const Segment& s, int64_t h, int64_t g, const RightSides& sides, Scratch scratch) const {
+    const auto row = s.first_row % Lq_;
+    const Rows grad(output_grad_, s.context, h);
     const bool is_first = row == 0 && h == g * H_ / G_;
-    auto* weights = scratch.take(s.n * s.keys);
-    auto* logits_grad = scratch.take(s.n * s.keys);
-    times_columns(s, s.rows, s.stride, key, packs.key_columns, weights);
-    weigh(s, h, weights, scratch);
+    auto* weights = scratch.take(s.rows * s.keys);
+    auto* logits_grad = scratch.take(s.rows * s.keys);
+    times_columns(s, s.queries, s.query_stride, sides.key_columns, d_, weights);
+    recompute_weights(s, h, weights, scratch);
     if (into_.v.defined()) add_to_keys(s, weights, grad.at(row), grad.stride, is_first, into_.v, g, scratch);
     if (!into_.q.defined() && !into_.k.defined()) return;
-    times_columns(s, grad.at(row), grad.stride, value, packs.value_columns, logits_grad);
+    times_columns(s, grad.at(row), grad.stride, sides.value_columns, e_, logits_grad);
     differentiate_softmax(s, h, weights, logits_grad);
     if (into_.q.defined()) {
-      multiply({.m = s.n,
+      multiply({.m = s.rows,
                 .n = d_,
                 .k = s.keys,
                 .a = logits_grad,
                 .a_stride = s.keys,
-                .b = right(packs.key_rows, key.at(s.first_key), s.keys, key.stride),
-                .c = mutable_data(into_.q) + s.b * into_.q.stride(0) + h * into_.q.stride(1) + row * into_.q.stride(2),
+                .b = sides.key_rows,
+                .c = mutable_data(into_.q) + s.context * into_.q.stride(0) + h * into_.q.stride(1) + row * into_.q.stride(2),
                 .c_stride = into_.q.stride(2),
                 .accumulate = s.first_key > 0,
-                .all_rows = s.n});
+                .all_rows = s.rows});
     }
-    if (into_.k.defined()) add_to_keys(s, logits_grad, s.rows, s.stride, is_first, into_.k, g, scratch);
+    if (into_.k.defined()) add_to_keys(s, logits_grad, s.queries, s.query_stride, is_first, into_.k, g, scratch);
   }
 
-  // The rows of a right side [k, n]: packed, or as they lie.
-  static Right right(const float* packed, const float* rows, int64_t k, int64_t stride) {
-    const auto panel = kernels().panel;
-    return packed ? Right{packed, nullptr, panel, k * panel} : Right{rows, nullptr, stride, panel};
+  static Right plain_rows(const float* rows, int64_t stride) { return {rows, nullptr, stride, kernels().panel}; }
+  // A packed right side with k rows.
+  static Right panels(const float* packed, int64_t k) { return {packed, nullptr, kernels().panel, k * kernels().panel}; }
+
+  // c [n, keys] = a [n, size] times the transposed keys or values
+  void times_columns(const Segment& s, const float* a, int64_t a_stride, const Right& columns, int64_t size, float* c) const {
+    (is_packed() ? multiply : multiply_transposed)({.m = s.rows,
+                                                    .n = s.keys,
+                                                    .k = size,
+                                                    .a = a,
+                                                    .a_stride = a_stride,
+                                                    .b = columns,
+                                                    .c = c,
+                                                    .c_stride = s.keys,
+                                                    .all_rows = s.rows});
   }
 
-  // a [n, size] times keys or values as columns -> [n, keys]
-  static void times_columns(
-      const Segment& s, const float* a, int64_t a_stride, const Rows& columns, const float* packed, float* c) {
-    (packed ? multiply : multiply_transposed)({.m = s.n,
-                                               .n = s.keys,
-                                               .k = columns.size,
-                                               .a = a,
-                                               .a_stride = a_stride,
-                                               .b = right(packed, columns.at(s.first_key), columns.size, columns.stride),
-                                               .c = c,
-                                               .c_stride = s.keys,
-                                               .all_rows = s.n});
-  }
-
-  // x' rows, with x [n, keys] and rows [n, size], to the rows of these keys in `into`.
+  // Adds x' rows, of x [n, keys] and rows [n, size], to the rows of these keys in `into`.
   void add_to_keys(const Segment& s,
                    const float* x,
                    const float* rows,
@@ -181,40 +180,40 @@ class Gradients {
                    Scratch scratch) const {
     const auto& run = kernels();
     const auto size = into.size(3);
-    auto* packed = scratch.take(run.packed_size(s.n, size));
-    run.pack(rows, stride, s.n, size, packed);
+    auto* packed = scratch.take(run.packed_size(s.rows, size));
+    run.pack(rows, stride, s.rows, size, packed);
     multiply({.m = s.keys,
               .n = size,
-              .k = s.n,
+              .k = s.rows,
               .a = x,
               .a_stride = 1,
               .a_step = s.keys,
-              .b = right(packed, nullptr, s.n, 0),
-              .c = mutable_data(into) + s.b * into.stride(0) + g * into.stride(1) + s.first_key * into.stride(2),
+              .b = panels(packed, s.rows),
+              .c = mutable_data(into) + s.context * into.stride(0) + g * into.stride(1) + s.first_key * into.stride(2),
               .c_stride = into.stride(2),
               .accumulate = !is_first,
               .all_rows = s.keys});
   }
 
   LogSumExp log_sum_exp_of(const Segment& s, int64_t h, int64_t row) const {
-    const auto at = (s.b * H_ + h) * Lq_ + s.first % Lq_ + row;
+    const auto at = (s.context * H_ + h) * Lq_ + s.first_row % Lq_ + row;
     return {data(largest_)[at], data(log_sum_exp_)[at]};
   }
 
-  // Logits -> their weights among all keys of their rows.
-  void weigh(const Segment& s, int64_t h, float* logits, Scratch scratch) const {
-    auto* largest = scratch.take(s.n);
-    const LogSumExps of_part{largest, scratch.take(s.n)};
-    weighing_.soften_head(s, h, logits, s.keys, of_part);
-    if (parts_ == 1) return;
-    for (int64_t i = 0; i < s.n; ++i) scale(logits + i * s.keys, s.keys, share_of(of_part[i], log_sum_exp_of(s, h, i)));
+  // Turns the logits of a block into weights: by a softmax over the block, scaled by the block's share of the whole row.
+  void recompute_weights(const Segment& s, int64_t h, float* logits, Scratch scratch) const {
+    auto* largest = scratch.take(s.rows);
+    const LogSumExps of_block{largest, scratch.take(s.rows)};
+    softmax_.softmax_head(s, h, logits, s.keys, of_block);
+    if (blocks_ == 1) return;
+    for (int64_t i = 0; i < s.rows; ++i) scale(logits + i * s.keys, s.keys, share_of(of_block[i], log_sum_exp_of(s, h, i)));
   }
 
-  // grad: of the weights -> of the logits before their scale
+  // Turns the gradient of the weights into that of the unscaled logits.
   void differentiate_softmax(const Segment& s, int64_t h, const float* weights, float* grad) const {
-    const auto row = s.first % Lq_;
-    const Rows output(output_, s.b, h), output_grad(grad_, s.b, h);
-    for (int64_t i = 0; i < s.n; ++i, weights += s.keys, grad += s.keys) {
+    const auto row = s.first_row % Lq_;
+    const Rows output(output_, s.context, h), output_grad(output_grad_, s.context, h);
+    for (int64_t i = 0; i < s.rows; ++i, weights += s.keys, grad += s.keys) {
       const auto *x = output.at(row + i), *dx = output_grad.at(row + i);
       float sum = 0;
       for (int64_t j = 0; j < e_; ++j) sum += x[j] * dx[j];
@@ -222,27 +221,25 @@ class Gradients {
     }
   }
 
-  const Tensor q_, k_, v_, output_, log_sum_exp_, largest_, grad_;
+  const Tensor q_, k_, v_;
+  const Tensor output_, log_sum_exp_, largest_;
+  const Tensor output_grad_;
   const AttentionGradients& into_;
   const int64_t B_ = q_.size(0), H_ = q_.size(1), Lq_ = q_.size(2), d_ = q_.size(3);
   const int64_t G_ = k_.size(1), Lk_ = k_.size(2), e_ = v_.size(3);
   const float scale_;
-  const Weighing weighing_;
-  const int64_t parts_, keys_, rows_;  // of the keys; keys of one; rows at a time
+  const SoftmaxStage softmax_;
+  const int64_t blocks_;           // of keys
+  const int64_t keys_of_a_block_;  // the last block may have fewer
+  const int64_t rows_of_a_step_;   // query rows whose logits are held at a time
 };
 
 }  // namespace
 
-AttentionGradients differentiate_on_kernels(const Tensor& q,
-                                            const Tensor& k,
-                                            const Tensor& v,
-                                            const AttentionResult& result,
-                                            const Tensor& largest,
-                                            const Tensor& grad,
-                                            const AttentionOptions& options,
-                                            const std::array<bool, 3>& wanted) {
-  AttentionGradients gradients{like_heads(q, wanted[0]), like_heads(k, wanted[1]), like_heads(v, wanted[2])};
-  Gradients(q, k, v, result, largest, grad, options, gradients).run();
+AttentionGradients differentiate_on_kernels(const AttentionBackward& call) {
+  AttentionGradients gradients{like_heads(call.q, call.wants_q), like_heads(call.k, call.wants_k),
+                               like_heads(call.v, call.wants_v)};
+  Gradients(call, gradients).run();
   return gradients;
 }
 

@@ -4,82 +4,100 @@
 #include <ATen/core/Tensor.h>
 #include <xattn/attention.h>
 
-#include <array>
+#include <cstdint>
 #include <vector>
 
 #include "attention/merge.h"
+#include "attention/softmax.h"
 #include "cpu/threads.h"
 
-// Attention between projected heads: what the standard order does between its projections, and what becomes of logits in all.
+// Attention between projected heads on this library's kernels. For a few query rows of one head after another:
+//
+//   logits_of_head           S = q k'                                 [rows, keys], in scratch that stays in the cache
+//   SoftmaxStage             P = softmax(scale * S + bias, over the keys that the mask allows), in place
+//   weighted_values_of_head  P v                                      [rows, e], into the result
+//
+// A long context is read in parts of `kKeysOfAPart` keys, and the weighted values of the parts are merged (merge.h). Frozen
+// layers run the same stages between their own projections.
 namespace xattn::detail::engine {
 
-/// Rows of one context among all B * n * Lq of a call, and where their results go.
+/// Query rows of one context, the keys that they attend to, and where their weighted values go.
 struct Segment {
-  int64_t b, first, n;
-  int64_t keys;            ///< of the context: those that count, or those of one part of them
-  const float* rows;       ///< what meets the keys
-  int64_t stride;          ///< from row to row
-  int64_t head_stride;     ///< from head to head, where the rows are projected queries
-  float* mixed;            ///< [n, H, e], or whatever the order of the values leaves
-  LogSumExps log_sum_exp;  ///< [n, H]; null if not wanted
-  int64_t all_rows;        ///< of the context, among which these n are
+  int64_t context;         ///< index of the context in the batch
+  int64_t first_row;       ///< index of the first row among all B * n * Lq query rows of the call, n queries for each context
+  int64_t rows;            ///< number of rows
+  int64_t keys;            ///< number of keys: those of the context, or of a part of it
+  const float* queries;    ///< the left side of the logits: projected queries, or what the order of the logits makes of them
+  int64_t query_stride;    ///< from row to row
+  int64_t head_stride;     ///< from head to head, if the rows are projected queries
+  float* weighted_values;  ///< [rows, H, e], or as the order of the values has them
+  LogSumExps log_sum_exp;  ///< output, [rows, H]; null if not wanted
+  int64_t context_rows;    ///< query rows of the whole context; these are some of them
   int64_t first_key = 0;
 };
 
-/// One restriction of a mask, [B|1, H|1, Lq|1, Lk], with strides of 0 for axes of one.
+/// One restriction of a mask, [B|1, H|1, Lq|1, Lk]; an axis of size 1 has a stride of 0.
 template <class T>
 struct MaskRows {
   const T* data = nullptr;
-  int64_t b = 0, h = 0, i = 0;
+  int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
 
   explicit MaskRows(const at::Tensor& x) {
     if (!x.defined()) return;
     data = x.const_data_ptr<T>();
     const auto stride = [&x](int64_t axis) { return x.size(axis) == 1 ? 0 : x.stride(axis); };
-    b = stride(0), h = stride(1), i = stride(2);
+    batch_stride = stride(0), head_stride = stride(1), row_stride = stride(2);
   }
-  const T* at(int64_t batch, int64_t head, int64_t row, int64_t key = 0) const {
-    return data ? data + batch * b + head * h + row * i + key : nullptr;
+  /// True if all heads and query rows of a batch entry have the same restriction.
+  bool is_uniform() const { return head_stride == 0 && row_stride == 0; }
+  const T* at(int64_t batch, int64_t head, int64_t row, int64_t key) const {
+    return data ? data + batch * batch_stride + head * head_stride + row * row_stride + key : nullptr;
   }
 };
 
-/// Room for the weights that are wanted: undefined, [B, Lq, Lk] of zeros, or [B, H, Lq, Lk], zeros unless `all_keys` are written.
+/// Output buffer for the requested weights: undefined, [B, Lq, Lk] of zeros, or [B, H, Lq, Lk], which is uninitialised if
+/// `all_keys` will be written, and zeros otherwise.
 at::Tensor empty_weights(
     AttentionWeights wanted, const std::vector<int64_t>& heads, int64_t B, int64_t H, int64_t Lq, int64_t Lk, bool all_keys);
 
-/// What a call makes of logits: weights by its scale and mask, and of these what the caller wants to see.
-class Weighing {
+/// The softmax of one call: logits become weights, and the requested results of it are written to their buffers.
+class SoftmaxStage {
  public:
-  Weighing(
+  SoftmaxStage(
       const Mask& mask, int64_t H, int64_t Lq, int64_t Lk, float scale, AttentionWeights wanted, std::vector<int64_t> heads);
 
-  /// Where `give` writes to; nowhere if undefined. log_sum_exp and what it is relative to, [B, H, Lq].
+  /// Buffers for weights, and for the log-sum-exp and the largest logit that it is relative to, both [B, H, Lq]. Nothing is
+  /// written to an undefined one.
   void write_to(const at::Tensor& weights, const at::Tensor& log_sum_exp = {}, const at::Tensor& largest = {});
 
-  /// Whether every row has a key as far as the mask's kind shows.
+  /// True if the kind of the mask shows that every row has a key.
   bool all_have_keys() const { return all_have_keys_; }
-  bool gives_weights() const { return weights_ != nullptr; }
-  bool gives_mean() const { return weights_ && wanted_ == AttentionWeights::mean; }
+  bool returns_weights() const { return weights_ != nullptr; }
+  bool returns_mean() const { return weights_ && wanted_ == AttentionWeights::mean; }
 
-  /// Softmax of one head's logits [n, keys], rows `stride` apart, in place; log_sum_exp [n], or null: as `write_to` says.
-  void soften_head(const Segment& s, int64_t h, float* logits, int64_t stride, LogSumExps log_sum_exp = {}) const;
-  /// Of rows [begin, end) of logits [n * H, keys], `stride` apart.
-  void soften_rows(const Segment& s, float* logits, int64_t stride, int64_t begin, int64_t end) const;
-  /// One head's log-sum-exp [n] to the caller, if he wants it.
-  void give_log_sum_exp(const Segment& s, int64_t h, const LogSumExps& log_sum_exp) const;
-  /// One head's weights to the caller, as far as he wants them; adds to the mean.
-  void give(const Segment& s, int64_t h, const float* weights, int64_t stride) const;
+  /// Softmax of one head's logits [rows, keys], `stride` apart, in place. Its log-sum-exp [rows] goes to `log_sum_exp`, or to
+  /// the buffer of `write_to` by default.
+  void softmax_head(const Segment& s, int64_t h, float* logits, int64_t stride, LogSumExps log_sum_exp = {}) const;
+  /// Softmax of rows [begin, end) of logits [rows * H, keys], `stride` apart, in place; the log-sum-exp goes to the segment's.
+  void softmax_rows(const Segment& s, float* logits, int64_t stride, int64_t begin, int64_t end) const;
+  /// Copies one head's log-sum-exp [rows] to the buffer.
+  void write_log_sum_exp(const Segment& s, int64_t h, const LogSumExps& log_sum_exp) const;
+  /// Copies one head's weights [rows, keys] to the buffer if that head is requested, or adds them to the mean.
+  void write_weights(const Segment& s, int64_t h, const float* weights, int64_t stride) const;
 
  private:
-  LogSumExps place_of_log_sum_exp(const Segment& s, int64_t h, int64_t row) const;
+  // Of n rows of head h that begin at row i of a query, or of n rows with the same mask.
+  void softmax(
+      const Segment& s, int64_t h, int64_t i, int64_t n, float* logits, int64_t stride, const LogSumExps& log_sum_exp) const;
+  LogSumExps log_sum_exp_at(const Segment& s, int64_t h, int64_t row) const;
   void copy_weights(const Segment& s, int64_t place, int64_t places, const float* weights, int64_t stride) const;
   void add_to_mean(const Segment& s, const float* weights, int64_t stride) const;
 
   int64_t H_, Lq_, Lk_;
   float scale_;
-  at::Tensor keep_tensor_, bias_tensor_;
-  MaskRows<bool> keep_{at::Tensor()};
-  MaskRows<float> bias_{at::Tensor()};
+  at::Tensor allowed_tensor_, bias_tensor_;
+  MaskRows<bool> allowed_;
+  MaskRows<float> bias_;
   bool all_have_keys_;
   AttentionWeights wanted_;
   std::vector<int64_t> heads_;
@@ -92,46 +110,34 @@ struct Heads {
   int64_t H, G, d, e, Lk;
   at::Tensor keys;    ///< packed, [B, G, d x Lk], or plain rows of consecutive numbers, [B, G, Lk, d]
   at::Tensor values;  ///< packed, [B, G, Lk x e], or such rows, [B, G, Lk, e]
+  bool are_packed;    ///< both, or neither
 };
 
-/// q k' of head h, [n, keys], rows `stride` apart.
-void meet_head(const Heads& heads, const Segment& s, int64_t h, float* logits, int64_t stride);
-/// weights v of head h, [n, keys] -> its part of s.mixed.
-void mix_head(const Heads& heads, const Segment& s, int64_t h, const float* weights, int64_t stride);
+/// q k' of head h, [rows, keys], `stride` apart.
+void logits_of_head(const Heads& heads, const Segment& s, int64_t h, float* logits, int64_t stride);
+/// Weights [rows, keys] of head h times v -> its part of s.weighted_values.
+void weighted_values_of_head(const Heads& heads, const Segment& s, int64_t h, const float* weights, int64_t stride);
 
-/// From projected queries to mixed values, one head after the other, so that its logits stay in the cache. Where no weights are
-/// wanted, a long context is gone through in parts: see merge.h.
-void attend_heads(const Heads& heads, const Weighing& weighing, const Segment& s, Scratch scratch, const Team& team);
-/// What it takes of scratch.
-Room room_of_heads(const Heads& heads, const Weighing& weighing, const Team& team);
+/// All stages for a segment: from projected queries to weighted values, weights and log-sum-exp.
+void attend_heads(const Heads& heads, const SoftmaxStage& softmax, const Segment& s, Scratch scratch, const Team& team);
+/// The scratch that `attend_heads` uses.
+Room scratch_of_heads(const Heads& heads, const SoftmaxStage& softmax, const Team& team);
 
 }  // namespace xattn::detail::engine
 
 namespace xattn::detail {
 
-/// `attention` of float32 on the CPU, without gradients and dropout, from one pass whatever is returned.
-/// q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e], none empty; any strides. largest: if not null, becomes [B, H, Lq], each row's
-/// largest logit, and the log-sum-exp is what comes on top of it.
+/// `attention` for float32 on the CPU, without gradients and dropout; weights come from the same pass.
+/// q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e], none of them empty; any strides.
 AttentionResult attend_on_kernels(const at::Tensor& q,
                                   const at::Tensor& k,
                                   const at::Tensor& v,
-                                  const AttentionOptions& options,
-                                  at::Tensor* largest = nullptr);
+                                  const AttentionOptions& options);
 
-/// Gradients of q, k and v; undefined where not wanted.
-struct AttentionGradients {
-  at::Tensor q, k, v;
-};
-
-/// Of what `attend_on_kernels` has returned, with its log-sum-exp on top of `largest`, for the same arguments, from the gradient of
-/// its output.
-AttentionGradients differentiate_on_kernels(const at::Tensor& q,
-                                            const at::Tensor& k,
-                                            const at::Tensor& v,
-                                            const AttentionResult& result,
-                                            const at::Tensor& largest,
-                                            const at::Tensor& grad,
-                                            const AttentionOptions& options,
-                                            const std::array<bool, 3>& wanted);
+/// The same with a log-sum-exp that is relative to each row's largest logit.
+RelativeAttention attend_on_kernels_by_largest(const at::Tensor& q,
+                                               const at::Tensor& k,
+                                               const at::Tensor& v,
+                                               const AttentionOptions& options);
 
 }  // namespace xattn::detail

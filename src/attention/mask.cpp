@@ -18,8 +18,10 @@
 #include <c10/core/ScalarType.h>
 
 #include <algorithm>
-#include <limits>
+#include <iterator>
+#include <string>
 
+#include "attention/mask_parts.h"
 #include "attention/softmax.h"
 #include "base/check.h"
 #include "base/describe.h"
@@ -33,9 +35,21 @@ using detail::kMinusInfinity;
 using detail::shape_of;
 using detail::type_of;
 
+// Access to the parts of a mask, which are private to it.
+struct detail::MaskAccess {
+  using Kind = Mask::Kind;
+  using Part = Mask::Part;
+  static std::vector<Part>& parts(Mask& mask) { return mask.parts_; }
+  static const std::vector<Part>& parts(const Mask& mask) { return mask.parts_; }
+};
+
 namespace {
 
-// What additive masks put in place of -inf where they mean "never"; the least of the values in use.
+using detail::MaskAccess;
+using MaskPart = MaskAccess::Part;
+using MaskKind = MaskAccess::Kind;
+
+// The largest of the numbers that additive masks use in place of -inf.
 constexpr double kForbidden = -10000;
 
 // [Lq, Lk], [B, Lq, Lk] or [B|1, H|1, Lq|1, Lk] -> [B|1, H|1, Lq|1, Lk]
@@ -46,30 +60,106 @@ at::Tensor with_four_axes(const at::Tensor& tensor, std::string_view name) {
   return tensor.dim() == 3 ? tensor.unsqueeze(1) : tensor;
 }
 
-// A sum of biases as logits of this type take it.
-at::Tensor in_type_of_logits(const at::Tensor& sum, at::ScalarType logits) {
-  if (logits == sum.scalar_type()) return sum;
-  return sum.masked_fill(at::eq(sum.detach().to(logits), kMinusInfinity), kMinusInfinity);
-}
-
 void check_bool(const at::Tensor& tensor, std::string_view name) {
   check_type(tensor.defined() && tensor.scalar_type() == at::kBool, "mask", "{} must be bool, true = may attend, but is {}.",
              name, type_of(tensor));
 }
 
-void check_floating(const at::Tensor& tensor, std::string_view name) {
+void check_bias(const at::Tensor& tensor, std::string_view name) {
   check_type(tensor.defined() && tensor.is_floating_point(), "mask", "{} must be of a floating point type, but is {}.", name,
              type_of(tensor));
 }
 
+bool is_causal(const MaskPart& part) {
+  return part.kind == MaskKind::causal_upper_left || part.kind == MaskKind::causal_lower_right;
+}
+
+bool all_are_causal(const Mask& mask) {
+  return std::ranges::all_of(MaskAccess::parts(mask), is_causal);
+}
+
+std::vector<at::Tensor> biases_of(const Mask& mask) {
+  std::vector<at::Tensor> biases;
+  for (const auto& part : MaskAccess::parts(mask)) {
+    if (part.kind == MaskKind::bias) biases.push_back(part.tensor);
+  }
+  return biases;
+}
+
+// The last key that query i sees is i + diagonal; nothing if no part is causal.
+std::optional<int64_t> diagonal(const Mask& mask, int64_t Lq, int64_t Lk) {
+  std::optional<int64_t> least;
+  for (const auto& part : MaskAccess::parts(mask)) {
+    if (!is_causal(part)) continue;
+    const auto of_part = part.kind == MaskKind::causal_upper_left ? 0 : Lk - Lq;
+    least = std::min(of_part, least.value_or(of_part));
+  }
+  return least;
+}
+
+// The mask after `change` of every part that has a tensor.
+template <class F>
+Mask with_changed_tensors(Mask mask, const F& change) {
+  for (auto& part : MaskAccess::parts(mask)) {
+    if (part.tensor.defined()) change(part);
+  }
+  return mask;
+}
+
+// The mask without the parts that meet `condition`.
+template <class F>
+Mask without_parts(Mask mask, const F& condition) {
+  std::erase_if(MaskAccess::parts(mask), condition);
+  return mask;
+}
+
+std::vector<std::string_view> names_of_parts(const Mask& mask) {
+  std::vector<std::string_view> names;
+  for (const auto& part : MaskAccess::parts(mask)) names.emplace_back(part.name);
+  return names;
+}
+
+// The same part of several masks, joined along the batch. Each comes with the size of its batch.
+MaskPart joined_parts(const std::vector<std::pair<MaskPart, int64_t>>& parts) {
+  auto joined = parts.front().first;
+  const auto Lk = joined.tensor.size(3);
+  int64_t H = 1, Lq = 1;
+  for (const auto& [part, B] : parts) {
+    const auto& tensor = part.tensor;
+    check_value(tensor.size(0) == 1 || tensor.size(0) == B, "mask", "{} must fit its batch of {}, but has shape {}.", part.name,
+                B, shape_of(tensor));
+    if (tensor.size(1) != 1) H = tensor.size(1);
+    if (tensor.size(2) != 1) Lq = tensor.size(2);
+  }
+  std::vector<at::Tensor> tensors;
+  std::vector<int64_t> lengths;
+  bool in_host_memory = true;  // whether all lengths are
+  for (const auto& [part, B] : parts) {
+    const auto sizes = part.tensor.sizes();
+    check_value((sizes[1] == 1 || sizes[1] == H) && (sizes[2] == 1 || sizes[2] == Lq) && sizes[3] == Lk, "mask",
+                "masks must be of one size to be put behind each other, but have shapes {} and {}.", shape_of(joined.tensor),
+                shape_of(part.tensor));
+    tensors.push_back(part.tensor.expand({B, H, Lq, -1}));
+    in_host_memory &= B == 0 || !part.lengths.empty();
+    for (int64_t b = 0; b < B && !part.lengths.empty(); ++b) {
+      lengths.push_back(part.lengths[part.lengths.size() == 1 ? 0 : static_cast<size_t>(b)]);
+    }
+  }
+  joined.tensor = at::cat(tensors);
+  joined.lengths = in_host_memory ? std::move(lengths) : std::vector<int64_t>();
+  return joined;
+}
+
 }  // namespace
+
+// ---- Builders --------------------------------------------------------------------------------------------------------------
+
+Mask::Mask(Part part) : parts_{std::move(part)} {}
 
 Mask Mask::key_padding(const at::Tensor& valid) {
   check_bool(valid, "key_padding");
   check_value(valid.dim() == 2, "mask", "key_padding must have shape [B, Lk], but has {}.", shape_of(valid));
-  Mask mask;
-  mask.keep_.push_back({"key_padding", valid.unsqueeze(1).unsqueeze(1)});
-  return mask;
+  return Mask({Kind::keep, "key_padding", valid.unsqueeze(1).unsqueeze(1)});
 }
 
 Mask Mask::lengths(const at::Tensor& lengths, int64_t Lk) {
@@ -82,35 +172,29 @@ Mask Mask::lengths(const at::Tensor& lengths, int64_t Lk) {
     const auto most = lengths.max().item<int64_t>();
     check_value(least >= 0 && most <= Lk, "mask", "lengths must lie in [0, {}], but hold {}.", Lk, least < 0 ? least : most);
   }
-  const auto places = at::arange(Lk, lengths.options().dtype(at::kLong));
-  Mask mask = key_padding(at::lt(places.unsqueeze(0), lengths.unsqueeze(1)));  // [B, Lk]
-  mask.keep_.front().name = "lengths";
+  const auto keys = at::arange(Lk, lengths.options().dtype(at::kLong));
+  const auto valid = at::lt(keys.unsqueeze(0), lengths.unsqueeze(1));  // [B, Lk]
+  Part part{Kind::keep, "lengths", valid.unsqueeze(1).unsqueeze(1)};
   if (lengths.is_cpu()) {
     const auto numbers = lengths.to(at::kLong).resolve_neg().contiguous();
-    mask.keep_.front().lengths.assign(numbers.const_data_ptr<int64_t>(), numbers.const_data_ptr<int64_t>() + numbers.numel());
+    part.lengths.assign(numbers.const_data_ptr<int64_t>(), numbers.const_data_ptr<int64_t>() + numbers.numel());
   }
-  return mask;
+  return Mask(std::move(part));
 }
 
 Mask Mask::dense(const at::Tensor& keep) {
   check_bool(keep, "dense");
-  Mask mask;
-  mask.keep_.push_back({"dense", with_four_axes(keep, "dense")});
-  return mask;
+  return Mask({Kind::keep, "dense", with_four_axes(keep, "dense")});
 }
 
 Mask Mask::bias(const at::Tensor& bias) {
-  check_floating(bias, "bias");
-  Mask mask;
-  mask.bias_.push_back({"bias", with_four_axes(bias.resolve_neg(), "bias")});  // kernels read its memory
-  return mask;
+  check_bias(bias, "bias");
+  return Mask({Kind::bias, "bias", with_four_axes(bias.resolve_neg(), "bias")});  // kernels read its memory
 }
 
 Mask Mask::causal(CausalAlignment alignment) {
-  Mask mask;
-  mask.upper_left_ = alignment == CausalAlignment::upper_left;
-  mask.lower_right_ = alignment == CausalAlignment::lower_right;
-  return mask;
+  if (alignment == CausalAlignment::upper_left) return Mask({Kind::causal_upper_left, "causal, upper left"});
+  return Mask({Kind::causal_lower_right, "causal, lower right"});
 }
 
 Mask Mask::from_multihead_attention(const at::Tensor& key_padding_mask, const at::Tensor& attn_mask, int64_t num_heads) {
@@ -141,103 +225,142 @@ Mask Mask::from_scaled_dot_product_attention(const at::Tensor& attn_mask, bool i
 }
 
 Mask Mask::from_additive(const at::Tensor& mask) {
-  check_floating(mask, "from_additive");
+  check_bias(mask, "from_additive");
   const auto keep = at::gt(mask, kForbidden);
   return dense(keep) & bias(mask.masked_fill(at::logical_not(keep), 0));
 }
 
+// ---- Combinations ----------------------------------------------------------------------------------------------------------
+
 Mask operator&(const Mask& a, const Mask& b) {
   Mask both = a;
-  both.keep_.insert(both.keep_.end(), b.keep_.begin(), b.keep_.end());
-  both.bias_.insert(both.bias_.end(), b.bias_.begin(), b.bias_.end());
-  both.upper_left_ |= b.upper_left_;
-  both.lower_right_ |= b.lower_right_;
+  for (const auto& part : b.parts_) {
+    const auto place = std::ranges::upper_bound(both.parts_, part.kind, {}, &MaskPart::kind);
+    const bool is_repeated = is_causal(part) && place != both.parts_.begin() && std::prev(place)->kind == part.kind;
+    if (!is_repeated) both.parts_.insert(place, part);
+  }
   return both;
 }
 
 bool Mask::is_none() const {
-  return keep_.empty() && bias_.empty() && !upper_left_ && !lower_right_;
+  return parts_.empty();
 }
 
-bool Mask::is_causal_only(int64_t Lq, int64_t Lk) const {
-  return keep_.empty() && bias_.empty() && diagonal(Lq, Lk) == 0;
+Mask Mask::slice(int64_t begin, int64_t end) const {
+  check_value(0 <= begin && begin <= end, "mask", "batch entries must be [begin, end), but are [{}, {}).", begin, end);
+  return with_changed_tensors(*this, [begin, end](Part& part) {
+    if (part.tensor.size(0) == 1) return;
+    check_value(end <= part.tensor.size(0), "mask", "batch entries must lie in [0, {}), but are [{}, {}).", part.tensor.size(0),
+                begin, end);
+    part.tensor = part.tensor.narrow(0, begin, end - begin);
+    if (part.lengths.size() > 1) part.lengths = {part.lengths.begin() + begin, part.lengths.begin() + end};
+  });
 }
 
-std::optional<int64_t> Mask::diagonal(int64_t Lq, int64_t Lk) const {
-  if (!upper_left_ && !lower_right_) return std::nullopt;
-  const int64_t lower_right = Lk - Lq;
-  if (!upper_left_) return lower_right;
-  return lower_right_ ? std::min<int64_t>(0, lower_right) : 0;
+Mask Mask::cat(const std::vector<std::pair<Mask, int64_t>>& masks) {
+  check_value(!masks.empty(), "mask", "masks must be at least one, but are none.");
+  Mask joined = masks.front().first;
+  const auto names = names_of_parts(joined);
+  for (const auto& [mask, B] : masks) {
+    check_value(names_of_parts(mask) == names, "mask",
+                "masks must be built alike to be put behind each other, but are of {} and {}.", detail::joined(names, " and "),
+                detail::joined(names_of_parts(mask), " and "));
+    check_value(B >= 0, "mask", "a batch must not be negative, but is {}.", B);
+  }
+  for (size_t i = 0; i < joined.parts_.size(); ++i) {
+    if (is_causal(joined.parts_[i])) continue;
+    std::vector<std::pair<Part, int64_t>> parts;
+    for (const auto& [mask, B] : masks) parts.emplace_back(mask.parts_[i], B);
+    joined.parts_[i] = joined_parts(parts);
+  }
+  return joined;
 }
 
-at::Tensor Mask::keep(int64_t Lq, int64_t Lk, at::Device device) const {
+Mask Mask::to(at::Device device) const {
+  return with_changed_tensors(*this, [device](Part& part) { part.tensor = part.tensor.to(device); });
+}
+
+// ---- mask_parts.h ----------------------------------------------------------------------------------------------------------
+
+void detail::check_mask(
+    const Mask& mask, std::string_view caller, int64_t B, int64_t H, std::optional<int64_t> Lq, int64_t Lk, at::Device device) {
+  const auto fits = [](int64_t size, int64_t expected) { return size == 1 || size == expected; };
+  for (const auto& [kind, name, tensor, lengths] : MaskAccess::parts(mask)) {
+    if (!tensor.defined()) continue;
+    check_value(
+        fits(tensor.size(0), B) && fits(tensor.size(1), H) && (!Lq || fits(tensor.size(2), *Lq)) && tensor.size(3) == Lk,
+        caller, "mask ({}) must fit [B, H, Lq, Lk] = [{}, {}, {}, {}], but has {}.", name, B, H,
+        Lq ? std::to_string(*Lq) : "Lq", Lk, shape_of(tensor));
+    check_type(tensor.device() == device, caller, "mask ({}) must be on {}, as the inputs, but is on {}.", name, device.str(),
+               tensor.device().str());
+  }
+}
+
+at::Tensor detail::allowed_keys(const Mask& mask, int64_t Lq, int64_t Lk, at::Device device) {
   at::Tensor all;
   const auto join = [&all](const at::Tensor& part) { all = all.defined() ? at::logical_and(all, part) : part; };
-  for (const auto& part : keep_) join(part.tensor);
-  if (const auto last = diagonal(Lq, Lk)) join(at::ones({1, 1, Lq, Lk}, at::dtype(at::kBool).device(device)).tril(*last));
+  for (const auto& part : MaskAccess::parts(mask)) {
+    if (part.kind == MaskKind::keep) join(part.tensor);
+  }
+  const auto last = diagonal(mask, Lq, Lk);
+  if (last) join(at::ones({1, 1, Lq, Lk}, at::dtype(at::kBool).device(device)).tril(*last));
   return all;
 }
 
-at::Tensor Mask::additive(std::optional<at::ScalarType> logits) const {
-  if (bias_.empty()) return {};
+at::Tensor detail::total_bias(const Mask& mask, std::optional<at::ScalarType> logits) {
+  const auto biases = biases_of(mask);
+  if (biases.empty()) return {};
   if (!logits) {
-    if (bias_.size() == 1) return bias_.front().tensor;
+    if (biases.size() == 1) return biases.front();
     logits = at::kFloat;
-    for (const auto& part : bias_) logits = at::promote_types(*logits, part.tensor.scalar_type());
+    for (const auto& bias : biases) logits = at::promote_types(*logits, bias.scalar_type());
   }
-  const auto wide = detail::wide_type(*logits);
-  at::Tensor sum;
-  for (const auto& part : bias_) {
-    const auto bias = part.tensor.to(wide);
-    sum = sum.defined() ? at::add(sum, bias) : bias;
-  }
-  return in_type_of_logits(sum, *logits);
+  const auto wide = wide_type(*logits);
+  auto sum = biases.front().to(wide);
+  for (size_t i = 1; i < biases.size(); ++i) sum = at::add(sum, biases[i].to(wide));
+  if (*logits == wide) return sum;
+  return sum.masked_fill(at::eq(sum.detach().to(*logits), kMinusInfinity), kMinusInfinity);
 }
 
-bool Mask::is_learned() const {
-  return std::ranges::any_of(bias_, [](const Part& part) { return part.tensor.requires_grad(); });
+bool detail::has_bias(const Mask& mask) {
+  return !biases_of(mask).empty();
 }
 
-bool Mask::may_have_empty_rows(int64_t Lq, int64_t Lk) const {
-  const bool first_key_is_free = keep_.empty() && bias_.empty() && diagonal(Lq, Lk).value_or(0) >= 0;
-  return Lk == 0 || !first_key_is_free;
+bool detail::is_learned(const Mask& mask) {
+  return std::ranges::any_of(biases_of(mask), [](const at::Tensor& bias) { return bias.requires_grad(); });
 }
 
-at::Tensor Mask::empty_rows(int64_t Lq, int64_t Lk, at::Device device, std::optional<at::ScalarType> logits) const {
-  if (!may_have_empty_rows(Lq, Lk)) return {};
+bool detail::is_causal_only(const Mask& mask, int64_t Lq, int64_t Lk) {
+  return all_are_causal(mask) && diagonal(mask, Lq, Lk) == 0;
+}
+
+bool detail::may_have_empty_rows(const Mask& mask, int64_t Lq, int64_t Lk) {
+  const bool all_see_first_key = all_are_causal(mask) && diagonal(mask, Lq, Lk).value_or(0) >= 0;
+  return Lk == 0 || !all_see_first_key;
+}
+
+at::Tensor detail::rows_without_keys(
+    const Mask& mask, int64_t Lq, int64_t Lk, at::Device device, std::optional<at::ScalarType> logits) {
+  if (!may_have_empty_rows(mask, Lq, Lk)) return {};
   if (Lk == 0) return at::ones({1, 1, 1, 1}, at::dtype(at::kBool).device(device));
-  const auto allowed = keep(Lq, Lk, device);
-  if (bias_.empty()) return at::logical_not(at::any(allowed, -1, /*keepdim=*/true));
-  const auto bias = additive(logits).detach();
+  const auto allowed = allowed_keys(mask, Lq, Lk, device);
+  if (!has_bias(mask)) return at::logical_not(at::any(allowed, -1, /*keepdim=*/true));
+  const auto bias = total_bias(mask, logits).detach();
   const auto all = allowed.defined() ? at::where(allowed, bias, kMinusInfinity) : bias;
   return at::eq(at::amax(all, -1, /*keepdim=*/true), kMinusInfinity);
 }
 
-void Mask::check(
-    std::string_view caller, int64_t B, int64_t H, std::optional<int64_t> Lq, int64_t Lk, at::Device device) const {
-  const auto fits = [](int64_t size, int64_t expected) { return size == 1 || size == expected; };
-  for (const auto* parts : {&keep_, &bias_}) {
-    for (const auto& [name, tensor, lengths] : *parts) {
-      check_value(
-          fits(tensor.size(0), B) && fits(tensor.size(1), H) && (!Lq || fits(tensor.size(2), *Lq)) && tensor.size(3) == Lk,
-          caller, "mask ({}) must fit [B, H, Lq, Lk] = [{}, {}, {}, {}], but has {}.", name, B, H,
-          Lq ? std::to_string(*Lq) : "Lq", Lk, shape_of(tensor));
-      check_type(tensor.device() == device, caller, "mask ({}) must be on {}, as the inputs, but is on {}.", name, device.str(),
-                 tensor.device().str());
-    }
-  }
+Mask detail::with_bias_kv(const Mask& mask, int64_t Lq, int64_t Lk, at::Device device) {
+  Mask longer;
+  const auto allowed = allowed_keys(mask, Lq, Lk, device);
+  if (allowed.defined()) longer = Mask::dense(at::constant_pad_nd(allowed, {0, 1}, true));
+  for (const auto& bias : biases_of(mask)) longer = longer & Mask::bias(at::constant_pad_nd(bias, {0, 1}, 0));
+  return longer;
 }
 
-Mask Mask::with_free_key(int64_t Lq, int64_t Lk, at::Device device) const {
-  Mask mask;
-  if (const auto allowed = keep(Lq, Lk, device); allowed.defined()) mask = dense(at::constant_pad_nd(allowed, {0, 1}, true));
-  for (const auto& part : bias_) mask = mask & bias(at::constant_pad_nd(part.tensor, {0, 1}, 0));
-  return mask;
-}
-
-std::vector<int64_t> Mask::host_lengths() const {
+std::vector<int64_t> detail::host_lengths(const Mask& mask) {
   std::vector<int64_t> least;
-  for (const auto& part : keep_) {
+  for (const auto& part : MaskAccess::parts(mask)) {
     const auto& lengths = part.lengths;
     if (lengths.empty()) continue;
     if (least.empty()) least = lengths;
@@ -249,135 +372,44 @@ std::vector<int64_t> Mask::host_lengths() const {
   return least;
 }
 
-Mask Mask::without_lengths() const {
-  Mask rest = *this;
-  std::erase_if(rest.keep_, [](const Part& part) { return !part.lengths.empty(); });
-  return rest;
+Mask detail::without_lengths(const Mask& mask) {
+  return without_parts(mask, [](const MaskPart& part) { return !part.lengths.empty(); });
 }
 
-int64_t Mask::needed_keys(int64_t Lk) const {
-  const auto lengths = host_lengths();
-  if (lengths.empty() || lower_right_) return Lk;
+int64_t detail::needed_keys(const Mask& mask, int64_t Lk) {
+  const auto lengths = host_lengths(mask);
+  const bool counts_from_last = std::ranges::any_of(
+      MaskAccess::parts(mask), [](const MaskPart& part) { return part.kind == MaskKind::causal_lower_right; });
+  if (lengths.empty() || counts_from_last) return Lk;
   return std::min(Lk, std::max<int64_t>(1, *std::ranges::max_element(lengths)));
 }
 
-Mask Mask::first_keys(int64_t Lk) const {
-  for (const auto* parts : {&keep_, &bias_}) {
-    for (const auto& part : *parts) {
-      check_value(0 <= Lk && Lk <= part.tensor.size(3), "mask", "Lk must lie in [0, {}], but is {}.", part.tensor.size(3), Lk);
-    }
-  }
-  Mask cut = *this;
-  std::erase_if(cut.keep_, [Lk](const Part& part) {  // says nothing of them
-    return !part.lengths.empty() && std::ranges::all_of(part.lengths, [Lk](int64_t length) { return length >= Lk; });
+Mask detail::first_keys(const Mask& mask, int64_t Lk) {
+  const auto cut = with_changed_tensors(mask, [Lk](MaskPart& part) {
+    check_value(0 <= Lk && Lk <= part.tensor.size(3), "mask", "Lk must lie in [0, {}], but is {}.", part.tensor.size(3), Lk);
+    part.tensor = part.tensor.narrow(3, 0, Lk);
+    for (auto& length : part.lengths) length = std::min(length, Lk);
   });
-  for (auto* parts : {&cut.keep_, &cut.bias_}) {
-    for (auto& part : *parts) {
-      part.tensor = part.tensor.narrow(3, 0, Lk);
-      for (auto& length : part.lengths) length = std::min(length, Lk);
-    }
-  }
-  return cut;
+  return without_parts(cut, [Lk](const MaskPart& part) {  // lengths that forbid none of these keys
+    return !part.lengths.empty() && std::ranges::all_of(part.lengths, [Lk](int64_t length) { return length == Lk; });
+  });
 }
 
-Mask Mask::shard(int64_t first, int64_t n, int64_t Lq, int64_t Lk, at::Device device) const {
+Mask detail::shard_of_keys(const Mask& mask, int64_t first, int64_t n, int64_t Lq, int64_t Lk, at::Device device) {
   check_value(Lq >= 0 && Lk >= 0, "mask", "Lq and Lk must not be negative, but are {} and {}.", Lq, Lk);
   check_value(first >= 0 && n >= 0 && n <= Lk - first, "mask",
               "keys [first, first + n) must lie in [0, {}), but are [{}, {} + {}).", Lk, first, first, n);
-  for (const auto* parts : {&keep_, &bias_}) {
-    for (const auto& each : *parts) {
-      check_value(each.tensor.size(3) == Lk, "mask", "{} must be for {} keys, but has shape {}.", each.name, Lk,
-                  shape_of(each.tensor));
-    }
-  }
-  Mask part = *this;
-  part.upper_left_ = part.lower_right_ = false;
-  for (auto* parts : {&part.keep_, &part.bias_}) {
-    for (auto& each : *parts) {
-      each.tensor = each.tensor.narrow(3, first, n);
-      for (auto& length : each.lengths) length = std::clamp<int64_t>(length - first, 0, n);
-    }
-  }
-  const auto diagonal = this->diagonal(Lq, Lk);
-  if (!diagonal || first + n - 1 <= *diagonal) return part;  // every query sees all of them
+  const auto shard = with_changed_tensors(without_parts(mask, is_causal), [=](MaskPart& part) {
+    check_value(part.tensor.size(3) == Lk, "mask", "{} must be for {} keys, but has shape {}.", part.name, Lk,
+                shape_of(part.tensor));
+    part.tensor = part.tensor.narrow(3, first, n);
+    for (auto& length : part.lengths) length = std::clamp<int64_t>(length - first, 0, n);
+  });
+  const auto diagonal = xattn::diagonal(mask, Lq, Lk);
+  if (!diagonal || first + n - 1 <= *diagonal) return shard;  // every query sees all of these keys
   const auto options = at::dtype(at::kLong).device(device);
   const auto last = at::arange(*diagonal, *diagonal + Lq, options).unsqueeze(1);
-  return part & dense(at::le(at::arange(first, first + n, options), last));
-}
-
-Mask Mask::slice(int64_t begin, int64_t end) const {
-  check_value(0 <= begin && begin <= end, "mask", "batch entries must be [begin, end), but are [{}, {}).", begin, end);
-  Mask sliced = *this;
-  for (auto* parts : {&sliced.keep_, &sliced.bias_}) {
-    for (auto& part : *parts) {
-      if (part.tensor.size(0) == 1) continue;
-      check_value(end <= part.tensor.size(0), "mask", "batch entries must lie in [0, {}), but are [{}, {}).",
-                  part.tensor.size(0), begin, end);
-      part.tensor = part.tensor.narrow(0, begin, end - begin);
-      if (part.lengths.size() > 1) part.lengths = {part.lengths.begin() + begin, part.lengths.begin() + end};
-    }
-  }
-  return sliced;
-}
-
-Mask Mask::cat(const std::vector<std::pair<Mask, int64_t>>& masks) {
-  check_value(!masks.empty(), "mask", "masks must be at least one, but are none.");
-  Mask joined = masks.front().first;
-  const auto names = [](const Mask& mask) {
-    std::vector<std::string_view> all;
-    for (const auto& part : mask.keep_) all.emplace_back(part.name);
-    for (const auto& part : mask.bias_) all.emplace_back(part.name);
-    return all;
-  };
-  for (const auto& [mask, B] : masks) {
-    const bool alike = names(mask) == names(joined) && mask.keep_.size() == joined.keep_.size() &&
-                       mask.upper_left_ == joined.upper_left_ && mask.lower_right_ == joined.lower_right_;
-    check_value(alike, "mask", "masks must be built alike to be put behind each other, but are of {} and {}.",
-                detail::joined(names(joined), " and "), detail::joined(names(mask), " and "));
-    check_value(B >= 0, "mask", "a batch must not be negative, but is {}.", B);
-  }
-  const auto join = [&](std::vector<Part> Mask::* parts) {
-    for (size_t i = 0; i < (joined.*parts).size(); ++i) {
-      int64_t H = 1, Lq = 1;
-      const auto first = (joined.*parts)[i];
-      for (const auto& [mask, B] : masks) {
-        const auto& tensor = (mask.*parts)[i].tensor;
-        check_value(tensor.size(0) == 1 || tensor.size(0) == B, "mask", "{} must fit its batch of {}, but has shape {}.",
-                    first.name, B, shape_of(tensor));
-        if (tensor.size(1) != 1) H = tensor.size(1);
-        if (tensor.size(2) != 1) Lq = tensor.size(2);
-      }
-      std::vector<at::Tensor> tensors;
-      std::vector<int64_t> lengths;
-      bool in_host_memory = true;  // all of the lengths
-      for (const auto& [mask, B] : masks) {
-        const auto& part = (mask.*parts)[i];
-        const auto& sizes = part.tensor.sizes();
-        check_value((sizes[1] == 1 || sizes[1] == H) && (sizes[2] == 1 || sizes[2] == Lq) && sizes[3] == first.tensor.size(3),
-                    "mask", "masks must be of one size to be put behind each other, but have shapes {} and {}.",
-                    shape_of(first.tensor), shape_of(part.tensor));
-        tensors.push_back(part.tensor.expand({B, H, Lq, -1}));
-        in_host_memory &= B == 0 || !part.lengths.empty();
-        for (int64_t b = 0; b < B && !part.lengths.empty(); ++b) {
-          lengths.push_back(part.lengths[part.lengths.size() == 1 ? 0 : static_cast<size_t>(b)]);
-        }
-      }
-      auto& part = (joined.*parts)[i];
-      part.tensor = at::cat(tensors);
-      part.lengths = in_host_memory ? std::move(lengths) : std::vector<int64_t>();
-    }
-  };
-  join(&Mask::keep_);
-  join(&Mask::bias_);
-  return joined;
-}
-
-Mask Mask::to(at::Device device) const {
-  Mask moved = *this;
-  for (auto* parts : {&moved.keep_, &moved.bias_}) {
-    for (auto& part : *parts) part.tensor = part.tensor.to(device);
-  }
-  return moved;
+  return shard & Mask::dense(at::le(at::arange(first, first + n, options), last));
 }
 
 }  // namespace xattn

@@ -6,8 +6,9 @@
 #include <cstdint>
 #include <limits>
 
-// Results over parts of a context, merged by their log-sum-exp: Milakov and Gimelshein, Online normalizer calculation for softmax,
-// 2018, https://arxiv.org/abs/1805.02867. Largest logit and rest are apart: beside one of -1e9 a float32 loses log n of n keys.
+// Merging the results over parts of a context by their log-sum-exp: Milakov and Gimelshein, Online normalizer calculation for
+// softmax, 2018, https://arxiv.org/abs/1805.02867. The largest logit is stored apart, because beside a logit of -1e9 a float32
+// loses log n of n keys.
 namespace xattn::detail::engine {
 
 /// The log-sum-exp of a part is largest + log_sum.
@@ -17,7 +18,7 @@ struct LogSumExp {
   bool is_empty() const { return log_sum == -std::numeric_limits<float>::infinity(); }
 };
 
-/// That of two parts.
+/// The log-sum-exp over two parts together.
 inline LogSumExp log_sum(const LogSumExp& x, const LogSumExp& y) {
   if (x.is_empty()) return y;
   if (y.is_empty()) return x;
@@ -25,12 +26,12 @@ inline LogSumExp log_sum(const LogSumExp& x, const LogSumExp& y) {
   return {most, std::log(std::exp(x.largest - most + x.log_sum) + std::exp(y.largest - most + y.log_sum))};
 }
 
-/// What the keys of a part have of the sum over all.
+/// The share of a part's keys in the sum over all keys.
 inline float share_of(const LogSumExp& part, const LogSumExp& all) {
   return part.is_empty() ? 0 : std::exp((part.largest - all.largest) + (part.log_sum - all.log_sum));
 }
 
-/// Those of rows, in two arrays, as the softmax kernel writes them.
+/// The log-sum-exp of consecutive rows, in two arrays as the softmax kernel writes them.
 struct LogSumExps {
   float *largest = nullptr, *log_sum = nullptr;
 

@@ -12,20 +12,22 @@
 
 #include <vector>
 
+#include "attention/mask_parts.h"
+
 namespace xattn::detail {
 
 using at::Tensor;
 
 namespace {
 
-// The type of returned weights: that of the logits, unless autocast makes every softmax float32, as it does on CUDA.
+// The type of returned weights: that of the logits, except that autocast on CUDA makes every softmax float32.
 at::ScalarType weights_type(const Tensor& weights, at::ScalarType logits) {
   const bool widened = weights.is_cuda() && at::autocast::is_autocast_enabled(at::kCUDA);
   return widened ? at::kFloat : logits;
 }
 
-// at::softmax copies what is not contiguous; logits of which a query's heads are neighbours stay where they are.
-Tensor softmax_in_place_of(const Tensor& logits) {
+// at::softmax copies a tensor that is not contiguous. Logits [B, H, Lq, Lk] stored as [B, Lq, H, Lk] need no copy.
+Tensor softmax_as_stored(const Tensor& logits) {
   const auto rows_first = logits.transpose(1, 2);  // [B, Lq, H, Lk]
   if (logits.is_contiguous() || !rows_first.is_contiguous()) return at::softmax(logits, -1);
   return at::softmax(rows_first, -1).transpose(1, 2);
@@ -44,26 +46,31 @@ Tensor with_rows_filled(const Tensor& x, const Tensor& rows, double value) {
   return rows.defined() ? x.masked_fill(rows, value) : x;
 }
 
-SoftmaxResult softmax_over_keys(
-    const Tensor& products, at::ScalarType type, const Mask& mask, bool log_sum_exp, Tensor* largest) {
+SoftmaxResult softmax_over_keys(const Tensor& products,
+                                at::ScalarType type,
+                                const Mask& mask,
+                                std::optional<LogSumExpBase> log_sum_exp) {
   const auto Lq = products.size(2), Lk = products.size(3);
-  const auto keep = mask.keep(Lq, Lk, products.device());
-  const auto bias = mask.additive(type);
-  const auto empty_rows = mask.empty_rows(Lq, Lk, products.device(), type);  // [B|1, H|1, Lq|1, 1]
+  const auto allowed = allowed_keys(mask, Lq, Lk, products.device());
+  const auto bias = total_bias(mask, type);
+  SoftmaxResult result;
+  result.empty_rows = rows_without_keys(mask, Lq, Lk, products.device(), type);
 
   auto logits = products.to(wide_type(products));
   if (bias.defined()) logits = logits + bias;
-  if (keep.defined()) logits = logits.masked_fill(at::logical_not(keep), kMinusInfinity);
+  if (allowed.defined()) logits = logits.masked_fill(at::logical_not(allowed), kMinusInfinity);
 
-  // A row of -inf alone would become NaN, in backward too: it is opened before softmax and closed after.
-  const auto opened = with_rows_filled(logits, empty_rows, 0);
-  SoftmaxResult result{with_rows_filled(softmax_in_place_of(opened), empty_rows, 0), {}, empty_rows};
-  if (log_sum_exp) {
-    const auto rows = empty_rows.defined() ? empty_rows.squeeze(-1) : empty_rows;
-    if (largest) *largest = Lk > 0 ? at::amax(opened.detach(), -1) : at::zeros(opened.sizes().slice(0, 3), opened.options());
-    const auto relative = largest ? opened - largest->unsqueeze(-1) : opened;
-    result.log_sum_exp = with_rows_filled(at::logsumexp(relative, -1), rows, kMinusInfinity);
+  // The softmax of a row of -inf alone is NaN, and so is its gradient. Such a row is zero before the softmax and after it.
+  logits = with_rows_filled(logits, result.empty_rows, 0);
+  result.weights = with_rows_filled(softmax_as_stored(logits), result.empty_rows, 0);
+  if (!log_sum_exp) return result;
+  if (log_sum_exp == LogSumExpBase::largest_logit) {
+    const auto sizes = logits.sizes().slice(0, 3);
+    result.largest = Lk > 0 ? at::amax(logits.detach(), -1) : at::zeros(sizes, logits.options());
+    logits = logits - result.largest.unsqueeze(-1);
   }
+  const auto rows = result.empty_rows.defined() ? result.empty_rows.squeeze(-1) : result.empty_rows;
+  result.log_sum_exp = with_rows_filled(at::logsumexp(logits, -1), rows, kMinusInfinity);
   return result;
 }
 

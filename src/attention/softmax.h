@@ -5,43 +5,69 @@
 #include <xattn/attention.h>
 #include <xattn/mask.h>
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <vector>
 
-// The softmax of attention in plain tensor operations, for whatever order the logits came from.
+// The softmax of attention in plain tensor operations, for logits that were computed in any order; and the entries to attention
+// for the rest of the library.
 namespace xattn::detail {
 
 inline constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 
+/// What a row's log-sum-exp is relative to. Beside a large logit, float32 loses log n of n keys; parts of a context are
+/// therefore merged by a log-sum-exp relative to the largest logit.
+enum class LogSumExpBase { zero, largest_logit };
+
 struct SoftmaxResult {
   at::Tensor weights;      ///< [B, H, Lq, Lk], at least float32; zeros in a row without keys; differentiable
-  at::Tensor log_sum_exp;  ///< [B, H, Lq], if asked for; -inf for a row without keys
-  at::Tensor
-      empty_rows;  ///< the rows without keys, [B|1, H|1, Lq|1, 1]; undefined if the mask's kind shows that there are none
+  at::Tensor log_sum_exp;  ///< [B, H, Lq], if wanted; -inf for a row without keys
+  at::Tensor largest;      ///< what it is relative to: undefined, or the largest logit, [B, H, Lq], 0 for a row without keys
+  at::Tensor empty_rows;   ///< rows without keys, [B|1, H|1, Lq|1, 1]; undefined if the kind of the mask rules them out
 };
 
-/// The type that softmax, and what is added up over ranks, works in: half types keep too few digits of a logit.
+/// An attention result whose log-sum-exp is relative to `largest`.
+struct RelativeAttention {
+  AttentionResult result;
+  at::Tensor largest;  ///< undefined (zero), or [B, H, Lq]; has no gradient
+};
+
+/// The type of the softmax and of sums over ranks: half types keep too few digits of a logit.
 at::ScalarType wide_type(at::ScalarType type);
 at::ScalarType wide_type(const at::Tensor& x);
 
-/// products [B, H, Lq, Lk], scaled already, in any strides: the weights lie in memory as they do. type: of the logits, in which the
-/// mask is read; products of half types may be wider. largest: see `attention_by_largest`.
-SoftmaxResult softmax_over_keys(
-    const at::Tensor& products, at::ScalarType type, const Mask& mask, bool log_sum_exp, at::Tensor* largest = nullptr);
+/// The factor of the logits.
+inline double scale_of(const AttentionOptions& options, int64_t d) {
+  return options.scale.value_or(1 / std::sqrt(static_cast<double>(d)));
+}
 
-/// `attention` with a log-sum-exp that is relative to each row's largest logit, for merging: beside a large one, float32 loses log n
-/// of n keys. largest becomes [B, H, Lq], 0 for a row without keys or where the log-sum-exp is as exact by itself; no gradient.
-AttentionResult attention_by_largest(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options, at::Tensor* largest);
+/// products: scaled, [B, H, Lq, Lk], any strides, which the weights keep. type: that of the logits, in which the mask is read;
+/// products of half types may be wider. log_sum_exp: what it is relative to; not computed without one.
+SoftmaxResult softmax_over_keys(const at::Tensor& products,
+                                at::ScalarType type,
+                                const Mask& mask,
+                                std::optional<LogSumExpBase> log_sum_exp);
 
-/// What the options ask for of weights [B, H, Lq, Lk]: nothing, the mean over heads, all or chosen heads; in the type of the logits.
+/// `attention` without its checks. REQUIRES: the caller has checked the arguments, the mask included (`check_mask`).
+AttentionResult attend_checked(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options);
+
+/// `attention`, checks included, with a log-sum-exp for merging: relative to `largest`, which is always defined. It is 0 for a
+/// row without keys, and wherever the log-sum-exp itself is as exact.
+RelativeAttention attention_by_largest(const at::Tensor& q,
+                                       const at::Tensor& k,
+                                       const at::Tensor& v,
+                                       const AttentionOptions& options);
+
+/// Returns from weights [B, H, Lq, Lk] what the options ask for, in the type of the logits: nothing, the mean over heads, all
+/// heads or chosen ones.
 at::Tensor wanted_weights(const at::Tensor& weights, const AttentionOptions& options, at::ScalarType type);
 
-/// Some heads of x [B, H, ...], or all if none is named. Without a tensor of indices, for which a call on CUDA would have to wait.
+/// The chosen heads of x [B, H, ...], or all if none is named. Uses no tensor of indices, which would make a CUDA call wait.
 at::Tensor chosen_heads(const at::Tensor& x, const std::vector<int64_t>& heads);
 
-/// x with `value` in these rows, if there are any.
+/// x with `value` in these rows; x itself if `rows` is undefined.
 at::Tensor with_rows_filled(const at::Tensor& x, const at::Tensor& rows, double value);
 
 }  // namespace xattn::detail

@@ -12,7 +12,9 @@
 #include <string>
 #include <vector>
 
+#include "attention/choose_kernel.h"
 #include "cli/cli.h"
+#include "plan/runs_on.h"
 #include "programs/program.h"
 #include "programs/shapes.h"
 
@@ -91,13 +93,13 @@ PlanRequest request_of(const ExplainArguments& arguments) {
   request.gives_weights = arguments.weights != "none";
   request.drops_weights = arguments.dropout;
   request.mask_is_learned = arguments.learned_bias;
-  request.runs_on = arguments.cuda                ? RunsOn::cuda
-                    : arguments.type != "float32" ? RunsOn::cpu
-                    : arguments.frozen            ? RunsOn::engine
-                                                  : modules_run_on();
-  request.rates = arguments.cuda                      ? Rates::cuda()
-                  : request.runs_on == RunsOn::engine ? Rates::kernels(arguments.threads)
-                                                      : Rates::cpu(arguments.threads);
+  request.runs_on = arguments.cuda                ? RunsOn::libtorch_cuda
+                    : arguments.type != "float32" ? RunsOn::libtorch_cpu
+                    : arguments.frozen            ? RunsOn::frozen_kernels
+                                                  : detail::modules_run_on();
+  request.rates = arguments.cuda                              ? Rates::cuda()
+                  : request.runs_on == RunsOn::frozen_kernels ? Rates::kernels(arguments.threads)
+                                                              : Rates::cpu(arguments.threads);
   return request;
 }
 
@@ -128,7 +130,7 @@ void print_json(const PlanRequest& request) {
   add("values", plan.values);
   json["chosen"] = as_json(plan);
   json["standard"] = as_json(cost_of(Orders{}, request));
-  json["fused"] = is_fused(plan.kernel);
+  json["fused"] = detail::is_fused(plan.kernel);
   std::cout << json.dump(2) << '\n';
 }
 

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/mask_parts.h"
 #include "attention/softmax.h"
 #include "base/check.h"
 #include "cpu/matrix_product.h"
@@ -148,7 +149,7 @@ SharedContext ContextParallel::context(const Tensor& key,
   const auto rank = state_->ranks->rank(), own = inputs.Lk();
   const auto first = std::accumulate(lengths.begin(), lengths.begin() + rank, int64_t{0});
   const auto length = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
-  mask.check(kContextParallel, inputs.B(), o.num_heads(), std::nullopt, length, inputs.key.device());
+  detail::check_mask(mask, kContextParallel, inputs.B(), o.num_heads(), std::nullopt, length, inputs.key.device());
 
   const bool inputs_train = key.requires_grad() || value.requires_grad();
   auto request = detail::request_of(module, inputs.B(), 1, std::max<int64_t>(1, own), {}, o.attention_weights(), inputs_train);
@@ -200,7 +201,7 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   auto Xq = apart ? detail::all_rows(own, lengths, ranks) : own;
   const auto Lq = Xq.size(1);
   const auto type = Xq.scalar_type();
-  c.mask.check(kContextParallel, context.batch_size(), o.num_heads(), Lq, c.length, device);
+  detail::check_mask(c.mask, kContextParallel, context.batch_size(), o.num_heads(), Lq, c.length, device);
 
   auto layer = c.layer;
   auto replicated = detail::query_tensors(own_weights);
@@ -210,15 +211,15 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   layer.weights.query_bias = own_weights.query_bias;
   layer.weights.query_norm = own_weights.query_norm;
 
-  const auto mask = c.own > 0 ? c.mask.shard(c.first, c.own, Lq, c.length, device)
+  const auto mask = c.own > 0 ? detail::shard_of_keys(c.mask, c.first, c.own, Lq, c.length, device)
                               : Mask::key_padding(at::zeros({1, 1}, at::dtype(at::kBool).device(device)));
   auto how = detail::attention_options(kContextParallel, o, call, mask, module.is_training());
   const auto returned = how.weights;
   if (returned != AttentionWeights::per_head) how.weight_heads.clear();
   if (returned == AttentionWeights::mean) how.weights = AttentionWeights::per_head;  // the mean follows the merging
   how.log_sum_exp = true;
-  Tensor largest;
-  const auto part = detail::attend_heads(layer, detail::make_query(layer.weights, Xq, true), c.parts, how, &largest);
+  const auto query_of_all = detail::make_query(layer.weights, Xq, /*is_projected=*/true);
+  const auto [part, largest] = detail::attend_heads(layer, query_of_all, c.parts, how, detail::LogSumExpBase::largest_logit);
   const auto merged = detail::merge(part.output, part.log_sum_exp, largest, ranks);
 
   auto heads = detail::merge_heads(merged.output.to(type));  // [B, Lq, H * e]

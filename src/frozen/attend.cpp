@@ -53,13 +53,13 @@ class Attend {
         Lq_(query_.defined() ? query_.size(1) : folded_.size(0)),
         rows_(queries_ * Lq_),
         projected_rows_(is_little(w, side.B, rows_, side.Lk) ? rows_ : side.B * rows_),
-        heads_{w.H, w.G, w.d, w.e, side.Lk, side.keys, side.values},
-        weighing_(call.mask, w.H, Lq_, side.Lk, w.scale, call.weights, call.weight_heads) {}
+        heads_{w.H, w.G, w.d, w.e, side.Lk, side.keys, side.values, /*are_packed=*/true},
+        softmax_(call.mask, w.H, Lq_, side.Lk, w.scale, call.weights, call.weight_heads) {}
 
   // Into a result of its sizes.
   void run(const AttentionResult& result) {
     output_ = mutable_data(result.output);
-    weighing_.write_to(result.weights);
+    softmax_.write_to(result.weights);
     each_share_of_rows(
         side_.B * rows_, has_many_rows(projected_rows_, w_.Eo, w_.H * w_.e), reads(),
         [this](const Team& team) { return room_of(team); },
@@ -109,7 +109,7 @@ class Attend {
   // What run_rows takes.
   Room room_of(const Team& team) const {
     const auto& w = w_;
-    auto room = by_heads() ? room_of_heads(heads_, weighing_, team) : Room{w.H * side_.Lk};
+    auto room = by_heads() ? scratch_of_heads(heads_, softmax_, team) : Room{w.H * side_.Lk};
     auto& floats = room.row;
     if (reads_once()) {
       const Shares shares(side_.Lk, w.Ev);
@@ -133,19 +133,19 @@ class Attend {
     auto* mixed = folded ? nullptr : scratch.take(n * width);
     const auto* rows = query_.defined() ? logits_rows(begin, n, in_place() ? mixed : nullptr, scratch, team, stride) : nullptr;
     if (!rows) stride = folded_.size(1);
-    const auto log_sum_exp = weighing_.all_have_keys() || !raw ? LogSumExps{} : take_sums(n * w.H, scratch);
+    const auto log_sum_exp = softmax_.all_have_keys() || !raw ? LogSumExps{} : take_sums(n * w.H, scratch);
     for (int64_t first = begin; first < end;) {  // the part of each context
       const auto b = first / rows_, last = std::min(end, (b + 1) * rows_);
-      const Segment segment{.b = b,
-                            .first = first,
-                            .n = last - first,
+      const Segment segment{.context = b,
+                            .first_row = first,
+                            .rows = last - first,
                             .keys = side_.lengths[static_cast<size_t>(b)],
-                            .rows = rows ? rows + (first - begin) * stride : data(folded_) + first % rows_ * stride,
-                            .stride = stride,
+                            .queries = rows ? rows + (first - begin) * stride : data(folded_) + first % rows_ * stride,
+                            .query_stride = stride,
                             .head_stride = w.d,
-                            .mixed = folded ? output + (first - begin) * w.Eo : mixed + (first - begin) * width,
+                            .weighted_values = folded ? output + (first - begin) * w.Eo : mixed + (first - begin) * width,
                             .log_sum_exp = log_sum_exp ? log_sum_exp + (first - begin) * w.H : LogSumExps{},
-                            .all_rows = rows_};
+                            .context_rows = rows_};
       run_segment(segment, scratch, team);
       first = last;
     }
@@ -209,13 +209,13 @@ class Attend {
 
   void run_segment(const Segment& s, Scratch scratch, const Team& team) const {
     if (s.keys == 0) return clear(s);
-    if (by_heads()) return attend_heads(heads_, weighing_, s, scratch, team);
+    if (by_heads()) return attend_heads(heads_, softmax_, s, scratch, team);
     if (reads_once()) return attend_once(s, scratch, team);
-    auto* logits = scratch.take(s.n * w_.H * s.keys);  // [n, H, keys]
+    auto* logits = scratch.take(s.rows * w_.H * s.keys);  // [n, H, keys]
     meet(s, logits, team);
-    team.parts(s.n * w_.H, [&](int64_t begin, int64_t end) { weighing_.soften_rows(s, logits, s.keys, begin, end); });
-    if (weighing_.gives_weights()) {
-      for (int64_t h = 0; h < w_.H; ++h) weighing_.give(s, h, logits + h * s.keys, w_.H * s.keys);
+    team.parts(s.rows * w_.H, [&](int64_t begin, int64_t end) { softmax_.softmax_rows(s, logits, s.keys, begin, end); });
+    if (softmax_.returns_weights()) {
+      for (int64_t h = 0; h < w_.H; ++h) softmax_.write_weights(s, h, logits + h * s.keys, w_.H * s.keys);
     }
     mix(s, logits, team);
   }
@@ -225,9 +225,9 @@ class Attend {
     const auto& w = w_;
     const auto order = side_.orders.logits;
     if (order == Order::standard) {
-      return team.each(w.H, [&](int64_t h) { meet_head(heads_, s, h, logits + h * s.keys, w.H * s.keys); });
+      return team.each(w.H, [&](int64_t h) { logits_of_head(heads_, s, h, logits + h * s.keys, w.H * s.keys); });
     }
-    const auto first = s.b * side_.keys.stride(0);
+    const auto first = s.context * side_.keys.stride(0);
     if (is_raw(order) && side_.raw != Raw::packed) {
       const auto panel = kernels().panel;
       return team.parts((s.keys + panel - 1) / panel, [&](int64_t begin, int64_t end) {
@@ -235,33 +235,33 @@ class Attend {
       });
     }
     if (is_raw(order)) {
-      return team.multiply({.m = s.n * w.H,
+      return team.multiply({.m = s.rows * w.H,
                             .n = s.keys,
                             .k = w.Ek,
-                            .a = s.rows,
+                            .a = s.queries,
                             .a_stride = w.Ek,
                             .b = packed(side_.keys, first, w.Ek),
                             .c = logits,
                             .c_stride = s.keys,
                             .all_rows = rows_ * w.H});
     }
-    team.multiply({.m = s.n,
+    team.multiply({.m = s.rows,
                    .n = w.H * s.keys,
                    .k = w.Eq,
-                   .a = s.rows,
-                   .a_stride = s.stride,
+                   .a = s.queries,
+                   .a_stride = s.query_stride,
                    .b = packed(side_.keys, first, w.Eq),
                    .c = logits,
                    .c_stride = w.H * s.keys,
-                   .bias = data(side_.key_bias) + s.b * w.H * side_.Lk,
+                   .bias = data(side_.key_bias) + s.context * w.H * side_.Lk,
                    .all_rows = rows_});
   }
 
   // logits [n, H, keys] of keys [begin, end) that lie in rows.
   void meet_rows(const Segment& s, int64_t begin, int64_t end, float* logits) const {
     const auto& w = w_;
-    const auto* keys = data(side_.keys) + s.b * side_.keys.stride(0);
-    Step step{.m = s.n * w.H, .k = w.Ek, .a = s.rows, .a_stride = w.Ek, .c_stride = s.keys};
+    const auto* keys = data(side_.keys) + s.context * side_.keys.stride(0);
+    Step step{.m = s.rows * w.H, .k = w.Ek, .a = s.queries, .a_stride = w.Ek, .c_stride = s.keys};
     if (side_.raw == Raw::few_rows) {
       step.n = end - begin;
       step.b = {keys + begin * w.Ek, nullptr, w.Ek, 0};
@@ -282,30 +282,30 @@ class Attend {
   void mix(const Segment& s, const float* weights, const Team& team) const {
     const auto& w = w_;
     const auto order = side_.orders.values;
-    const auto first = s.b * side_.values.stride(0);
+    const auto first = s.context * side_.values.stride(0);
     if (order == Order::standard) {
-      return team.each(w.H, [&](int64_t h) { mix_head(heads_, s, h, weights + h * s.keys, w.H * s.keys); });
+      return team.each(w.H, [&](int64_t h) { weighted_values_of_head(heads_, s, h, weights + h * s.keys, w.H * s.keys); });
     }
     if (is_raw(order)) {
       return team.multiply(
-          {.m = s.n * w.H,
+          {.m = s.rows * w.H,
            .n = w.Ev,
            .k = s.keys,
            .a = weights,
            .a_stride = s.keys,
            .b = side_.raw != Raw::packed ? plain_rows(side_.values, first, w.Ev) : packed(side_.values, first, side_.Lk),
-           .c = s.mixed,
+           .c = s.weighted_values,
            .c_stride = w.Ev,
            .all_rows = side_.raw == Raw::packed ? rows_ * w.H : 0});
     }
     const auto rows = w.H * s.keys;
-    team.multiply({.m = s.n,
+    team.multiply({.m = s.rows,
                    .n = w.Eo,
                    .k = rows,
                    .a = weights,
                    .a_stride = rows,
                    .b = packed(side_.values, first, rows),
-                   .c = s.mixed,
+                   .c = s.weighted_values,
                    .c_stride = w.Eo,
                    .bias = data(w.output_bias),
                    .all_rows = rows_});
@@ -314,7 +314,7 @@ class Attend {
   // meet and mix of a context that is read once, share by share.
   void attend_once(const Segment& s, Scratch scratch, const Team& team) const {
     const Shares shares(side_.Lk, w_.Ev);
-    const auto count = shares.count(s.keys), rows = s.n * w_.H, size = rows * w_.Ev;
+    const auto count = shares.count(s.keys), rows = s.rows * w_.H, size = rows * w_.Ev;
     auto* logits = scratch.take(rows * s.keys);  // [n, H, keys]
     auto* mixed = scratch.take(count * size);
     const auto of_shares = take_sums(count * rows, scratch), of_blocks = take_sums(count * shares.blocks() * rows, scratch);
@@ -327,14 +327,14 @@ class Attend {
     for (int64_t row = 0; row < rows; ++row) {
       of_all.set(row, of_shares[row]);
       for (int64_t i = 1; i < count; ++i) of_all.set(row, log_sum(of_all[row], of_shares[i * rows + row]));
-      auto* to = s.mixed + row * w_.Ev;
+      auto* to = s.weighted_values + row * w_.Ev;
       for (int64_t i = 0; i < count; ++i) {
         const auto share = share_of(of_shares[i * rows + row], of_all[row]);
         const auto* from = mixed + i * size + row * w_.Ev;
         for (int64_t j = 0; j < w_.Ev; ++j) to[j] = (i > 0 ? to[j] : 0) + share * from[j];
       }
     }
-    if (!weighing_.gives_weights()) return;
+    if (!softmax_.returns_weights()) return;
     for (int64_t i = 0; i < count; ++i) {
       const auto first = i * shares.keys, last = std::min(s.keys, first + shares.keys);
       auto up_to = of_blocks + i * shares.blocks() * rows;
@@ -343,7 +343,7 @@ class Attend {
         for (int64_t row = 0; row < rows; ++row) scale(logits + row * s.keys + key, keys, share_of(up_to[row], of_all[row]));
       }
     }
-    for (int64_t h = 0; h < w_.H; ++h) weighing_.give(s, h, logits + h * s.keys, w_.H * s.keys);
+    for (int64_t h = 0; h < w_.H; ++h) softmax_.write_weights(s, h, logits + h * s.keys, w_.H * s.keys);
   }
 
   // Keys [first, last), a block after the other: their logits -> weights among the keys of their block and those before, mixed
@@ -356,14 +356,14 @@ class Attend {
                  float* mixed,
                  LogSumExps of_share,
                  LogSumExps of_blocks) const {
-    const auto rows = s.n * w_.H;
+    const auto rows = s.rows * w_.H;
     for (auto key = first; key < last; key += keys_of_a_block, of_blocks = of_blocks + rows) {
       auto block = s;
       block.first_key = key;
       block.keys = std::min(keys_of_a_block, last - key);
       block.log_sum_exp = of_blocks;
       meet_rows(s, key, key + block.keys, logits);
-      weighing_.soften_rows(block, logits + key, s.keys, 0, rows);
+      softmax_.softmax_rows(block, logits + key, s.keys, 0, rows);
       for (int64_t row = 0; row < rows && key > first; ++row) {
         const auto all = log_sum(of_share[row], of_blocks[row]);
         scale(mixed + row * w_.Ev, w_.Ev, share_of(of_share[row], all));
@@ -376,7 +376,7 @@ class Attend {
                 .k = block.keys,
                 .a = logits + key,
                 .a_stride = s.keys,
-                .b = plain_rows(side_.values, s.b * side_.values.stride(0) + key * w_.Ev, w_.Ev),
+                .b = plain_rows(side_.values, s.context * side_.values.stride(0) + key * w_.Ev, w_.Ev),
                 .c = mixed,
                 .c_stride = w_.Ev,
                 .accumulate = key > first});
@@ -448,11 +448,11 @@ class Attend {
   // A context without keys.
   void clear(const Segment& s) const {
     if (is_folded(side_.orders.values)) {
-      for (int64_t i = 0; i < s.n; ++i) std::copy_n(data(w_.output_bias), w_.Eo, s.mixed + i * w_.Eo);
+      for (int64_t i = 0; i < s.rows; ++i) std::copy_n(data(w_.output_bias), w_.Eo, s.weighted_values + i * w_.Eo);
       return;
     }
-    std::fill_n(s.mixed, s.n * w_.H * (is_raw(side_.orders.values) ? w_.Ev : w_.e), 0.0f);
-    for (int64_t row = 0; s.log_sum_exp && row < s.n * w_.H; ++row) s.log_sum_exp.set(row, {});
+    std::fill_n(s.weighted_values, s.rows * w_.H * (is_raw(side_.orders.values) ? w_.Ev : w_.e), 0.0f);
+    for (int64_t row = 0; s.log_sum_exp && row < s.rows * w_.H; ++row) s.log_sum_exp.set(row, {});
   }
 
   const EngineWeights& w_;
@@ -461,7 +461,7 @@ class Attend {
   int64_t queries_, Lq_, rows_;  // queries for a context, rows of one, rows for a context
   int64_t projected_rows_;       // those of all contexts, but where parts of the batch may be calls of their own: see forward
   Heads heads_;                  // of standard orders
-  Weighing weighing_;
+  SoftmaxStage softmax_;
   float* output_ = nullptr;
 };
 

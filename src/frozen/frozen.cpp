@@ -15,6 +15,7 @@
 #include <utility>
 #include <variant>
 
+#include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/describe.h"
 #include "cpu/matrix_product.h"
@@ -59,10 +60,10 @@ detail::LayerWeights in_double(detail::LayerWeights w) {
 
 // The number of keys of each batch entry, as far as the host knows it from the mask, and the rest of the mask.
 std::pair<std::vector<int64_t>, Mask> split_lengths(const Mask& mask, int64_t B, int64_t Lk) {
-  auto lengths = mask.host_lengths();
+  auto lengths = detail::host_lengths(mask);
   if (lengths.empty()) return {std::vector<int64_t>(static_cast<size_t>(B), Lk), mask};
   if (lengths.size() == 1) lengths.resize(static_cast<size_t>(B), lengths.front());
-  return {lengths, mask.without_lengths()};
+  return {lengths, detail::without_lengths(mask)};
 }
 
 // The context length that a plan is made for.
@@ -76,8 +77,8 @@ Mask for_queries(const Mask& mask, int64_t n, int64_t Lq, int64_t Lk, at::Device
   if (n == 1) return mask;
   const auto repeated = [n](const Tensor& x) { return x.size(2) == 1 ? x : x.repeat({1, 1, n, 1}); };
   Mask result;
-  if (const auto keep = mask.keep(Lq, Lk, device); keep.defined()) result = Mask::dense(repeated(keep));
-  if (const auto bias = mask.additive(type); bias.defined()) result = result & Mask::bias(repeated(bias));
+  if (const auto keep = detail::allowed_keys(mask, Lq, Lk, device); keep.defined()) result = Mask::dense(repeated(keep));
+  if (const auto bias = detail::total_bias(mask, type); bias.defined()) result = result & Mask::bias(repeated(bias));
   return result;
 }
 
@@ -115,7 +116,7 @@ struct Frozen::State {
                     : weights.query.is_cuda() ? Rates::cuda()
                                               : Rates::cpu(threads);
     request.gives_weights = returned != AttentionWeights::none;
-    request.runs_on = engine ? RunsOn::engine : detail::runs_on(weights.query);
+    request.runs_on = engine ? RunsOn::frozen_kernels : detail::runs_on(weights.query);
     if (plan.pinned) request.pinned = plan.orders;
     return request;
   }
@@ -395,7 +396,7 @@ AttentionResult Frozen::attend_with(const Tensor& query, const FrozenContext& co
   detail::check_type(device == weights.query.device(), kFrozen, "context must be on {}, as the weights, but is on {}.",
                      weights.query.device().str(), device.str());
   const auto Lq = query.defined() ? query.size(1) : state_->query.size(0);
-  c.mask.check(kFrozen, c.B, options().num_heads(), Lq, c.Lk, device);
+  detail::check_mask(c.mask, kFrozen, c.B, options().num_heads(), Lq, c.Lk, device);
   auto how = state_->attention_options(c.mask, call);
   if (const auto* parts = std::get_if<detail::EngineSide>(&c.parts)) {
     return detail::attend(*state_->engine, *parts, state_->call(c.orders, query, how));

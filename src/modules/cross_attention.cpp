@@ -8,6 +8,7 @@
 #include <optional>
 #include <utility>
 
+#include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/text.h"
 #include "modules/context_state.h"
@@ -108,14 +109,14 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Tensor& query, const
   const detail::Layer layer(orders, detail::weights_of(*this));
   const auto Xq = detail::query_input(kCrossAttention, layer.weights, query, is_batched, context.batch_size());
   made_from.check(kCrossAttention, layer.weights);
-  mask.check(kCrossAttention, Xq.size(0), options.num_heads(), Xq.size(1), parts.Lk, Xq.device());
+  detail::check_mask(mask, kCrossAttention, Xq.size(0), options.num_heads(), Xq.size(1), parts.Lk, Xq.device());
   const auto how = detail::attention_options(kCrossAttention, options, call, mask, is_training());
   return detail::results(detail::attend(layer, Xq, parts, how), is_batched);
 }
 
 std::string CrossAttentionImpl::explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask) const {
   detail::check_module(kCrossAttention, *this);
-  const auto keys = options.bias_kv() ? Lk : mask.needed_keys(Lk);
+  const auto keys = options.bias_kv() ? Lk : detail::needed_keys(mask, Lk);
   return xattn::explain(detail::request_of(*this, B, Lq, keys, mask, options.attention_weights(), false));
 }
 

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/text.h"
 #include "cpu/matrix_product.h"
@@ -129,13 +130,13 @@ AttentionResult attend_to(const DecoupledCrossAttentionImpl& module,
       std::ranges::any_of(parts, [](const Part& part) { return detail::projects_query(part.layer.orders.logits); });
   const auto query = detail::make_query(first, x, is_projected);
   auto how = detail::attention_options(kDecoupled, module.attention->options, call, parts.front().mask, module.is_training());
-  auto result = detail::attend_heads(parts.front().layer, query, parts.front().context, how);  // [B, H, Lq, e]
+  auto result = detail::attend_heads(parts.front().layer, query, parts.front().context, how).result;  // [B, H, Lq, e]
   how.weights = AttentionWeights::none;
   for (size_t i = 1; i < parts.size(); ++i) {
     const auto scale = module.options.added()[i - 1].scale();
     if (scale == 0) continue;
     how.mask = parts[i].mask;
-    const auto added = detail::attend_heads(parts[i].layer, query, parts[i].context, how);
+    const auto added = detail::attend_heads(parts[i].layer, query, parts[i].context, how).result;
     result.output = result.output.add(added.output, scale);
   }
   result.output = detail::project(detail::merge_heads(result.output), first.output, first.output_bias);
@@ -296,7 +297,7 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& que
     auto weights = weights_of(*this, i);
     if (i > 0) check_batch(i, is_batched, tensors.keys.size(0), context.is_batched(), context.batch_size());
     made_from.check(caller_of(i), weights);
-    mask.check(caller_of(i), Xq.size(0), first.H, Xq.size(1), tensors.Lk, Xq.device());
+    detail::check_mask(mask, caller_of(i), Xq.size(0), first.H, Xq.size(1), tensors.Lk, Xq.device());
     parts.push_back({detail::Layer(orders, std::move(weights)), tensors, mask});
   }
   return detail::results(attend_to(*this, Xq, parts, call), context.is_batched());
@@ -311,7 +312,7 @@ std::string DecoupledCrossAttentionImpl::explain(int64_t B,
               added_projections.size() + 1, lengths.size());
   std::string text;
   for (size_t i = 0; i < lengths.size(); ++i) {
-    const auto keys = i == 0 && !attention->options.bias_kv() ? mask.needed_keys(lengths[i]) : lengths[i];
+    const auto keys = i == 0 && !attention->options.bias_kv() ? detail::needed_keys(mask, lengths[i]) : lengths[i];
     text += i == 0 ? "first context: " : detail::formatted("added context {}: ", i - 1);
     text += xattn::explain(request(*this, i, B, Lq, keys, i == 0 ? mask : Mask(), {}, false));
   }

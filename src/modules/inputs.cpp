@@ -4,6 +4,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/constant_pad_nd.h>
 
+#include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/describe.h"
 #include "base/text.h"
@@ -42,7 +43,7 @@ ContextInputs context_inputs(
 }
 
 void check_mask(std::string_view caller, const LayerWeights& layer, const ContextInputs& context, std::optional<int64_t> Lq) {
-  context.mask.check(caller, context.B(), layer.H, Lq, context.Lk(), context.key.device());
+  check_mask(context.mask, caller, context.B(), layer.H, Lq, context.Lk(), context.key.device());
 }
 
 Tensor query_input(std::string_view caller, const LayerWeights& layer, const Tensor& query, bool is_batched, int64_t B) {
@@ -55,11 +56,11 @@ Tensor query_input(std::string_view caller, const LayerWeights& layer, const Ten
 
 int64_t drop_padding(const LayerWeights& layer, ContextInputs& context) {
   const auto Lk = context.Lk();
-  const auto needed = layer.bias_k.defined() ? Lk : context.mask.needed_keys(Lk);
+  const auto needed = layer.bias_k.defined() ? Lk : needed_keys(context.mask, Lk);
   if (needed == Lk) return 0;
   context.key = context.key.narrow(1, 0, needed);
   context.value = context.value.narrow(1, 0, needed);
-  context.mask = context.mask.first_keys(needed);
+  context.mask = first_keys(context.mask, needed);
   return Lk - needed;
 }
 

@@ -7,10 +7,11 @@
 #include <ATen/ops/logical_not.h>
 #include <ATen/ops/matmul.h>
 
+#include <optional>
 #include <tuple>
 #include <utility>
 
-#include "attention/softmax.h"
+#include "attention/mask_parts.h"
 #include "cpu/matrix_product.h"
 #include "plan/order_traits.h"
 
@@ -76,7 +77,7 @@ Tensor project_key(const LayerWeights& w, const Tensor& key) {
 }
 
 // x [B, G, Lk, size], bias [1, 1, G * size] -> [B, G, Lk + 1, size]; x without a bias.
-Tensor with_bias_kv(const Tensor& x, const Tensor& bias) {
+Tensor with_last_row(const Tensor& x, const Tensor& bias) {
   if (!bias.defined()) return x;
   const auto row = bias.view({1, x.size(1), 1, x.size(3)}).expand({x.size(0), -1, -1, -1});
   return at::cat({x, row.to(x.scalar_type())}, 2);
@@ -175,23 +176,24 @@ Tensor logits_of_key_bias(const LayerWeights& w, const LayerQuery& query) {
 }
 
 // Orders other than the standard one for both chains -> output [B, H, Lq, e] if they end in heads, else [B, Lq, Eo].
-AttentionResult attend_in_steps(const Layer& layer,
-                                const LayerQuery& query,
-                                const LayerContext& context,
-                                const AttentionOptions& options,
-                                Tensor* largest = nullptr) {
+RelativeAttention attend_in_steps(const Layer& layer,
+                                  const LayerQuery& query,
+                                  const LayerContext& context,
+                                  const AttentionOptions& options,
+                                  LogSumExpBase base) {
   const auto& w = layer.weights;
   const auto type = product_type(query.x);
   const auto logits = logits_of(layer, query, context);  // [B, H, Lq, Lk]
-  auto [weights, log_sum_exp, empty_rows] = softmax_over_keys(logits, type, options.mask, options.log_sum_exp, largest);
-  if (log_sum_exp.defined() && w.key_bias.defined() && layer.orders.logits == Order::fold_into_query) {
-    log_sum_exp = log_sum_exp + logits_of_key_bias(w, query);
+  auto softmax = softmax_over_keys(logits, type, options.mask, options.log_sum_exp ? std::optional(base) : std::nullopt);
+  if (options.log_sum_exp && w.key_bias.defined() && layer.orders.logits == Order::fold_into_query) {
+    softmax.log_sum_exp = softmax.log_sum_exp + logits_of_key_bias(w, query);
   }
+  const auto& weights = softmax.weights;
   const auto dropped = (options.dropout > 0 ? at::dropout(weights, options.dropout, /*train=*/true) : weights).to(type);
-  const auto sums = row_sums(dropped, empty_rows, options.dropout);
+  const auto sums = row_sums(dropped, softmax.empty_rows, options.dropout);
   const auto output = ends_in_heads(layer.orders.values) ? weighted_values(layer, dropped, sums, context.values)
                                                          : output_of(layer, dropped, sums, context.values);
-  return {output, wanted_weights(weights, options, type), log_sum_exp};
+  return {{output, wanted_weights(weights, options, type), softmax.log_sum_exp}, softmax.largest};
 }
 
 }  // namespace
@@ -260,30 +262,30 @@ LayerQuery make_query(const LayerWeights& w, const Tensor& x, bool is_projected)
 LayerContext make_context(const Layer& layer, const Tensor& key, const Tensor& value) {
   const auto& w = layer.weights;
   LayerContext context{key, {}, value, key.size(1)};
-  if (layer.orders.logits == Order::standard) context.keys = with_bias_kv(project_key(w, key), w.bias_k);
+  if (layer.orders.logits == Order::standard) context.keys = with_last_row(project_key(w, key), w.bias_k);
   if (layer.orders.logits == Order::fold_into_context) std::tie(context.keys, context.key_bias) = fold_into_context(w, key);
-  if (layer.orders.values == Order::standard) context.values = with_bias_kv(project_value(w, value), w.bias_v);
+  if (layer.orders.values == Order::standard) context.values = with_last_row(project_value(w, value), w.bias_v);
   if (layer.orders.values == Order::fold_into_context) context.values = fold_values_into_context(w, value);
   return context;
 }
 
-AttentionResult attend_heads(const Layer& layer,
-                             const LayerQuery& query,
-                             const LayerContext& context,
-                             const AttentionOptions& options,
-                             Tensor* largest) {
-  if (layer.orders != Orders{}) return attend_in_steps(layer, query, context, options, largest);
+RelativeAttention attend_heads(const Layer& layer,
+                               const LayerQuery& query,
+                               const LayerContext& context,
+                               const AttentionOptions& options,
+                               LogSumExpBase base) {
+  if (layer.orders != Orders{}) return attend_in_steps(layer, query, context, options, base);
   auto how = options;
   const auto& q = query.projected;
-  if (layer.weights.bias_k.defined()) how.mask = options.mask.with_free_key(q.size(2), context.Lk, q.device());
-  return largest ? attention_by_largest(q, context.keys, context.values, how, largest)
-                 : attention(q, context.keys, context.values, how);
+  if (layer.weights.bias_k.defined()) how.mask = with_bias_kv(options.mask, q.size(2), context.Lk, q.device());
+  if (base == LogSumExpBase::largest_logit) return attention_by_largest(q, context.keys, context.values, how);
+  return {attend_checked(q, context.keys, context.values, how), {}};
 }
 
 AttentionResult attend(const Layer& layer, const Tensor& x, const LayerContext& context, const AttentionOptions& options) {
   const auto query = make_query(layer.weights, x, projects_query(layer.orders.logits));
-  if (!ends_in_heads(layer.orders.values)) return attend_in_steps(layer, query, context, options);
-  auto result = attend_heads(layer, query, context, options);
+  if (!ends_in_heads(layer.orders.values)) return attend_in_steps(layer, query, context, options, LogSumExpBase::zero).result;
+  auto result = attend_heads(layer, query, context, options).result;
   result.output = project(merge_heads(result.output), layer.weights.output, layer.weights.output_bias);
   return result;
 }

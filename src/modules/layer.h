@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/softmax.h"
 #include "modules/norm_weights.h"
 
 // A layer of attention in any order of its products, in plain tensor operations: one short function for each entry of the table in
@@ -102,12 +103,11 @@ AttentionResult attend(const Layer& layer,
                        const LayerContext& context,
                        const AttentionOptions& options);
 
-/// The same without the output projection, for values in an order that ends in heads: output [B, H, Lq, e]. With `largest`, which
-/// is not null then, the log-sum-exp is relative to what that becomes: see `attention_by_largest`.
-AttentionResult attend_heads(const Layer& layer,
-                             const LayerQuery& query,
-                             const LayerContext& context,
-                             const AttentionOptions& options,
-                             at::Tensor* largest = nullptr);
+/// The same without the output projection, for values in an order that ends in heads: output [B, H, Lq, e].
+RelativeAttention attend_heads(const Layer& layer,
+                               const LayerQuery& query,
+                               const LayerContext& context,
+                               const AttentionOptions& options,
+                               LogSumExpBase base = LogSumExpBase::zero);
 
 }  // namespace xattn::detail

@@ -6,13 +6,14 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "attention/mask_parts.h"
 #include "base/check.h"
 #include "cpu/matrix_product.h"
 
 namespace xattn::detail {
 
 RunsOn runs_on(const at::Tensor& weight) {
-  return run_on_kernels({weight}) ? RunsOn::kernels : weight.is_cpu() ? RunsOn::cpu : RunsOn::cuda;
+  return run_on_kernels({weight}) ? RunsOn::module_kernels : weight.is_cpu() ? RunsOn::libtorch_cpu : RunsOn::libtorch_cuda;
 }
 
 PlanRequest request_of(const CrossAttentionOptions& o, int64_t B, int64_t Lq, int64_t Lk) {
@@ -44,7 +45,7 @@ PlanRequest request_of(const CrossAttentionImpl& module,
   const auto& weight = module.query_linear->weight;
   auto request = request_of(o, B, Lq, Lk);
   request.element = static_cast<int64_t>(weight.element_size());
-  request.mask_is_learned = mask.is_learned();
+  request.mask_is_learned = is_learned(mask);
   const bool weights_train =
       weight.requires_grad() || module.key_linear->weight.requires_grad() || module.value_linear->weight.requires_grad();
   request.training = at::GradMode::is_enabled() && (inputs_train || request.mask_is_learned || weights_train);

@@ -4,22 +4,20 @@
 #include <algorithm>
 #include <iterator>
 #include <span>
-#include <tuple>
 #include <utility>
 
+#include "attention/choose_kernel.h"
 #include "base/check.h"
 #include "base/text.h"
 #include "kernels/kernels.h"
 #include "plan/order_traits.h"
+#include "plan/runs_on.h"
 
 namespace xattn {
 namespace {
 
 using detail::check_value;
 using detail::uses_product;
-
-constexpr std::string_view kKernelNames[] = {"tensor_operations",           "heads", "heads_in_parts", "chain", "fused_cpu",
-                                             "scaled_dot_product_attention"};
 
 // `count` products of [m, k] by [k, n]. A call is charged this share of their cost.
 struct Product {
@@ -82,7 +80,8 @@ struct Sizes {
 // The cost of packing a raw context of this many features in a frozen layer.
 Cost cost_of_packing(double features, const PlanRequest& r) {
   const Sizes s(r);
-  if (r.runs_on != RunsOn::engine || detail::raw_for(std::max(r.Lq, r.context_rows), r.H) != detail::Raw::packed) return {};
+  if (r.runs_on != RunsOn::frozen_kernels || detail::raw_for(std::max(r.Lq, r.context_rows), r.H) != detail::Raw::packed)
+    return {};
   const auto bytes = 2 * s.of_context * static_cast<double>(r.element) * s.B * s.Lk * features;
   return {0, bytes, bytes / r.rates.memory};
 }
@@ -159,34 +158,27 @@ bool is_empty(const PlanRequest& r) {
   return r.B == 0 || r.Lq == 0 || r.Lk == 0;
 }
 
-// Kernels of this library for heads, by what engine/heads.cpp calls a long context.
-AttentionKernel kernel_of_heads(const PlanRequest& r) {
-  constexpr int64_t kLongContext = 4096;
-  const auto keys = r.Lk + (r.bias_kv ? 1 : 0);
-  return keys > kLongContext && !r.gives_weights ? AttentionKernel::heads_in_parts : AttentionKernel::heads;
-}
-
-// The kernel and the reason: what frozen.cpp and attention.cpp do, in the order in which they ask.
-std::pair<AttentionKernel, std::string_view> kernel_of(const Orders& orders, const PlanRequest& r) {
-  constexpr auto kPlain = AttentionKernel::tensor_operations;
-  const bool is_standard = orders == Orders{}, own = r.runs_on == RunsOn::kernels;
-  if (r.runs_on == RunsOn::engine) {
-    return is_standard ? std::pair(kernel_of_heads(r), "the layer is frozen, in float32 on the CPU")
-                       : std::pair(AttentionKernel::chain, "the layer is frozen, and the order is not the standard one");
+// The kernel that runs in these orders, and the reason.
+detail::KernelChoice kernel_of(const Orders& orders, const PlanRequest& r) {
+  const bool is_standard = orders == Orders{};
+  const auto Lk = r.Lk + (r.bias_kv ? 1 : 0);
+  if (r.runs_on == RunsOn::frozen_kernels) {
+    if (!is_standard) return {AttentionKernel::chain, "the layer is frozen, and the order is not the standard one"};
+    return {detail::own_kernel(Lk, r.gives_weights), "the layer is frozen, in float32 on the CPU"};
   }
-  if (!is_standard) return {kPlain, "the order is not the standard one"};
-  if (r.drops_weights) return {kPlain, "dropout is above 0"};
-  if (r.B == 0 || r.Lq == 0 || (r.Lk == 0 && !r.bias_kv)) return {kPlain, "an axis is empty"};
-  if (own && !r.training) return {kernel_of_heads(r), "the type is float32, and no gradient is wanted"};
-  if (r.gives_weights) return {kPlain, own ? "weights and gradients are wanted" : "weights are wanted"};
-  if (r.mask_is_learned) return {kPlain, "the mask's bias asks for its gradient"};
-  if (r.runs_on == RunsOn::cuda) return {AttentionKernel::scaled_dot_product_attention, "the layer is not on the CPU"};
-  if (own) return {kernel_of_heads(r), "the type is float32, also of the gradients"};
-  if (r.d != r.e) return {kPlain, "heads of values are not of the size of heads of keys"};
-  return {AttentionKernel::fused_cpu, "this library's is for float32, AVX2 or AVX-512, and no autocast"};
+  if (!is_standard) return {AttentionKernel::tensor_operations, "the order is not the standard one"};
+  return detail::choose_kernel({.own_kernels = r.runs_on == RunsOn::module_kernels,
+                                .on_cpu = r.runs_on != RunsOn::libtorch_cuda,
+                                .is_empty = r.B == 0 || r.Lq == 0 || Lk == 0,
+                                .Lk = Lk,
+                                .equal_head_sizes = r.d == r.e,
+                                .drops_weights = r.drops_weights,
+                                .returns_weights = r.gives_weights,
+                                .is_differentiated = r.training,
+                                .mask_is_learned = r.mask_is_learned});
 }
 
-// What a kernel does with the logits, and whose it is.
+// Whose kernel it is, and where it keeps the logits.
 std::string_view description_of(AttentionKernel kernel) {
   switch (kernel) {
     case AttentionKernel::tensor_operations: return "all logits in memory";
@@ -197,10 +189,6 @@ std::string_view description_of(AttentionKernel kernel) {
     case AttentionKernel::scaled_dot_product_attention: break;
   }
   return "LibTorch's choice of its kernels";
-}
-
-bool is_own(AttentionKernel kernel) {
-  return kernel == AttentionKernel::heads || kernel == AttentionKernel::heads_in_parts || kernel == AttentionKernel::chain;
 }
 
 void check(const PlanRequest& r) {
@@ -253,8 +241,10 @@ class Planner {
     plan.operations = logits.operations + values.operations;
     plan.bytes = logits.bytes + values.bytes + softmax.bytes;
     plan.seconds = logits.seconds + values.seconds + softmax.seconds;
-    std::tie(plan.kernel, plan.kernel_reason) = kernel_of(orders, request_);
-    if (is_fused(plan.kernel) && request_.rates.fused > 0) plan.seconds -= passes_ * saved_by_fusion(request_);
+    const auto [kernel, reason] = kernel_of(orders, request_);
+    plan.kernel = kernel;
+    plan.kernel_reason = reason;
+    if (detail::is_fused(plan.kernel) && request_.rates.fused > 0) plan.seconds -= passes_ * saved_by_fusion(request_);
     return plan;
   }
 
@@ -292,16 +282,8 @@ std::string_view name_of(Order order) {
   return detail::traits(order).name;
 }
 
-std::string_view name_of(AttentionKernel kernel) {
-  return kKernelNames[static_cast<size_t>(kernel)];
-}
-
-bool is_fused(AttentionKernel kernel) {
-  return kernel != AttentionKernel::tensor_operations && kernel != AttentionKernel::chain;
-}
-
-RunsOn modules_run_on() {
-  return std::string_view(detail::kernels().name) == "plain" ? RunsOn::cpu : RunsOn::kernels;
+RunsOn detail::modules_run_on() {
+  return std::string_view(detail::kernels().name) == "plain" ? RunsOn::libtorch_cpu : RunsOn::module_kernels;
 }
 
 namespace {
@@ -373,9 +355,9 @@ std::string explain(const PlanRequest& request) {
   text += detail::formatted("in all: {} operations, {}; in the standard order {}, {}\n", engineering(plan.operations, ""),
                             engineering(plan.seconds, "s"), engineering(standard.operations, ""),
                             engineering(standard.seconds, "s"));
-  text +=
-      detail::formatted("attention by {}: {}, because {}{}\n", name_of(plan.kernel), description_of(plan.kernel),
-                        plan.kernel_reason, r.gives_weights && is_own(plan.kernel) ? "; weights come from the same pass" : "");
+  text += detail::formatted("attention by {}: {}, because {}{}\n", name_of(plan.kernel), description_of(plan.kernel),
+                            plan.kernel_reason,
+                            r.gives_weights && detail::is_own(plan.kernel) ? "; weights come from the same pass" : "");
   return text;
 }
 
