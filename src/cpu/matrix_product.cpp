@@ -34,6 +34,8 @@ constexpr int64_t kMorePackedBytes = 4 << 20;  // else: the left side comes from
 constexpr int64_t kPackedRows = 1024;          // of a right side: those of a block that a product goes through at once
 constexpr int64_t kRowsOfATile = 14;
 
+thread_local int operators_only = 0;  // the number of `OperatorsOnly` that live in this thread
+
 bool runs_on_kernels(const Tensor& x) {
   return x.defined() && x.is_cpu() && x.scalar_type() == at::kFloat && x.layout() == at::kStrided && !x.is_neg() &&
          !at::isTensorSubclassLike(x) && !x._fw_grad(/*level=*/0).defined();
@@ -190,9 +192,22 @@ Tensor multiply_and_add(const Tensor& a, const Tensor& b, const Tensor& bias) {
 
 }  // namespace
 
+OperatorsOnly::OperatorsOnly() {
+  ++operators_only;
+}
+
+OperatorsOnly::~OperatorsOnly() {
+  --operators_only;
+}
+
+bool OperatorsOnly::is_active() {
+  return operators_only > 0;
+}
+
 bool run_on_kernels(std::initializer_list<Tensor> all) {
   static const bool kHasVectors = std::string_view(kernels().name) != "plain";
-  return kHasVectors && std::ranges::all_of(all, runs_on_kernels) && !at::autocast::is_autocast_enabled(at::kCPU);
+  return kHasVectors && !OperatorsOnly::is_active() && std::ranges::all_of(all, runs_on_kernels) &&
+         !at::autocast::is_autocast_enabled(at::kCPU);
 }
 
 Tensor matrix_product(const Tensor& a, const Tensor& b) {

@@ -3,12 +3,25 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
+#include <xattn/export.h>
 
 #include <initializer_list>
 
 // The matrix products of modules, differentiable to any order: in float32 on the CPU by this library's kernels (with AVX2 or
 // AVX-512), elsewhere by LibTorch's operators. An element's bits do not depend on the number of threads.
 namespace xattn::detail {
+
+/// While one lives, its thread computes by LibTorch's operators, as if this library had no kernels: for comparisons.
+class XATTN_API OperatorsOnly {
+ public:
+  OperatorsOnly();
+  ~OperatorsOnly();
+  OperatorsOnly(const OperatorsOnly&) = delete;
+  OperatorsOnly& operator=(const OperatorsOnly&) = delete;
+
+  /// Whether one lives in this thread.
+  static bool is_active();
+};
 
 /// Whether what is computed of these runs on the library's kernels.
 bool run_on_kernels(std::initializer_list<at::Tensor> all);

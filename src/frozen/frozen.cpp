@@ -282,7 +282,8 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& options) {
   }
 
   const bool no_norm = o.qk_norm() == NormKind::none && !o.bias_kv();
-  const bool kernels = !o.bias_kv() && weights.query.is_cpu() && weights.query.scalar_type() == at::kFloat;
+  const bool kernels = !o.bias_kv() && weights.query.is_cpu() && weights.query.scalar_type() == at::kFloat &&
+                       !detail::OperatorsOnly::is_active();
   if (options.storage) {
     check_value(*options.storage == at::kFloat || *options.storage == at::kBFloat16, kFrozen,
                 "storage must be float32 or bfloat16, but is {}.", c10::getDtypeNames(*options.storage).first);
