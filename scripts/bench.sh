@@ -7,22 +7,21 @@ usage() {
   cat <<'END'
 usage: scripts/bench.sh [--quick] [--shape NAME]... [--limit GFLOP] [--passes N] [--seconds S] [--compile all] [--device cpu|cuda]
 
-Measures this library beside other runtimes on layers of real models, and writes what it finds to src/bench: results.json, the table
-in README.md, and the plots.
+Measures this library beside other runtimes on layers of real models, and writes the results to src/bench: results.json, the table in
+README.md, and the plots.
 
-  --quick        one short pass over the smaller rows; no maps, no map of crossovers
-  --shape NAME   only rows with this in their names; repeatable. The other rows keep what was measured before
-  --limit GFLOP  leave out rows of more operations, in 1e9; no limit if not given, but 500 after the first pass, as a call of these
-                 takes seconds
+  --quick        one short pass over the smaller rows; no returned weights, no crossovers
+  --shape NAME   only rows whose names contain this; repeatable. The other rows keep their earlier results
+  --limit GFLOP  leave out rows of more operations, in 1e9; by default no limit in the first pass and 500 in later ones, because a
+                 call of a larger row takes seconds
   --passes N     passes over everything; their spread is reported (3)
   --seconds S    for each candidate of a row (0.5)
-  --compile all  torch.compile, which takes a quarter of a minute a row, on all rows, and not on those with a goal only
+  --compile all  run torch.compile, which takes a quarter of a minute a row, on all rows instead of those with a goal
   --device cuda  in bfloat16 against LibTorch's and PyTorch's kernels on a GPU: prints a table and writes results-cuda.json
   -h, --help     show this
 
-The other runtimes are installed by pip into .venv-bench (with CUDA: .venv-bench-cuda). Each runs alone in a process of its own,
-because the waiting threads of one take the processor from another. Nothing else should run on the machine. A full run takes some
-hours.
+The other runtimes are installed by pip into .venv-bench (with CUDA: .venv-bench-cuda). Each runs in a process of its own, because the
+waiting threads of one would take the processor from another. Nothing else should run on the machine. A full run takes hours.
 
 example: scripts/bench.sh --quick --shape "SD1.5 16x16"
 END
@@ -74,14 +73,14 @@ scripts/build.sh -B $folder "${torch[@]}"
 
 load=$(cut -d' ' -f1 /proc/loadavg 2> /dev/null || echo 0)
 if awk "BEGIN { exit !($load > 0.5) }"; then
-  echo "scripts/bench.sh: this machine is busy (load $load): times will be too long, those with two threads by far" >&2
+  echo "scripts/bench.sh: this machine is busy (load $load): times will be too long, above all with two threads" >&2
 fi
 
 threads=(1)
 if [[ $device == cpu ]] && (($(nproc) > 1)); then threads=(1 2); fi
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
-turn=6  # rows; then it is another runtime's: what else the machine does changes over minutes, and is to meet all of them
+turn=6  # rows before another runtime takes over, so that other load, which changes within minutes, affects all of them
 for ((pass = 1; pass <= passes; ++pass)); do
   if ((pass > 1 && limit == 0)); then limit=500; fi
   list=$($folder/xattn_bench --list --limit "$limit" "${shapes[@]}" | sed 's/  .*//')
@@ -92,7 +91,7 @@ for ((pass = 1; pass <= passes; ++pass)); do
   fi
   mapfile -t rows <<< "$list"
   for count in "${threads[@]}"; do
-    # What maps cost is measured once, with one thread.
+    # Returned weights are measured once, with one thread.
     weights=(--weights none)
     if ((pass == 1 && count == 1 && !quick)); then weights+=(mean per-head); fi
     for ((first = 0; first < ${#rows[@]}; first += turn)); do

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Times the rows of src/bench/shapes.csv in other runtimes, each alone in a process of its own, at its best settings.
+"""Times the rows of src/bench/shapes.csv in other runtimes, each in a process of its own, at its best settings.
 
     .venv-bench/bin/python scripts/bench_peers.py --shape "SD1.5 16x16" --threads 1 2
 
-Prints one object of JSON, as `xattn_bench --json` does. Each candidate is compared with float64 before it is timed; the candidates
-of one runtime are timed by turns.
+Prints one JSON object, as `xattn_bench --json` does. Each candidate is compared with float64 before it is timed; the candidates of a
+runtime take turns.
 
     pytorch       eager; sdpa; mha: nn.MultiheadAttention, the sequence first or the batch first
-    compile       torch.compile of sdpa, or of eager where weights are wanted: freezing, packed weights, linears of one input made
-                  one, C++ wrapper, max-autotune, lengths that may change or not
+    compile       torch.compile of sdpa, or of eager if weights are returned: freezing, packed weights, merged linears of one input,
+                  C++ wrapper, max-autotune, fixed or variable lengths
     onnxruntime   the plain graph, and the MultiHeadAttention operator: all graph optimizations, inputs and outputs bound
     openvino      the plain graph, and its ScaledDotProductAttention: latency hint, float32, inputs and outputs bound
     cuda          eager; sdpa with each backend; torch.compile with max-autotune and CUDA graphs: bfloat16
@@ -35,9 +35,9 @@ def versions(runtime):
 
 
 def run_one(arguments):
-    """All rows in one runtime with so many threads, in this process."""
+    """Times all rows in one runtime with one number of threads, in this process."""
     import torch
-    from peers.layer import Absent, Layer, choose, gigabytes_free, gigabytes_needed, measure, read_shapes
+    from peers.layer import Absent, Layer, choose, gigabytes_free, gigabytes_needed, gflop, measure, read_shapes
     from peers.with_torch import check, exact
 
     runtime, threads = arguments.only, arguments.threads[0]
@@ -73,7 +73,7 @@ def run_one(arguments):
 
     for row in choose(read_shapes(), arguments.shape):
         train = row["timed"] == "backward"
-        too_long = arguments.limit and float(row["gflop"]) > arguments.limit
+        too_long = arguments.limit and gflop(row) > arguments.limit
         if too_long or (arguments.goals and not row["goal"]):
             continue
         for wanted in arguments.weights:
@@ -104,16 +104,16 @@ def run_one(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--shape", action="append", default=[], help="row by its name, or all with this in their names; repeatable"
+        "--shape", action="append", default=[], help="the row of this name, or all rows whose names contain it; repeatable"
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--weights", nargs="+", default=["none"], choices=["none", "mean", "per-head"])
     parser.add_argument("--runtime", nargs="+", default=RUNTIMES, choices=[*RUNTIMES, "cuda"])
     parser.add_argument("--seconds", type=float, default=1, help="for each candidate of a row (1)")
-    parser.add_argument("--limit", type=float, default=0, help="leave out rows of more thousand million operations")
+    parser.add_argument("--limit", type=float, default=0, help="leave out rows of more operations, in 1e9")
     parser.add_argument("--goals", action="store_true", help="leave out rows without a goal")
     parser.add_argument(
-        "--packages", action="store_true", help="print what pip is to install (with --runtime cuda, for that), and stop"
+        "--packages", action="store_true", help="print the packages for pip (with --runtime cuda, those for CUDA), and stop"
     )
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Merges what xattn_bench and bench_peers.py printed into src/bench/results.json, and writes from it the tables between the markers
-of src/bench/README.md and the plots beside it. For scripts/bench.sh.
+"""Merges the output of xattn_bench and bench_peers.py into src/bench/results.json, and writes from it the table between the markers in
+src/bench/README.md and the plots beside it. For scripts/bench.sh.
 
     .venv-bench/bin/python scripts/bench_report.py [FILE ...]
 
-Each FILE is the output of one process; files of one name that differ in the number before the first dot are passes of it. Rows that
-are in no file keep what results.json has. Without files, table and plots are written from results.json alone.
+Each FILE is the output of one process; names that differ only in the number before the first dot are passes of the same measurement.
+Rows that are in no file keep their entries in results.json. Without files, the table and plots are written from results.json alone.
 
 results.json: {date, machine, versions, peaks: {threads: 1e9 operations a second}, crossover: {threads: cells}, regret: {threads: rows},
   rows: {row: {weights: {threads: {"runtime, candidate": [passes: [us, low, high]]}}}}}; for a GPU results-cuda.json.
@@ -25,7 +25,7 @@ from peers.layer import read_shapes
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "src" / "bench"
 OURS = ["libtorch, frozen", "libtorch, module", "libtorch, folded"]
-HALF = "libtorch, frozen, bfloat16"  # ours as well: what is kept is stored in bfloat16
+HALF = "libtorch, frozen, bfloat16"  # also ours: weights and context are stored in bfloat16
 NAMES = {
     "libtorch, eager": "LibTorch, eager",
     "libtorch, sdpa": "LibTorch, SDPA",
@@ -46,11 +46,11 @@ def rounded(x):
 
 
 def merge(store, files):
-    """Puts the files into what was stored; a row that was measured anew loses what it had."""
+    """Adds the files to the stored results; new measurements of a row replace its old ones."""
     parts = [json.loads(path.read_text()) for path in files]
     machine = next((part["machine"] for part in parts if "machine" in part), None)
     if machine and machine != store.get("machine"):
-        store.clear()  # ratios compare what ran on one machine
+        store.clear()  # ratios are valid on one machine only
     if machine:
         store["machine"] = machine
     store["date"] = datetime.date.today().isoformat()
@@ -98,8 +98,8 @@ def fastest_peer(cell):
 
 
 def ratio(peer, ours):
-    """How many times faster ours is, of the medians, and the range that the spread of both allows: of several passes the least and
-    the most of their medians, of one pass its quartiles."""
+    """How many times faster ours is by the medians, and the range that the spread of both allows: the least and greatest median of
+    several passes, or the quartiles of one pass."""
     low_peer, high_peer, low_ours, high_ours = *spread(peer), *spread(ours)
     return median(peer) / median(ours), low_peer / high_ours, high_peer / low_ours
 
@@ -164,7 +164,7 @@ def best_of_ours(shape, cell):
 
 
 def ratios(store, shapes, threads):
-    """{row: how many times faster than the fastest other runtime}, for the rows that both were measured on."""
+    """{row: how many times faster than the fastest other runtime}, for the rows that both have."""
     found = {}
     for shape in shapes:
         cell = store["rows"].get(shape["name"], {}).get("none", {}).get(threads, {})
@@ -175,7 +175,7 @@ def ratios(store, shapes, threads):
 
 
 def goals(store, shapes):
-    """{threads: list of (row, what it reached, its goal in shapes.csv)}."""
+    """{threads: list of (row, ratio that it reached, its goal in shapes.csv)}."""
     found = {}
     for i, threads in enumerate(("1", "2")):
         reached = ratios(store, shapes, threads)
@@ -188,7 +188,7 @@ def goals(store, shapes):
 
 
 def summary(store, shapes):
-    """How often, how far: of `frozen`, in both directions, and against the goals."""
+    """In how many rows ours is faster, by how much, and which goals it reaches."""
     lines = []
     for t in sorted(store.get("peaks", {}) or {"1": 0}, key=int):
         reached = ratios(store, shapes, t)
@@ -205,13 +205,13 @@ def summary(store, shapes):
         regret = [row["us"] / row["best_us"] - 1 for row in store.get("regret", {}).get(t, [])]
         if regret:
             lines[-1] += (
-                f" The orders that a frozen layer chooses take {100 * statistics.fmean(regret):.1f} % longer in the mean than the "
-                f"fastest of all, {100 * max(regret):.1f} % at worst ({len(regret)} rows)."
+                f" The orders that a frozen layer chooses take {100 * statistics.fmean(regret):.1f} % longer on average than the "
+                f"fastest ones, {100 * max(regret):.1f} % at worst ({len(regret)} rows)."
             )
         cells = {shape["name"]: store["rows"].get(shape["name"], {}).get("none", {}).get(t, {}) for shape in shapes}
         gains = [f"{name} {median(c[OURS[0]]) / median(c[HALF]):.2f}" for name, c in cells.items() if HALF in c]
         if gains:
-            lines[-1] += f" Stored in bfloat16, a layer and its context are as many times faster: {'; '.join(gains)}."
+            lines[-1] += f" Speedup with weights and context stored in bfloat16: {'; '.join(gains)}."
     return "\n".join(lines)
 
 
@@ -298,7 +298,7 @@ ORDERS = ["standard", "fold_into_query", "fold_into_context"]
 
 
 def plot_crossover(store):
-    """Which order is the fastest for which lengths: measured, by colour, and as the planner predicts, by lines."""
+    """The fastest order for each pair of lengths: colours are measured, lines show where the planner switches."""
     import numpy
     from matplotlib.colors import ListedColormap
 
@@ -314,9 +314,7 @@ def plot_crossover(store):
             best = min(ORDERS, key=lambda order: cell["us"][order])
             grids["measured"][at] = ORDERS.index(best)
             for chain, name in zip(("logits", "values"), cell["chosen"]):
-                grids[chain][at] = {"prefold": 1, "prefold_into_context": 2}.get(
-                    name, ORDERS.index(name) if name in ORDERS else 0
-                )
+                grids[chain][at] = ORDERS.index("fold_into_query" if name == "prefold" else name)
             grids["lost"][at] = cell["us"]["automatic"] / cell["us"][best] - 1
         axis.imshow(grids["measured"], origin="lower", cmap=ListedColormap(colours), vmin=0, vmax=2, aspect="auto")
         for chain, style in (("logits", "-"), ("values", ":")):
@@ -333,7 +331,7 @@ def plot_crossover(store):
         axis.set_yticks(range(len(Lk)), Lk)
         axis.set_xlabel("queries")
         axis.set_ylabel("keys")
-        axis.set_title(f"{t} thread{'s' * (t != '1')}; the plan loses {100 * grids['lost'].clip(0).mean():.1f} % in the mean")
+        axis.set_title(f"{t} thread{'s' * (t != '1')}; the plan loses {100 * grids['lost'].clip(0).mean():.1f} % on average")
     handles = [axes[0][0].plot([], [], "s", color=c)[0] for c in colours]
     handles += [axes[0][0].plot([], [], "k" + style)[0] for style in ("-", ":")]
     texts = [
@@ -348,7 +346,7 @@ def plot_crossover(store):
 
 
 def plot_maps(store, shapes):
-    """What it costs to return attention weights: time with them over time without, of each runtime's fastest."""
+    """The cost of returned attention weights: time with them over time without, for the fastest candidate of each runtime."""
     rows = [s for s in shapes if {"none", "mean", "per-head"} <= store["rows"].get(s["name"], {}).keys()]
     if not rows:
         return

@@ -15,10 +15,8 @@
 
 #include "caption/captions.h"
 #include "caption/commands.h"
-#include "caption/decode.h"
 #include "caption/model.h"
 #include "caption/task.h"
-#include "caption/trained.h"
 #include "common/board.h"
 #include "common/png.h"
 #include "one_thread.h"
@@ -134,12 +132,12 @@ TEST(CaptionModelTest, WordsSeeNoLaterWord) {
   torch::manual_seed(2);
   auto model = make();
   model->eval();
-  const auto images = model->look(torch::rand({2, 9, ModelImpl::kFeatures}));
+  const auto images = model->contexts(torch::rand({2, 9, ModelImpl::kFeatures}));
   const auto words = torch::randint(2, model->options.vocabulary, {2, 3, 8}, torch::kInt64);
   auto changed = words.clone();
   changed.slice(2, 5) = torch::randint(2, model->options.vocabulary, {2, 3, 3}, torch::kInt64);
-  const auto [scores, weights] = model->tell(words, images);
-  const auto [others, other_weights] = model->tell(changed, images);
+  const auto [scores, weights] = model->predict(words, images);
+  const auto [others, other_weights] = model->predict(changed, images);
   EXPECT_TRUE(scores.slice(2, 0, 5).allclose(others.slice(2, 0, 5), 1e-4, 1e-5));
   EXPECT_TRUE(weights.slice(2, 0, 5).allclose(other_weights.slice(2, 0, 5), 1e-4, 1e-5));
   EXPECT_FALSE(scores.slice(2, 5).allclose(others.slice(2, 5), 1e-4, 1e-5));
@@ -151,11 +149,11 @@ TEST(CaptionModelTest, PaddingAndOtherSentencesChangeNothing) {
   model->eval();
   const auto features = torch::rand({2, 9, ModelImpl::kFeatures});
   const auto words = torch::randint(2, model->options.vocabulary, {2, 3, 6}, torch::kInt64);
-  const auto together = std::get<0>(model->tell(torch::constant_pad_nd(words, {0, 4}), model->look(features)));
+  const auto together = std::get<0>(model->predict(torch::constant_pad_nd(words, {0, 4}), model->contexts(features)));
   for (int64_t b = 0; b < 2; ++b) {
-    const auto image = model->look(features.narrow(0, b, 1));
+    const auto image = model->contexts(features.narrow(0, b, 1));
     for (int64_t n = 0; n < 3; ++n) {
-      const auto alone = std::get<0>(model->tell(words.narrow(0, b, 1).narrow(1, n, 1), image));
+      const auto alone = std::get<0>(model->predict(words.narrow(0, b, 1).narrow(1, n, 1), image));
       EXPECT_TRUE(alone[0][0].allclose(together[b][n].narrow(0, 0, 6), 1e-4, 1e-5));
     }
   }
@@ -185,7 +183,7 @@ TEST(CaptionTaskTest, OverfitsOneBatch) {
               [&](const examples::Progress& progress) { loss = progress.loss; }, [] { return false; });
   EXPECT_LT(loss, 0.01);
   // In training mode, as the norms have learned this batch alone.
-  const auto decoded = decode(model, model->look(model->see(batch.boards)), /*beams=*/1);
+  const auto decoded = decode(model, model->contexts(model->encode(batch.boards)), /*beams=*/1);
   for (size_t b = 0; b < captions.size(); ++b)
     EXPECT_EQ(vocabulary.decode(decoded.words[static_cast<int64_t>(b)]), captions[b]);
 }
@@ -204,7 +202,7 @@ Model half_trained() {
 torch::Tensor log_probability(Model& model, const torch::Tensor& words, const std::vector<xattn::Context>& images) {
   const auto begin = torch::full({words.size(0), 1}, Vocabulary::kEnd, torch::kInt64);
   const auto given = torch::cat({begin, words.slice(1, 0, -1)}, 1).unsqueeze(1);  // [B, 1, T]
-  auto next = std::get<0>(model->tell(given, images)).squeeze(1);                 // [B, T, vocabulary]
+  auto next = std::get<0>(model->predict(given, images)).squeeze(1);              // [B, T, vocabulary]
   next.select(2, Vocabulary::kPadding).fill_(-1e9);                               // the search never says it
   const auto of_words = next.log_softmax(-1).gather(2, words.unsqueeze(2)).squeeze(2);
   return (of_words * words.ne(Vocabulary::kPadding)).sum(1);
@@ -215,7 +213,7 @@ TEST(CaptionDecodeTest, FindsWhatTeacherForcingGivesTheSameProbability) {
   auto model = half_trained();
   const torch::NoGradGuard no_grad;
   Random random(7);
-  const auto images = model->look(model->see(paint(draw_boards(digits().held_out, 6, random), digits().held_out)));
+  const auto images = model->contexts(model->encode(paint(draw_boards(digits().held_out, 6, random), digits().held_out)));
   double greedy = 0;
   for (const int64_t beams : {1, 2, 8}) {
     const auto decoded = decode(model, images, beams);
@@ -232,11 +230,11 @@ TEST(CaptionDecodeTest, OneBeamTakesTheMostProbableWordEachTime) {
   auto model = half_trained();
   const torch::NoGradGuard no_grad;
   Random random(8);
-  const auto images = model->look(model->see(paint(draw_boards(digits().held_out, 1, random), digits().held_out)));
+  const auto images = model->contexts(model->encode(paint(draw_boards(digits().held_out, 1, random), digits().held_out)));
   const auto decoded = decode(model, images, 1).words[0];  // [T]
   auto said = torch::full({1, 1, 1}, Vocabulary::kEnd, torch::kInt64);
   for (int64_t i = 0; i < decoded.size(0); ++i) {
-    auto scores = std::get<0>(model->tell(said, images))[0][0][-1];
+    auto scores = std::get<0>(model->predict(said, images))[0][0][-1];
     scores[Vocabulary::kPadding] = -1e9;
     ASSERT_EQ(scores.argmax().item<int64_t>(), decoded[i].item<int64_t>()) << "word " << i;
     said = torch::cat({said, scores.argmax().view({1, 1, 1})}, 2);
@@ -246,7 +244,7 @@ TEST(CaptionDecodeTest, OneBeamTakesTheMostProbableWordEachTime) {
 TEST(CaptionDecodeTest, ContextsDoNotGrowWithTheNumberOfBeams) {
   auto model = make();
   model->eval();
-  const auto images = model->look(torch::rand({3, 9, ModelImpl::kFeatures}));
+  const auto images = model->contexts(torch::rand({3, 9, ModelImpl::kFeatures}));
   const auto bytes = [&] {
     size_t sum = 0;
     for (const auto& image : images) sum += image.key().storage().nbytes() + image.value().storage().nbytes();
@@ -261,7 +259,7 @@ TEST(CaptionDecodeTest, ContextsDoNotGrowWithTheNumberOfBeams) {
   }
   // All beams of an image are queries of its one batch entry: more of them meet the same keys.
   const auto words = torch::full({3, 16, 2}, Vocabulary::kEnd, torch::kInt64);
-  EXPECT_EQ(std::get<1>(model->tell(words, images)).sizes(), (std::vector<int64_t>{3, 16, 2, 9}));
+  EXPECT_EQ(std::get<1>(model->predict(words, images)).sizes(), (std::vector<int64_t>{3, 16, 2, 9}));
   EXPECT_EQ(images.at(0).batch_size(), 3);
 }
 

@@ -163,7 +163,7 @@ TEST_F(ExamplesTest, TrainAsksWhatToDoWithATrainingThatWasStopped) {
     const auto asked = test::run_here(program == "vqa" ? vqa::run : caption::run, train, dir.path());
     EXPECT_EQ(asked.status, 2);
     EXPECT_EQ(asked.err, program +
-                             ": x.training holds a training that was stopped; go on with it by --resume, or begin anew by "
+                             ": x.training holds a training that was stopped; continue it with --resume, or start again with "
                              "--restart\n");
     EXPECT_EQ(test::read_bytes(dir.file("x.training")), "a state");
     const auto resumed = run(program, "train --device cpu --resume --output x");

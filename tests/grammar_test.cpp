@@ -9,7 +9,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/vocabulary.h"
 #include "test_util.h"
 
 namespace examples {

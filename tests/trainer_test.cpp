@@ -39,7 +39,7 @@ torch::nn::Sequential make_model() {
 }
 
 Trainer::Forward step_of(torch::nn::Sequential model) {
-  return [model](Random& random) mutable -> Step {
+  return [model](Random& random) mutable -> TrainingStep {
     const auto x = torch::rand({8, 4}, random.generator());
     const auto error = model->forward(x).squeeze(1) - x.sum(1);
     return {error.square().mean(), error.abs().lt(0.5).to(torch::kFloat32).mean(), 8};
@@ -221,7 +221,7 @@ TEST_F(TrainingRunTest, ToldBeforehandWhatCannotBeWrittenOrWouldBeLost) {
   EXPECT_NO_THROW(run_.check_outputs(Start::resume));
   EXPECT_NO_THROW(run_.check_outputs(Start::restart));
   EXPECT_EQ(error_of<program::UsageError>([&] { run_.check_outputs(Start::fresh); }),
-            run_.state_path() + " holds a training that was stopped; go on with it by --resume, or begin anew by --restart");
+            run_.state_path() + " holds a training that was stopped; continue it with --resume, or start again with --restart");
   std::filesystem::create_directory(run_.output);
   EXPECT_EQ(error_of<xattn::FileError>([&] { run_.check_outputs(Start::resume); }),
             "[output] " + run_.output + ": is there, but is not a regular file");

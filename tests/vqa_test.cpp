@@ -17,7 +17,6 @@
 #include <vector>
 
 #include "common/board.h"
-#include "common/digits.h"
 #include "common/png.h"
 #include "one_thread.h"
 #include "run_program.h"
@@ -27,7 +26,6 @@
 #include "vqa/questions.h"
 #include "vqa/task.h"
 #include "vqa/text_encoder.h"
-#include "vqa/trained.h"
 
 namespace vqa {
 namespace {
@@ -70,27 +68,27 @@ TEST(VqaQuestionsTest, AnswersAreTrueOfTheBoard) {
   const auto said = [&](const Meaning& meaning) {
     return std::string(kAnswers.at(static_cast<size_t>(answer(board, meaning))));
   };
-  EXPECT_EQ(said({.kind = Kind::place, .cell = 2}), "three");
-  EXPECT_EQ(said({.kind = Kind::place, .cell = 1}), "nothing");
-  EXPECT_EQ(said({.kind = Kind::relation, .side = 0, .digit = 9}), "one");
-  EXPECT_EQ(said({.kind = Kind::relation, .side = 2, .digit = 9}), "seven");
-  EXPECT_EQ(said({.kind = Kind::relation, .side = 1, .digit = 9}), "nothing");
-  EXPECT_EQ(said({.kind = Kind::relation, .side = 1, .digit = 3}), "nothing") << "right of the right column";
-  EXPECT_EQ(said({.kind = Kind::relation, .side = 3, .digit = 1}), "nothing") << "below the bottom row";
-  EXPECT_EQ(said({.kind = Kind::count}), "five");
-  EXPECT_EQ(said({.kind = Kind::count, .line = 0}), "two");
-  EXPECT_EQ(said({.kind = Kind::count, .line = 5}), "one");
-  EXPECT_EQ(said({.kind = Kind::count, .parity = 0}), "zero");
-  EXPECT_EQ(said({.kind = Kind::count, .parity = 1}), "five");
-  EXPECT_EQ(said({.kind = Kind::exist, .digit = 9}), "yes");
-  EXPECT_EQ(said({.kind = Kind::exist, .digit = 8}), "no");
-  EXPECT_EQ(said({.kind = Kind::exist, .line = 0, .digit = 9}), "no");
-  EXPECT_EQ(said({.kind = Kind::compare, .cell = 0, .other_cell = 2, .order = 0}), "yes");
-  EXPECT_EQ(said({.kind = Kind::compare, .cell = 0, .other_cell = 2, .order = 1}), "no");
-  EXPECT_EQ(said({.kind = Kind::largest}), "nine");
-  EXPECT_EQ(said({.kind = Kind::largest, .line = 0}), "seven");
-  EXPECT_EQ(said({.kind = Kind::smallest}), "one");
-  EXPECT_EQ(said({.kind = Kind::smallest, .line = 4}), "seven");
+  EXPECT_EQ(said({.kind = QuestionKind::place, .cell = 2}), "three");
+  EXPECT_EQ(said({.kind = QuestionKind::place, .cell = 1}), "nothing");
+  EXPECT_EQ(said({.kind = QuestionKind::relation, .side = 0, .digit = 9}), "one");
+  EXPECT_EQ(said({.kind = QuestionKind::relation, .side = 2, .digit = 9}), "seven");
+  EXPECT_EQ(said({.kind = QuestionKind::relation, .side = 1, .digit = 9}), "nothing");
+  EXPECT_EQ(said({.kind = QuestionKind::relation, .side = 1, .digit = 3}), "nothing") << "right of the right column";
+  EXPECT_EQ(said({.kind = QuestionKind::relation, .side = 3, .digit = 1}), "nothing") << "below the bottom row";
+  EXPECT_EQ(said({.kind = QuestionKind::count}), "five");
+  EXPECT_EQ(said({.kind = QuestionKind::count, .line = 0}), "two");
+  EXPECT_EQ(said({.kind = QuestionKind::count, .line = 5}), "one");
+  EXPECT_EQ(said({.kind = QuestionKind::count, .parity = 0}), "zero");
+  EXPECT_EQ(said({.kind = QuestionKind::count, .parity = 1}), "five");
+  EXPECT_EQ(said({.kind = QuestionKind::exist, .digit = 9}), "yes");
+  EXPECT_EQ(said({.kind = QuestionKind::exist, .digit = 8}), "no");
+  EXPECT_EQ(said({.kind = QuestionKind::exist, .line = 0, .digit = 9}), "no");
+  EXPECT_EQ(said({.kind = QuestionKind::compare, .cell = 0, .other_cell = 2, .order = 0}), "yes");
+  EXPECT_EQ(said({.kind = QuestionKind::compare, .cell = 0, .other_cell = 2, .order = 1}), "no");
+  EXPECT_EQ(said({.kind = QuestionKind::largest}), "nine");
+  EXPECT_EQ(said({.kind = QuestionKind::largest, .line = 0}), "seven");
+  EXPECT_EQ(said({.kind = QuestionKind::smallest}), "one");
+  EXPECT_EQ(said({.kind = QuestionKind::smallest, .line = 4}), "seven");
 }
 
 TEST(VqaQuestionsTest, HasAnAnswerForEveryQuestionThatItAsks) {
@@ -107,10 +105,10 @@ TEST(VqaQuestionsTest, HasAnAnswerForEveryQuestionThatItAsks) {
       EXPECT_EQ(question.answer, answer(board, question.meaning));
       EXPECT_EQ(static_cast<size_t>(question.meaning.kind), q / 2);
       EXPECT_LT(question.words.size(), static_cast<size_t>(TransformerEncoderImpl::kLongest));
-      if (question.meaning.kind == Kind::relation) {
+      if (question.meaning.kind == QuestionKind::relation) {
         EXPECT_EQ(std::ranges::count(board.digits, *question.meaning.digit), 1) << "which one is meant?";
       }
-      if (question.meaning.kind == Kind::exist || question.meaning.kind == Kind::compare) {
+      if (question.meaning.kind == QuestionKind::exist || question.meaning.kind == QuestionKind::compare) {
         EXPECT_EQ(question.answer, q % 2 == 0 ? kYes : kNo);
       }
     }
@@ -121,7 +119,7 @@ TEST(VqaQuestionsTest, TheWordsSayWhatIsMeant) {
   Random random(2);
   const auto board = board_of_five();
   for (int i = 0; i < 100; ++i) {
-    const auto question = draw_question(Kind::relation, board, true, grammar(), random).value();
+    const auto question = draw_question(QuestionKind::relation, board, true, grammar(), random).value();
     const auto text = examples::join(question.words);
     EXPECT_NE(text.find(kAnswers.at(static_cast<size_t>(*question.meaning.digit))), std::string::npos) << text;
     constexpr std::array<std::array<const char*, 2>, 4> kSides = {
@@ -134,7 +132,7 @@ TEST(VqaQuestionsTest, TheWordsSayWhatIsMeant) {
 TEST(VqaQuestionsTest, NoConstantAnswerIsRightMoreThanHalfTheTime) {
   Random random(3);
   const auto batch = draw_batch(digits().held_out, grammar(), 1000, random);
-  std::map<Kind, std::map<int64_t, int64_t>> counts;
+  std::map<QuestionKind, std::map<int64_t, int64_t>> counts;
   for (const auto& questions : batch.questions) {
     for (const auto& question : questions) ++counts[question.meaning.kind][question.answer];
   }

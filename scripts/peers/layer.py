@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of src/bench/shapes.csv, their numbers, and how calls are timed: what all runtimes share."""
+"""The rows of src/bench/shapes.csv, their random numbers, and the timing of calls, for all runtimes."""
 
 import csv
 import sys
@@ -26,6 +26,14 @@ def read_shapes():
     return rows
 
 
+def gflop(row):
+    """The operations of what is timed, in the standard order, in 1e9; a multiplication and an addition are two."""
+    inner = row["inner_qk"] + row["inner_v"]
+    context = row["Lk"] * row["Ek"] * inner * row["G"] // row["H"] if row["timed"] != "attend" else 0
+    query = row["Lq"] * (row["Eq"] * row["inner_qk"] + row["Lk"] * inner + row["inner_v"] * row["Eo"])
+    return 2e-9 * row["B"] * (context + query) * (3 if row["timed"] == "backward" else 1)
+
+
 def choose(rows, names):
     if not names:
         return rows
@@ -40,7 +48,7 @@ def choose(rows, names):
 
 
 def measure(calls, seconds, wait=lambda: None):
-    """As src/bench/measure.h: by turns, in twenty rounds, in samples of 200 us or more."""
+    """As src/bench/measure.h: in turns, in twenty rounds, in samples of at least 200 us."""
     repeats, spent, samples = [1] * len(calls), [0.0] * len(calls), [[] for _ in calls]
     clock = time.perf_counter
 
@@ -112,7 +120,7 @@ class Layer:
 
 
 def gigabytes_needed(row, logits):
-    """What a candidate holds at a time, at most, in 1e9 bytes; `logits` tells whether it has those of all heads in memory."""
+    """An upper bound on the memory of a candidate, in 1e9 bytes; `logits`: whether it keeps the logits of all heads in memory."""
     inner = row["H"] * max(row["d"], row["e"])
     rows = row["B"] * (row["Lq"] * (row["Eq"] + row["Eo"] + 3 * inner) + row["Lk"] * (row["Ek"] + 3 * inner))
     weights = 4 * inner * (row["Eq"] + 2 * row["Ek"] + row["Eo"])

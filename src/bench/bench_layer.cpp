@@ -14,18 +14,18 @@ using shapes::Timed;
 using torch::Tensor;
 using xattn::AttentionWeights;
 
-std::vector<Tensor> Layer::leaves() const {
+std::vector<Tensor> BenchLayer::leaves() const {
   std::vector<Tensor> result = {query, key};
   if (!shape.one_context) result.push_back(value);
   for (const auto& parameter : module->parameters()) result.push_back(parameter);
   return result;
 }
 
-Layer Layer::in_double() const {
+BenchLayer BenchLayer::in_double() const {
   const auto convert = [](const Tensor& x) {
     return x.defined() ? x.detach().to(at::kDouble).requires_grad_(x.requires_grad()) : x;
   };
-  Layer result = *this;
+  BenchLayer result = *this;
   result.module = std::dynamic_pointer_cast<xattn::CrossAttentionImpl>(module->clone());
   result.module->to(at::kDouble);
   for (auto* x : {&result.query, &result.key, &result.bias, &result.grad}) *x = convert(*x);
@@ -33,10 +33,10 @@ Layer Layer::in_double() const {
   return result;
 }
 
-Layer make_layer(const shapes::Shape& shape, const torch::TensorOptions& options, AttentionWeights weights) {
+BenchLayer make_layer(const shapes::Shape& shape, const torch::TensorOptions& options, AttentionWeights weights) {
   torch::manual_seed(0);
   const auto& s = shape;
-  Layer layer;
+  BenchLayer layer;
   layer.shape = shape;
   layer.module = xattn::CrossAttention(
       xattn::CrossAttentionOptions(s.Eq, s.Ek, s.Ek, s.Eo)
@@ -72,7 +72,7 @@ double gigabytes_needed(const shapes::Shape& s, bool logits, double element) {
   return 1e-9 * element * (rows + weights + maps) * (s.timed == Timed::backward ? 2.5 : 1);
 }
 
-xattn::Mask mask_of(const Layer& layer) {
+xattn::Mask mask_of(const BenchLayer& layer) {
   const auto& s = layer.shape;
   if (!layer.keep.defined()) return {};
   return xattn::Mask::lengths(torch::full({s.B}, s.valid, torch::dtype(at::kLong).device(layer.key.device())), s.Lk);

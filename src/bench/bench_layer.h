@@ -13,32 +13,32 @@
 namespace bench {
 
 /// Output [B, Lq, Eo] and attention weights: [B, Lq, Lk], [B, H, Lq, Lk] or undefined.
-using Results = std::tuple<torch::Tensor, torch::Tensor>;
+using Outputs = std::tuple<torch::Tensor, torch::Tensor>;
 
-/// A row made of random numbers: the weights, in a module, and the inputs.
-struct Layer {
+/// A row with random numbers: the weights, in a module, and the inputs.
+struct BenchLayer {
   shapes::Shape shape;
   xattn::CrossAttention module = nullptr;
   torch::Tensor query;  ///< [B, Lq, Eq]; a learned query is a parameter [1, Lq, Eq]
   torch::Tensor key;    ///< [B, Lk, Ek]
-  torch::Tensor value;  ///< [B, Lk, Ek]; of a single context the same tensor
+  torch::Tensor value;  ///< [B, Lk, Ek]; the key itself if the row has one context
   torch::Tensor keep;   ///< bool [B, Lk], true = may attend; undefined without a mask
-  torch::Tensor bias;   ///< the same to be added to logits, [B, 1, 1, Lk]
+  torch::Tensor bias;   ///< the same mask, to be added to the logits: [B, 1, 1, Lk]
   torch::Tensor grad;   ///< gradient of the output, [B, Lq, Eo]; undefined unless gradients are timed
 
-  /// What gets a gradient: query, key, value if it is not the key, and all parameters.
+  /// The tensors that get a gradient: query, key, value if it is not the key, and all parameters.
   std::vector<torch::Tensor> leaves() const;
 
   /// The same numbers as float64.
-  Layer in_double() const;
+  BenchLayer in_double() const;
 };
 
-Layer make_layer(const shapes::Shape& shape, const torch::TensorOptions& options, xattn::AttentionWeights weights);
+BenchLayer make_layer(const shapes::Shape& shape, const torch::TensorOptions& options, xattn::AttentionWeights weights);
 
-/// What a candidate holds at a time, at most, in 1e9 bytes; `logits` tells whether it has those of all heads in memory.
+/// An upper bound on the memory of a candidate, in 1e9 bytes; `logits`: whether it keeps the logits of all heads in memory.
 double gigabytes_needed(const shapes::Shape& shape, bool logits, double element);
 
-/// Of its padding.
-xattn::Mask mask_of(const Layer& layer);
+/// The mask of the row's padding.
+xattn::Mask mask_of(const BenchLayer& layer);
 
 }  // namespace bench

@@ -16,7 +16,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-// The value behind `key` in a file of lines "key : value", as Linux has them; empty if there is none.
+// The value of `key` in a file of lines "key : value", such as /proc/cpuinfo; empty if there is none.
 std::string value_of(const char* path, const std::string& key) {
   std::ifstream file(path);
   for (std::string line; std::getline(file, line);) {
@@ -27,10 +27,12 @@ std::string value_of(const char* path, const std::string& key) {
   return {};
 }
 
-// Its name alone tells little where machines are rented.
+// With family and model: on virtual machines the name alone says little.
 std::string processor() {
   const auto* const path = "/proc/cpuinfo";
-  const auto name = value_of(path, "model name"), family = value_of(path, "cpu family"), model = value_of(path, "model\t");
+  const auto name = value_of(path, "model name");
+  const auto family = value_of(path, "cpu family");
+  const auto model = value_of(path, "model\t");
   return family.empty() ? name : fmt::format("{} (family {}, model {})", name, family, model);
 }
 
@@ -44,7 +46,7 @@ double gigabytes_free() {
   return gigabytes(value_of("/proc/meminfo", "MemAvailable"));
 }
 
-Report::Report(bool json, const std::string& device) : as_json_(json), cpu_(device == "cpu") {
+BenchReport::BenchReport(bool json, const std::string& device) : as_json_(json), cpu_(device == "cpu") {
   json_["machine"] = {{"processor", processor()},
                       {"cores", at::get_num_threads()},
                       {"memory_gb", std::round(gigabytes(value_of("/proc/meminfo", "MemTotal")))},
@@ -56,7 +58,7 @@ Report::Report(bool json, const std::string& device) : as_json_(json), cpu_(devi
   json_["skipped"] = Json::array();
 }
 
-void Report::threads(int count) {
+void BenchReport::threads(int count) {
   threads_ = count;
   if (!cpu_) return;
   peak_ = measure_peak(count);
@@ -64,8 +66,9 @@ void Report::threads(int count) {
   if (!as_json_) std::cout << fmt::format("threads {}: at most {:.0f} GFLOP/s\n", count, peak_);
 }
 
-void Report::row(const shapes::Shape& shape, const std::string& weights) {
-  shape_ = shape;
+void BenchReport::row(const shapes::Shape& shape, const std::string& weights) {
+  const auto operations = shapes::count_operations(shape);
+  gflop_ = 1e-9 * operations.standard;
   where_ = {{"row", shape.name},
             {"weights", weights},
             {"threads", threads_},
@@ -74,12 +77,15 @@ void Report::row(const shapes::Shape& shape, const std::string& weights) {
   if (as_json_) {
     std::cerr << fmt::format("libtorch, {} threads, weights {}: {}\n", threads_, weights, shape.name);
   } else {
-    std::cout << fmt::format("\n{}; threads {}, weights {}; fewest operations: order {}, {:.2f} times fewer than standard\n",
-                             shape.name, threads_, weights, shape.orders, shape.times_fewer);
+    std::cout << fmt::format(
+        "\n{}; threads {}, weights {}; fewest operations: logits {}, values {}, {:.2f} times fewer than "
+        "standard\n",
+        shape.name, threads_, weights, name_of(operations.orders.logits), name_of(operations.orders.values),
+        operations.times_fewer);
   }
 }
 
-void Report::result(const Candidate& candidate, double error, const Times& times) {
+void BenchReport::result(const Candidate& candidate, double error, const Times& times) {
   auto json = where_;
   json.update({{"candidate", candidate.name},
                {"error", error},
@@ -90,32 +96,32 @@ void Report::result(const Candidate& candidate, double error, const Times& times
                {"samples", times.samples}});
   json_["results"].push_back(json);
   if (as_json_) return;
-  const auto rate = 1e6 * shape_.gflop / times.median;  // 1e9 operations of the standard order a second
+  const auto rate = 1e6 * gflop_ / times.median;  // 1e9 operations of the standard order a second
   const auto share = peak_ > 0 ? fmt::format("{:6.0f} % of peak", 100 * rate / peak_) : "";
   std::cout << fmt::format("  {:<16}{:>12.1f} us [{:.1f}, {:.1f}], least {:.1f}, {} samples,{} error {:.0e}\n", candidate.name,
                            times.median, times.low, times.high, times.least, times.samples, share, error);
 }
 
-void Report::skipped(const std::string& candidate, const std::string& reason) {
+void BenchReport::skipped(const std::string& candidate, const std::string& reason) {
   auto json = where_;
   json.update({{"candidate", candidate}, {"reason", reason}});
   json_["skipped"].push_back(json);
   if (!as_json_) std::cout << fmt::format("  {:<16}  not run: {}\n", candidate, reason);
 }
 
-void Report::crossover(const Json& cells) {
-  json_["crossover"][std::to_string(threads_)] = cells;
+void BenchReport::orders(const std::string& kind, const Json& measured) {
+  if (measured.is_null()) return;
+  auto& of_threads = json_[kind][std::to_string(threads_)];
+  if (measured.is_array()) {
+    of_threads = measured;
+  } else {
+    of_threads.push_back(measured);
+  }
   if (as_json_) return;
-  for (const auto& cell : cells) std::cout << cell.dump() << "\n";
+  for (const auto& line : measured.is_array() ? measured : Json::array({measured})) std::cout << line.dump() << "\n";
 }
 
-void Report::regret(const Json& row) {
-  if (row.is_null()) return;
-  json_["regret"][std::to_string(threads_)].push_back(row);
-  if (!as_json_) std::cout << row.dump() << "\n";
-}
-
-void Report::end() const {
+void BenchReport::end() const {
   if (as_json_) std::cout << json_.dump(1) << "\n";
 }
 

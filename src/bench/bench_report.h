@@ -10,23 +10,25 @@
 
 namespace bench {
 
-/// What was measured, as lines of text while it goes on, or as one JSON object at the end.
-class Report {
+/// The measurements, printed as text one by one, or as one JSON object at the end.
+class BenchReport {
  public:
-  Report(bool json, const std::string& device);
+  BenchReport(bool json, const std::string& device);
 
-  void threads(int count);  ///< what follows runs on so many; measures the peak of the processor
+  void threads(int count);  ///< the number of threads from here on; measures the processor's peak
   void row(const shapes::Shape& shape, const std::string& weights);
   void result(const Candidate& candidate, double error, const Times& times);
   void skipped(const std::string& candidate, const std::string& reason);
-  void crossover(const nlohmann::ordered_json& cells);
-  void regret(const nlohmann::ordered_json& row);  ///< nothing if it is null
+  /// kind: "crossover", with a list of cells, or "regret", with a row; see order_times.h.
+  void orders(const std::string& kind, const nlohmann::ordered_json& measured);
   void end() const;
 
  private:
-  bool as_json_, cpu_;
-  nlohmann::ordered_json json_, where_;
-  shapes::Shape shape_;
+  bool as_json_;
+  bool cpu_;
+  nlohmann::ordered_json json_;
+  nlohmann::ordered_json where_;  // what the results of a row have in common
+  double gflop_ = 0;              // of the row in the standard order
   int threads_ = 0;
   double peak_ = 0;  // 1e9 operations a second; 0 if unknown
 };

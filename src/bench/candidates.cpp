@@ -4,14 +4,13 @@
 #include <ATen/Context.h>
 #include <torch/nn/modules/activation.h>
 #include <torch/utils.h>
-#include <xattn/frozen.h>
 #include <xattn/mask.h>
 
 #include <memory>
 #include <optional>
 #include <utility>
 
-#include "bench/eager.h"
+#include "bench/exact.h"
 #include "bench/folded.h"
 
 namespace bench {
@@ -23,55 +22,41 @@ using xattn::AttentionWeights;
 
 namespace {
 
-// A candidate from its two halves: `context` is outside of what is timed where the row says so.
-template <class MakeContext, class Attend>
-Candidate make(std::string name, const Layer& layer, MakeContext context, Attend attend) {
-  Candidate candidate;
-  candidate.name = std::move(name);
-  if (layer.shape.timed == Timed::attend) {
-    const c10::InferenceMode inference;
-    candidate.call = [kept = context(), attend] { return attend(kept); };
-  } else {
-    candidate.call = [context, attend] { return attend(context()); };
-  }
-  candidate.leaves = layer.leaves();
-  candidate.compared = candidate.leaves.size();
-  candidate.holds_logits = candidate.name == "eager" || candidate.name == "folded";
-  return candidate;
-}
-
 Candidate without(std::string name, std::string reason) {
-  Candidate candidate;
-  candidate.name = std::move(name);
-  candidate.absent = std::move(reason);
-  return candidate;
+  return {.name = std::move(name), .call = {}, .absent = std::move(reason)};
 }
 
-AttentionWeights weights_of(const Layer& layer) {
+AttentionWeights weights_of(const BenchLayer& layer) {
   return layer.module->options.attention_weights();
 }
 
-Candidate eager(const Layer& layer) {
-  const Eager eager{layer};
-  return make("eager", layer, [eager] { return eager.context(); }, [eager](const auto& c) { return eager.attend(c); });
+// Calls `attend` with a context, which is made now if the row keeps it.
+template <class Attend>
+std::function<Outputs()> with_context(const Eager& eager, Attend attend) {
+  if (eager.layer.shape.timed != Timed::attend) return [eager, attend] { return attend(eager.context()); };
+  return [attend, context = eager.context()] { return attend(context); };
 }
 
-Candidate sdpa(const Layer& layer) {
+Candidate eager(const BenchLayer& layer) {
+  const Eager eager{layer};
+  const auto attend = [eager](const Eager::Context& context) { return eager.attend(context); };
+  return {.name = "eager", .call = with_context(eager, attend), .leaves = layer.leaves(), .holds_logits = true};
+}
+
+Candidate sdpa(const BenchLayer& layer) {
   if (weights_of(layer) != AttentionWeights::none) return without("sdpa", "it returns no weights");
   const Eager eager{layer};
-  return make(
-      "sdpa", layer, [eager] { return eager.context(); },
-      [eager](const Eager::Context& context) -> Results {
-        const auto& [k, v] = context;
-        const auto& s = eager.layer.shape;
-        const auto q = eager.project_query().expand({s.B, -1, -1, -1});
-        const auto mask = eager.layer.bias.defined() ? std::optional(eager.layer.bias) : std::nullopt;
-        const auto mixed = at::scaled_dot_product_attention(q, k, v, mask, 0, false, {}, s.G != s.H);
-        return {eager.project_output(mixed), {}};
-      });
+  const auto attend = [eager](const Eager::Context& context) -> Outputs {
+    const auto& [k, v] = context;
+    const auto& s = eager.layer.shape;
+    const auto q = eager.project_query().expand({s.B, -1, -1, -1});
+    const auto mask = eager.layer.bias.defined() ? std::optional(eager.layer.bias) : std::nullopt;
+    return {eager.project_output(at::scaled_dot_product_attention(q, k, v, mask, 0, false, {}, s.G != s.H)), {}};
+  };
+  return {.name = "sdpa", .call = with_context(eager, attend), .leaves = layer.leaves()};
 }
 
-Candidate mha(const Layer& layer) {
+Candidate mha(const BenchLayer& layer) {
   const auto& s = layer.shape;
   const auto absent = [](const char* reason) { return without("mha", reason); };
   if (s.timed == Timed::attend) return absent("it keeps no context");
@@ -97,84 +82,85 @@ Candidate mha(const Layer& layer) {
   module->out_proj->bias.copy_(from->output_linear->bias);
   for (auto& parameter : module->parameters()) parameter.requires_grad_(train);
 
-  // The sequence first, as it wants it: made so ahead.
+  // The module expects the sequence first: transposed ahead of what is timed.
   const auto first = [train](const Tensor& x) {
     return x.detach().transpose(0, 1).clone(at::MemoryFormat::Contiguous).requires_grad_(train);
   };
-  const auto query = first(layer.query), key = first(layer.key);
+  const auto query = first(layer.query);
+  const auto key = first(layer.key);
   const auto value = s.one_context ? key : first(layer.value);
   const auto ignored = layer.keep.defined() ? layer.keep.logical_not() : Tensor();
   const auto weights = weights_of(layer);
-  Candidate candidate;
-  candidate.name = "mha";
-  candidate.holds_logits = weights_of(layer) != AttentionWeights::none;
-  candidate.call = [=, module = module.ptr()]() -> Results {
-    const auto asked = query.expand({-1, s.B, -1});
+  std::vector<Tensor> leaves = {query, key};
+  if (!s.one_context) leaves.push_back(value);
+  for (const auto& parameter : module->parameters()) leaves.push_back(parameter);
+  const auto call = [=, module = module.ptr()]() -> Outputs {
+    const auto queries = query.expand({-1, s.B, -1});
     const auto [output, returned] =
-        module->forward(asked, key, value, ignored, weights != AttentionWeights::none, {}, weights == AttentionWeights::mean);
+        module->forward(queries, key, value, ignored, weights != AttentionWeights::none, {}, weights == AttentionWeights::mean);
     return {output.transpose(0, 1), weights == AttentionWeights::none ? Tensor() : returned};
   };
-  candidate.leaves = {query, key};
-  if (!s.one_context) candidate.leaves.push_back(value);
-  for (const auto& parameter : module->parameters()) candidate.leaves.push_back(parameter);
-  return candidate;
+  return {.name = "mha",
+          .call = call,
+          .leaves = leaves,
+          .leaves_of_layer = false,
+          .holds_logits = weights != AttentionWeights::none};
 }
 
-Candidate folded(const Layer& layer) {
-  if (layer.shape.orders == "SS") return without("folded", "the standard order is the cheapest");
-  if (layer.grad.defined()) {  // nothing is made ahead
-    return make(
-        "folded", layer, [&layer] { return Folded(layer); },
-        [](const Folded& folded) { return folded.attend(folded.context()); });
-  }
-  const auto folded = std::make_shared<Folded>(layer);
-  return make(
-      "folded", layer, [folded] { return folded->context(); },
-      [folded](const auto& context) { return folded->attend(context); });
-}
-
-Candidate module(const Layer& layer) {
-  const auto module = layer.module.ptr();
-  const auto mask = mask_of(layer);
+std::function<Outputs()> call_of(const BenchLayer& layer, const xattn::CrossAttention& of) {
+  const auto module = of.ptr();
   const auto query = layer.query.expand({layer.shape.B, -1, -1});
-  if (layer.shape.timed == Timed::attend) {
-    return make(
-        "module", layer, [&layer, module, mask] { return module->context(layer.key, layer.value, mask); },
-        [module, query](const auto& context) { return module->attend(query, context); });
-  }
-  return make(
-      "module", layer, [] { return 0; },
-      [&layer, module, query, mask](int) { return module->forward(query, layer.key, layer.value, mask); });
-}
-
-Candidate frozen(const Layer& layer, const char* name = "frozen", std::optional<at::ScalarType> storage = {}) {
-  if (layer.shape.timed == Timed::backward) return without(name, "it has no gradients");
-  const bool learned = layer.shape.learned_query;
-  const auto frozen = layer.module->freeze({.query = learned ? layer.query[0] : Tensor(), .storage = storage});
   const auto mask = mask_of(layer);
-  if (layer.shape.timed == Timed::attend) {
-    return make(
-        name, layer, [&layer, frozen, mask] { return frozen.context(layer.key, layer.value, mask); },
-        [&layer, frozen, learned](const auto& context) {
-          return learned ? frozen.attend(context) : frozen.attend(layer.query, context);
-        });
+  if (layer.shape.timed != Timed::attend) {
+    return [=, &layer] { return module->forward(query, layer.key, layer.value, mask); };
   }
-  return make(
-      name, layer, [] { return 0; },
-      [&layer, frozen, learned, mask](int) {
-        return learned ? frozen.forward(layer.key, layer.value, mask)
-                       : frozen.forward(layer.query, layer.key, layer.value, mask);
-      });
+  return [=, context = module->context(layer.key, layer.value, mask)] { return module->attend(query, context); };
 }
 
-// What it gains from half the memory shows where a context is kept: nearly all of such a call is reading.
-Candidate stored_in_bfloat16(const Layer& layer) {
-  auto candidate = frozen(layer, "frozen, bfloat16", at::kBFloat16);
-  candidate.rounds = true;
+// A learned query is part of the frozen layer.
+xattn::FreezeOptions freeze_options(const BenchLayer& layer) {
+  xattn::FreezeOptions options;
+  if (layer.shape.learned_query) options.query = layer.query[0];
+  return options;
+}
+
+Candidate folded(const BenchLayer& layer) {
+  const auto orders = shapes::count_operations(layer.shape).orders;
+  if (orders == xattn::Orders{}) return without("folded", "the standard order is the cheapest");
+  Candidate candidate{.name = "folded", .call = {}, .leaves = layer.leaves(), .holds_logits = true};
+  if (layer.shape.timed == Timed::backward) {  // products of weights are part of a call
+    candidate.call = [&layer, orders] {
+      const Folded folded(layer, orders);
+      return folded.attend(folded.context());
+    };
+    return candidate;
+  }
+  const auto folded = std::make_shared<Folded>(layer, orders);
+  if (layer.shape.timed == Timed::attend) {
+    candidate.call = [folded, context = folded->context()] { return folded->attend(context); };
+  } else {
+    candidate.call = [folded] { return folded->attend(folded->context()); };
+  }
   return candidate;
 }
 
-// With one backend of scaled_dot_product_attention on, the others off.
+Candidate module(const BenchLayer& layer) {
+  return {.name = "module", .call = call_of(layer, layer.module), .leaves = layer.leaves()};
+}
+
+Candidate frozen(const BenchLayer& layer) {
+  if (layer.shape.timed == Timed::backward) return without("frozen", "it has no gradients");
+  return {.name = "frozen", .call = call_of(layer, layer.module->freeze(freeze_options(layer)))};
+}
+
+// Where a context is kept, nearly all of a call is reading, and half the memory shows.
+Candidate stored_in_bfloat16(const BenchLayer& layer) {
+  auto options = freeze_options(layer);
+  options.storage = at::kBFloat16;
+  return {.name = "frozen, bfloat16", .call = call_of(layer, layer.module->freeze(options)), .rounds = true};
+}
+
+// Runs one backend of scaled_dot_product_attention, with the others switched off.
 Candidate with_backend(Candidate candidate, const char* name, void (at::Context::*use)(bool)) {
   candidate.name = std::string("sdpa, ") + name;
   candidate.call = [call = std::move(candidate.call), use] {
@@ -194,7 +180,20 @@ Candidate with_backend(Candidate candidate, const char* name, void (at::Context:
 
 }  // namespace
 
-std::vector<Candidate> candidates(const Layer& layer) {
+std::function<Outputs()> call_of(const BenchLayer& layer, const xattn::Frozen& frozen) {
+  const bool learned = layer.shape.learned_query;
+  const auto mask = mask_of(layer);
+  if (layer.shape.timed != Timed::attend) {
+    return [=, &layer] {
+      return learned ? frozen.forward(layer.key, layer.value, mask) : frozen.forward(layer.query, layer.key, layer.value, mask);
+    };
+  }
+  return [=, &layer, context = frozen.context(layer.key, layer.value, mask)] {
+    return learned ? frozen.attend(context) : frozen.attend(layer.query, context);
+  };
+}
+
+std::vector<Candidate> candidates(const BenchLayer& layer) {
   std::vector<Candidate> result = {eager(layer), sdpa(layer), mha(layer), folded(layer), module(layer), frozen(layer)};
   if (layer.key.is_cpu() && layer.shape.timed == Timed::attend) result.push_back(stored_in_bfloat16(layer));
   if (layer.key.is_cuda() && weights_of(layer) == AttentionWeights::none) {

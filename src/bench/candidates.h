@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <xattn/frozen.h>
+
 #include <functional>
 #include <string>
 #include <vector>
@@ -12,21 +14,24 @@ namespace bench {
 /// One way to compute a row.
 struct Candidate {
   std::string name;
-  std::function<Results()> call;
-  std::vector<torch::Tensor> leaves;  ///< gets gradients; those of layer.leaves() that have the same place are compared
-  size_t compared = 0;                ///< how many of the leaves are those of the layer
-  bool holds_logits = false;          ///< of all heads, in memory
-  bool rounds = false;                ///< numbers to a type of fewer digits than those of the layer
-  std::string absent;                 ///< why it cannot run this row, or empty
+  std::function<Outputs()> call;
+  std::vector<torch::Tensor> leaves = {};  ///< the tensors that get gradients
+  bool leaves_of_layer = true;             ///< whether these are layer.leaves(): then their gradients are compared
+  bool holds_logits = false;               ///< of all heads, in memory
+  bool rounds = false;                     ///< stores numbers with fewer digits than the layer has
+  std::string absent = {};                 ///< why it cannot run this row, or empty
 };
 
-/// All of them, for a layer that outlives them:
+/// All candidates, for a layer that outlives them:
 ///   eager    linear, matmul, softmax, matmul, linear
-///   sdpa     at::scaled_dot_product_attention between linears; on CUDA also each of its backends
+///   sdpa     at::scaled_dot_product_attention between linears; on CUDA also with each of its backends alone
 ///   mha      torch::nn::MultiheadAttention
-///   folded   the cheapest order of products in plain tensor operations
+///   folded   the order of fewest operations, on LibTorch's operators: what a user could write without this library
 ///   module   xattn::CrossAttention
-///   frozen   xattn::Frozen, made of it; on a CPU, where a context is kept, also with what it keeps stored in bfloat16
-std::vector<Candidate> candidates(const Layer& layer);
+///   frozen   xattn::Frozen, made from the module; on a CPU, where a context is kept, also with weights and context in bfloat16
+std::vector<Candidate> candidates(const BenchLayer& layer);
+
+/// A call of a frozen layer as the row is timed. Where the row keeps its context, the context is made now.
+std::function<Outputs()> call_of(const BenchLayer& layer, const xattn::Frozen& frozen);
 
 }  // namespace bench

@@ -20,10 +20,11 @@ namespace {
 
 constexpr auto kFooter = R"(Example: scripts/launch.sh 4 build/context_parallel --keys 1048576
 
-Prints what rank 0 sees; all ranks have alike shares. A call attends with all queries to all keys, without gradients:
+Prints the measurements of rank 0; all ranks have equal shares. A call attends with all queries to all keys, without gradients:
   kept       to a context that was projected once
-  one call   to a context that serves this call alone, left as it came where that is cheaper
-share is what a rank holds of the context, exchanged what it gives to collectives in a call, memory the most its process has held.)";
+  one call   to a context that serves this call alone, not projected where that is cheaper
+share is the size of a rank's part of the context, exchanged the bytes that it passes to collectives in a call, memory the peak of
+its process.)";
 
 struct Arguments {
   int64_t keys = 1 << 20, queries = 16, features = 512, heads = 8, calls = 5;
@@ -55,7 +56,8 @@ void run(const Arguments& a) {
 
   const at::NoGradGuard no_grad;
   const auto query = torch::randn({1, a.queries, a.features}, device);
-  const auto first = a.keys * place.rank / place.size, own = a.keys * (place.rank + 1) / place.size - first;
+  const auto first = a.keys * place.rank / place.size;
+  const auto own = a.keys * (place.rank + 1) / place.size - first;
   const auto x = torch::randn({1, own, a.features}, device);
   const auto report = [&](const char* name, const xattn::SharedContext& context, const auto& call) {
     call();
@@ -88,13 +90,12 @@ void run(const Arguments& a) {
 
 int main(int argc, char** argv) {
   bench::Arguments arguments;
-  program::Program program("context_parallel",
-                           "Times attention to a context that is shared out over the processes it is started as.");
-  program.option("--keys", arguments.keys, "Of the whole context").positive().shows_default();
-  program.option("--queries", arguments.queries, "The same on all ranks").positive().shows_default();
-  program.option("--features", arguments.features, "Of everything").positive().shows_default();
-  program.option("--heads", arguments.heads).positive().shows_default();
-  program.option("--calls", arguments.calls, "The median of so many is reported").positive().shows_default();
+  program::Program program("context_parallel", "Times attention to a context that is divided among the started processes.");
+  program.option("--keys", arguments.keys, "Keys of the whole context", {.positive = true});
+  program.option("--queries", arguments.queries, "Queries, the same on all ranks", {.positive = true});
+  program.option("--features", arguments.features, "Features of queries, keys, values and output", {.positive = true});
+  program.option("--heads", arguments.heads, "Heads", {.positive = true});
+  program.option("--calls", arguments.calls, "Calls of which the median is reported", {.positive = true});
   program::add_device_option(program, arguments.device);
   program.footer(bench::kFooter);
   return program.run(argc, argv, [&] { bench::run(arguments); });

@@ -6,17 +6,80 @@
 #include <torch/utils.h>
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
-
-#include "bench/eager.h"
 
 namespace bench {
 
+using shapes::NormOver;
 using shapes::Timed;
 using torch::Tensor;
+using xattn::AttentionWeights;
 
-Exact exact(const Layer& layer) {
-  constexpr int64_t kPlaces = 128;  // as many as do not take long in float64
+namespace {
+
+// [B, L, n * size] -> [B, n, L, size], with the norm.
+Tensor heads(const Tensor& x, int64_t n, NormOver over, const xattn::Norm& norm) {
+  const auto rms = [&](const Tensor& t) { return at::rms_norm(t, norm->weight.sizes(), norm->weight, norm->options.eps()); };
+  auto y = over == NormOver::heads ? rms(x) : x;
+  y = y.view({x.size(0), x.size(1), n, -1});
+  if (over == NormOver::head) y = rms(y);
+  return y.transpose(1, 2);
+}
+
+Tensor linear(const torch::nn::Linear& module, const Tensor& x) {
+  return at::linear(x, module->weight, module->bias);
+}
+
+double relative_error(const Tensor& found, const Tensor& expected) {
+  const auto size = expected.abs().max().item<double>();
+  const auto largest = (found.to(at::kDouble) - expected).abs().max().item<double>();
+  return size == 0 ? largest : largest / size;
+}
+
+std::vector<Tensor> gradients(const Outputs& outputs, const std::vector<Tensor>& leaves, const Tensor& grad) {
+  return torch::autograd::grad({std::get<0>(outputs)}, leaves, {grad}, {}, false, /*allow_unused=*/true);
+}
+
+}  // namespace
+
+Eager::Context Eager::context() const {
+  const auto& s = layer.shape;
+  return {heads(linear(layer.module->key_linear, layer.key), s.G, s.norm, layer.module->key_norm),
+          heads(linear(layer.module->value_linear, layer.value), s.G, NormOver::nothing, nullptr)};
+}
+
+Tensor Eager::project_query() const {
+  return heads(linear(layer.module->query_linear, layer.query), layer.shape.H, layer.shape.norm, layer.module->query_norm);
+}
+
+Tensor Eager::project_output(const Tensor& x) const {
+  return linear(layer.module->output_linear, x.transpose(1, 2).flatten(2));
+}
+
+Tensor returned_weights(const BenchLayer& layer, const Tensor& weights) {
+  switch (layer.module->options.attention_weights()) {
+    case AttentionWeights::none: return {};
+    case AttentionWeights::mean: return weights.mean(1);
+    default: return weights;
+  }
+}
+
+Outputs Eager::attend(const Context& context) const {
+  const auto& s = layer.shape;
+  auto [k, v] = context;
+  if (s.G < s.H) {
+    k = k.repeat_interleave(s.H / s.G, 1);
+    v = v.repeat_interleave(s.H / s.G, 1);
+  }
+  auto logits = at::matmul(project_query(), k.transpose(-2, -1)) / std::sqrt(static_cast<double>(s.d));  // [B, H, Lq, Lk]
+  if (layer.bias.defined()) logits = logits + layer.bias;
+  const auto weights = at::softmax(logits, -1);
+  return {project_output(at::matmul(weights, v)), returned_weights(layer, weights)};
+}
+
+Exact exact(const BenchLayer& layer) {
+  constexpr int64_t kPlaces = 128;  // few enough to be quick in float64
   Exact result;
   const auto Lq = layer.shape.Lq;
   const bool all = Lq <= kPlaces || layer.shape.timed == Timed::backward;
@@ -29,56 +92,43 @@ Exact exact(const Layer& layer) {
   const auto wide = part.in_double();
   const Eager definition{wide};
   const torch::AutoGradMode grad_mode(layer.grad.defined());
-  std::tie(result.output, result.weights) = definition.attend(definition.context());
-  if (layer.grad.defined()) result.grads = torch::autograd::grad({result.output}, wide.leaves(), {wide.grad});
+  const auto outputs = definition.attend(definition.context());
+  std::tie(result.output, result.weights) = outputs;
+  if (layer.grad.defined()) result.grads = gradients(outputs, wide.leaves(), wide.grad);
   return result;
 }
 
-namespace {
-
-double relative_error(const Tensor& found, const Tensor& expected) {
-  const auto size = expected.abs().max().item<double>();
-  const auto largest = (found.to(at::kDouble) - expected).abs().max().item<double>();
-  return size == 0 ? largest : largest / size;
-}
-
-}  // namespace
-
-double check(const Candidate& candidate, const Layer& layer, const Exact& exact) {
-  const bool train = layer.grad.defined();
+double check(const Candidate& candidate, const BenchLayer& layer, const Exact& exact) {
+  // Sums in float32 differ by about 1e-6; products in TF32 or bfloat16 by 1e-3.
+  const auto allowed = layer.key.scalar_type() == at::kFloat && !candidate.rounds ? 1e-4 : 5e-2;
   double error = 0;
-  {
-    const torch::AutoGradMode grad_mode(train);
-    const auto [output, weights] = candidate.call();
-    const auto compare = [&](const char* what, const Tensor& found, const Tensor& expected) {
-      const auto difference = relative_error(found.detach(), expected.detach());
-      // Sums of float32 differ by some 1e-6; a product in TF32 or bfloat16 by 1e-3.
-      const auto allowed = layer.key.scalar_type() == at::kFloat && !candidate.rounds ? 1e-4 : 5e-2;
-      if (!(difference <= allowed)) {
-        throw std::runtime_error(
-            fmt::format("{}: {} of {} differs from float64 by {:.1e}", layer.shape.name, what, candidate.name, difference));
-      }
-      error = std::max(error, difference);
-    };
-    compare("output", output.index_select(1, exact.places), exact.output);
-    if (exact.weights.defined()) compare("weights", weights.index_select(-2, exact.places), exact.weights);
-    if (train) {
-      const auto grads = torch::autograd::grad({output}, candidate.leaves, {layer.grad}, {}, false, /*allow_unused=*/true);
-      for (size_t i = 0; i < candidate.compared; ++i) {
-        // The key's bias has no influence, and so rounding errors for a gradient.
-        if (candidate.leaves[i].is_same(layer.module->key_linear->bias)) continue;
-        compare("a gradient", grads[i].defined() ? grads[i] : torch::zeros_like(candidate.leaves[i]), exact.grads[i]);
-      }
+  const auto compare = [&](const char* what, const Tensor& found, const Tensor& expected) {
+    const auto difference = relative_error(found.detach(), expected.detach());
+    if (!(difference <= allowed)) {
+      throw std::runtime_error(
+          fmt::format("{}: {} of {} differs from float64 by {:.1e}", layer.shape.name, what, candidate.name, difference));
     }
+    error = std::max(error, difference);
+  };
+  const torch::AutoGradMode grad_mode(layer.grad.defined());
+  const auto outputs = candidate.call();
+  const auto& [output, weights] = outputs;
+  compare("output", output.index_select(1, exact.places), exact.output);
+  if (exact.weights.defined()) compare("weights", weights.index_select(-2, exact.places), exact.weights);
+  if (!layer.grad.defined()) return error;
+  const auto grads = gradients(outputs, candidate.leaves, layer.grad);
+  for (size_t i = 0; candidate.leaves_of_layer && i < grads.size(); ++i) {
+    const auto& leaf = candidate.leaves[i];
+    if (leaf.is_same(layer.module->key_linear->bias)) continue;  // it has no influence: its gradient is rounding errors
+    compare("a gradient", grads[i].defined() ? grads[i] : torch::zeros_like(leaf), exact.grads[i]);
   }
   return error;
 }
 
-std::function<void()> timed(const Candidate& candidate, const Layer& layer) {
-  if (!layer.grad.defined()) return [&candidate] { candidate.call(); };
+std::function<void()> timed(const Candidate& candidate, const BenchLayer& layer) {
   return [&candidate, &layer] {
-    const auto output = std::get<0>(candidate.call());
-    torch::autograd::grad({output}, candidate.leaves, {layer.grad}, {}, false, /*allow_unused=*/true);
+    const auto outputs = candidate.call();
+    if (layer.grad.defined()) gradients(outputs, candidate.leaves, layer.grad);
   };
 }
 

@@ -3,6 +3,8 @@
 
 #include <torch/types.h>
 
+#include <functional>
+#include <tuple>
 #include <vector>
 
 #include "bench/bench_layer.h"
@@ -10,20 +12,33 @@
 
 namespace bench {
 
-/// What every candidate must give, in float64: of long queries at some places alone.
+/// What a row returns of weights [B, H, Lq, Lk].
+torch::Tensor returned_weights(const BenchLayer& layer, const torch::Tensor& weights);
+
+/// Attention in plain tensor operations, as a good user writes it: the candidate `eager`, and in float64 the definition.
+struct Eager {
+  const BenchLayer& layer;
+  using Context = std::tuple<torch::Tensor, torch::Tensor>;  ///< k, v [B, G, Lk, d]
+  Context context() const;
+  torch::Tensor project_query() const;                       ///< [B|1, H, Lq, d]
+  torch::Tensor project_output(const torch::Tensor&) const;  ///< [B, H, Lq, e] -> [B, Lq, Eo]
+  Outputs attend(const Context& context) const;
+};
+
+/// The results that every candidate must reproduce, in float64; of a long query at some places only.
 struct Exact {
-  torch::Tensor places;  ///< int64, of the queries in `output` and `weights`
+  torch::Tensor places;  ///< int64, the places of `output` and `weights` in the query
   torch::Tensor output;
   torch::Tensor weights;
   std::vector<torch::Tensor> grads;  ///< of layer.leaves(); empty unless gradients are timed
 };
-Exact exact(const Layer& layer);
+Exact exact(const BenchLayer& layer);
 
-/// Calls a candidate once and gives its largest error, of output, weights and gradients, relative to the largest element of each.
-/// Throws std::runtime_error if that is more than rounding explains.
-double check(const Candidate& candidate, const Layer& layer, const Exact& exact);
+/// Calls a candidate once. Returns the largest error of output, weights and gradients, relative to the largest element of each.
+/// Throws std::runtime_error if it is more than rounding explains.
+double check(const Candidate& candidate, const BenchLayer& layer, const Exact& exact);
 
-/// What is timed: the call, with the gradients where the row wants them.
-std::function<void()> timed(const Candidate& candidate, const Layer& layer);
+/// What is timed: the call, with the gradients if the row asks for them.
+std::function<void()> timed(const Candidate& candidate, const BenchLayer& layer);
 
 }  // namespace bench

@@ -5,12 +5,13 @@
 
 #include <cmath>
 
-#include "bench/eager.h"
+#include "bench/exact.h"
 
 namespace bench {
 
 using shapes::NormOver;
 using torch::Tensor;
+using xattn::Order;
 
 namespace {
 
@@ -25,8 +26,7 @@ Tensor for_all_heads(const Tensor& x, int64_t H) {
 
 }  // namespace
 
-Folded::Folded(const Layer& layer)
-    : layer_(layer), logits_order_(layer.shape.orders.at(0)), values_order_(layer.shape.orders.at(1)) {
+Folded::Folded(const BenchLayer& layer, const xattn::Orders& orders) : layer_(layer), orders_(orders) {
   const auto& s = layer.shape;
   const auto& m = layer.module;
   const bool train = layer.grad.defined();
@@ -44,15 +44,15 @@ Folded::Folded(const Layer& layer)
   k_heads_ = for_all_heads(m->key_linear->weight.view({s.G, s.d, s.Ek}), s.H);
   v_heads_ = for_all_heads(v_.view({s.Ek, s.G, s.e}).permute({1, 0, 2}), s.H);
   if (!train) v_heads_ = v_heads_.contiguous();
-  if (logits_order_ == 'P') {
+  if (orders_.logits == Order::prefold) {
     const auto by_head = q_.view({s.Eq, s.H, s.d}).transpose(0, 1).matmul(k_heads_);  // [H, Eq, Ek]
     qk_ = by_head.transpose(0, 1).reshape({s.Eq, s.H * s.Ek});
     qk_bias_ = q_bias_.view({s.H, 1, s.d}).matmul(k_heads_).view({s.H * s.Ek});
   }
-  if (values_order_ == 'P') vo_ = v_heads_.matmul(o_.view({s.H, s.e, s.Eo})).view({s.H * s.Ek, s.Eo});
+  if (orders_.values == Order::prefold) vo_ = v_heads_.matmul(o_.view({s.H, s.e, s.Eo})).view({s.H * s.Ek, s.Eo});
   if (s.learned_query && !train) {
     const auto q = project_query();  // [1, H, Lq, d]
-    probe_ = logits_order_ == 'S' ? q.contiguous() : q.matmul(k_heads_).view({1, s.H * s.Lq, s.Ek});
+    probe_ = orders_.logits == Order::standard ? q.contiguous() : q.matmul(k_heads_).view({1, s.H * s.Lq, s.Ek});
   }
 }
 
@@ -71,7 +71,7 @@ Folded::Context Folded::context() const {
   const auto& s = layer_.shape;
   Context context;
   context.keys = layer_.key;
-  if (logits_order_ == 'S' || logits_order_ == 'C') {
+  if (orders_.logits == Order::standard || orders_.logits == Order::fold_into_context) {
     const auto rows = layer_.key.flatten(0, 1);
     auto k = k_bias_.defined() ? at::addmm(k_bias_, rows, k_) : at::mm(rows, k_);
     k = k.view({s.B, s.Lk, s.G * s.d});
@@ -80,17 +80,17 @@ Folded::Context Folded::context() const {
     if (s.norm == NormOver::head) k = rms(k, layer_.module->key_norm);
     context.keys = k.transpose(1, 2);
   }
-  if (logits_order_ == 'C') {
+  if (orders_.logits == Order::fold_into_context) {
     const auto& k = context.keys;                                    // [B, H, Lk, d]
     const auto q_heads = q_.view({s.Eq, s.H, s.d}).transpose(0, 1);  // [H, Eq, d]
     context.bias = k.matmul(q_bias_.view({1, s.H, s.d, 1})).view({s.B, 1, s.H * s.Lk});
     context.keys = q_heads.matmul(k.transpose(-2, -1)).transpose(1, 2).reshape({s.B, s.Eq, s.H * s.Lk});
   }
   context.values = layer_.value;
-  if (values_order_ == 'S' || values_order_ == 'C') {
+  if (orders_.values == Order::standard || orders_.values == Order::fold_into_context) {
     context.values = at::mm(layer_.value.flatten(0, 1), v_).view({s.B, s.Lk, s.G, s.e}).transpose(1, 2);
   }
-  if (values_order_ == 'C') {
+  if (orders_.values == Order::fold_into_context) {
     context.values = context.values.matmul(o_.view({s.H, s.e, s.Eo})).view({s.B, s.H * s.Lk, s.Eo});
   }
   return context;
@@ -99,14 +99,14 @@ Folded::Context Folded::context() const {
 Tensor Folded::logits(const Context& context) const {
   const auto& s = layer_.shape;
   const auto& x = layer_.query;
-  if (logits_order_ == 'C') {
+  if (orders_.logits == Order::fold_into_context) {
     return at::baddbmm(context.bias, x, context.keys).view({s.B, s.Lq, s.H, s.Lk}).transpose(1, 2);
   }
-  if (logits_order_ == 'P') {
+  if (orders_.logits == Order::prefold) {
     const auto q = at::addmm(qk_bias_, x.flatten(0, 1), qk_).view({x.size(0), s.Lq * s.H, s.Ek});
     return q.matmul(context.keys.transpose(1, 2)).view({s.B, s.Lq, s.H, s.Lk}).transpose(1, 2);
   }
-  if (logits_order_ == 'F') {
+  if (orders_.logits == Order::fold_into_query) {
     auto q = probe_;  // [1, H * Lq, Ek]
     if (!q.defined()) {
       q = project_query().transpose(0, 1).reshape({s.H, -1, s.d}).bmm(k_heads_);  // [H, B * Lq, Ek]
@@ -121,13 +121,13 @@ Tensor Folded::logits(const Context& context) const {
 
 Tensor Folded::mix(const Tensor& weights, const Context& context) const {
   const auto& s = layer_.shape;
-  if (values_order_ == 'C') {
+  if (orders_.values == Order::fold_into_context) {
     return at::baddbmm(o_bias_, weights.transpose(1, 2).reshape({s.B, s.Lq, s.H * s.Lk}), context.values);
   }
   Tensor mixed;  // [B * Lq, H * e] or, for P, [B * Lq, H * Ek]
-  if (values_order_ == 'P') {
+  if (orders_.values == Order::prefold) {
     mixed = weights.transpose(1, 2).reshape({s.B, s.Lq * s.H, s.Lk}).bmm(context.values).view({s.B * s.Lq, s.H * s.Ek});
-  } else if (values_order_ == 'F') {
+  } else if (orders_.values == Order::fold_into_query) {
     const auto heads = weights.reshape({s.B, s.H * s.Lq, s.Lk}).bmm(context.values).view({s.B, s.H, s.Lq, s.Ek});
     mixed = heads.transpose(0, 1).reshape({s.H, s.B * s.Lq, s.Ek}).bmm(v_heads_);  // [H, B * Lq, e]
     mixed = mixed.transpose(0, 1).reshape({s.B * s.Lq, s.H * s.e});
@@ -135,14 +135,14 @@ Tensor Folded::mix(const Tensor& weights, const Context& context) const {
     mixed = weights.reshape({s.B, s.G, -1, s.Lk}).matmul(context.values).view({s.B, s.H, s.Lq, s.e});
     mixed = mixed.transpose(1, 2).reshape({s.B * s.Lq, s.H * s.e});
   }
-  return at::addmm(o_bias_, mixed, values_order_ == 'P' ? vo_ : o_).view({s.B, s.Lq, s.Eo});
+  return at::addmm(o_bias_, mixed, orders_.values == Order::prefold ? vo_ : o_).view({s.B, s.Lq, s.Eo});
 }
 
-Results Folded::attend(const Context& context) const {
+Outputs Folded::attend(const Context& context) const {
   auto scores = logits(context);
   if (layer_.bias.defined()) scores = scores + layer_.bias;
   const auto weights = at::softmax(scores, -1);
-  return {mix(weights, context), wanted_weights(layer_, weights)};
+  return {mix(weights, context), returned_weights(layer_, weights)};
 }
 
 }  // namespace bench

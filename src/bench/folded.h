@@ -8,17 +8,17 @@
 namespace bench {
 
 /// The orders of xattn written by hand in plain tensor operations, with all heads in as few and as large products as can be:
-/// what a user could do without this library. The order is the one of fewest operations, shape.orders.
+/// what a user could write without this library. The orders are those of fewest operations.
 ///
-///   logits                     values                  made ahead
-///   S  (Xq Wq)(Wk' Xk')        (P (Xv Wv)) Wo
-///   F  ((Xq Wq) Wk') Xk'       ((P Xv) Wv) Wo          with a learned query all of Xq Wq Wk'
-///   P  (Xq (Wq Wk')) Xk'       (P Xv) (Wv Wo)          Wq Wk' and Wv Wo
-///   C  Xq (Wq (Wk' Xk'))       P ((Xv Wv) Wo)
+///                      logits                     values                  made ahead
+///   standard           (Xq Wq)(Wk' Xk')        (P (Xv Wv)) Wo
+///   fold_into_query    ((Xq Wq) Wk') Xk'       ((P Xv) Wv) Wo          with a learned query all of Xq Wq Wk'
+///   prefold            (Xq (Wq Wk')) Xk'       (P Xv) (Wv Wo)          Wq Wk' and Wv Wo
+///   fold_into_context  Xq (Wq (Wk' Xk'))       P ((Xv Wv) Wo)
 class Folded {
  public:
   /// Makes products of weights ahead; in training all is made by each call, differentiable.
-  explicit Folded(const Layer& layer);
+  Folded(const BenchLayer& layer, const xattn::Orders& orders);
 
   /// What depends on the context alone.
   struct Context {
@@ -27,15 +27,15 @@ class Folded {
     torch::Tensor values;  ///< S [B, H, Lk, e]; F, P [B, Lk, Ek]; C [B, H * Lk, Eo]
   };
   Context context() const;
-  Results attend(const Context& context) const;
+  Outputs attend(const Context& context) const;
 
  private:
   torch::Tensor logits(const Context& context) const;                             // [B, H, Lq, Lk]
   torch::Tensor mix(const torch::Tensor& weights, const Context& context) const;  // [B, H, Lq, Lk] -> [B, Lq, Eo]
   torch::Tensor project_query() const;                                            // [B|1, H, Lq, d]
 
-  const Layer& layer_;
-  char logits_order_, values_order_;
+  const BenchLayer& layer_;
+  xattn::Orders orders_;
   torch::Tensor q_, q_bias_;    // [Eq, H * d], [H * d]; scaled unless a norm follows
   torch::Tensor k_, v_;         // [Ek, G * d], [Ek, G * e]
   torch::Tensor k_bias_;        // [G * d]; undefined where it changes nothing: it adds the same to a whole row of logits

@@ -2,7 +2,9 @@
 #include <torch/cuda.h>
 #include <torch/utils.h>
 
+#include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -10,10 +12,9 @@
 #include "bench/bench_layer.h"
 #include "bench/bench_report.h"
 #include "bench/candidates.h"
-#include "bench/crossover.h"
 #include "bench/exact.h"
 #include "bench/measure.h"
-#include "bench/regret.h"
+#include "bench/order_times.h"
 #include "programs/program.h"
 #include "programs/shapes.h"
 
@@ -26,8 +27,8 @@ using xattn::AttentionWeights;
 
 constexpr auto kFooter = R"(Example: xattn_bench --shape "SD1.5 16x16" --threads 1
 
-Rows are layers of real models. Each candidate is compared with float64 and then timed, all of a row by turns. The share of the
-processor's measured peak counts the operations of the standard order: above 100 %, a candidate does with fewer.
+Rows are layers of real models. Every candidate is compared with float64 and then timed; the candidates of a row take turns. The
+share of the processor's measured peak counts the operations of the standard order: above 100 %, a candidate needs fewer.
 
 --json prints one object:
   machine    {processor, cores, memory_gb, device}
@@ -38,6 +39,9 @@ processor's measured peak counts the operations of the standard order: above 100
   skipped    list of {row, weights, threads, type, runtime, candidate, reason}
   crossover  {threads: list of {Lq, Lk, chosen, us}}, with --crossover
   regret     {threads: list of {row, chosen, us, best, best_us, left_out}}, with --regret)";
+
+const std::map<std::string, AttentionWeights> kWeights = {
+    {"none", AttentionWeights::none}, {"mean", AttentionWeights::mean}, {"per-head", AttentionWeights::per_head}};
 
 struct Arguments {
   std::vector<std::string> names;
@@ -52,10 +56,6 @@ struct Arguments {
   bool list = false;
 };
 
-AttentionWeights weights_named(const std::string& name) {
-  return name == "none" ? AttentionWeights::none : name == "mean" ? AttentionWeights::mean : AttentionWeights::per_head;
-}
-
 std::vector<Shape> chosen_rows(const Arguments& arguments) {
   std::vector<Shape> rows;
   for (const auto& name : arguments.names) {
@@ -64,36 +64,47 @@ std::vector<Shape> chosen_rows(const Arguments& arguments) {
     rows.insert(rows.end(), found.begin(), found.end());
   }
   if (arguments.names.empty()) rows = shapes::all();
-  if (arguments.limit > 0) std::erase_if(rows, [&](const Shape& shape) { return shape.gflop > arguments.limit; });
+  std::erase_if(rows, [&](const Shape& shape) {
+    return arguments.limit > 0 && 1e-9 * shapes::count_operations(shape).standard > arguments.limit;
+  });
   return rows;
 }
 
-// Why there is no memory for it; empty if there is.
+// Why there is not enough memory for it; empty if there is.
 std::string too_large(const Shape& shape, bool logits, c10::Device device) {
-  const auto needed = gigabytes_needed(shape, logits, /*element=*/4), free = gigabytes_free();
+  const auto needed = gigabytes_needed(shape, logits, /*element=*/4);
+  const auto free = gigabytes_free();
   if (device.is_cuda() || needed < free) return {};
   return fmt::format("needs {:.1f} GB of memory, and {:.1f} are free", needed, free);
 }
 
-void run_row(const Shape& shape, const std::string& weights, c10::Device device, double seconds, Report& report) {
+// The error of a candidate, called once; nothing, with a reason in `absent`, if it cannot run this row.
+std::optional<double> try_once(Candidate& candidate, const BenchLayer& layer, const Exact& truth) {
+  const auto device = layer.key.device();
+  if (candidate.absent.empty() && candidate.holds_logits) candidate.absent = too_large(layer.shape, true, device);
+  if (!candidate.absent.empty()) return std::nullopt;
+  try {
+    return check(candidate, layer, truth);
+  } catch (const c10::Error& error) {
+    if (device.is_cpu()) throw;
+    const std::string message = error.what_without_backtrace();
+    candidate.absent = message.substr(0, message.find('\n'));  // a kernel that does not take these sizes
+    return std::nullopt;
+  }
+}
+
+void run_row(const Shape& shape, const std::string& weights, c10::Device device, double seconds, BenchReport& report) {
   report.row(shape, weights);
   if (const auto reason = too_large(shape, weights != "none", device); !reason.empty()) return report.skipped("all", reason);
   const auto type = device.is_cpu() ? at::kFloat : at::kBFloat16;
-  const auto layer = make_layer(shape, torch::dtype(type).device(device), weights_named(weights));
+  const auto layer = make_layer(shape, torch::dtype(type).device(device), kWeights.at(weights));
   const c10::InferenceMode inference(!layer.grad.defined());
   const auto truth = exact(layer);
   std::vector<Candidate> ready;
   std::vector<double> errors;
   for (auto& candidate : candidates(layer)) {
-    if (candidate.absent.empty() && candidate.holds_logits) candidate.absent = too_large(shape, true, device);
-    if (candidate.absent.empty()) try {
-        errors.push_back(check(candidate, layer, truth));
-      } catch (const c10::Error& error) {
-        if (device.is_cpu()) throw;
-        const std::string message = error.what_without_backtrace();
-        candidate.absent = message.substr(0, message.find('\n'));  // a kernel that does not take these sizes
-      }
-    if (candidate.absent.empty()) {
+    if (const auto error = try_once(candidate, layer, truth)) {
+      errors.push_back(*error);
       ready.push_back(std::move(candidate));
     } else {
       report.skipped(candidate.name, candidate.absent);
@@ -101,10 +112,9 @@ void run_row(const Shape& shape, const std::string& weights, c10::Device device,
   }
   std::vector<std::function<void()>> calls;
   for (const auto& candidate : ready) calls.push_back(timed(candidate, layer));
-  const auto wait = [device] {
+  const auto times = measure(calls, seconds, [device] {
     if (device.is_cuda()) torch::cuda::synchronize(device.index());
-  };
-  const auto times = measure(calls, seconds, wait);
+  });
   for (size_t i = 0; i < ready.size(); ++i) report.result(ready[i], errors[i], times[i]);
 }
 
@@ -118,7 +128,7 @@ void run(Arguments arguments) {
   const auto rows = chosen_rows(arguments);
   if (arguments.list) return list(rows);
   const auto device = program::find_device(arguments.device);
-  Report report(arguments.json, arguments.device);
+  BenchReport report(arguments.json, arguments.device);
   if (arguments.threads.empty()) {
     arguments.threads = {1};
     if (device.is_cpu() && at::get_num_threads() > 1) arguments.threads.push_back(2);
@@ -127,12 +137,12 @@ void run(Arguments arguments) {
     program::set_threads(count);
     report.threads(count);
     if (arguments.crossover) {
-      report.crossover(measure_crossover(arguments.seconds / 10));
+      report.orders("crossover", measure_crossover(arguments.seconds / 10));
       continue;
     }
     for (const auto& shape : rows) {
       if (arguments.regret) {
-        if (too_large(shape, false, device).empty()) report.regret(measure_regret(shape, arguments.seconds));
+        if (too_large(shape, false, device).empty()) report.orders("regret", measure_regret(shape, arguments.seconds));
         continue;
       }
       for (const auto& weights : arguments.weights) {
@@ -150,21 +160,18 @@ void run(Arguments arguments) {
 int main(int argc, char** argv) {
   bench::Arguments arguments;
   program::Program program("xattn_bench", "Times cross attention in several ways, on layers of real models.");
-  program.option("--shape", arguments.names, "A row by its name, or all with this in their names; repeatable").one_at_a_time();
-  program.option("--threads", arguments.threads, "Numbers of threads; 1 and 2 if not given").range(1, 1024);
-  program
-      .option("--weights", arguments.weights,
-              "Which attention weights are returned; maps only of rows where someone wants them")
-      .one_of({"none", "mean", "per-head"})
-      .shows_default();
-  program.option("--device", arguments.device, "cpu, in float32, or cuda or cuda:N, in bfloat16").device().shows_default();
-  program.option("--seconds", arguments.seconds, "For each candidate of a row").positive().shows_default();
-  program.option("--limit", arguments.limit, "Leave out rows of more operations, in 1e9; 0 for none")
-      .not_negative()
-      .shows_default();
-  program.flag("--crossover", arguments.crossover, "Time pinned orders over a grid of lengths, in place of the rows");
-  program.flag("--regret", arguments.regret, "Time all orders of a frozen layer against those that it chooses");
-  program.flag("--list", arguments.list, "Name the rows, and do nothing");
+  program.option("--shape", arguments.names, "The row of this name, or all rows whose names contain it; repeatable",
+                 {.one_at_a_time = true});
+  program.option("--threads", arguments.threads, "Numbers of threads; by default 1 and 2", {.range = {{1, 1024}}});
+  program.option("--weights", arguments.weights,
+                 "Which attention weights to return; mean and per-head only for rows whose weights someone uses",
+                 {.one_of = {"none", "mean", "per-head"}});
+  program.option("--device", arguments.device, "cpu, in float32, or cuda or cuda:N, in bfloat16", {.device = true});
+  program.option("--seconds", arguments.seconds, "For each candidate of a row", {.positive = true});
+  program.option("--limit", arguments.limit, "Leave out rows of more operations, in 1e9; 0 for none", {.not_negative = true});
+  program.flag("--crossover", arguments.crossover, "Time pinned orders over a grid of lengths, instead of the rows");
+  program.flag("--regret", arguments.regret, "Time every pair of orders of a frozen layer beside the pair that it chooses");
+  program.flag("--list", arguments.list, "Print the names of the rows, and nothing else");
   program.flag("--json", arguments.json, "Print JSON, as described below");
   program.footer(bench::kFooter);
   return program.run(argc, argv, [&] { bench::run(arguments); });

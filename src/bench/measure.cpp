@@ -30,12 +30,12 @@ std::vector<Times> measure(const std::vector<std::function<void()>>& calls, doub
   constexpr double kShortest = 200e-6;
   constexpr double kLongest = 10;
   constexpr int kRounds = 20;
-  struct State {
+  struct Sampling {
     int repeats = 1;
     double spent = 0;
     std::vector<double> samples;
   };
-  std::vector<State> states(calls.size());
+  std::vector<Sampling> states(calls.size());
   const auto sample = [&](size_t i) {
     const auto begin = Clock::now();
     for (int r = 0; r < states[i].repeats; ++r) calls[i]();
@@ -49,15 +49,16 @@ std::vector<Times> measure(const std::vector<std::function<void()>>& calls, doub
   wait();
   for (size_t i = 0; i < calls.size(); ++i) {
     auto time = sample(i);
-    if (time > seconds) keep(i, time);  // each one is dear
+    if (time > seconds) keep(i, time);
     for (; time < kShortest; time = sample(i)) states[i].repeats *= 2;
   }
   for (int round = 1; round <= kRounds; ++round) {
     for (size_t turn = 0; turn < calls.size(); ++turn) {
       const auto i = (turn + static_cast<size_t>(round)) % calls.size();
       const auto& state = states[i];
-      while (state.spent < seconds * round / kRounds || (state.samples.size() < 2 && state.spent < kLongest))
+      while (state.spent < seconds * round / kRounds || (state.samples.size() < 2 && state.spent < kLongest)) {
         keep(i, sample(i));
+      }
     }
   }
   std::vector<Times> result;
@@ -75,31 +76,31 @@ using Floats4 [[gnu::vector_size(16)]] = float;
 using Floats8 [[gnu::vector_size(32)]] = float;
 using Floats16 [[gnu::vector_size(64)]] = float;
 
-// Sixteen chains of multiply-adds: more than any processor has under way at a time.
-#define XATTN_CHAINS(Floats, steps)                             \
-  std::array<Floats, 16> sums{};                                \
-  Floats factor{}, term{};                                      \
-  factor += 0.999F, term += 0.001F;                             \
-  for (size_t i = 0; i < sums.size(); ++i) sums[i] += 0.1F * i; \
-  for (int64_t step = 0; step < (steps); ++step) {              \
-    for (auto& sum : sums) sum = sum * factor + term;           \
-  }                                                             \
-  for (const auto& sum : sums) term += sum;                     \
-  return term[0]
+// Sixteen independent chains of multiply-adds: more than any processor executes at a time.
+template <class Floats>
+[[gnu::always_inline]] inline float chains(int64_t steps) {
+  std::array<Floats, 16> sums{};
+  const Floats factor = Floats{} + 0.999F;
+  Floats term = Floats{} + 0.001F;
+  for (size_t i = 0; i < sums.size(); ++i) sums[i] += 0.1F * static_cast<float>(i);
+  for (int64_t step = 0; step < steps; ++step) {
+    for (auto& sum : sums) sum = sum * factor + term;
+  }
+  for (const auto& sum : sums) term += sum;
+  return term[0];
+}
 
 #ifdef __x86_64__
 [[gnu::target("avx512f")]] float chains_512(int64_t steps) {
-  XATTN_CHAINS(Floats16, steps);
+  return chains<Floats16>(steps);
 }
 [[gnu::target("avx2,fma")]] float chains_256(int64_t steps) {
-  XATTN_CHAINS(Floats8, steps);
+  return chains<Floats8>(steps);
 }
 #endif
 float chains_128(int64_t steps) {
-  XATTN_CHAINS(Floats4, steps);
+  return chains<Floats4>(steps);
 }
-
-#undef XATTN_CHAINS
 
 }  // namespace
 
@@ -109,23 +110,23 @@ double measure_peak(int threads) {
   double floats = 4;
 #ifdef __x86_64__
   if (__builtin_cpu_supports("avx512f")) {
-    run = &chains_512, floats = 16;
+    run = &chains_512;
+    floats = 16;
   } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    run = &chains_256, floats = 8;
+    run = &chains_256;
+    floats = 8;
   }
 #endif
+  const auto work = [run] {
+    volatile float result = run(kSteps);  // keeps the compiler from leaving the work out
+    (void)result;
+  };
   double best = 0;
   for (int attempt = 0; attempt < 100; ++attempt) {
     const auto begin = Clock::now();
-    volatile float sink = 0;
     std::vector<std::thread> others;
-    for (int i = 1; i < threads; ++i)
-      others.emplace_back([run] {
-        volatile float own = run(kSteps);
-        (void)own;
-      });
-    sink = run(kSteps);
-    (void)sink;
+    for (int i = 1; i < threads; ++i) others.emplace_back(work);
+    work();
     for (auto& other : others) other.join();
     best = std::max(best, 1e-9 * 2 * 16 * floats * static_cast<double>(kSteps) * threads / seconds_since(begin));
   }

@@ -9,18 +9,19 @@ namespace bench {
 /// Times of one call, in microseconds.
 struct Times {
   double median = 0;
-  double low = 0, high = 0;  ///< the quartiles
+  double low = 0;  ///< the quartiles
+  double high = 0;
   double least = 0;
   size_t samples = 0;
 };
 
-/// Times all calls by turns: in each of some twenty rounds each call has its slice of time, so that whatever else the machine does
-/// meets all alike. Calls that are short are repeated within a sample, which takes 200 us or more. Each call gets `seconds` in all,
-/// one that takes longer two samples, or one sample of ten seconds. Every call has been called before. `wait` ends what a call has
-/// begun (on a GPU).
+/// Times the calls in turns: each of twenty rounds has a slice of time for every call, so that other load on the machine
+/// affects all alike. Short calls are repeated within a sample, which takes at least 200 us. Each call gets `seconds` in all; a
+/// call that takes longer gets two samples, or one of ten seconds. REQUIRES: every call has run once. `wait` waits for the end
+/// of a call (on a GPU).
 std::vector<Times> measure(const std::vector<std::function<void()>>& calls, double seconds, const std::function<void()>& wait);
 
-/// The most float32 operations that so many threads do in a second: independent multiply-adds on registers, in 1e9 / s.
+/// The peak rate of this number of threads in float32, in 1e9 operations a second: independent multiply-adds on registers.
 double measure_peak(int threads);
 
 }  // namespace bench

@@ -26,7 +26,7 @@ void xattn::cli::check_output(const std::string& output, const std::vector<std::
 
 int xattn::cli::run(int argc, char** argv) {
   program::Program program(
-      "xattn", "Looks into files of weights, runs the attention layers in them, writes them anew, and tells plans.");
+      "xattn", "Inspects files of weights, runs and verifies the attention layers in them, converts them, and explains plans.");
   program.version(fmt::format("xattn {}.{}.{}", XATTN_VERSION_MAJOR, XATTN_VERSION_MINOR, XATTN_VERSION_PATCH));
   program.footer("Example: xattn inspect weights.safetensors");
   add_inspect(program);

@@ -43,7 +43,7 @@ NamedTensors parameters_of(const FoundLayer& layer, const LazyTensors& tensors, 
   return parameters;
 }
 
-// Whether the layout that a layer gets computes the same of its weights, and has names for all that belong to it.
+// Throws FileError unless the layer computes the same in its new layout, which must also have names for all of its tensors.
 void check_convertible(const std::string& file,
                        const FoundLayer& layer,
                        const std::map<std::string, TensorInfo>& tensors,
@@ -77,9 +77,9 @@ void check_convertible(const std::string& file,
   }
 }
 
-// Spells the attention layers anew, cross and self, one after the other as they are asked for. Throws FileError, naming the file
-// of this path, if two tensors would have one name.
-LazyTensors spelled(const std::string& path, LazyTensors tensors, const std::vector<FoundLayer>& layers, const Layout& to) {
+// Renames the attention layers, cross and self, to another layout; data is made only when it is read. Throws FileError, naming
+// the file, if two tensors would have one name.
+LazyTensors renamed(const std::string& path, LazyTensors tensors, const std::vector<FoundLayer>& layers, const Layout& to) {
   LazyTensors result{tensors.infos, {}};
   std::map<std::string, FoundLayer> layer_of;  // by new name
   for (const auto& layer : layers) {
@@ -106,7 +106,7 @@ LazyTensors spelled(const std::string& path, LazyTensors tensors, const std::vec
   return result;
 }
 
-// On a terminal, how far it is; files that are written at once need none.
+// Shows progress on a terminal, but not for small files.
 LazyTensors with_progress(LazyTensors tensors) {
   constexpr int64_t kLarge = 1 << 28;
   int64_t all = 0;
@@ -122,7 +122,7 @@ LazyTensors with_progress(LazyTensors tensors) {
           }};
 }
 
-// Stops in front of a tensor when a signal asks for it: what has been written is removed then.
+// Stops before the next tensor when a signal asks for it; the unfinished file is then removed.
 LazyTensors stoppable(LazyTensors tensors, const program::Interrupt& interrupt, const std::string& output) {
   return {tensors.infos, [tensors, &interrupt, output](const std::string& name) {
             interrupt.check(fmt::format("stopped; {} was not written", output));
@@ -149,7 +149,7 @@ void convert(const ConvertArguments& arguments) {
     for (const auto& layer : layers) {
       if (!arguments.allow_unexpected) check_convertible(arguments.input, layer, tensors.infos, to);
     }
-    tensors = spelled(arguments.input, std::move(tensors), layers, to);
+    tensors = renamed(arguments.input, std::move(tensors), layers, to);
   }
   const program::Interrupt interrupt;
   tensors = stoppable(with_progress(std::move(tensors)), interrupt, arguments.output);
@@ -164,21 +164,20 @@ void convert(const ConvertArguments& arguments) {
 
 void add_convert(program::Command& xattn) {
   const auto arguments = std::make_shared<ConvertArguments>();
-  auto command = xattn.subcommand("convert", "Write a file anew, in another format or with other names.",
-                                  [arguments] { convert(*arguments); });
+  auto command =
+      xattn.subcommand("convert", "Write a file in another format or with other names.", [arguments] { convert(*arguments); });
   std::vector<std::string> names;
   for (const auto& layout : layouts()) names.emplace_back(layout.name);
-  command.option("IN", arguments->input, "Weights, in any format that inspect reads; of a sharded set its index.json")
-      .required();
-  command.option("OUT", arguments->output, "File to write: safetensors, or for .pt, .pth and .bin a state dict of PyTorch")
-      .required();
-  const auto to = command.option("--to", arguments->to, "Spell the attention layers in this layout").one_of(names);
-  command.option("--layout", arguments->layout, "Only those that are spelled in this one").one_of(names).needs(to);
-  command
-      .flag("--allow-unexpected", arguments->allow_unexpected,
-            "Keep names of layers that the new layout does not explain, and spell layers in it of which it says another scale "
-            "or eps")
-      .needs(to);
+  command.option("IN", arguments->input, "Weights in any format that inspect reads; for a sharded set its index.json",
+                 {.required = true});
+  command.option("OUT", arguments->output, "File to write: safetensors, or for .pt, .pth and .bin a PyTorch state dict",
+                 {.required = true});
+  command.option("--to", arguments->to, "Rename the attention layers to this layout", {.one_of = names});
+  command.option("--layout", arguments->layout, "Only the layers in this layout", {.one_of = names, .needs = "--to"});
+  command.flag(
+      "--allow-unexpected", arguments->allow_unexpected,
+      "Keep names of layers that the new layout does not explain, and rename layers although it has another scale or eps",
+      {.needs = "--to"});
   command.footer("Example: xattn convert pytorch_model.bin model.safetensors --to reference");
 }
 

@@ -27,43 +27,59 @@ constexpr auto kExplainFooter = R"(Example: xattn explain 1,12,1,1500,768,768,76
 --json prints one object:
   logits, values  list of {order, operations, bytes, seconds, illegal}, in the order of the library's enum; illegal is null or
                   the reason
-  chosen          {logits, values, operations, bytes, seconds, kernel, reason}: kernel is what would do the attention itself, and
-                  reason is why
+  chosen          {logits, values, operations, bytes, seconds, kernel, reason}: the kernel of the attention itself, and the reason
+                  for it
   standard        the same for the standard order
-  fused           whether the kernel of what was chosen is a fused one
+  fused           whether the chosen kernel is a fused one
 
 Kernels:
-  tensor_operations             plain ones: all logits in memory
-  heads                         of this library: one head after the other, logits in the cache, weights from the same pass
-  heads_in_parts                the same, a part of a long context after the other
-  chain                         of this library, in frozen layers: the whole chain for a few rows at a time
+  tensor_operations             plain tensor operations: all logits in memory
+  heads                         this library's: one head at a time, logits in the cache, weights from the same pass
+  heads_in_parts                the same, one part of a long context at a time
+  chain                         this library's, in frozen layers: the whole chain for a few rows at a time
   fused_cpu                     LibTorch's, on the CPU
   scaled_dot_product_attention  LibTorch's, on a GPU
-Masks change nothing about it, but for a learned bias.)";
+A mask does not change the kernel unless it has a learned bias.)";
 
 const std::map<std::string, int64_t> kBytesOf = {{"float64", 8}, {"float32", 4}, {"float16", 2}, {"bfloat16", 2}};
 
 struct ExplainArguments {
   std::vector<int64_t> sizes;
   std::string shape;
-  std::optional<int64_t> kv_heads, reuse;
-  std::string type = "float32", weights = "none";
-  bool qk_norm = false, frozen = false, training = false, dropout = false, learned_bias = false, cuda = false, json = false;
+  std::optional<int64_t> kv_heads;
+  std::optional<int64_t> reuse;
+  std::string type = "float32";
+  std::string weights = "none";
+  bool qk_norm = false;
+  bool frozen = false;
+  bool training = false;
+  bool dropout = false;
+  bool learned_bias = false;
+  bool cuda = false;
+  bool json = false;
   int threads = at::get_num_threads();
 };
 
 // B,H,Lq,Lk,Eq,Ek,INNER_QK[,INNER_V[,EO]]
 PlanRequest request_of(const std::vector<int64_t>& sizes) {
-  PlanRequest r;
-  r.B = sizes[0], r.H = r.G = sizes[1], r.Lq = sizes[2], r.Lk = sizes[3], r.Eq = sizes[4], r.Ek = r.Ev = sizes[5];
-  const auto inner_qk = sizes[6], inner_v = sizes.size() > 7 ? sizes[7] : inner_qk;
-  r.Eo = sizes.size() > 8 ? sizes[8] : inner_v;
-  if (r.H < 1 || inner_qk % r.H != 0 || inner_v % r.H != 0) {
+  const auto H = sizes[1];
+  const auto inner_qk = sizes[6];
+  const auto inner_v = sizes.size() > 7 ? sizes[7] : inner_qk;
+  if (H < 1 || inner_qk % H != 0 || inner_v % H != 0) {
     throw program::UsageError(
-        "SIZES", fmt::format("INNER_QK and INNER_V must be multiples of H, but are {} and {} for {}", inner_qk, inner_v, r.H));
+        "SIZES", fmt::format("INNER_QK and INNER_V must be multiples of H, but are {} and {} for {}", inner_qk, inner_v, H));
   }
-  r.d = inner_qk / r.H, r.e = inner_v / r.H;
-  return r;
+  return {.B = sizes[0],
+          .H = H,
+          .G = H,
+          .Lq = sizes[2],
+          .Lk = sizes[3],
+          .Eq = sizes[4],
+          .Ek = sizes[5],
+          .Ev = sizes[5],
+          .d = inner_qk / H,
+          .e = inner_v / H,
+          .Eo = sizes.size() > 8 ? sizes[8] : inner_v};
 }
 
 PlanRequest request_of(const ExplainArguments& arguments) {
@@ -138,8 +154,8 @@ void print_json(const PlanRequest& request) {
 
 void add_explain(program::Command& xattn) {
   const auto arguments = std::make_shared<ExplainArguments>();
-  auto command =
-      xattn.subcommand("explain", "Says in which order a layer would multiply, what every order costs, and why.", [arguments] {
+  auto command = xattn.subcommand(
+      "explain", "Shows in which order a layer would multiply, the cost of every order, and the reasons.", [arguments] {
         const auto request = request_of(*arguments);
         if (arguments->json) return print_json(request);
         std::cout << explain(request);
@@ -147,23 +163,21 @@ void add_explain(program::Command& xattn) {
   std::vector<std::string> types;
   for (const auto& [name, bytes] : kBytesOf) types.push_back(name);
   command.footer(kExplainFooter);
-  command.option("SIZES", arguments->sizes, "B,H,Lq,Lk,Eq,Ek,INNER_QK[,INNER_V[,EO]]: see attention.h for the symbols")
-      .list(7, 9);
+  command.option("SIZES", arguments->sizes, "B,H,Lq,Lk,Eq,Ek,INNER_QK[,INNER_V[,EO]]: see attention.h for the symbols",
+                 {.list = {{7, 9}}});
   command.option("--shape", arguments->shape, "a layer of a real model, by its name in src/bench/shapes.csv, or a part of it");
-  command.option("--kv-heads", arguments->kv_heads, "key/value heads (H)").positive();
+  command.option("--kv-heads", arguments->kv_heads, "key/value heads; by default H", {.positive = true});
   command.flag("--qk-norm", arguments->qk_norm, "projected queries and keys are normalised");
-  const auto frozen = command.flag("--frozen", arguments->frozen,
-                                   "of a frozen module: products of weights are made ahead, our own kernels run");
-  command.flag("--training", arguments->training, "a backward pass follows").excludes(frozen);
-  command.flag("--dropout", arguments->dropout, "attention weights are dropped").excludes(frozen);
-  command.flag("--learned-bias", arguments->learned_bias, "the mask has a bias that asks for its gradient; implies --training")
-      .excludes(frozen);
-  command.option("--weights", arguments->weights, "attention weights to return")
-      .one_of({"none", "mean", "per-head"})
-      .shows_default();
-  command.option("--type", arguments->type, "of inputs and weights").one_of(types).shows_default();
-  command.option("--reuse", arguments->reuse, "query rows that the context serves in all, over every call").positive();
-  command.option("--threads", arguments->threads, "threads (those that LibTorch would take)").positive();
+  command.flag("--frozen", arguments->frozen,
+               "of a frozen layer: products of weights are made ahead, and this library's kernels run");
+  command.flag("--training", arguments->training, "a backward pass follows", {.excludes = "--frozen"});
+  command.flag("--dropout", arguments->dropout, "attention weights are dropped", {.excludes = "--frozen"});
+  command.flag("--learned-bias", arguments->learned_bias, "the mask has a bias with a gradient; implies --training",
+               {.excludes = "--frozen"});
+  command.option("--weights", arguments->weights, "attention weights to return", {.one_of = {"none", "mean", "per-head"}});
+  command.option("--type", arguments->type, "of inputs and weights", {.one_of = types});
+  command.option("--reuse", arguments->reuse, "query rows that the context serves in all, over every call", {.positive = true});
+  command.option("--threads", arguments->threads, "threads on the CPU", {.positive = true});
   command.flag("--cuda", arguments->cuda, "on a GPU");
   command.flag("--json", arguments->json, "print one JSON object");
 }

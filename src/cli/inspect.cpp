@@ -32,14 +32,15 @@ constexpr auto kInspectFooter = R"(Example: xattn inspect weights.safetensors
   metadata  object of strings
   tensors   list of {name, type, shape}, by name; types as in "float32"
   layers    list of {prefix, layout, kind, num_heads, dim_query, dim_key, dim_value, dim_output, inner_qk, inner_v, group,
-            query_bias, key_bias, value_bias, output_bias, qk_norm, added_contexts, unexpected, misshapen}, by prefix. kind is "cross", "self" or "unknown"; num_heads
-            is null where weights do not tell it; inner_qk and inner_v are the widths of all heads together; group is the number
-            of query heads to a key/value head; qk_norm is "none", "rms" or "layer"; added_contexts is the number of contexts
-            beside the first. unexpected are names behind the prefix that the layout does not explain, misshapen what does not
-            fit together: run, verify and convert refuse layers with either.
+            query_bias, key_bias, value_bias, output_bias, qk_norm, added_contexts, unexpected, misshapen}, by prefix. kind is
+            "cross", "self" or "unknown"; num_heads is null if the weights do not determine it; inner_qk and inner_v are the
+            widths of all heads together; group is the number of query heads per key/value head; qk_norm is "none", "rms" or
+            "layer"; added_contexts is the number of contexts beside the first. unexpected are names under the prefix that the
+            layout does not explain, misshapen are tensors that do not fit together: run, verify and convert refuse layers with
+            either.
   blocks    list of {prefix, layout, attention, norm, norm_bias, gate, feed_forward, feed_forward_glu, feed_forward_bias,
-            unexpected}, by prefix: what is around a cross-attention layer. attention is the layer's prefix; norm is "rms" or "layer"; gate is
-            "none", "scalar" or "per_feature"; feed_forward is the number of hidden features.)";
+            unexpected}, by prefix: the blocks around cross-attention layers. attention is the layer's prefix; norm is "rms" or
+            "layer"; gate is "none", "scalar" or "per_feature"; feed_forward is the number of hidden features.)";
 
 struct InspectArguments {
   std::string file;
@@ -112,10 +113,10 @@ Json as_json(const Checkpoint& file, const Found& found) {
           {"blocks", found.blocks}};
 }
 
-// Text from the file is shown as JSON strings, shortened, which cannot drive the terminal.
+// Text from the file is printed as shortened JSON strings, which cannot control the terminal.
 void print(const Checkpoint& file, const Found& found) {
   using detail::in_quotes;
-  constexpr size_t kWidest = 100;  // longer names stand out of the column: one would make every line longer
+  constexpr size_t kWidest = 100;  // of the first column; longer names exceed it, so that one does not widen every line
   std::cout << fmt::format("{}, {} tensors\n", to_string(file.format()), file.tensors().size());
   size_t width = 0;
   for (const auto& [name, info] : file.tensors()) {
@@ -160,11 +161,10 @@ void add_inspect(program::Command& xattn) {
   const auto arguments = std::make_shared<InspectArguments>();
   auto command = xattn.subcommand("inspect", "Show the tensors of a file, and the attention layers and blocks among them.",
                                   [arguments] { inspect(*arguments); });
-  command
-      .option("FILE", arguments->file,
-              "safetensors (of a sharded set the index.json), or an archive of torch.save, torch.jit.save or "
-              "torch.export.save; nothing in it is ever executed")
-      .required();
+  command.option("FILE", arguments->file,
+                 "safetensors (for a sharded set the index.json), or an archive of torch.save, torch.jit.save or "
+                 "torch.export.save; nothing in it is ever executed",
+                 {.required = true});
   command.flag("--json", arguments->json, "Print JSON, as described below");
   command.footer(kInspectFooter);
 }

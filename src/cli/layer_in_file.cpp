@@ -72,33 +72,30 @@ const char* const kInputsHelp =
     "layer with a second context (IP-Adapter, Wan image-to-video). The layer runs in the type of query.";
 
 void add_layer_options(program::Command& command, LayerArguments& arguments) {
-  command.option("--prefix", arguments.prefix, "What the layer's names begin with; needed if FILE holds several");
-  command.option("--layout", arguments.layout,
-                 "How its names are spelled, as inspect calls it; told from the names if not given");
-  command.option("--heads", arguments.heads, "Number of heads; from a config.json beside FILE if not given").range(1, 65536);
-  command
-      .option("--qk-norm-eps", arguments.qk_norm_eps,
-              "Of norms of queries and keys; what the layout's family uses if not given")
-      .not_negative();
-  command.flag("--allow-unexpected", arguments.allow_unexpected,
-               "Ignore names of the layer that its layout does not explain, as inspect lists them; results may then be others "
-               "than those of the model");
-  command.option("--ip-scale", arguments.ip_scale, "What the attention to ip_context is multiplied by").shows_default();
-  const auto adapter = command.option("--ip-adapter", arguments.ip_adapter,
-                                      "An IP-Adapter's own file, of which the layer of FILE gets its second context");
-  command
-      .option("--ip-prefix", arguments.ip_prefix,
-              "What its names there begin with; told by the place of the layer in FILE if not given")
-      .needs(adapter);
+  command.option("--prefix", arguments.prefix, "What the layer's names begin with; needed if FILE holds several layers");
+  command.option("--layout", arguments.layout, "The layer's layout, as inspect prints it; by default found from the names");
+  command.option("--heads", arguments.heads, "Number of heads; by default from a config.json beside FILE",
+                 {.range = {{1, 65536}}});
+  command.option("--qk-norm-eps", arguments.qk_norm_eps, "Of norms of queries and keys; by default that of the layout's family",
+                 {.not_negative = true});
+  command.flag(
+      "--allow-unexpected", arguments.allow_unexpected,
+      "Ignore names of the layer that its layout does not explain, as inspect lists them; results may then differ from "
+      "the model's");
+  command.option("--ip-scale", arguments.ip_scale, "Factor of the attention to ip_context");
+  command.option("--ip-adapter", arguments.ip_adapter, "File of an IP-Adapter, with the second context of the layer in FILE");
+  command.option("--ip-prefix", arguments.ip_prefix,
+                 "What the layer's names in that file begin with; by default found from the layer's place in FILE",
+                 {.needs = "--ip-adapter"});
   program::add_device_option(command, arguments.device);
   program::add_threads_option(command, arguments.threads);
 }
 
-Results run_layer(const std::string& path,
-                  const std::string& inputs,
-                  const LayerArguments& arguments,
-                  AttentionWeights weights,
-                  bool fixture) {
+LayerResults run_layer(const std::string& path,
+                       const std::string& inputs,
+                       const LayerArguments& arguments,
+                       AttentionWeights weights,
+                       bool fixture) {
   const auto device = program::find_device(arguments.device);
   program::set_threads(arguments.threads);
   auto file = open_checkpoint(path);
@@ -118,7 +115,7 @@ Results run_layer(const std::string& path,
                        .attention_weights = weights,
                        .dtype = given.query.scalar_type(),
                        .allow_unexpected = arguments.allow_unexpected,
-                       .without_input_norms = true};  // they are applied here
+                       .without_input_norms = true};  // applied below
   const auto prepare = [&](auto module) {
     module->to(device, given.query.scalar_type());
     module->eval();
@@ -126,21 +123,22 @@ Results run_layer(const std::string& path,
   };
   const torch::NoGradGuard no_grad;
   if (given.ip_context.defined()) {
-    options.without_input_norms = false;  // none that are applied here
+    options.without_input_norms = false;  // this branch does not apply any
     const auto attention = prepare(decoupled_cross_attention_from(file, options, arguments.ip_scale));
-    const auto [output, mixed] =
+    const auto [output, returned] =
         attention.ptr()->forward(given.query, given.key, given.value, {{given.ip_context, given.ip_context}}, given.mask);
-    return {output, mixed};
+    return {output, returned};
   }
   if (!layer.added.empty() && !arguments.allow_unexpected) {
     fail(inputs, fmt::format("must hold ip_context, for the second context of layer {}", detail::in_quotes(layer.prefix)));
   }
   const auto [of_query, of_context] = input_norms(file, layer);
-  auto query_norm = prepare(of_query), context_norm = prepare(of_context);
+  auto query_norm = prepare(of_query);
+  auto context_norm = prepare(of_context);
   const auto attention = prepare(cross_attention_from(file, options));
-  const auto [output, mixed] =
+  const auto [output, returned] =
       attention.ptr()->forward(query_norm(given.query), context_norm(given.key), context_norm(given.value), given.mask);
-  return {output, mixed};
+  return {output, returned};
 }
 
 }  // namespace xattn::cli

@@ -10,10 +10,10 @@
 
 #include "programs/program.h"
 
-// What `run` and `verify` share: one attention layer of a file, run on inputs from another.
+// One attention layer of a file, run on inputs from another: shared by `run` and `verify`.
 namespace xattn::cli {
 
-/// Which layer, and how to run it.
+/// The choice of the layer, and how to run it.
 struct LayerArguments {
   std::optional<std::string> prefix;
   std::string layout;
@@ -24,7 +24,7 @@ struct LayerArguments {
   std::string ip_adapter;
   std::string ip_prefix;
   std::string device = program::default_device();
-  int threads = 0;
+  std::optional<int> threads;
 };
 
 void add_layer_options(program::Command& command, LayerArguments& arguments);
@@ -32,17 +32,17 @@ void add_layer_options(program::Command& command, LayerArguments& arguments);
 /// The inputs as `run --help` describes them.
 extern const char* const kInputsHelp;
 
-struct Results {
+struct LayerResults {
   at::Tensor output;   ///< [B, Lq, Eo]
-  at::Tensor weights;  ///< as asked for; undefined for none
+  at::Tensor weights;  ///< as requested; undefined for none
 };
 
-/// Runs the layer in the type of the query. `fixture`: the inputs may also hold the results that are expected of the layer.
-/// Throws FileError, naming the file, for inputs that are not its own.
-Results run_layer(const std::string& file,
-                  const std::string& inputs,
-                  const LayerArguments& arguments,
-                  AttentionWeights weights,
-                  bool fixture);
+/// Runs the layer in the type of the query. `fixture`: the inputs may also hold the expected results. Throws FileError, naming
+/// the file, for inputs that do not fit.
+LayerResults run_layer(const std::string& file,
+                       const std::string& inputs,
+                       const LayerArguments& arguments,
+                       AttentionWeights weights,
+                       bool fixture);
 
 }  // namespace xattn::cli

@@ -39,19 +39,19 @@ void run(const RunArguments& arguments) {
 
 void add_run(program::Command& xattn) {
   const auto arguments = std::make_shared<RunArguments>();
-  auto command =
-      xattn.subcommand("run", "Run an attention layer of a file on inputs from another.", [arguments] { run(*arguments); });
-  command.option("FILE", arguments->file, "Weights, in any format that inspect reads").required();
-  command.option("--inputs", arguments->inputs, "File with the inputs, as described below").required().type_name("IN");
-  command.option("--output", arguments->output, "safetensors to write").required().type_name("OUT");
-  command.option("--weights", arguments->weights, "Also write attention weights: their mean over heads, or of each head")
-      .one_of({"none", "mean", "per-head"})
-      .shows_default();
+  auto command = xattn.subcommand("run", "Run an attention layer of a file on inputs from another file.",
+                                  [arguments] { run(*arguments); });
+  command.option("FILE", arguments->file, "Weights in any format that inspect reads", {.required = true});
+  command.option("--inputs", arguments->inputs, "File with the inputs, as described below",
+                 {.required = true, .type_name = "IN"});
+  command.option("--output", arguments->output, "safetensors to write", {.required = true, .type_name = "OUT"});
+  command.option("--weights", arguments->weights, "Also write attention weights: their mean over heads, or those of each head",
+                 {.one_of = {"none", "mean", "per-head"}});
   add_layer_options(command, arguments->layer);
   command.footer(
       fmt::format("Example: xattn run weights.safetensors --inputs in.safetensors --output out.safetensors --weights mean\n\n"
                   "IN holds {}\n"
-                  "OUT gets output [B, Lq, Eo] and, if asked for, weights: mean [B, Lq, Lk] or per-head [B, H, Lq, Lk].",
+                  "OUT gets output [B, Lq, Eo] and, with --weights, weights: mean [B, Lq, Lk] or per-head [B, H, Lq, Lk].",
                   kInputsHelp));
 }
 

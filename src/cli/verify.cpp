@@ -22,7 +22,7 @@ struct VerifyArguments {
   LayerArguments layer;
 };
 
-// What rounding in this type explains; tests/README.md, "Accuracy".
+// The relative difference that rounding in this type explains; tests/README.md, "Accuracy".
 double tolerance_of(at::ScalarType type) {
   switch (type) {
     case at::kDouble: return 1e-12;
@@ -32,7 +32,7 @@ double tolerance_of(at::ScalarType type) {
   }
 }
 
-// A fixture may say in its metadata which layer it is of.
+// The metadata of a fixture may name its layer.
 LayerArguments with_metadata(LayerArguments arguments, const Checkpoint& fixture) {
   const auto& metadata = fixture.metadata();
   const auto text = [&](const char* key) -> std::optional<std::string> {
@@ -52,7 +52,7 @@ LayerArguments with_metadata(LayerArguments arguments, const Checkpoint& fixture
   if (!arguments.qk_norm_eps) arguments.qk_norm_eps = number("qk_norm_eps");
   if (const auto scale = number("ip_scale")) arguments.ip_scale = *scale;
   if (const auto heads = number("num_heads"); heads && !arguments.heads) {
-    constexpr double kMostHeads = 65536;  // as --heads has it
+    constexpr double kMostHeads = 65536;  // the limit of --heads
     if (!(*heads >= 1 && *heads <= kMostHeads)) {
       throw FileError(fmt::format("[verify] {}: metadata num_heads must be from 1 to {}", fixture.path(), kMostHeads));
     }
@@ -61,7 +61,7 @@ LayerArguments with_metadata(LayerArguments arguments, const Checkpoint& fixture
   return arguments;
 }
 
-// Prints a line about a tensor, and tells whether it is as expected.
+// Prints a line about a tensor. Returns whether it is as expected.
 bool compare(const char* name, const at::Tensor& found, const at::Tensor& expected, double tolerance) {
   const auto shape = [](const at::Tensor& x) { return fmt::format("[{}]", fmt::join(x.sizes(), ", ")); };
   if (found.sizes() != expected.sizes()) {
@@ -103,16 +103,14 @@ void verify(const VerifyArguments& arguments) {
 
 void add_verify(program::Command& xattn) {
   const auto arguments = std::make_shared<VerifyArguments>();
-  auto command = xattn.subcommand("verify", "Run a layer, and compare its output with what it is known to give.",
+  auto command = xattn.subcommand("verify", "Run a layer, and compare its output with a recorded one.",
                                   [arguments] { verify(*arguments); });
-  command.option("FILE", arguments->file, "Weights, in any format that inspect reads").required();
-  command.option("--expect", arguments->expected, "What scripts/record.py recorded, as described below")
-      .required()
-      .type_name("FIXTURE");
-  command
-      .option("--tolerance", arguments->tolerance,
-              "Largest difference, relative to the largest element; by the type of output if not given")
-      .not_negative();
+  command.option("FILE", arguments->file, "Weights in any format that inspect reads", {.required = true});
+  command.option("--expect", arguments->expected, "File that scripts/record.py wrote, as described below",
+                 {.required = true, .type_name = "FIXTURE"});
+  command.option("--tolerance", arguments->tolerance,
+                 "Largest difference, relative to the largest element; by default it follows from the type of output",
+                 {.not_negative = true});
   add_layer_options(command, arguments->layer);
   command.footer(
       fmt::format("Example: xattn verify weights.safetensors --expect fixture.safetensors\n\n"

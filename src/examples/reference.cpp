@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// The reference's example: text asks an image. Two sentences of 4 words attend to 6 image features each.
+// The reference's example: text attends to an image. Two sentences of 4 words attend to 6 image features each.
 #include <torch/types.h>
 #include <xattn/cross_attention.h>
 
@@ -26,8 +26,7 @@ void run_example(torch::Device device) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  program::Program program("reference",
-                           "Runs cross attention once, on random numbers, and prints the shapes of what comes out.");
+  program::Program program("reference", "Runs cross attention once, on random numbers, and prints the shapes of its results.");
   program.footer("Example: reference --seed 1 --device cpu");
   program::CommonOptions options;
   program::add_common_options(program, options);

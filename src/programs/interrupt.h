@@ -9,8 +9,8 @@
 
 namespace program {
 
-/// While it lives, the first Ctrl-C, SIGTERM or SIGHUP only asks the program to stop; the second one stops it. SIGHUP that is
-/// ignored, as under nohup, stays so. One at a time.
+/// While it exists, the first Ctrl-C, SIGTERM or SIGHUP only asks the program to stop; the second one ends it. An ignored
+/// SIGHUP, as under nohup, stays ignored. REQUIRES: no other Interrupt exists.
 class Interrupt {
  public:
   Interrupt() {
@@ -31,9 +31,9 @@ class Interrupt {
   Interrupt& operator=(const Interrupt&) = delete;
 
   bool asked() const { return signal_ != 0; }
-  int signal() const { return signal_; }  ///< which one asked
+  int signal() const { return signal_; }  ///< the signal that asked
 
-  /// Throws Interrupted with this message if a signal has asked to stop.
+  /// Throws Interrupted with this message if a signal asked to stop.
   void check(const std::string& message) const {
     if (asked()) throw Interrupted(message, signal());
   }

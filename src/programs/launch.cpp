@@ -71,7 +71,7 @@ c10::intrusive_ptr<c10d::Backend> nccl([[maybe_unused]] const Place& place,
                                        [[maybe_unused]] const c10::intrusive_ptr<c10d::Store>& store,
                                        [[maybe_unused]] std::chrono::milliseconds timeout) {
 #ifdef XATTN_HAS_NCCL
-  if (is_loopback(place.address)) setenv("NCCL_SOCKET_IFNAME", "lo", /*overwrite=*/0);  // which NCCL leaves out otherwise
+  if (is_loopback(place.address)) setenv("NCCL_SOCKET_IFNAME", "lo", /*overwrite=*/0);  // by default NCCL skips it
   auto options = c10d::ProcessGroupNCCL::Options::create();
   options->timeout = timeout;
   return c10::make_intrusive<c10d::ProcessGroupNCCL>(store, place.rank, place.size, options);
@@ -80,17 +80,13 @@ c10::intrusive_ptr<c10d::Backend> nccl([[maybe_unused]] const Place& place,
 #endif
 }
 
-// A socket that listens at the first address of this name that is one of this machine, and at no other: LibTorch's store would
-// listen on every interface. The store takes it over.
+// A socket that listens at one address of this machine with this name, and at no other: by itself LibTorch's store would listen
+// on every interface. The store takes over the socket.
 int listen_at(const std::string& address, uint16_t port) {
-  const addrinfo hints = {.ai_flags = AI_NUMERICSERV,
-                          .ai_family = AF_UNSPEC,
-                          .ai_socktype = SOCK_STREAM,
-                          .ai_protocol = 0,
-                          .ai_addrlen = 0,
-                          .ai_addr = nullptr,
-                          .ai_canonname = nullptr,
-                          .ai_next = nullptr};
+  addrinfo hints = {};
+  hints.ai_flags = AI_NUMERICSERV;
+  hints.ai_family = AF_UNSPEC;
+  hints.ai_socktype = SOCK_STREAM;
   addrinfo* found = nullptr;
   if (const int error = getaddrinfo(address.c_str(), std::to_string(port).c_str(), &hints, &found); error != 0) {
     throw std::runtime_error(
@@ -100,7 +96,7 @@ int listen_at(const std::string& address, uint16_t port) {
   std::string reason;
   for (const auto* one = found; one != nullptr; one = one->ai_next) {
     const int listener = socket(one->ai_family, one->ai_socktype | SOCK_CLOEXEC, one->ai_protocol);
-    const int yes = 1;  // a port is free again as soon as the last program that had it is gone
+    const int yes = 1;  // the port can be used again as soon as the program that used it has ended
     if (listener >= 0 && setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes)) == 0 &&
         bind(listener, one->ai_addr, one->ai_addrlen) == 0 && listen(listener, SOMAXCONN) == 0) {
       return listener;
@@ -112,8 +108,8 @@ int listen_at(const std::string& address, uint16_t port) {
                                        xattn::detail::shown(address), port, reason));
 }
 
-// Gloo may write to a process that has just died. That sends SIGPIPE, which ends a program without a word unless it is ignored (as
-// Python does): then it is an error as any other.
+// Gloo may write to a process that has just died. That raises SIGPIPE, which silently ends a program unless it is ignored, as
+// in Python; then writing fails with an ordinary error.
 void ignore_broken_pipes() {
   struct sigaction found = {};
   if (sigaction(SIGPIPE, nullptr, &found) == 0 && found.sa_handler == SIG_DFL) std::signal(SIGPIPE, SIG_IGN);
@@ -158,7 +154,7 @@ c10::intrusive_ptr<c10d::ProcessGroup> join(const Place& place, c10::Device devi
     group->setBackend(kind, type, backend(place, own_keys, timeout));
   };
   group->setDefaultBackend(device.is_cuda() ? Type::NCCL : Type::GLOO);
-  add(c10::kCPU, Type::GLOO, gloo);  // also beside CUDA: counts and settings are tensors of the CPU
+  add(c10::kCPU, Type::GLOO, gloo);  // with CUDA as well: counts and settings are tensors on the CPU
   if (device.is_cuda()) add(c10::kCUDA, Type::NCCL, nccl);
   return group;
 }

@@ -17,7 +17,6 @@
 #include <exception>
 #include <iostream>
 #include <new>
-#include <optional>
 #include <system_error>
 
 #include "base/printed.h"
@@ -27,7 +26,7 @@ namespace {
 
 constexpr int kMostThreads = 1024;
 
-// Empty if it is one, otherwise what is wrong: what CLI11 asks of a check.
+// A check as CLI11 expects it: returns what is wrong with the name, or nothing.
 std::string check_device_name(const std::string& name) {
   const auto message = fmt::format("'{}' is not cpu, cuda or cuda:N", name);
   try {
@@ -38,21 +37,22 @@ std::string check_device_name(const std::string& name) {
   }
 }
 
-// Where a program was started without one of its standard streams, the next file that it opened would take its number, and what
-// is printed would go into that file. Reads from what stands there instead find nothing, and writes fail.
+// If a program is started without one of its standard streams, the next file that it opens would take the stream's number, and
+// output would go into that file. /dev/null takes the number instead: reading finds nothing there, and writing fails.
 void keep_standard_streams() {
   for (const int stream : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
     if (fcntl(stream, F_GETFD) == -1 && errno == EBADF) open("/dev/null", stream == STDOUT_FILENO ? O_RDONLY : O_RDWR);
   }
 }
 
-// Where files may not grow over a size (`ulimit -f`), writing fails with a reason, as on a full disk, and does not end the program.
+// Beyond a limit on the size of files (`ulimit -f`), writing fails with a reason, as on a full disk, and does not end the
+// program.
 void report_limits_of_files() {
   struct sigaction found = {};
   if (sigaction(SIGXFSZ, nullptr, &found) == 0 && found.sa_handler == SIG_DFL) std::signal(SIGXFSZ, SIG_IGN);
 }
 
-// What is printed may wait in memory: only when it is flushed, the system says whether there was room for it.
+// Output may wait in memory: only when it is flushed, the system reports whether it could be written.
 void check_output() {
   errno = 0;
   std::cout.flush();
@@ -61,95 +61,47 @@ void check_output() {
                            (errno != 0 ? ": " + std::generic_category().message(errno) : ""));
 }
 
-}  // namespace
-
-// ---- Options ---------------------------------------------------------------------------------------------------------------
-
-Option& Option::required() {
-  option_->required();
-  return *this;
+void add_rules(CLI::Option& option, const Rules& rules) {
+  option.required(rules.required);
+  if (rules.positive) option.check(CLI::PositiveNumber);
+  if (rules.not_negative) option.check(CLI::NonNegativeNumber);
+  if (rules.device) option.check(check_device_name, "DEVICE");
+  if (rules.range) option.check(CLI::Range(rules.range->first, rules.range->second));
+  if (!rules.one_of.empty()) option.check(CLI::IsMember(rules.one_of));
+  if (rules.list) option.delimiter(',')->expected(rules.list->first, rules.list->second);
+  if (rules.one_at_a_time) option.allow_extra_args(false);
+  if (!rules.needs.empty()) option.needs(rules.needs);
+  if (!rules.excludes.empty()) option.excludes(rules.excludes);
+  if (!rules.type_name.empty()) option.type_name(rules.type_name);
 }
-
-Option& Option::shows_default() {
-  option_->capture_default_str();
-  return *this;
-}
-
-Option& Option::range(int64_t least, int64_t most) {
-  option_->check(CLI::Range(least, most));
-  return *this;
-}
-
-Option& Option::positive() {
-  option_->check(CLI::PositiveNumber);
-  return *this;
-}
-
-Option& Option::not_negative() {
-  option_->check(CLI::NonNegativeNumber);
-  return *this;
-}
-
-Option& Option::one_of(const std::vector<std::string>& values) {
-  option_->check(CLI::IsMember(values));
-  return *this;
-}
-
-Option& Option::device() {
-  option_->check(check_device_name, "DEVICE");
-  return *this;
-}
-
-Option& Option::list(int least, int most) {
-  option_->delimiter(',')->expected(least, most);
-  return *this;
-}
-
-Option& Option::one_at_a_time() {
-  option_->allow_extra_args(false);
-  return *this;
-}
-
-Option& Option::type_name(const std::string& name) {
-  option_->type_name(name);
-  return *this;
-}
-
-Option& Option::description(const std::string& text) {
-  option_->description(text);
-  return *this;
-}
-
-Option& Option::needs(const Option& other) {
-  option_->needs(other.option_);
-  return *this;
-}
-
-Option& Option::excludes(const Option& other) {
-  option_->excludes(other.option_);
-  return *this;
-}
-
-// ---- Commands --------------------------------------------------------------------------------------------------------------
 
 template <class T>
-Option Command::option(const std::string& names, T& value, const std::string& help) {
-  return Option(app_->add_option(names, value, help));
+bool has_default(const T&) {
+  return true;
 }
-template Option Command::option(const std::string&, std::string&, const std::string&);
-template Option Command::option(const std::string&, int&, const std::string&);
-template Option Command::option(const std::string&, int64_t&, const std::string&);
-template Option Command::option(const std::string&, uint64_t&, const std::string&);
-template Option Command::option(const std::string&, double&, const std::string&);
-template Option Command::option(const std::string&, std::optional<std::string>&, const std::string&);
-template Option Command::option(const std::string&, std::optional<int64_t>&, const std::string&);
-template Option Command::option(const std::string&, std::optional<double>&, const std::string&);
-template Option Command::option(const std::string&, std::vector<std::string>&, const std::string&);
-template Option Command::option(const std::string&, std::vector<int>&, const std::string&);
-template Option Command::option(const std::string&, std::vector<int64_t>&, const std::string&);
+template <class T>
+bool has_default(const std::optional<T>& value) {
+  return value.has_value();
+}
+template <class T>
+bool has_default(const std::vector<T>& values) {
+  return !values.empty();
+}
 
-Option Command::flag(const std::string& names, bool& value, const std::string& help) {
-  return Option(app_->add_flag(names, value, help));
+}  // namespace
+
+void Command::add_option(const std::string& names, Value value, const std::string& help, const Rules& rules) {
+  auto* option = std::visit(
+      [&](auto* variable) {
+        auto* added = app_->add_option(names, *variable, help);
+        return has_default(*variable) ? added->capture_default_str() : added;
+      },
+      value);
+  add_rules(*option, rules);
+}
+
+void Command::flag(const std::string& names, bool& value, const std::string& help, const Rules& rules) {
+  add_rules(*app_->add_flag(names, value, help), rules);
 }
 
 Command Command::subcommand(const std::string& name, const std::string& about, std::function<void()> job) {
@@ -210,21 +162,17 @@ int Program::run_subcommand(int argc, char** argv, const std::string& none_chose
   });
 }
 
-// ---- What programs share ---------------------------------------------------------------------------------------------------
-
 std::string default_device() {
   return torch::cuda::is_available() ? "cuda" : "cpu";
 }
 
-Option add_device_option(Command& command, std::string& device) {
-  auto option = command.option("--device", device, "cpu, cuda or cuda:N; cuda where there is one");
-  return option.device().shows_default();
+void add_device_option(Command& command, std::string& device) {
+  command.option("--device", device, "cpu, cuda or cuda:N; cuda if the machine has a GPU", {.device = true});
 }
 
-void add_threads_option(Command& command, int& threads) {
-  auto option = command.option("--threads", threads, "threads on the CPU; if not given, one for each core");
-  option.range(1, kMostThreads);
-  if (threads > 0) option.description("threads on the CPU").shows_default();
+void add_threads_option(Command& command, std::optional<int>& threads) {
+  const auto by_default = threads ? std::to_string(*threads) : "one for each core";
+  command.option("--threads", threads, "threads on the CPU; by default " + by_default, {.range = {{1, kMostThreads}}});
 }
 
 c10::Device find_device(const std::string& name) {
@@ -236,13 +184,13 @@ c10::Device find_device(const std::string& name) {
   return device;
 }
 
-void set_threads(int threads) {
-  if (threads > 0) at::set_num_threads(threads);
+void set_threads(std::optional<int> threads) {
+  if (threads) at::set_num_threads(*threads);
 }
 
 void add_common_options(Command& command, CommonOptions& options) {
   add_device_option(command, options.device);
-  command.option("--seed", options.seed, "same seed, threads and device, same result").shows_default();
+  command.option("--seed", options.seed, "the same seed, threads and device give the same result");
   add_threads_option(command, options.threads);
 }
 

@@ -6,20 +6,22 @@
 #include <csignal>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <variant>
 #include <vector>
 
 namespace CLI {
 class App;
-class Option;
-}  // namespace CLI
+}
 
-// The command line and the error handling of all our programs. CLI11 parses; program.cpp alone includes it.
+// Options and error handling shared by all programs. CLI11 parses the command line; only program.cpp includes it.
 namespace program {
 
-/// The user asked the job to stop; what() says how to go on. A program that throws it exits with status 128 and the number of the
-/// signal, as shells have it: 130 for Ctrl-C.
+/// The user asked the job to stop; what() says how to continue. A program that throws it exits with 128 plus the number of the
+/// signal, as shells do: 130 for Ctrl-C.
 class Interrupted : public std::runtime_error {
  public:
   explicit Interrupted(const std::string& message, int signal = SIGINT) : std::runtime_error(message), signal_(signal) {}
@@ -36,45 +38,53 @@ class UsageError : public std::runtime_error {
   UsageError(const std::string& argument, const std::string& message) : std::runtime_error(argument + ": " + message) {}
 };
 
-/// A declared option, flag or positional argument. A handle: copies name the same one.
-class Option {
- public:
-  Option& required();
-  Option& shows_default();  ///< in the help text
-  Option& range(int64_t least, int64_t most);
-  Option& positive();
-  Option& not_negative();
-  Option& one_of(const std::vector<std::string>& values);
-  Option& device();                            ///< cpu, cuda or cuda:N
-  Option& list(int least, int most);           ///< so many values, separated by commas
-  Option& one_at_a_time();                     ///< repeatable, and takes one value each time
-  Option& type_name(const std::string& name);  ///< of its value, in the help text
-  Option& description(const std::string& text);
-  Option& needs(const Option& other);
-  Option& excludes(const Option& other);
-
- private:
-  friend class Command;
-  explicit Option(CLI::Option* option) : option_(option) {}
-  CLI::Option* option_;
+/// What an option's value must fulfil; an error that names the option says what is wrong.
+struct Rules {
+  bool required = false;
+  bool positive = false;
+  bool not_negative = false;
+  bool device = false;                                    ///< cpu, cuda or cuda:N
+  std::optional<std::pair<int64_t, int64_t>> range = {};  ///< least and greatest value
+  std::vector<std::string> one_of = {};
+  std::optional<std::pair<int, int>> list = {};  ///< least and greatest number of values, which commas separate
+  bool one_at_a_time = false;                    ///< repeatable, with one value each time
+  std::string needs = {};                        ///< the name of an option that was declared before
+  std::string excludes = {};                     ///< likewise
+  std::string type_name = {};                    ///< of the value, in the help text
 };
 
-/// A program, or one of its subcommands. A handle as well.
+/// A program, or one of its subcommands. Copies refer to the same one.
 class Command {
  public:
-  /// `names` as in "--threads", or "FILE" for a positional argument. `value` is set when the arguments are parsed, and must live
-  /// until then: a string, an integer, a number, std::optional or std::vector of these.
+  using Value = std::variant<std::string*,
+                             int*,
+                             int64_t*,
+                             uint64_t*,
+                             double*,
+                             std::optional<std::string>*,
+                             std::optional<int>*,
+                             std::optional<int64_t>*,
+                             std::optional<double>*,
+                             std::vector<std::string>*,
+                             std::vector<int>*,
+                             std::vector<int64_t>*>;
+
+  /// `names` as in "--threads", or "FILE" for a positional argument. `value` holds the default, is set when the arguments are
+  /// parsed, and must live until then.
   template <class T>
-  Option option(const std::string& names, T& value, const std::string& help = {});
-  Option flag(const std::string& names, bool& value, const std::string& help);
+  void option(const std::string& names, T& value, const std::string& help, const Rules& rules = {}) {
+    add_option(names, &value, help, rules);
+  }
+  void flag(const std::string& names, bool& value, const std::string& help, const Rules& rules = {});
 
   Command subcommand(const std::string& name, const std::string& about, std::function<void()> job);
 
-  /// What the help text ends with: "Example: ...".
+  /// The end of the help text: "Example: ...".
   void footer(const std::string& text);
 
  protected:
   explicit Command(CLI::App* app) : app_(app) {}
+  void add_option(const std::string& names, Value value, const std::string& help, const Rules& rules);
   CLI::App* app_;
 };
 
@@ -85,38 +95,38 @@ class Program : public Command {
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
 
-  /// What --version prints.
+  /// The output of --version.
   void version(const std::string& text);
-  /// Parses the arguments and runs the job. `main` returns what this returns: 0, 1 for a failed job, 2 for wrong usage, 130 if
+  /// Parses the arguments and runs the job. Returns the exit status: 0, 1 for a failed job, 2 for wrong usage, 130 if
   /// interrupted. An error is one line on standard error. Output that cannot be written is a failed job.
   int run(int argc, char** argv, const std::function<void()>& job);
 
-  /// The same with the job of the chosen subcommand. `none_chosen`: the error if there is none.
+  /// The same with the job of the chosen subcommand. `none_chosen`: the error if no subcommand is given.
   int run_subcommand(int argc, char** argv, const std::string& none_chosen);
 };
 
 std::string default_device();
-Option add_device_option(Command& command, std::string& device);
+void add_device_option(Command& command, std::string& device);
 
-/// threads: the default, or 0 for as many as LibTorch takes by itself.
-void add_threads_option(Command& command, int& threads);
+/// Without a value LibTorch chooses the number of threads.
+void add_threads_option(Command& command, std::optional<int>& threads);
 
-/// The device of this name, which has passed `Option::device`. Throws std::runtime_error if it is not there.
+/// The device of this name, which has passed `Rules::device`. Throws std::runtime_error if the machine has no such device.
 c10::Device find_device(const std::string& name);
 
-/// Does nothing for 0.
-void set_threads(int threads);
+/// Changes nothing without a value.
+void set_threads(std::optional<int> threads);
 
 /// The options of a program that runs a model.
 struct CommonOptions {
   std::string device = default_device();
   uint64_t seed = 0;
-  int threads = 0;
+  std::optional<int> threads;
 };
 
 void add_common_options(Command& command, CommonOptions& options);
 
-/// Sets the threads and the seed, and makes sure of the device.
+/// Sets the threads and the seed, and returns the device.
 c10::Device apply(const CommonOptions& options);
 
 }  // namespace program

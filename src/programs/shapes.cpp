@@ -26,27 +26,28 @@ Value choose(const std::string& text, const std::map<std::string, Value>& values
   return found->second;
 }
 
-Shape parse(std::map<std::string, std::string> row) {
-  const auto number = [&](const char* column) { return static_cast<int64_t>(std::stoll(row.at(column))); };
-  Shape shape;
-  shape.name = row.at("name");
-  shape.timed =
-      choose<Timed>(row.at("timed"), {{"forward", Timed::forward}, {"attend", Timed::attend}, {"backward", Timed::backward}});
-  shape.learned_query = choose<bool>(row.at("query"), {{"given", false}, {"learned", true}});
-  shape.one_context = choose<bool>(row.at("value"), {{"key", true}, {"own", false}});
-  shape.B = number("B"), shape.H = number("H"), shape.G = number("G");
-  shape.Lq = number("Lq"), shape.Lk = number("Lk"), shape.valid = number("valid");
-  shape.Eq = number("Eq"), shape.Ek = number("Ek"), shape.Eo = number("Eo");
-  shape.d = number("inner_qk") / shape.H, shape.e = number("inner_v") / shape.H;
-  shape.norm = choose<NormOver>(row.at("norm"),
-                                {{"-", NormOver::nothing}, {"per_head", NormOver::head}, {"across_heads", NormOver::heads}});
-  shape.maps = row.at("maps") != "-" && row.at("maps") != "thrown away";
-  shape.from = row.at("from");
-  const bool attend = shape.timed == Timed::attend;
-  const bool backward = shape.timed == Timed::backward;
-  shape.gflop = std::stod(row.at(attend ? "gflop_kept" : "gflop")) * (backward ? 3 : 1);
-  std::istringstream(row.at(attend ? "kept" : backward ? "trainable" : "frozen")) >> shape.orders >> shape.times_fewer;
-  return shape;
+Shape parse(const std::map<std::string, std::string>& row) {
+  const auto number = [&](const std::string& column) { return static_cast<int64_t>(std::stoll(row.at(column))); };
+  const auto maps = row.at("maps");
+  return {.name = row.at("name"),
+          .timed = choose<Timed>(row.at("timed"),
+                                 {{"forward", Timed::forward}, {"attend", Timed::attend}, {"backward", Timed::backward}}),
+          .learned_query = choose<bool>(row.at("query"), {{"given", false}, {"learned", true}}),
+          .one_context = choose<bool>(row.at("value"), {{"key", true}, {"own", false}}),
+          .B = number("B"),
+          .H = number("H"),
+          .G = number("G"),
+          .Lq = number("Lq"),
+          .Lk = number("Lk"),
+          .valid = number("valid"),
+          .Eq = number("Eq"),
+          .Ek = number("Ek"),
+          .Eo = number("Eo"),
+          .d = number("inner_qk") / number("H"),
+          .e = number("inner_v") / number("H"),
+          .norm = choose<NormOver>(row.at("norm"),
+                                   {{"-", NormOver::nothing}, {"per_head", NormOver::head}, {"across_heads", NormOver::heads}}),
+          .maps = maps != "-" && maps != "thrown away"};
 }
 
 std::vector<Shape> read() {
@@ -91,14 +92,35 @@ std::vector<Shape> matching(std::string_view text) {
 }
 
 xattn::PlanRequest plan_request(const Shape& s) {
-  xattn::PlanRequest r;
-  r.B = s.B, r.H = s.H, r.G = s.G, r.Lq = s.Lq, r.Lk = s.valid;
-  r.Eq = s.Eq, r.Ek = r.Ev = s.Ek, r.d = s.d, r.e = s.e, r.Eo = s.Eo;
-  r.query_norm = r.key_norm = s.norm != NormOver::nothing;
-  r.query_is_constant = s.learned_query;
-  r.training = s.timed == Timed::backward;
-  if (s.timed == Timed::attend) r.context_rows = xattn::PlanRequest::kKept;
-  return r;
+  const bool has_norm = s.norm != NormOver::nothing;
+  return {.B = s.B,
+          .H = s.H,
+          .G = s.G,
+          .Lq = s.Lq,
+          .Lk = s.valid,
+          .Eq = s.Eq,
+          .Ek = s.Ek,
+          .Ev = s.Ek,
+          .d = s.d,
+          .e = s.e,
+          .Eo = s.Eo,
+          .query_norm = has_norm,
+          .key_norm = has_norm,
+          .query_is_constant = s.learned_query,
+          .training = s.timed == Timed::backward,
+          .context_rows = s.timed == Timed::attend ? xattn::PlanRequest::kKept : 0};
+}
+
+Operations count_operations(const Shape& shape) {
+  auto request = plan_request(shape);
+  request.weights_are_frozen = !request.training;
+  request.rates = {.flops = 1e9, .memory = 1e18, .softmax = 1e18};  // nothing but operations has a price
+  const auto fewest = make_plan(request);
+  request.query_is_constant = false;
+  const auto over_real_keys = cost_of({}, request).operations;
+  request.Lk = shape.Lk;
+  return {
+      .standard = cost_of({}, request).operations, .orders = fewest.orders, .times_fewer = over_real_keys / fewest.operations};
 }
 
 }  // namespace shapes

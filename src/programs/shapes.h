@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-// The layers of real models in bench/shapes.csv, which says what its columns mean. A program that uses this embeds that file.
+// The layers of real models in bench/shapes.csv, which describes its columns. The file is embedded into the program.
 namespace shapes {
 
 /// What a call of the row does.
@@ -24,28 +24,32 @@ enum class NormOver { nothing, head, heads };
 /// One row; names of sizes as in xattn/attention.h.
 struct Shape {
   std::string name;
-  Timed timed;
-  bool learned_query;  ///< a parameter, the same for all batch entries
-  bool one_context;    ///< key and value are one tensor
-  int64_t B, H, G, Lq, Lk;
-  int64_t valid;  ///< of the Lk keys; where they are fewer, there is a padding mask
-  int64_t Eq, Ek, Eo;
-  int64_t d, e;
-  NormOver norm;
-  bool maps;  ///< whether anyone wants weights of this layer
-  std::string from;
-  double gflop;        ///< operations of what is timed, in the standard order; three times those of forward with backward
-  std::string orders;  ///< of the logits and of the values, the cheapest for what is timed: two letters of S, F, P, C, Q
-  double times_fewer;  ///< operations those need than the standard order
+  Timed timed = Timed::forward;
+  bool learned_query = false;  ///< a parameter, the same for all batch entries
+  bool one_context = true;     ///< key and value are one tensor
+  int64_t B = 1, H = 1, G = 1, Lq = 1, Lk = 1;
+  int64_t valid = 1;  ///< number of real keys; below Lk there is a padding mask
+  int64_t Eq = 1, Ek = 1, Eo = 1, d = 1, e = 1;
+  NormOver norm = NormOver::nothing;
+  bool maps = false;  ///< whether anyone uses the attention weights of this layer
 };
 
 /// All rows, in the order of the file.
 const std::vector<Shape>& all();
 
-/// The row of this name or, if there is none, the rows with `text` in their names, whatever the case; may be none.
+/// The row of this name or, if there is none, the rows whose names contain `text`, whatever the case; possibly none.
 std::vector<Shape> matching(std::string_view text);
 
-/// What a planner is to know of it; weights are not frozen.
+/// The row as the planner sees it; weights are not frozen.
 xattn::PlanRequest plan_request(const Shape& shape);
+
+/// The operations of what is timed.
+struct Operations {
+  double standard;  ///< of the standard order, over all keys
+  xattn::Orders
+      orders;          ///< of fewest operations, over the real keys; if nothing is trained, products of weights are made ahead
+  double times_fewer;  ///< operations of the standard order over those of `orders`, both over the real keys
+};
+Operations count_operations(const Shape& shape);
 
 }  // namespace shapes

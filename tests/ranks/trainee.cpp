@@ -32,24 +32,24 @@ int run(int argc, char** argv) {
     torch::manual_seed(1);
     torch::nn::Sequential model(torch::nn::Linear(4, 16), torch::nn::Tanh(), torch::nn::Linear(16, 1));
     model->to(torch::kDouble);
-    const auto team = examples::Team::from_environment(torch::kCPU);
-    examples::Trainer trainer(model.ptr(), {.steps = 24, .warm_up = 4, .seed = 7}, team);
+    const auto processes = examples::Processes::from_environment(torch::kCPU);
+    examples::Trainer trainer(model.ptr(), {.steps = 24, .warm_up = 4, .seed = 7}, processes);
     if (std::filesystem::exists(file)) trainer.load_state(xattn::load_tensors(file));
-    const auto forward = [&](examples::Random& random) -> examples::Step {
-      if (one_dies && trainer.step() == last && team.rank() == team.size() - 1) std::_Exit(0);
-      const auto x = team.part_of(torch::rand({11, 4}, random.generator(), torch::kDouble));
+    const auto forward = [&](examples::Random& random) -> examples::TrainingStep {
+      if (one_dies && trainer.step() == last && processes.rank() == processes.size() - 1) std::_Exit(0);
+      const auto x = processes.part_of(torch::rand({11, 4}, random.generator(), torch::kDouble));
       const auto error = model->forward(x).squeeze(1) - x.sum(1);
       return {error.square().mean(), error.abs().lt(0.5).to(torch::kDouble).mean(), x.size(0)};
     };
     try {
       trainer.run(forward, [](const auto&) {}, [&] { return !one_dies && trainer.step() == last; });
     } catch (const examples::LostProcess& error) {
-      const auto expected = fmt::format("process {} of {} lost the others", team.rank(), team.size());
+      const auto expected = fmt::format("process {} of {} lost the others", processes.rank(), processes.size());
       if (one_dies && std::string(error.what()).starts_with(expected)) std::_Exit(0);  // the group cannot be left in order
       throw;
     }
     if (trainer.step() != last) throw std::runtime_error(fmt::format("stands at step {}", trainer.step()));
-    if (team.leads()) xattn::save_safetensors(file, trainer.state());
+    if (processes.leads()) xattn::save_safetensors(file, trainer.state());
   } catch (const std::exception& error) {
     std::cerr << error.what() << "\n";
     return 1;

@@ -8,10 +8,6 @@
 namespace caption {
 namespace {
 
-using examples::kCells;
-using examples::kEmpty;
-using examples::kMostDigits;
-
 constexpr auto kItems = "{items}";
 
 void append(Words& words, const Words& more) {
@@ -23,7 +19,7 @@ std::vector<int64_t> values_of(const Grammar::Form& form, int64_t digit, int64_t
   return form.slots.at(0) == "digit" ? std::vector{digit, cell} : std::vector{cell, digit};
 }
 
-// What stands before and behind the items in a form of caption.
+// The words before and after the items in a form of caption.
 std::pair<Words, Words> frame_of(const Grammar::Form& form) {
   const auto items = std::ranges::find(form.words, kItems);
   return {{form.words.begin(), items}, {items + 1, form.words.end()}};
@@ -35,7 +31,7 @@ std::vector<Words> words_of(const std::vector<Grammar::Form>& forms) {
   return words;
 }
 
-// Whether one of `all` stands at this place; its number of words.
+// The number of words of the phrase in `all` that begins at this place; 0 if there is none.
 size_t length_at(const Words& words, size_t place, const std::vector<Words>& all) {
   for (const auto& one : all) {
     if (place + one.size() <= words.size() && std::equal(one.begin(), one.end(), words.begin() + static_cast<int64_t>(place))) {
@@ -49,11 +45,12 @@ size_t longest(const std::vector<Words>& all) {
   return std::ranges::max(all, {}, &Words::size).size();
 }
 
-// The words of the longest item in this form. Each slot has its longest phrase: digits and cells come in all pairs.
+// The number of words of the longest item in this form: all pairs of digits and cells occur, so each slot has its longest
+// phrase.
 size_t longest_item(const Grammar::Form& form, const Grammar& grammar) {
   size_t words = form.words.size() - form.slots.size();
   for (const auto& slot : form.slots) {
-    const int64_t values = slot == "digit" ? examples::kDigitKinds : kCells;
+    const int64_t values = slot == "digit" ? kDigitKinds : kCells;
     size_t most = 0;
     for (int64_t value = 0; value < values; ++value) most = std::max(most, longest(grammar.phrases(slot, value)));
     words += most;
@@ -61,18 +58,18 @@ size_t longest_item(const Grammar::Form& form, const Grammar& grammar) {
   return words;
 }
 
-// Whether these words say in this form that this digit is in this cell.
+// Whether these words say in this form that the digit is in the cell.
 bool says(const Words& words, const Grammar::Form& form, int64_t digit, int64_t cell, const Grammar& grammar) {
   const auto values = values_of(form, digit, cell);
   const auto stands_at = [&words](size_t place, const Words& phrase) {
     return place + phrase.size() <= words.size() &&
            std::equal(phrase.begin(), phrase.end(), words.begin() + static_cast<int64_t>(place));
   };
-  std::set<size_t> ends = {0};  // of the words that the form so far may stand for
+  std::set<size_t> ends = {0};  // where the form so far may end in the words
   size_t slot = 0;
   for (const auto& word : form.words) {
     std::set<size_t> further;
-    const bool fills = examples::is_slot(word);
+    const bool fills = is_slot(word);
     for (const auto end : ends) {
       if (!fills && end < words.size() && words[end] == word) further.insert(end + 1);
       if (!fills) continue;
@@ -89,8 +86,8 @@ bool says(const Words& words, const Grammar::Form& form, int64_t digit, int64_t 
 
 }  // namespace
 
-const examples::GrammarRules& caption_rules() {
-  static const examples::GrammarRules rules = {
+const GrammarRules& caption_rules() {
+  static const GrammarRules rules = {
       .slots = {{"cell", {"0", "1", "2", "3", "4", "5", "6", "7", "8"}},
                 {"digit", {"0", "1", "2", "3", "4", "5", "6", "7", "8", "9"}}},
       .kinds = {{"caption", {{"items"}}}, {"item", {{"cell", "digit"}}}, {"between", {{}}}, {"before_last", {{}}}},
@@ -127,58 +124,56 @@ CaptionReader::CaptionReader(const Grammar& grammar)
   for (const auto& form : grammar.forms("caption")) frames_.push_back(frame_of(form));
 }
 
-// What these words say; nothing if they are no item. Not all items that there can be are kept: a grammar of some pages has
-// thousands of millions.
-std::optional<CaptionReader::Item> CaptionReader::item_of(const Words& words) const {
+// Returns nothing if the words are no item. The items are not listed ahead: a grammar of a few pages has thousands of millions.
+std::optional<CaptionReader::CaptionItem> CaptionReader::item_of(const Words& words) const {
   const auto& forms = grammar_.forms("item");
   for (size_t form = 0; form < forms.size(); ++form) {
-    for (int64_t digit = 0; digit < examples::kDigitKinds; ++digit) {
+    for (int64_t digit = 0; digit < kDigitKinds; ++digit) {
       for (int64_t cell = 0; cell < kCells; ++cell) {
-        if (says(words, forms[form], digit, cell, grammar_)) return Item{form, digit, cell};
+        if (says(words, forms[form], digit, cell, grammar_)) return CaptionItem{form, digit, cell};
       }
     }
   }
   return {};
 }
 
+// The cells according to items with separators between them: before_last before the last item, between before the others.
+std::optional<std::array<int64_t, kCells>> CaptionReader::read_items(const Words& words) const {
+  std::vector<Words> items(1);
+  std::vector<bool> are_last;  // whether each separator is a before_last
+  for (size_t place = 0; place < words.size();) {
+    const auto last = length_at(words, place, before_last_);
+    const auto separator = last > 0 ? last : length_at(words, place, between_);
+    if (separator > 0) {
+      items.emplace_back();
+      are_last.push_back(last > 0);
+      place += separator;
+    } else {
+      items.back().push_back(words[place++]);
+    }
+  }
+  if (std::ranges::count(are_last, true) != (are_last.empty() ? 0 : 1) || (!are_last.empty() && !are_last.back())) return {};
+  std::array<int64_t, kCells> digits;
+  digits.fill(kEmpty);
+  std::optional<size_t> form;  // all items have one form
+  for (const auto& words_of_item : items) {
+    const auto item = item_of(words_of_item);
+    if (!item || item->form != form.value_or(item->form)) return {};
+    auto& digit = digits.at(static_cast<size_t>(item->cell));
+    if (digit != kEmpty) return {};
+    digit = item->digit;
+    form = item->form;
+  }
+  return digits;
+}
+
 std::optional<std::array<int64_t, kCells>> CaptionReader::read(const Words& caption) const {
-  for (const auto& [before, behind] : frames_) {
-    if (caption.size() < before.size() + behind.size() || !std::equal(before.begin(), before.end(), caption.begin()) ||
-        !std::equal(behind.begin(), behind.end(), caption.end() - static_cast<int64_t>(behind.size()))) {
-      continue;
-    }
-    const Words middle(caption.begin() + static_cast<int64_t>(before.size()),
-                       caption.end() - static_cast<int64_t>(behind.size()));
-    std::array<int64_t, kCells> said;
-    said.fill(kEmpty);
-    std::optional<size_t> form;
-    Words item;
-    bool sound = true;
-    bool last = false;  // behind before_last
-    const auto finish_item = [&] {
-      const auto found = item_of(item);
-      sound = sound && found && (!form || *form == found->form) && said.at(static_cast<size_t>(found->cell)) == kEmpty;
-      if (!sound) return;
-      form = found->form;
-      said.at(static_cast<size_t>(found->cell)) = found->digit;
-      item.clear();
-    };
-    size_t items = 1;
-    for (size_t place = 0; place < middle.size() && sound;) {
-      const auto last_begins = length_at(middle, place, before_last_);
-      const auto next_begins = length_at(middle, place, between_);
-      if (last_begins + next_begins == 0) {
-        item.push_back(middle[place++]);
-        continue;
-      }
-      finish_item();
-      sound = sound && !last;
-      last = last_begins > 0;
-      place += last ? last_begins : next_begins;
-      ++items;
-    }
-    finish_item();
-    if (sound && last == (items > 1)) return said;
+  for (const auto& [before, after] : frames_) {
+    if (caption.size() < before.size() + after.size()) continue;
+    const auto begin = caption.begin() + static_cast<int64_t>(before.size());
+    const auto end = caption.end() - static_cast<int64_t>(after.size());
+    const bool fits = std::equal(before.begin(), before.end(), caption.begin()) && std::equal(after.begin(), after.end(), end);
+    if (const auto digits = fits ? read_items({begin, end}) : std::nullopt) return digits;
   }
   return std::nullopt;
 }

@@ -13,41 +13,38 @@
 
 namespace caption {
 
-using examples::Board;
-using examples::Digits;
-using examples::Grammar;
-using examples::Random;
-using examples::Words;
+using namespace examples;  // the parts that the programs share
 
-/// What caption understands of its grammar; see data/captions.txt.
-const examples::GrammarRules& caption_rules();
+/// The slots and kinds of the grammar; see data/captions.txt.
+const GrammarRules& caption_rules();
 
-/// A caption of the board, in forms and phrases drawn at random. It names all digits, row by row.
+/// A caption of the board, with random forms and phrases. It names all digits, row by row.
 Words draw_caption(const Board& board, const Grammar& grammar, Random& random);
 
-/// The words of the longest caption there can be.
+/// The number of words of the longest possible caption.
 int64_t longest_caption(const Grammar& grammar);
 
-/// Understands captions.
+/// Parses captions.
 class CaptionReader {
  public:
   /// The grammar must outlive this.
   explicit CaptionReader(const Grammar& grammar);
 
-  /// What the caption says is in each cell, in any order, a digit or kEmpty; nothing if it is not in the grammar, or says two
-  /// things of one cell.
-  std::optional<std::array<int64_t, examples::kCells>> read(const Words& caption) const;
+  /// The content of each cell according to the caption, a digit or kEmpty. Items may be in any order. Returns nothing if the
+  /// caption is not in the grammar, or names a cell twice.
+  std::optional<std::array<int64_t, kCells>> read(const Words& caption) const;
 
  private:
-  struct Item {
+  struct CaptionItem {
     size_t form;
     int64_t digit;
     int64_t cell;
   };
-  std::optional<Item> item_of(const Words& words) const;
+  std::optional<CaptionItem> item_of(const Words& words) const;
+  std::optional<std::array<int64_t, kCells>> read_items(const Words& words) const;
 
   const Grammar& grammar_;
-  std::vector<std::pair<Words, Words>> frames_;  // what stands before and behind the items
+  std::vector<std::pair<Words, Words>> frames_;  // the words before and after the items
   std::vector<Words> between_;
   std::vector<Words> before_last_;
 };

@@ -3,8 +3,11 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "common/board.h"
-#include "common/vocabulary.h"
+#include "common/grammar.h"
 
 namespace caption {
 namespace {
@@ -19,6 +22,21 @@ CrossAttentionBlockOptions block_options(int64_t features, int64_t heads, Attent
   return CrossAttentionBlockOptions(
              CrossAttentionOptions(features, features, features, features).num_heads(heads).attention_weights(weights))
       .norm_placement(xattn::NormPlacement::after);
+}
+
+constexpr auto kNever = -std::numeric_limits<double>::infinity();
+
+// Log-probabilities of the next word after each beginning, [B, n, vocabulary]. After an ended one only padding is possible.
+torch::Tensor next_words(Model& model,
+                         const torch::Tensor& words,
+                         const torch::Tensor& ended,
+                         const std::vector<xattn::Context>& images) {
+  const auto scores = std::get<0>(model->predict(words, images)).select(2, -1);  // [B, n, vocabulary]
+  const auto padding = torch::full_like(scores, kNever);
+  padding.select(2, Vocabulary::kPadding).zero_();
+  scores.select(2, Vocabulary::kPadding).fill_(kNever);  // never before the end
+  const auto next = scores.log_softmax(-1);
+  return torch::where(ended.unsqueeze(2), padding, next);
 }
 
 }  // namespace
@@ -38,10 +56,10 @@ std::tuple<torch::Tensor, torch::Tensor> DecoderLayerImpl::forward(const torch::
   const auto n = x.size(1);
   const auto T = x.size(2);
   const auto sentences = x.flatten(0, 1);  // [B * n, T, E]
-  const auto heard = std::get<0>(self_attention->forward(sentences, sentences, sentences, mask));
+  const auto y = std::get<0>(self_attention->forward(sentences, sentences, sentences, mask));
   // All sentences about one image are queries of the same batch entry, so that the image is not copied for each.
-  const auto [seen, weights] = cross_attention->attend(heard.reshape({B, n * T, -1}), image);
-  return {seen.view({B, n, T, -1}), weights.view({B, n, T, -1})};
+  const auto [z, weights] = cross_attention->attend(y.reshape({B, n * T, -1}), image);
+  return {z.view({B, n, T, -1}), weights.view({B, n, T, -1})};
 }
 
 ModelImpl::ModelImpl(const ModelOptions& options) : options(options) {
@@ -58,19 +76,19 @@ ModelImpl::ModelImpl(const ModelOptions& options) : options(options) {
   recogniser = register_module("recogniser", torch::nn::Linear(kFeatures, examples::kDigitKinds + 1));
 }
 
-torch::Tensor ModelImpl::see(const torch::Tensor& boards) {
+torch::Tensor ModelImpl::encode(const torch::Tensor& boards) {
   return examples::to_context(image_encoder->forward(boards));
 }
 
-std::vector<xattn::Context> ModelImpl::look(const torch::Tensor& features) {
+std::vector<xattn::Context> ModelImpl::contexts(const torch::Tensor& features) {
   const auto places = features + place;  // [B, 9, 96]
   std::vector<xattn::Context> images;
   for (auto& layer : layers) images.push_back(layer->cross_attention->context(places, places));
   return images;
 }
 
-std::tuple<torch::Tensor, torch::Tensor> ModelImpl::tell(const torch::Tensor& words,
-                                                         const std::vector<xattn::Context>& images) {
+std::tuple<torch::Tensor, torch::Tensor> ModelImpl::predict(const torch::Tensor& words,
+                                                            const std::vector<xattn::Context>& images) {
   const auto mask = xattn::Mask::causal(xattn::CausalAlignment::upper_left) &
                     xattn::Mask::key_padding(words.flatten(0, 1).ne(Vocabulary::kPadding));
   auto x = embedding->forward(words) + position.narrow(0, 0, words.size(2));  // [B, n, T, E]
@@ -81,6 +99,27 @@ std::tuple<torch::Tensor, torch::Tensor> ModelImpl::tell(const torch::Tensor& wo
 
 torch::Tensor ModelImpl::recognise(const torch::Tensor& features) {
   return recogniser->forward(features);
+}
+
+Decoded decode(Model& model, const std::vector<xattn::Context>& images, int64_t beams) {
+  const torch::NoGradGuard no_grad;
+  const auto B = images.at(0).batch_size();
+  const auto device = images.at(0).key().device();
+  const auto V = model->options.vocabulary;
+  auto words = torch::full({B, 1, 1}, Vocabulary::kEnd, torch::TensorOptions(torch::kInt64).device(device));  // [B, n, T]
+  auto sums = torch::zeros({B, 1}, torch::TensorOptions(device));                                             // [B, n]
+  auto ended = torch::zeros({B, 1}, torch::TensorOptions(torch::kBool).device(device));                       // [B, n]
+  for (int64_t i = 0; i <= model->options.longest && !ended.all().item<bool>(); ++i) {
+    const auto candidates = (sums.unsqueeze(2) + next_words(model, words, ended, images)).flatten(1);  // [B, n * V]
+    const auto kept = std::min(beams, candidates.size(1));
+    torch::Tensor best;
+    std::tie(sums, best) = candidates.topk(kept, /*dim=*/1);  // [B, n], sorted
+    const auto beginning = best.floor_divide(V);
+    const auto next = best.remainder(V);
+    words = torch::cat({words.gather(1, beginning.unsqueeze(2).expand({-1, -1, words.size(2)})), next.unsqueeze(2)}, /*dim=*/2);
+    ended = ended.gather(1, beginning).logical_or(next.eq(Vocabulary::kEnd));
+  }
+  return {words.select(1, 0).slice(1, 1), sums.select(1, 0)};
 }
 
 }  // namespace caption

@@ -17,17 +17,17 @@
 namespace caption {
 
 struct ModelOptions {
-  int64_t vocabulary;  ///< numbers of words in use
+  int64_t vocabulary;  ///< Vocabulary::size()
   int64_t longest;     ///< words of a caption
 };
 
-/// One layer of a Transformer decoder, as Vaswani et al. have it: each word asks the words before it, then the image.
+/// A layer of a Transformer decoder (Vaswani et al., 2017): each word attends to the words before it, then to the image.
 class DecoderLayerImpl : public torch::nn::Module {
  public:
   DecoderLayerImpl(int64_t features, int64_t heads);
 
   /// x [B, n, T, E], n sentences about each image; mask over the words, for B * n; image: `cross_attention->context(...)`.
-  /// Returns x [B, n, T, E] and where each word looked, [B, n, T, Lk], the mean over heads.
+  /// Returns x [B, n, T, E] and the attention weights of each word, [B, n, T, Lk], the mean over heads.
   std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& x,
                                                    const xattn::Mask& mask,
                                                    const xattn::Context& image);
@@ -37,7 +37,7 @@ class DecoderLayerImpl : public torch::nn::Module {
 };
 TORCH_MODULE(DecoderLayer);
 
-/// Image captioning: a CNN, and a Transformer decoder of two layers that looks at its features.
+/// Image captioning: a CNN, and a Transformer decoder of two layers that attends to its features.
 class ModelImpl : public torch::nn::Module {
  public:
   static constexpr int64_t kFeatures = 96;
@@ -46,18 +46,18 @@ class ModelImpl : public torch::nn::Module {
 
   explicit ModelImpl(const ModelOptions& options);
 
-  /// Where the places of the image are read from, once for each image: boards [B, 1, 24, 24] -> [B, 9, 96].
-  torch::Tensor see(const torch::Tensor& boards);
+  /// The features of the places of images: boards [B, 1, 24, 24] -> [B, 9, 96].
+  torch::Tensor encode(const torch::Tensor& boards);
 
-  /// What the decoder needs of images, made once and used for every word and every beam: one context for each layer.
-  std::vector<xattn::Context> look(const torch::Tensor& features);
+  /// One context for each layer, made once for an image and used for every word and every beam.
+  std::vector<xattn::Context> contexts(const torch::Tensor& features);
 
-  /// n sentences about each image: words int64 [B, n, T], each beginning with kEnd, padded with 0 behind.
-  /// Returns the scores of the word behind each, [B, n, T, vocabulary], and where it looked for it, [B, n, T, 9].
-  std::tuple<torch::Tensor, torch::Tensor> tell(const torch::Tensor& words, const std::vector<xattn::Context>& images);
+  /// n sentences about each image: words int64 [B, n, T], each beginning with kEnd, padded with 0 at the end.
+  /// Returns for each word the scores of the next one, [B, n, T, vocabulary], and its attention weights, [B, n, T, 9].
+  std::tuple<torch::Tensor, torch::Tensor> predict(const torch::Tensor& words, const std::vector<xattn::Context>& images);
 
-  /// Recognises digits without a decoder: features [B, 9, 96] -> scores of 0 to 9 and of the empty cell, [B, 9, 11]. Its loss
-  /// teaches the CNN to read, and it shows how many captions could be right if the decoder made no mistake.
+  /// Recognises digits without the decoder: features [B, 9, 96] -> scores of 0 to 9 and of the empty cell, [B, 9, 11]. Its loss
+  /// trains the CNN, and its accuracy shows how many captions could be right if the decoder made no mistake.
   torch::Tensor recognise(const torch::Tensor& features);
 
   ModelOptions options;
@@ -70,5 +70,16 @@ class ModelImpl : public torch::nn::Module {
   torch::nn::Linear recogniser{nullptr};
 };
 TORCH_MODULE(Model);
+
+/// The most probable captions of B images.
+struct Decoded {
+  torch::Tensor words;            ///< int64 [B, T], kEnd behind the last word, padded with 0
+  torch::Tensor log_probability;  ///< [B], the sum over the words
+};
+
+/// Captions of images as `contexts` returns them, word by word. With one beam each next word is the most probable one (greedy
+/// search); with n beams, the n most probable beginnings are kept. The beams share the contexts: nothing of an image is copied
+/// or computed again.
+Decoded decode(Model& model, const std::vector<xattn::Context>& images, int64_t beams);
 
 }  // namespace caption

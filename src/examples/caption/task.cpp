@@ -10,12 +10,7 @@
 namespace caption {
 namespace {
 
-using examples::kCells;
-using examples::kEmpty;
-using examples::kFewestDigits;
-using examples::kMostDigits;
-
-constexpr int64_t kEmptyClass = examples::kDigitKinds;  // of the recogniser
+constexpr int64_t kEmptyClass = kDigitKinds;  // of the recogniser
 
 int64_t class_of(int64_t digit) {
   return digit == kEmpty ? kEmptyClass : digit;
@@ -37,7 +32,7 @@ Tensors encode(const std::vector<Board>& boards,
   const auto B = static_cast<int64_t>(boards.size());
   const auto next = vocabulary.encode(captions);  // [B, T]
   const auto begin = torch::full({B, 1}, Vocabulary::kEnd, torch::kInt64);
-  // Moved by one word. kEnd at the end of the longest falls off; at the end of others it becomes padding.
+  // Shifted by one word. The kEnd of the longest caption drops out; those of the others are ignored like padding.
   const auto words = torch::cat({begin, next.slice(1, 0, -1)}, 1);  // [B, T]
   auto truth = torch::empty({B, kCells}, torch::kInt64);
   for (int64_t b = 0; b < B; ++b) {
@@ -56,9 +51,9 @@ std::vector<Board> draw_boards(const Digits& digits, int64_t count, Random& rand
   return boards;
 }
 
-examples::Step learn_from(Model& model, const Tensors& batch) {
-  const auto features = model->see(batch.boards);
-  const auto scores = std::get<0>(model->tell(batch.words, model->look(features)));  // [B, 1, T, vocabulary]
+TrainingStep learn_from(Model& model, const Tensors& batch) {
+  const auto features = model->encode(batch.boards);
+  const auto scores = std::get<0>(model->predict(batch.words, model->contexts(features)));  // [B, 1, T, vocabulary]
   const auto loss = loss_of(scores, batch.next, /*ignored=*/Vocabulary::kPadding) +
                     loss_of(model->recognise(features), batch.digits, /*ignored=*/-100);
   const auto real = batch.next.ne(Vocabulary::kPadding);
@@ -66,7 +61,7 @@ examples::Step learn_from(Model& model, const Tensors& batch) {
   return {loss, right / real.sum(), batch.boards.size(0)};
 }
 
-examples::Trainer::Forward training_step(Model model, const Digits& digits, const Grammar& grammar, torch::Device device) {
+Trainer::Forward training_step(Model model, const Digits& digits, const Grammar& grammar, torch::Device device) {
   constexpr int64_t kBoards = 32;
   return [=, vocabulary = Vocabulary(grammar.vocabulary())](Random& random) mutable {
     const auto boards = draw_boards(digits, kBoards, random);
@@ -79,26 +74,21 @@ examples::Trainer::Forward training_step(Model model, const Digits& digits, cons
 
 namespace {
 
-// words [T] as `decode` made them, of one image.
-examples::Example make_example(Model& model,
-                               const torch::Tensor& board,
-                               const torch::Tensor& words,
-                               const std::vector<xattn::Context>& image,
-                               const Vocabulary& vocabulary) {
+// words [T] as `decode` returns them, of one image.
+Example make_example(Model& model,
+                     const torch::Tensor& board,
+                     const torch::Tensor& words,
+                     const std::vector<xattn::Context>& image,
+                     const Vocabulary& vocabulary) {
   constexpr int64_t kZoom = 12;
-  const auto said = vocabulary.decode(words.cpu());
+  const auto caption = vocabulary.decode(words.cpu());
   const auto begin = torch::full({1}, Vocabulary::kEnd, words.options());
-  const auto told = torch::cat({begin, words.slice(0, 0, static_cast<int64_t>(said.size()))}).view({1, 1, -1});  // [1, 1, T]
-  // Where it looked before it said each word; the last row is of the end.
-  const auto weights = std::get<1>(model->tell(told, image)).cpu().view({-1, examples::kCellsPerSide, examples::kCellsPerSide});
-  examples::Example example = {.right = true,
-                               .title = examples::join(said),
-                               .answer = "",
-                               .truth = "",
-                               .picture = examples::board_picture(board, kZoom),
-                               .words = {},
-                               .map = {}};
-  for (size_t i = 0; i < said.size(); ++i) example.words.push_back({said[i], weights[static_cast<int64_t>(i)]});
+  const auto given =
+      torch::cat({begin, words.slice(0, 0, static_cast<int64_t>(caption.size()))}).view({1, 1, -1});  // [1, 1, T]
+  // The attention weights for each word; the last row is for the end.
+  const auto weights = std::get<1>(model->predict(given, image)).cpu().view({-1, kCellsPerSide, kCellsPerSide});
+  Example example = {.right = true, .title = join(caption), .picture = board_picture(board, kZoom)};
+  for (size_t i = 0; i < caption.size(); ++i) example.words.push_back({caption[i], weights[static_cast<int64_t>(i)]});
   return example;
 }
 
@@ -111,9 +101,9 @@ Score evaluate(Model& model,
                int64_t boards,
                int64_t beams,
                uint64_t seed,
-               std::vector<examples::Example>* examples) {
+               std::vector<Example>* examples) {
   constexpr int64_t kAtOnce = 100;   // boards
-  constexpr int64_t kExamples = 12;  // right ones, and as many wrong ones
+  constexpr int64_t kExamples = 12;  // of right and of wrong captions
   const torch::NoGradGuard no_grad;
   model->eval();
   const Vocabulary vocabulary(grammar.vocabulary());
@@ -131,8 +121,8 @@ Score evaluate(Model& model,
     std::vector<Words> truths;
     for (const auto& board : drawn) truths.push_back(draw_caption(board, grammar, random));
     const auto batch = encode(drawn, truths, digits, vocabulary);
-    const auto features = model->see(batch.boards.to(device));
-    const auto decoded = decode(model, model->look(features), beams).words.cpu();  // [B, T]
+    const auto features = model->encode(batch.boards.to(device));
+    const auto decoded = decode(model, model->contexts(features), beams).words.cpu();  // [B, T]
     score.recognised += model->recognise(features).argmax(-1).cpu().eq(batch.digits).all(1).sum().item<int64_t>();
     score.boards += decoded.size(0);
     for (int64_t b = 0; b < decoded.size(0); ++b) {
@@ -149,10 +139,10 @@ Score evaluate(Model& model,
         }
       }
       if (examples != nullptr && (right ? right_shown : wrong_shown)++ < kExamples) {
-        auto example =
-            make_example(model, batch.boards[b][0], decoded[b].to(device), model->look(features.narrow(0, b, 1)), vocabulary);
+        auto example = make_example(model, batch.boards[b][0], decoded[b].to(device), model->contexts(features.narrow(0, b, 1)),
+                                    vocabulary);
         example.right = right;
-        if (!right) example.truth = examples::join(truths[static_cast<size_t>(b)]);
+        if (!right) example.truth = join(truths[static_cast<size_t>(b)]);
         examples->push_back(std::move(example));
       }
     }
@@ -160,13 +150,32 @@ Score evaluate(Model& model,
   return score;
 }
 
-examples::Example describe(
-    Model& model, const torch::Tensor& board, const Vocabulary& vocabulary, torch::Device device, int64_t beams) {
+Example describe(Model& model, const torch::Tensor& board, const Vocabulary& vocabulary, torch::Device device, int64_t beams) {
   const torch::NoGradGuard no_grad;
   model->eval();
-  const auto image = model->look(model->see(board.unsqueeze(0).to(device)));  // of [1, 1, 24, 24]
+  const auto image = model->contexts(model->encode(board.unsqueeze(0).to(device)));  // of [1, 1, 24, 24]
   const auto decoded = decode(model, image, beams);
   return make_example(model, board[0], decoded.words[0], image, vocabulary);
+}
+
+Trained make_model(Grammar grammar) {
+  const ModelOptions options = {.vocabulary = Vocabulary(grammar.vocabulary()).size(), .longest = longest_caption(grammar)};
+  return {Model(options), std::move(grammar), {}};
+}
+
+std::map<std::string, std::string> metadata_of(const Grammar& grammar) {
+  return {{"program", kProgram}, {"grammar", grammar.text()}};
+}
+
+Trained make_again(const TrainedModel& file) {
+  return make_model({file.text("grammar"), "the grammar in " + file.path, caption_rules()});
+}
+
+Trained load_trained(const std::string& path, torch::Device device) {
+  const auto file = read_trained_model(path, kProgram);
+  auto trained = make_again(file);
+  trained.curves = load_weights(*trained.model, file, device);
+  return trained;
 }
 
 }  // namespace caption

@@ -4,19 +4,18 @@
 #include <torch/types.h>
 
 #include <cstdint>
+#include <map>
+#include <string>
 #include <vector>
 
 #include "caption/captions.h"
-#include "caption/decode.h"
 #include "caption/model.h"
-#include "common/digits.h"
-#include "common/report.h"
-#include "common/trainer.h"
-#include "common/vocabulary.h"
+#include "common/trained_model.h"
 
+// Training and evaluating the model, and its checkpoints.
 namespace caption {
 
-using examples::Vocabulary;
+inline constexpr auto kProgram = "caption";
 
 /// B boards with a caption each, as the model takes them.
 struct Tensors {
@@ -26,32 +25,32 @@ struct Tensors {
   torch::Tensor digits;  ///< int64 [B, 9]: 0 to 9, and 10 for an empty cell
 };
 
-/// With `hands` the digits are written by other hands; see `jitter`.
+/// With `hands` the digits are changed by `jitter`.
 Tensors encode(const std::vector<Board>& boards,
                const std::vector<Words>& captions,
                const Digits& digits,
                const Vocabulary& vocabulary,
                Random* hands = nullptr);
 
-/// Boards of 2 to 6 digits, each number as often as the others.
+/// Boards of 2 to 6 digits, each number equally often.
 std::vector<Board> draw_boards(const Digits& digits, int64_t count, Random& random);
 
-/// Teacher forcing: the loss of each next word, given the true words before it, and that of the recogniser.
-examples::Step learn_from(Model& model, const Tensors& batch);
+/// Teacher forcing: the loss of each next word, given the true words before it, and the loss of the recogniser.
+TrainingStep learn_from(Model& model, const Tensors& batch);
 
-/// What `examples::Trainer` does in each step: a new batch of boards, other hands.
-examples::Trainer::Forward training_step(Model model, const Digits& digits, const Grammar& grammar, torch::Device device);
+/// A step of Trainer: a new batch of boards, changed by `jitter`.
+Trainer::Forward training_step(Model model, const Digits& digits, const Grammar& grammar, torch::Device device);
 
-/// How many captions are right from the first word to the last: in the grammar, and true of every cell.
+/// A caption is right if it is in the grammar and true of every cell.
 struct Score {
   int64_t boards = 0;
   int64_t right = 0;
-  int64_t recognised = 0;             ///< boards of which the recogniser alone reads every cell rightly
-  std::vector<examples::Rate> sizes;  ///< right captions, by the number of digits on the board
-  examples::Confusion confusion;      ///< of the cells in captions that are in the grammar
+  int64_t recognised = 0;   ///< boards on which the recogniser alone reads every cell correctly
+  std::vector<Rate> sizes;  ///< right captions, by the number of digits on the board
+  Confusion confusion;      ///< of the cells in captions that are in the grammar
 };
 
-/// Describes boards of these digits, the same ones for the same seed. If `examples` is given, some go there.
+/// Describes boards of these digits, the same ones for the same seed. If `examples` is given, it gets some of them.
 Score evaluate(Model& model,
                const Digits& digits,
                const Grammar& grammar,
@@ -59,10 +58,28 @@ Score evaluate(Model& model,
                int64_t boards,
                int64_t beams,
                uint64_t seed,
-               std::vector<examples::Example>* examples = nullptr);
+               std::vector<Example>* examples = nullptr);
 
-/// One board [1, 24, 24] described, with where the model looked for every word.
-examples::Example describe(
-    Model& model, const torch::Tensor& board, const Vocabulary& vocabulary, torch::Device device, int64_t beams);
+/// The caption of one board [1, 24, 24], with the attention map of every word.
+Example describe(Model& model, const torch::Tensor& board, const Vocabulary& vocabulary, torch::Device device, int64_t beams);
+
+/// A model, with the grammar and the curves of its training.
+struct Trained {
+  Model model = nullptr;
+  Grammar grammar;
+  std::vector<Curve> curves;
+};
+
+/// A model with fresh weights for this grammar.
+Trained make_model(Grammar grammar);
+
+/// The metadata of the model's checkpoint.
+std::map<std::string, std::string> metadata_of(const Grammar& grammar);
+
+/// The model that a file describes, with fresh weights.
+Trained make_again(const TrainedModel& file);
+
+/// The model of a checkpoint, on the device and in evaluation mode. Throws xattn::FileError, naming the file.
+Trained load_trained(const std::string& path, torch::Device device);
 
 }  // namespace caption

@@ -10,13 +10,13 @@ void BatchNormImpl::_check_input_dim(const torch::Tensor& x) {
 }
 
 torch::Tensor BatchNormImpl::forward(const torch::Tensor& x) {
-  if (!is_training() || team.size() == 1) return torch::nn::BatchNormImplBase<2, BatchNormImpl>::forward(x);
+  if (!is_training() || processes.size() == 1) return torch::nn::BatchNormImplBase<2, BatchNormImpl>::forward(x);
   _check_input_dim(x);
   const auto of_channels = [](const torch::Tensor& y) { return y.view({1, -1, 1, 1}); };
-  const auto n = team.sum(torch::tensor(static_cast<float>(x.numel() / x.size(1)))).item<double>();
-  const auto mean = team.sum(x.sum({0, 2, 3})) / n;
+  const auto n = processes.sum(torch::tensor(static_cast<float>(x.numel() / x.size(1)))).item<double>();
+  const auto mean = processes.sum(x.sum({0, 2, 3})) / n;
   const auto centred = x - of_channels(mean);
-  const auto variance = team.sum(centred.square().sum({0, 2, 3})) / n;
+  const auto variance = processes.sum(centred.square().sum({0, 2, 3})) / n;
   {
     const torch::NoGradGuard no_grad;
     const auto momentum = options.momentum().value_or(0.1);
@@ -27,9 +27,9 @@ torch::Tensor BatchNormImpl::forward(const torch::Tensor& x) {
   return centred * of_channels((variance + options.eps()).rsqrt() * weight) + of_channels(bias);
 }
 
-void set_team(torch::nn::Module& model, const Team& team) {
+void set_processes(torch::nn::Module& model, const Processes& processes) {
   for (const auto& module : model.modules()) {
-    if (auto* norm = module->as<BatchNormImpl>()) norm->team = team;
+    if (auto* norm = module->as<BatchNormImpl>()) norm->processes = processes;
   }
 }
 

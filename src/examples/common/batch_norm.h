@@ -8,8 +8,8 @@
 
 namespace examples {
 
-/// torch::nn::BatchNorm2d, that takes its statistics over the batches of a whole team, and so gives what one process with all of the
-/// batch would. Parameters and buffers have the same names.
+/// torch::nn::BatchNorm2d with statistics over the parts of the batch that all processes hold together: the result is that of
+/// one process with the whole batch. Parameters and buffers have the same names.
 class BatchNormImpl : public torch::nn::BatchNormImplBase<2, BatchNormImpl> {
  public:
   using torch::nn::BatchNormImplBase<2, BatchNormImpl>::BatchNormImplBase;
@@ -17,14 +17,14 @@ class BatchNormImpl : public torch::nn::BatchNormImplBase<2, BatchNormImpl> {
   /// x [B, C, h, w] -> the same.
   torch::Tensor forward(const torch::Tensor& x);
 
-  Team team;
+  Processes processes;
 
  protected:
   void _check_input_dim(const torch::Tensor& x) override;
 };
 TORCH_MODULE(BatchNorm);
 
-/// Makes the norms of a model those of a team.
-void set_team(torch::nn::Module& model, const Team& team);
+/// Sets the processes of every BatchNorm in the model.
+void set_processes(torch::nn::Module& model, const Processes& processes);
 
 }  // namespace examples

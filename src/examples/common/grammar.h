@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <torch/types.h>
+
 #include <cstdint>
 #include <map>
 #include <string>
@@ -8,10 +10,10 @@
 
 #include "common/random.h"
 
-// Sentences from an editable file. Its two kinds of lines, besides empty ones and comments (#):
+// Sentences from an editable file. Beside empty lines and comments (#) it has two kinds of lines:
 //
-//   slot cell 2: top right | upper right      what a phrase stands for
-//   place: what is in the {cell}              one form of a kind; {cell} is any phrase of that slot
+//   slot cell 2: top right | upper right      the phrases for a value of a slot
+//   place: what is in the {cell}              a form of a kind of sentence; {cell} is any phrase of that slot
 namespace examples {
 
 using Words = std::vector<std::string>;
@@ -25,11 +27,11 @@ Words split(const std::string& text);
 /// The words with spaces between, but none before a comma.
 std::string join(const Words& words);
 
-/// What a program understands: anything else in its grammar is an error.
+/// The slots and kinds that a program understands; anything else in its grammar is an error.
 struct GrammarRules {
-  /// The values of each slot, in order. The phrases of a value are asked for by its number in this order.
+  /// The values of each slot, numbered in this order.
   std::map<std::string, std::vector<std::string>> slots;
-  /// For each kind of form the slots that it may have together, sorted, one entry for each meaning.
+  /// For each kind of form, the sets of slots that it may have, each sorted.
   std::map<std::string, std::vector<std::vector<std::string>>> kinds;
 };
 
@@ -41,24 +43,24 @@ class Grammar {
   };
 
   static constexpr size_t kMostBytes = 1'000'000;  ///< of the text
-  static constexpr size_t kMostKnown = 10'000;     ///< words in all: a model has weights for each
+  static constexpr size_t kMostKnown = 10'000;     ///< different words: a model has weights for each
   static constexpr size_t kMostWords = 32;         ///< of a phrase or form
   static constexpr size_t kLongestWord = 100;      ///< in bytes
 
-  /// Throws xattn::FileError with `name` (of the file) and the number of the line for a line that is neither a slot nor a
-  /// form, a slot, value, kind or meaning that the rules do not have, for a value or kind of the rules that the text does not
-  /// have, and for a text over the limits.
+  /// Throws xattn::FileError with `name` (of the file) and the line number if a line is neither a slot nor a form, or has a
+  /// slot, value, kind or set of slots that is not in the rules; if the text lacks a value or kind of the rules; and if it
+  /// exceeds the limits.
   Grammar(std::string text, const std::string& name, const GrammarRules& rules);
 
   const std::vector<Form>& forms(const std::string& kind) const { return forms_.at(kind); }
   const std::vector<Words>& phrases(const std::string& slot, int64_t value) const {
     return phrases_.at(slot).at(static_cast<size_t>(value));
   }
-  /// Each word once: those of the phrases, then those of the forms, in the order of the text.
+  /// Every word once: the words of the phrases, then those of the forms, in the order of the text.
   const Words& vocabulary() const { return vocabulary_; }
   const std::string& text() const { return text_; }
 
-  /// The form with its slots filled, in order, by phrases drawn at random for these values.
+  /// The form with its slots filled, in order, with random phrases for these values.
   Words say(const Form& form, const std::vector<int64_t>& values, Random& random) const;
 
  private:
@@ -68,7 +70,35 @@ class Grammar {
   Words vocabulary_;
 };
 
-/// Throws xattn::FileError, naming the file, if it is no regular file that can be read.
+/// Throws xattn::FileError, naming the file, unless it is a regular file that can be read.
 Grammar read_grammar(const std::string& path, const GrammarRules& rules);
+
+/// Words and their numbers.
+class Vocabulary {
+ public:
+  static constexpr int64_t kPadding = 0;  ///< fills up short sentences
+  static constexpr int64_t kEnd = 1;      ///< ends each sentence
+  static constexpr int64_t kFirstWord = 2;
+
+  explicit Vocabulary(Words words);
+
+  /// All numbers are below this.
+  int64_t size() const { return static_cast<int64_t>(words_.size()) + kFirstWord; }
+  const Words& words() const { return words_; }
+
+  /// Throws std::runtime_error for an unknown word, naming the nearest known ones.
+  int64_t number(const std::string& word) const;
+  const std::string& word(int64_t number) const { return words_.at(static_cast<size_t>(number - kFirstWord)); }
+
+  /// Sentences, each with kEnd behind its words, padded to the longest: int64 [N, T].
+  torch::Tensor encode(const std::vector<Words>& sentences) const;
+
+  /// The words of [T] numbers up to kEnd or kPadding.
+  Words decode(const torch::Tensor& numbers) const;
+
+ private:
+  Words words_;
+  std::map<std::string, int64_t> numbers_;
+};
 
 }  // namespace examples

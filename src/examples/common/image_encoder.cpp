@@ -11,7 +11,7 @@ namespace examples {
 namespace {
 
 torch::nn::Conv2dOptions convolution(int64_t in, int64_t out, int64_t size) {
-  return torch::nn::Conv2dOptions(in, out, size).bias(false);  // the norm behind it has a bias
+  return torch::nn::Conv2dOptions(in, out, size).bias(false);  // the norm after it has a bias
 }
 
 }  // namespace

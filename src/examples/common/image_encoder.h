@@ -10,7 +10,7 @@
 
 namespace examples {
 
-/// A small convolutional network. It halves the picture three times; then each place sees its neighbours.
+/// A small convolutional network. It halves the picture three times; the last convolution combines neighbouring places.
 class ImageEncoderImpl : public torch::nn::Cloneable<ImageEncoderImpl> {
  public:
   explicit ImageEncoderImpl(int64_t features) : features_(features) { reset(); }

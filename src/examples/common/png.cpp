@@ -16,7 +16,7 @@ namespace examples {
 namespace {
 
 constexpr int64_t kMaxPixels = 64'000'000;  // 192 MB as a tensor
-constexpr uint64_t kMaxBytes = 1 << 29;     // as many pixels of 16 bits in four channels, uncompressed
+constexpr uint64_t kMaxBytes = 1 << 29;     // of the file: as many pixels of 16 bits in four channels, uncompressed
 
 // libpng's simplified interface, which keeps its errors in `message`.
 struct Image : png_image {
@@ -43,7 +43,7 @@ torch::Tensor read_png(const std::string& path) {
     fail(fmt::format("it has {} x {} pixels, more than {} million", width, height, kMaxPixels / 1'000'000));
   }
   image.format = PNG_FORMAT_RGB;
-  image.flags |= PNG_IMAGE_FLAG_16BIT_sRGB;  // as with 8 bits; the default takes 16 bits for linear light
+  image.flags |= PNG_IMAGE_FLAG_16BIT_sRGB;  // otherwise libpng takes 16 bits for linear light
   const png_color white = {255, 255, 255};
   const auto pixels = at::empty({height, width, 3}, torch::kUInt8);
   if (!png_image_finish_read(&image, &white, pixels.mutable_data_ptr(), /*row_stride=*/0, /*colormap=*/nullptr)) {

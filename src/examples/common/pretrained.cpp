@@ -22,13 +22,13 @@ torch::Tensor read_bytes(const std::string& path) {
   return bytes;
 }
 
-// Of a checkpoint, where it may be any tensor.
+// The tensor may come from any checkpoint.
 torch::Tensor plain_bytes(const torch::Tensor& bytes, const std::string& name) {
   if (bytes.scalar_type() != torch::kUInt8 || bytes.dim() != 1) {
     throw std::runtime_error(
         fmt::format("{}: must be uint8 [N], but is {} {}", name, c10::getDtypeNames(bytes.scalar_type()).first, bytes.sizes()));
   }
-  return bytes.contiguous();  // which a view of one byte, shown many times, is not
+  return bytes.contiguous();  // it may be an expanded view
 }
 
 torch::jit::Module load_module(const torch::Tensor& bytes, const std::string& name, torch::jit::ExtraFilesMap& extra_files) {

@@ -10,23 +10,23 @@
 
 namespace examples {
 
-/// A TorchScript module in a file, as a frozen encoder: it is run in evaluation mode and without gradients, and is no part of
-/// the parameters of the model that uses it. LibTorch RUNS CODE FROM THE FILE: use files that you trust.
+/// A TorchScript module in a file, as a frozen encoder: it runs in evaluation mode and without gradients, and its parameters do
+/// not belong to the model that uses it. LibTorch RUNS CODE FROM THE FILE: use only files that you trust.
 class PretrainedImpl : public torch::nn::Module {
  public:
-  /// Throws std::runtime_error, naming the file, if it is no regular file that can be read, or no TorchScript module.
+  /// Throws std::runtime_error, naming the file, unless it is a regular file that can be read and holds a TorchScript module.
   explicit PretrainedImpl(const std::string& path);
 
-  /// The same from `bytes()`, uint8 [N]; `name` is for messages.
+  /// The same from `bytes()`, uint8 [N]. name: for messages.
   PretrainedImpl(const torch::Tensor& bytes, std::string name);
 
-  /// One tensor in, one out. Throws std::runtime_error, naming the file, if the module does something else.
+  /// Throws std::runtime_error, naming the file, unless the module maps one tensor to one tensor.
   torch::Tensor forward(const torch::Tensor& x);
 
-  /// The file as uint8 [N]: what a checkpoint keeps, so that it needs no second file.
+  /// The file as uint8 [N]; a checkpoint keeps it, so that no second file is needed.
   const torch::Tensor& bytes() const { return bytes_; }
 
-  /// The text kept in the file beside the module under this name; empty if there is none.
+  /// The text that the file holds under this name beside the module; empty if there is none.
   std::string extra_file(const std::string& name) const;
 
   const std::string& file_name() const { return name_; }

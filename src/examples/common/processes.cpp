@@ -14,11 +14,11 @@
 namespace examples {
 namespace {
 
-constexpr auto kTimeout = std::chrono::minutes(5);  // the leader may be writing a checkpoint meanwhile
+constexpr auto kTimeout = std::chrono::minutes(5);  // the first process may be writing a checkpoint
 
 using GroupPtr = c10::intrusive_ptr<c10d::ProcessGroup>;
 
-// Gloo's errors are runtime errors, which LibTorch's others are not; NCCL's are c10::DistBackendError.
+// Gloo throws std::runtime_error, unlike the rest of LibTorch; NCCL throws c10::DistBackendError.
 void exchange_in(const GroupPtr& group, const std::function<void()>& exchange) {
   const auto fail = [&group](const std::exception& error) {
     const std::string what = error.what();
@@ -42,7 +42,7 @@ torch::Tensor sum_of_all(const torch::Tensor& x, const GroupPtr& group) {
   return tensors[0];
 }
 
-// What one process's number does to the loss of all: each of their gradients counts.
+// The gradient of one process's x is the sum of the gradients in all processes, because x takes part in the loss of each.
 struct Sum : torch::autograd::Function<Sum> {
   static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& x, const GroupPtr& group) {
     context->saved_data["group"] = c10::IValue::make_capsule(group);
@@ -57,35 +57,35 @@ struct Sum : torch::autograd::Function<Sum> {
 
 }  // namespace
 
-Team Team::from_environment(torch::Device device) {
-  Team team;
+Processes Processes::from_environment(torch::Device device) {
+  Processes processes;
   const auto place = launch::find_place();
-  if (place && place->size > 1) team.group_ = launch::join(*place, device, kTimeout);
-  return team;
+  if (place && place->size > 1) processes.group_ = launch::join(*place, device, kTimeout);
+  return processes;
 }
 
-torch::Device Team::device_of(torch::Device device) {
+torch::Device Processes::device_of(torch::Device device) {
   const auto place = launch::find_place();
   if (!place || !device.is_cuda() || device.has_index()) return device;
   return {torch::kCUDA, static_cast<c10::DeviceIndex>(place->local_rank)};
 }
 
-torch::Tensor Team::part_of(const torch::Tensor& batch) const {
+torch::Tensor Processes::part_of(const torch::Tensor& batch) const {
   const auto n = batch.size(0);
   if (n < size()) throw std::runtime_error(fmt::format("a batch of {} cannot be shared by {} processes", n, size()));
   const auto first = n * rank() / size();
   return batch.narrow(0, first, n * (rank() + 1) / size() - first);
 }
 
-void Team::together(const std::function<void()>& exchange) const {
+void Processes::together(const std::function<void()>& exchange) const {
   group_ ? exchange_in(group_, exchange) : exchange();
 }
 
-torch::Tensor Team::sum(const torch::Tensor& x) const {
+torch::Tensor Processes::sum(const torch::Tensor& x) const {
   return group_ ? Sum::apply(x, group_) : x;
 }
 
-bool Team::any(bool here) const {
+bool Processes::any(bool here) const {
   return group_ ? sum(torch::tensor(here ? 1.0F : 0.0F)).item<float>() > 0 : here;
 }
 

@@ -10,22 +10,22 @@
 
 namespace examples {
 
-/// Another process of the team has failed, or did not answer in time: the team is of no more use.
+/// Another process has failed, or did not answer in time: the processes cannot exchange anything any more.
 class LostProcess : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
-/// The processes that train one model together, each on its part of every batch: started by scripts/launch.sh, torchrun or mpirun.
-/// Alone, if it was started alone. Copies are the same team.
-class Team {
+/// The processes that train one model together, each on its part of every batch, started by scripts/launch.sh, torchrun or
+/// mpirun; a single process if it was started alone. Copies share one process group.
+class Processes {
  public:
-  Team() = default;
+  Processes() = default;
 
-  /// Waits for the others. Throws std::invalid_argument or std::runtime_error, see launch.h.
-  static Team from_environment(torch::Device device);
+  /// Waits for the other processes. Throws std::invalid_argument or std::runtime_error, see launch.h.
+  static Processes from_environment(torch::Device device);
 
-  /// The device for this process: of several CUDA devices its own.
+  /// The device of this process: with several CUDA devices each process on a machine has its own.
   static torch::Device device_of(torch::Device device);
 
   int rank() const { return group_ ? group_->getRank() : 0; }
@@ -33,16 +33,17 @@ class Team {
   bool leads() const { return rank() == 0; }
   const c10::intrusive_ptr<c10d::ProcessGroup>& group() const { return group_; }
 
-  /// This process's part of a batch whose first axis is its examples. Throws std::runtime_error if there are fewer than processes.
+  /// This process's part of a batch, whose first axis counts examples. Throws std::runtime_error if these are fewer than the
+  /// processes.
   torch::Tensor part_of(const torch::Tensor& batch) const;
 
-  /// Does what exchanges something with the others. Throws LostProcess where that fails; what else it throws passes.
+  /// Runs an exchange with the other processes. Throws LostProcess if the exchange fails; other errors pass through.
   void together(const std::function<void()>& exchange) const;
 
-  /// The sum of all processes' numbers, got `together`; x may ask for its gradient, which is that of all processes' losses together.
+  /// The sum of x over all processes, by `together`. Differentiable: the gradient of x is that of the sum of all losses.
   torch::Tensor sum(const torch::Tensor& x) const;
 
-  /// Whether it is so in any process.
+  /// Whether it is true in any process.
   bool any(bool here) const;
 
  private:

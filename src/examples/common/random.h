@@ -12,7 +12,7 @@
 
 namespace examples {
 
-/// Draws, all of them from one seed. Copies share their state.
+/// Random numbers from one seed. Copies share their state.
 class Random {
  public:
   explicit Random(uint64_t seed) : generator_(at::make_generator<at::CPUGeneratorImpl>(seed)) {}
@@ -23,7 +23,7 @@ class Random {
     return static_cast<int64_t>(bits % static_cast<uint64_t>(n));
   }
 
-  /// True once in n.
+  /// True with probability 1/n.
   bool once_in(int64_t n) { return below(n) == 0; }
 
   template <typename T>
@@ -38,10 +38,10 @@ class Random {
     }
   }
 
-  /// For draws of whole tensors.
+  /// For random tensors.
   at::Generator& generator() { return generator_; }
 
-  /// uint8 [N]; what `set_state` takes to go on from here.
+  /// uint8 [N], for `set_state` to continue from here.
   torch::Tensor state() { return generator_.get_state(); }
   void set_state(const torch::Tensor& state) { generator_.set_state(state); }
 

@@ -25,11 +25,9 @@ std::string base64(std::string_view bytes) {
   std::string text;
   for (size_t i = 0; i < bytes.size(); i += 3) {
     const auto bits = byte(i) << 16 | byte(i + 1) << 8 | byte(i + 2);
-    for (const int shift : {18, 12, 6, 0}) {
-      text += kDigits[bits >> shift & 63];
-    }
+    for (const int shift : {18, 12, 6, 0}) text += kDigits[bits >> shift & 63];
   }
-  // What stands for bytes behind the end becomes padding.
+  // Digits for bytes after the end become padding.
   const auto padding = text.size() - (bytes.size() * 4 + 2) / 3;
   return text.replace(text.size() - padding, padding, padding, '=');
 }
@@ -48,21 +46,17 @@ Json rows_of(const torch::Tensor& table) {
 }
 
 Json map_json(const torch::Tensor& map) {
-  if (!map.defined()) {
-    return nullptr;
-  }
+  if (!map.defined()) return nullptr;
   TORCH_CHECK_VALUE(map.is_floating_point() && map.dim() == 2 && map.numel() > 0,
                     "[write_report] map must be float [rows, columns], but is ", map.scalar_type(), " ", map.sizes(), ".");
-  constexpr auto kPrecision = 1e6;  // finer than the eye sees, and it keeps the page small
+  constexpr auto kPrecision = 1e6;  // finer than visible, and keeps the page small
   const auto weights = map.detach().to(torch::kCPU, torch::kFloat64).nan_to_num(/*nan=*/0);
   return rows_of<double>((weights * kPrecision).round() / kPrecision);
 }
 
 Json confusion_json(const Confusion& confusion) {
   const auto& [labels, counts] = confusion;
-  if (labels.empty()) {
-    return nullptr;
-  }
+  if (labels.empty()) return nullptr;
   const auto n = static_cast<int64_t>(labels.size());
   TORCH_CHECK_VALUE(counts.scalar_type() == torch::kInt64 && counts.sizes() == torch::IntArrayRef({n, n}),
                     "[write_report] counts of ", n, " labels must be int64 [", n, ", ", n, "], but are ",
@@ -72,9 +66,7 @@ Json confusion_json(const Confusion& confusion) {
 
 Json example_json(const Example& example) {
   auto words = Json::array();
-  for (const auto& word : example.words) {
-    words.push_back({{"text", word.text}, {"map", map_json(word.map)}});
-  }
+  for (const auto& word : example.words) words.push_back({{"text", word.text}, {"map", map_json(word.map)}});
   return {{"right", example.right},
           {"title", example.title},
           {"answer", example.answer},
@@ -86,9 +78,7 @@ Json example_json(const Example& example) {
 
 Json report_json(const Report& report) {
   auto facts = Json::array();
-  for (const auto& [name, value] : report.facts) {
-    facts.push_back({{"name", name}, {"value", value}});
-  }
+  for (const auto& [name, value] : report.facts) facts.push_back({{"name", name}, {"value", value}});
   auto curves = Json::array();
   for (const auto& [name, steps, values] : report.curves) {
     TORCH_CHECK_VALUE(steps.size() == values.size(), "[write_report] the curve \"", name,
@@ -102,9 +92,7 @@ Json report_json(const Report& report) {
   auto shown = Json::array();
   for (const bool right : {false, true}) {
     for (const auto& example : report.examples) {
-      if (example.right == right) {
-        shown.push_back(example_json(example));
-      }
+      if (example.right == right) shown.push_back(example_json(example));
     }
   }
   return {{"title", report.title}, {"summary", report.summary},
@@ -122,7 +110,7 @@ void replace_all(std::string& text, std::string_view from, std::string_view to) 
 }  // namespace
 
 void write_report(const std::string& path, const Report& report) {
-  // Bytes that are no UTF-8 become U+FFFD. Without "<" no text can end the element that holds the data.
+  // Invalid UTF-8 becomes U+FFFD. Without "<" no text can end the element that holds the data.
   auto data = report_json(report).dump(/*indent=*/-1, ' ', /*ensure_ascii=*/false, Json::error_handler_t::replace);
   replace_all(data, "<", "\\u003c");
   std::string page = kReportHtml;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <torch/nn/module.h>
 #include <torch/types.h>
 
 #include <chrono>
@@ -8,66 +9,70 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 #include "common/trainer.h"
 
-// A checkpoint is a safetensors file: the tensors of the model as "model.NAME", and in its metadata who wrote it ("program")
-// and all that it takes to make the model again.
+// A checkpoint is a safetensors file. It holds the tensors of the model as "model.NAME"; its metadata names the program that
+// wrote it ("program") and describes the model completely.
 namespace examples {
 
-struct Checkpoint {
+/// The contents of a checkpoint, or of the state of a training.
+struct TrainedModel {
   std::string path;
   std::map<std::string, std::string> metadata;
   std::map<std::string, torch::Tensor> tensors;
 
   /// Throws xattn::FileError if the metadata has no such entry.
   const std::string& text(const std::string& name) const;
-  /// The value of `key` in the JSON object that the metadata has under this name. Throws xattn::FileError likewise, and if it is
-  /// no such object, or the value is no T: std::string, bool, int64_t or uint64_t.
-  template <typename T>
-  T value(const std::string& name, const std::string& key) const;
+  /// The value of `key` in the JSON object that is the metadata's entry `name`. Throws xattn::FileError if there is no such
+  /// object or value, or the value is not of this kind: `is_kind` tests it, `kind` is its name in the message.
+  nlohmann::json value(const std::string& name,
+                       const std::string& key,
+                       bool (nlohmann::json::*is_kind)() const,
+                       const char* kind) const;
 };
 
-/// Does what makes something of a file. Whatever that throws becomes an xattn::FileError that names the file.
+/// Runs `make`, which makes something from a file. Any error becomes an xattn::FileError that names the file.
 void naming_file(const std::string& path, const std::function<void()>& make);
 
-/// Whether code that a checkpoint holds, pretrained encoders in TorchScript, may be run.
+/// Whether code in a checkpoint may be run: pretrained encoders in TorchScript.
 enum class Code { refuse, run };
 
 /// Throws xattn::FileError, naming the file, unless `program` wrote it.
-Checkpoint read_checkpoint(const std::string& path, const std::string& program);
+TrainedModel read_trained_model(const std::string& path, const std::string& program);
 
-/// What the training was made with that a checkpoint is of. Throws xattn::FileError.
-TrainerOptions training_of(const Checkpoint& checkpoint);
+/// Loads the weights into a model that was made for them, moves it to the device, and sets evaluation mode. Returns the curves
+/// of its training. Throws xattn::FileError, naming the file.
+std::vector<Curve> load_weights(torch::nn::Module& model, const TrainedModel& file, torch::Device device);
+
+/// The options of the training that made the file. Throws xattn::FileError.
+TrainerOptions training_of(const TrainedModel& file);
 
 /// What to do with the state of a training that was stopped.
 enum class Start { fresh, resume, restart };
 
-inline Start start_of(bool resume, bool restart) {
-  return resume ? Start::resume : restart ? Start::restart : Start::fresh;
-}
-
-/// A training that can be stopped and taken up again.
+/// A training that can be stopped and continued.
 struct TrainingRun {
-  std::string program;                          ///< as users call it
-  std::string output;                           ///< the checkpoint to write at the end
-  const char* unit;                             ///< what is counted, see ProgressBar
-  std::map<std::string, std::string> metadata;  ///< of the checkpoint; that of the training is added
-  std::map<std::string, torch::Tensor> extra;   ///< tensors that go into the file beside the model's own
-  std::string resume_options = {};              ///< what `train --resume` needs beside --output: " --trust-code"
+  std::string program;                               ///< its name on the command line
+  std::string output;                                ///< the checkpoint to write at the end
+  std::string unit;                                  ///< what is counted, see ProgressBar
+  std::map<std::string, std::string> metadata = {};  ///< of the checkpoint; the options of the training are added
+  std::map<std::string, torch::Tensor> extra = {};   ///< tensors of the checkpoint beside the model's own
+  std::string resume_options = {};                   ///< what `train --resume` needs beside --output: " --trust-code"
   std::chrono::milliseconds between_saves = std::chrono::seconds(30);
 
-  /// Where the state of the training is kept until it is done: output + ".training".
+  /// The file that keeps the state of the training until it is done.
   std::string state_path() const { return output + ".training"; }
 
   /// Before anything else: throws xattn::FileError if the checkpoint or the state could not be written, and program::UsageError
-  /// for a fresh start where the state of a training that was stopped would be lost.
+  /// if a fresh start would overwrite the state of a training that was stopped.
   void check_outputs(Start start) const;
 
   /// Trains to the end with a progress bar, writes the checkpoint and removes the state. Saves the state twice a minute, and
-  /// when Ctrl-C asks to stop; then throws program::Interrupted, which says how to go on. A state that cannot be saved meanwhile is
-  /// a warning on standard error; a checkpoint that cannot be written is an xattn::FileError, which says how to write it from the
-  /// state. Of a team only the leader shows and writes anything.
+  /// when Ctrl-C asks to stop; then throws program::Interrupted with the command that continues. If the state cannot be saved
+  /// meanwhile, a warning goes to standard error; if the checkpoint cannot be written, throws an xattn::FileError that says how
+  /// to write it from the state. Of several processes only the first prints or writes anything.
   void run(Trainer& trainer, const Trainer::Forward& forward) const;
 };
 

@@ -22,7 +22,7 @@ constexpr auto kModel = "model.";
 constexpr auto kMean = "optimizer.mean.";          // of the gradient, by parameter
 constexpr auto kMeanSquare = "optimizer.square.";  // of its square
 constexpr auto kRandom = "random.batches";         // the trainer's own generator
-constexpr auto kRandomDefault = "random.default";  // LibTorch's, which dropout draws from
+constexpr auto kRandomDefault = "random.default";  // LibTorch's generator, which dropout uses
 constexpr auto kStep = "step";
 constexpr auto kCurve = "curve.";
 
@@ -42,7 +42,7 @@ at::Generator default_generator() {
   return at::detail::getDefaultCPUGenerator();
 }
 
-// The parameter's state, made if the optimizer has not seen a gradient of it yet.
+// The optimizer's state of a parameter, created if the parameter had no gradient yet.
 torch::optim::AdamWParamState& state_of(torch::optim::AdamW& optimizer, const torch::Tensor& parameter) {
   auto& state = optimizer.state()[parameter.unsafeGetTensorImpl()];
   if (!state) {
@@ -55,7 +55,7 @@ torch::optim::AdamWParamState& state_of(torch::optim::AdamW& optimizer, const to
   return static_cast<torch::optim::AdamWParamState&>(*state);
 }
 
-// The step that a state says it is at.
+// The step of a state.
 int64_t step_of(const torch::Tensor& step, int64_t steps) {
   const bool sound = step.scalar_type() == torch::kInt64 && step.numel() == 1;
   if (!sound || step.item<int64_t>() < 0 || step.item<int64_t>() > steps) {
@@ -64,7 +64,7 @@ int64_t step_of(const torch::Tensor& step, int64_t steps) {
   return step.item<int64_t>();
 }
 
-// Whether a generator can go on from this state.
+// Throws unless a generator can continue from this state.
 void check_random(const torch::Tensor& state, const char* name) {
   try {
     Random(0).set_state(state.contiguous());
@@ -73,9 +73,10 @@ void check_random(const torch::Tensor& state, const char* name) {
   }
 }
 
-// Gradients travel in buckets, in about the order in which backward makes them. Every parameter must take part in every step.
-std::unique_ptr<c10d::Reducer> make_reducer(const torch::nn::Module& model, const Team& team) {
-  if (team.size() == 1) return nullptr;
+// Gradients are exchanged in buckets, roughly in the order in which backward computes them. Every parameter must take part in
+// every step.
+std::unique_ptr<c10d::Reducer> make_reducer(const torch::nn::Module& model, const Processes& processes) {
+  if (processes.size() == 1) return nullptr;
   std::vector<torch::Tensor> parameters;
   for (const auto& parameter : model.parameters()) {
     if (parameter.requires_grad()) parameters.push_back(parameter);
@@ -84,7 +85,7 @@ std::unique_ptr<c10d::Reducer> make_reducer(const torch::nn::Module& model, cons
       c10d::compute_bucket_assignment_by_size(parameters, {c10d::kDefaultFirstBucketBytes, c10d::kDefaultBucketBytesCap});
   std::ranges::reverse(buckets);
   const auto count = parameters.size();
-  return std::make_unique<c10d::Reducer>(std::move(parameters), std::move(buckets), team.group(),
+  return std::make_unique<c10d::Reducer>(std::move(parameters), std::move(buckets), processes.group(),
                                          std::vector<bool>(count, false), c10d::kDefaultBucketBytesCap,
                                          /*find_unused_parameters=*/false,
                                          /*gradient_as_bucket_view=*/false, std::unordered_map<size_t, std::string>{},
@@ -94,33 +95,33 @@ std::unique_ptr<c10d::Reducer> make_reducer(const torch::nn::Module& model, cons
 
 }  // namespace
 
-Trainer::Trainer(std::shared_ptr<torch::nn::Module> model, const TrainerOptions& options, const Team& team)
+Trainer::Trainer(std::shared_ptr<torch::nn::Module> model, const TrainerOptions& options, const Processes& processes)
     : model_(std::move(model)),
       options_(options),
       optimizer_(model_->parameters(), adamw_options(options)),
       random_(options.seed),
-      team_(team),
-      reducer_(make_reducer(*model_, team)) {
-  set_team(*model_, team);
+      processes_(processes),
+      reducer_(make_reducer(*model_, processes)) {
+  set_processes(*model_, processes);
 }
 
 Trainer::~Trainer() = default;
 
-// The gradients of the mean over the examples of all; `step` becomes theirs.
-void Trainer::backward(Step& step) {
+// Computes the gradients of the mean over the examples of all processes; `step` becomes the step of all together.
+void Trainer::backward(TrainingStep& step) {
   if (!reducer_) return step.loss.backward();
   const auto own = torch::tensor(static_cast<double>(step.examples), torch::dtype(torch::kFloat64).device(step.loss.device()));
-  const auto all = team_.sum(own);
+  const auto all = processes_.sum(own);
   const auto share = (own / all).to(step.loss.scalar_type());
-  const auto loss = step.loss * share * team_.size();  // the reducer divides by their number
+  const auto loss = step.loss * share * processes_.size();  // the reducer divides by the number of processes
   reducer_->prepare_for_backward({loss});
-  team_.together([&] { loss.backward(); });
-  step.loss = team_.sum(step.loss.detach() * share);
-  step.accuracy = team_.sum(step.accuracy * share);
+  processes_.together([&] { loss.backward(); });
+  step.loss = processes_.sum(step.loss.detach() * share);
+  step.accuracy = processes_.sum(step.accuracy * share);
   step.examples = static_cast<int64_t>(all.item<double>());
 }
 
-Step Trainer::learn(const Forward& forward) {
+TrainingStep Trainer::learn(const Forward& forward) {
   for (auto& group : optimizer_.param_groups()) group.options().set_lr(learning_rate(options_, step_));
   auto step = forward(random_);
   optimizer_.zero_grad();
@@ -134,7 +135,7 @@ Step Trainer::learn(const Forward& forward) {
 bool Trainer::run(const Forward& forward,
                   const std::function<void(const Progress&)>& report,
                   const std::function<bool()>& stop) {
-  constexpr int64_t kStepsPerReport = 10;  // on a GPU a report waits for the device
+  constexpr int64_t kStepsPerReport = 10;  // on a GPU a report has to wait for the device
   const auto per_point = std::max<int64_t>(1, options_.steps / 100);
   const auto begin = std::chrono::steady_clock::now();
   const auto first = step_;
@@ -148,9 +149,8 @@ bool Trainer::run(const Forward& forward,
       const auto loss = step.loss.item<double>();
       const auto accuracy = step.accuracy.item<double>();
       if (step_ % per_point == 0 || last) {
-        curves_[0].steps.push_back(static_cast<double>(step_));
+        for (auto& curve : curves_) curve.steps.push_back(static_cast<double>(step_));
         curves_[0].values.push_back(loss);
-        curves_[1].steps.push_back(static_cast<double>(step_));
         curves_[1].values.push_back(accuracy);
       }
       const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - begin;
@@ -158,7 +158,7 @@ bool Trainer::run(const Forward& forward,
       report({step_, options_.steps, loss, accuracy, static_cast<double>(examples) / passed.count(),
               per_step * static_cast<double>(options_.steps - step_)});
     }
-    if (!last && team_.any(stop())) return false;
+    if (!last && processes_.any(stop())) return false;
   }
   return true;
 }

@@ -6,12 +6,11 @@
 
 namespace examples {
 
-/// Writes beside and renames, so that `path` holds either all of the bytes or what it held before; see write_beside.h. Throws
-/// xattn::FileError, naming the file, if it cannot be written; program::Interrupted if a signal asked to stop meanwhile.
+/// Writes a temporary file and renames it, so that `path` holds either all of the bytes or its old content; see write_beside.h.
+/// Throws xattn::FileError, naming the file, if it cannot be written; program::Interrupted if a signal asked to stop meanwhile.
 void write_file(const std::string& path, std::string_view bytes);
 
-/// Throws xattn::FileError if a file of this path could not be written: found out at the beginning of a long job rather than at
-/// its end. An empty path is no file.
+/// Throws xattn::FileError if a file of this path could not be written, for the beginning of a long job. Ignores an empty path.
 void check_output(const std::string& path);
 
 }  // namespace examples

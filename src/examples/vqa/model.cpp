@@ -7,8 +7,8 @@
 #include <stdexcept>
 
 #include "common/board.h"
+#include "common/grammar.h"
 #include "common/image_encoder.h"
-#include "common/vocabulary.h"
 #include "vqa/questions.h"
 #include "vqa/text_encoder.h"
 
@@ -24,7 +24,7 @@ void check_encoder(bool ok, const examples::Pretrained& encoder, const std::stri
   throw std::runtime_error(fmt::format("{}: must make {}, but makes {}", encoder->file_name(), expected, found.sizes()));
 }
 
-// scale 0 makes all logits zero and so all weights alike.
+// Scale 0 makes all logits zero, and so all weights equal.
 CrossAttentionBlock make_block(int64_t context_features, std::optional<double> scale = {}) {
   constexpr auto E = ModelImpl::kFeatures;
   const auto attention =
@@ -32,7 +32,7 @@ CrossAttentionBlock make_block(int64_t context_features, std::optional<double> s
   return CrossAttentionBlock(CrossAttentionBlockOptions(attention).feed_forward(2 * E));
 }
 
-// For each image the places of the words among its Q * T, padding left out, or rather put last: [B, most words of an image].
+// For each image the places of its words among Q * T; where it has fewer than other images, places of padding follow: [B, L].
 torch::Tensor places_of_words(const torch::Tensor& real) {
   const auto longest = real.sum(1).max().item<int64_t>();
   return real.to(torch::kUInt8).argsort(/*stable=*/true, /*dim=*/1, /*descending=*/true).narrow(1, 0, longest);
@@ -105,8 +105,8 @@ Answers ModelImpl::forward(const torch::Tensor& boards, const torch::Tensor& wor
   auto states = text_encoder.forward<torch::Tensor>(sentences);    // [B * Q, T, 64]
   if (text_projection) states = text_projection->forward(states);
 
-  // All words about one image are queries of the same batch entry, so that the image is not copied for each question, and
-  // padding is left out.
+  // All words about one image are queries of the same batch entry, so that the image is not copied for each question. Padding
+  // is left out.
   const auto places = places_of_words(real.view({B, Q * T})).unsqueeze(-1);  // [B, L, 1]
   auto x = states.view({B, Q * T, kFeatures}).gather(1, places.expand({-1, -1, kFeatures}));
   std::vector<torch::Tensor> seen(kBlocks);  // [B, L, Lk] each

@@ -18,30 +18,30 @@
 namespace vqa {
 
 struct ModelOptions {
-  int64_t vocabulary;        ///< numbers of words in use
+  int64_t vocabulary;        ///< Vocabulary::size()
   std::string text = "rnn";  ///< or "transformer"
-  bool attention = true;  ///< false: every place of the image gets the same weight, which leaves mean pooling, to compare with
-  examples::Pretrained image_encoder = nullptr;  ///< used frozen in place of the CNN
-  examples::Pretrained text_encoder = nullptr;   ///< used frozen in place of the one that `text` names
+  bool attention = true;     ///< false: every place of the image gets the same weight: mean pooling, for comparison
+  examples::Pretrained image_encoder = nullptr;  ///< used instead of the CNN, not trained
+  examples::Pretrained text_encoder = nullptr;   ///< used instead of `text`, not trained
 };
 
-/// What the model says of some questions, and where it looked.
+/// The answers to some questions, and the attention behind them.
 struct Answers {
   torch::Tensor scores;  ///< [B, Q, 13], one for each of kAnswers
   torch::Tensor
-      word_weights;  ///< [B, Q, T, Lk]: where each word looked, the mean over heads and blocks. Says nothing at padding.
-  torch::Tensor answer_weights;  ///< [B, Q, Lk]: where the answer came from, words weighed as they are read out
+      word_weights;  ///< [B, Q, T, Lk]: attention of each word, the mean over heads and blocks; undefined values at padding
+  torch::Tensor answer_weights;  ///< [B, Q, Lk]: attention of the answer, the mean of the words' weighted by the read-out
 };
 
-/// Visual question answering. The text asks the image: each word of a question is a query, the places of the image are the
-/// context.
+/// Visual question answering. The text attends to the image: each word of a question is a query, and the places of the image
+/// are the context.
 ///
 ///   context   = CNN(board) + position                       [B, 9, 128]
 ///   question  = text encoder(words)                         [B, Q, T, 64]
 ///   question  = two cross-attention blocks of the question over the context
 ///   answer    = classifier(one more block, of one learned query over the words)
 ///
-/// An image is encoded once, whatever the number of questions. No loss sees the attention.
+/// An image is encoded once, whatever the number of questions. No loss depends on the attention weights.
 class ModelImpl : public torch::nn::Module {
  public:
   static constexpr int64_t kFeatures = 64;        ///< of a word
@@ -49,10 +49,10 @@ class ModelImpl : public torch::nn::Module {
   static constexpr int64_t kHeads = 4;
   static constexpr int64_t kBlocks = 2;
 
-  /// Throws std::runtime_error, naming the file, if a pretrained encoder does not make what this model needs.
+  /// Throws std::runtime_error, naming the file, if the output of a pretrained encoder has another shape than the model needs.
   explicit ModelImpl(const ModelOptions& options);
 
-  /// boards [B, 1, 24, 24], words int64 [B, Q, T], padded with 0 behind.
+  /// boards [B, 1, 24, 24], words int64 [B, Q, T], padded with 0 at the end.
   Answers forward(const torch::Tensor& boards, const torch::Tensor& words);
 
   ModelOptions options;

@@ -8,10 +8,6 @@
 namespace vqa {
 namespace {
 
-using examples::kCells;
-using examples::kCellsPerSide;
-using examples::kEmpty;
-
 using Places = std::vector<int64_t>;
 
 int64_t digit_in(const Board& board, int64_t cell) {
@@ -27,7 +23,7 @@ Places all_cells() {
 // The cells of a line, or of the whole board.
 Places cells_of(std::optional<int64_t> line) {
   if (!line) return all_cells();
-  const auto& cells = examples::board_lines().at(static_cast<size_t>(*line));
+  const auto& cells = board_lines().at(static_cast<size_t>(*line));
   return {cells.begin(), cells.end()};
 }
 
@@ -46,7 +42,7 @@ int64_t count(const Places& places, int64_t value) {
   return std::ranges::count(places, value);
 }
 
-// The cell on this side, or nothing at the edge.
+// The cell on this side; nothing at the edge.
 std::optional<int64_t> neighbour(int64_t cell, int64_t side) {
   constexpr std::array<std::pair<int64_t, int64_t>, 4> kSteps = {{{0, -1}, {0, 1}, {-1, 0}, {1, 0}}};  // rows, columns
   const auto [down, right] = kSteps.at(static_cast<size_t>(side));
@@ -74,7 +70,7 @@ std::optional<Meaning> draw_place(const Board& board, Random& random) {
   const bool empty = random.once_in(8);
   auto cells = all_cells();
   std::erase_if(cells, [&](int64_t cell) { return (digit_in(board, cell) == kEmpty) != empty; });
-  return Meaning{.kind = Kind::place, .cell = random.pick(cells)};
+  return Meaning{.kind = QuestionKind::place, .cell = random.pick(cells)};
 }
 
 std::optional<Meaning> draw_relation(const Board& board, Random& random) {
@@ -86,7 +82,7 @@ std::optional<Meaning> draw_relation(const Board& board, Random& random) {
     if (count(digits, digit) > 1) continue;
     for (int64_t side = 0; side < 4; ++side) {
       const bool found = digit_or_nothing(board, neighbour(cell, side)) != kNothing;
-      (found ? with_neighbour : without).push_back({.kind = Kind::relation, .side = side, .digit = digit});
+      (found ? with_neighbour : without).push_back({.kind = QuestionKind::relation, .side = side, .digit = digit});
     }
   }
   if (with_neighbour.empty() && without.empty()) return std::nullopt;
@@ -94,15 +90,8 @@ std::optional<Meaning> draw_relation(const Board& board, Random& random) {
   return random.pick(random.once_in(8) && !without.empty() ? without : with_neighbour);
 }
 
-std::optional<Meaning> draw_count(bool with_line, bool with_parity, Random& random) {
-  Meaning meaning = {.kind = Kind::count};
-  if (with_line) meaning.line = random.below(6);
-  if (with_parity) meaning.parity = random.below(2);
-  return meaning;
-}
-
 std::optional<Meaning> draw_exist(const Board& board, bool with_line, bool want_yes, Random& random) {
-  Meaning meaning = {.kind = Kind::exist};
+  Meaning meaning = {.kind = QuestionKind::exist};
   if (with_line) meaning.line = want_yes ? random.pick(non_empty_lines(board)) : random.below(6);
   const auto here = digits_in(board, meaning.line);
   const auto anywhere = digits_in(board, {});
@@ -125,7 +114,7 @@ std::optional<Meaning> draw_compare(const Board& board, bool want_yes, Random& r
     for (const auto other : cells) {
       if (digit_in(board, cell) == digit_in(board, other)) continue;
       for (int64_t order = 0; order < 2; ++order) {
-        const Meaning meaning = {.kind = Kind::compare, .cell = cell, .other_cell = other, .order = order};
+        const Meaning meaning = {.kind = QuestionKind::compare, .cell = cell, .other_cell = other, .order = order};
         if (answer(board, meaning) == yes_or_no(want_yes)) wanted.push_back(meaning);
       }
     }
@@ -134,30 +123,32 @@ std::optional<Meaning> draw_compare(const Board& board, bool want_yes, Random& r
   return random.pick(wanted);
 }
 
-std::optional<Meaning> draw_extreme(Kind kind, const Board& board, bool with_line, Random& random) {
-  Meaning meaning = {.kind = kind};
-  if (with_line) meaning.line = random.pick(non_empty_lines(board));
-  return meaning;
-}
-
 bool has(const Grammar::Form& form, const std::string& slot) {
   return std::ranges::count(form.slots, slot) > 0;
 }
 
-std::optional<Meaning> draw_meaning(Kind kind, const Board& board, bool want_yes, const Grammar::Form& form, Random& random) {
+std::optional<Meaning> draw_meaning(
+    QuestionKind kind, const Board& board, bool want_yes, const Grammar::Form& form, Random& random) {
+  const bool has_line = has(form, "line");
+  Meaning meaning = {.kind = kind};
   switch (kind) {
-    case Kind::place: return draw_place(board, random);
-    case Kind::relation: return draw_relation(board, random);
-    case Kind::count: return draw_count(has(form, "line"), has(form, "parity"), random);
-    case Kind::exist: return draw_exist(board, has(form, "line"), want_yes, random);
-    case Kind::compare: return draw_compare(board, want_yes, random);
-    case Kind::largest:
-    case Kind::smallest: return draw_extreme(kind, board, has(form, "line"), random);
+    case QuestionKind::place: return draw_place(board, random);
+    case QuestionKind::relation: return draw_relation(board, random);
+    case QuestionKind::count:
+      if (has_line) meaning.line = random.below(6);
+      if (has(form, "parity")) meaning.parity = random.below(2);
+      return meaning;
+    case QuestionKind::exist: return draw_exist(board, has_line, want_yes, random);
+    case QuestionKind::compare: return draw_compare(board, want_yes, random);
+    case QuestionKind::largest:
+    case QuestionKind::smallest:
+      if (has_line) meaning.line = random.pick(non_empty_lines(board));
+      return meaning;
   }
   return std::nullopt;
 }
 
-// What each slot of the form stands for, in order.
+// The value of each slot of the form, in order.
 std::vector<int64_t> values_of(const Grammar::Form& form, const Meaning& meaning) {
   std::vector<int64_t> values;
   bool first_cell = true;
@@ -181,26 +172,26 @@ std::vector<int64_t> values_of(const Grammar::Form& form, const Meaning& meaning
 int64_t answer(const Board& board, const Meaning& meaning) {
   const auto digits = digits_in(board, meaning.line);
   switch (meaning.kind) {
-    case Kind::place: return digit_or_nothing(board, meaning.cell);
-    case Kind::relation: {
+    case QuestionKind::place: return digit_or_nothing(board, meaning.cell);
+    case QuestionKind::relation: {
       const auto found = std::ranges::find(board.digits, meaning.digit.value());
       return digit_or_nothing(board, neighbour(found - board.digits.begin(), meaning.side.value()));
     }
-    case Kind::count:
+    case QuestionKind::count:
       return std::ranges::count_if(digits, [&](int64_t digit) { return !meaning.parity || digit % 2 == *meaning.parity; });
-    case Kind::exist: return yes_or_no(count(digits, meaning.digit.value()) > 0);
-    case Kind::compare: {
+    case QuestionKind::exist: return yes_or_no(count(digits, meaning.digit.value()) > 0);
+    case QuestionKind::compare: {
       const auto difference = digit_in(board, meaning.cell.value()) - digit_in(board, meaning.other_cell.value());
       return yes_or_no(meaning.order == 0 ? difference > 0 : difference < 0);
     }
-    case Kind::largest: return std::ranges::max(digits);
-    case Kind::smallest: return std::ranges::min(digits);
+    case QuestionKind::largest: return std::ranges::max(digits);
+    case QuestionKind::smallest: return std::ranges::min(digits);
   }
   return kNothing;
 }
 
-const examples::GrammarRules& question_rules() {
-  static const examples::GrammarRules rules = {
+const GrammarRules& question_rules() {
+  static const GrammarRules rules = {
       .slots = {{"cell", {"0", "1", "2", "3", "4", "5", "6", "7", "8"}},
                 {"line", {"0", "1", "2", "3", "4", "5"}},
                 {"side", {"left", "right", "above", "below"}},
@@ -218,7 +209,8 @@ const examples::GrammarRules& question_rules() {
   return rules;
 }
 
-std::optional<Question> draw_question(Kind kind, const Board& board, bool want_yes, const Grammar& grammar, Random& random) {
+std::optional<Question> draw_question(
+    QuestionKind kind, const Board& board, bool want_yes, const Grammar& grammar, Random& random) {
   const auto& form = random.pick(grammar.forms(kKinds.at(static_cast<size_t>(kind))));
   const auto meaning = draw_meaning(kind, board, want_yes, form, random);
   if (!meaning) return std::nullopt;
@@ -226,12 +218,11 @@ std::optional<Question> draw_question(Kind kind, const Board& board, bool want_y
 }
 
 Batch draw_batch(const Digits& digits, const Grammar& grammar, int64_t boards, Random& random, const Kinds& kinds) {
-  using examples::kFewestDigits;
-  using examples::kMostDigits;
   Batch batch;
   while (static_cast<int64_t>(batch.drawn.size()) < boards) {
     const auto count = kFewestDigits + random.below(kMostDigits - kFewestDigits + 1);
-    // On few boards, as on one of two equal digits, a kind has no sensible question: draw another of as many digits.
+    // On a few boards, such as one with two equal digits, a kind has no question with an answer: draw another board of as many
+    // digits.
     for (bool complete = false; !complete;) {
       const auto board = draw_board(digits, count, random);
       std::vector<Question> questions;

@@ -14,35 +14,31 @@
 
 namespace vqa {
 
-using examples::Board;
-using examples::Digits;
-using examples::Grammar;
-using examples::Random;
-using examples::Words;
+using namespace examples;  // the parts that the programs share
 
-enum class Kind {
+enum class QuestionKind {
   place,     ///< what is in this cell
-  relation,  ///< what stands next to this digit, of which there is one
+  relation,  ///< what is next to this digit, which occurs once
   count,     ///< how many digits there are: on the board, in a line, or of this parity
-  exist,     ///< whether there is such a digit, on the board or in a line
-  compare,   ///< whether the digit in one cell is larger, or smaller, than the one in another
+  exist,     ///< whether this digit is on the board or in a line
+  compare,   ///< whether the digit in one cell is larger, or smaller, than that in another
   largest,   ///< on the board or in a line
   smallest,  ///< likewise
 };
 
-/// In the order of Kind; the kinds of the grammar.
+/// The names of the kinds in the grammar, in the order of QuestionKind.
 inline constexpr std::array<const char*, 7> kKinds = {"place", "relation", "count", "exist", "compare", "largest", "smallest"};
 
-/// All answers there are. A count and a digit of the same number are the same answer.
+/// All possible answers. A count and a digit of the same number are the same answer.
 inline constexpr std::array<const char*, 13> kAnswers = {"zero",  "one",   "two",  "three", "four", "five",   "six",
                                                          "seven", "eight", "nine", "yes",   "no",   "nothing"};
 inline constexpr int64_t kYes = 10;
 inline constexpr int64_t kNo = 11;
 inline constexpr int64_t kNothing = 12;
 
-/// What a question asks, whatever its words. What its kind and form do not need stays empty.
+/// The meaning of a question, independent of its words. Fields that its kind and form do not need are empty.
 struct Meaning {
-  Kind kind;
+  QuestionKind kind;
   std::optional<int64_t> cell = {};        ///< 0 to 8, row by row
   std::optional<int64_t> other_cell = {};  ///< of a comparison: the second
   std::optional<int64_t> line = {};        ///< rows 0 to 2, columns 3 to 5
@@ -52,8 +48,8 @@ struct Meaning {
   std::optional<int64_t> order = {};   ///< 0 larger, 1 smaller
 };
 
-/// The answer, a place in kAnswers. REQUIRES: the question has one on this board: the digit of a relation is there once,
-/// compared cells hold digits that differ, there is a digit to be the largest or smallest.
+/// The answer, a place in kAnswers. REQUIRES: the question has one on this board: the digit of a relation occurs once, compared
+/// cells hold different digits, and there is a digit to be the largest or smallest.
 int64_t answer(const Board& board, const Meaning& meaning);
 
 struct Question {
@@ -62,35 +58,37 @@ struct Question {
   int64_t answer;
 };
 
-/// What vqa understands of its grammar; see data/questions.txt.
-const examples::GrammarRules& question_rules();
+/// The slots and kinds of the grammar; see data/questions.txt.
+const GrammarRules& question_rules();
 
-/// A question of this kind about the board, drawn at random; nothing if none has a sensible answer. Questions of yes or no get
-/// the answer that is wanted, so that a batch can hold as many of either. Of places and neighbours one in eight is an empty
-/// one.
-std::optional<Question> draw_question(Kind kind, const Board& board, bool want_yes, const Grammar& grammar, Random& random);
+/// A random question of this kind about the board; nothing if no such question has an answer. A yes-or-no question has the
+/// wanted answer, so that a batch can have equally many of both. One in eight places and neighbours is empty.
+std::optional<Question> draw_question(
+    QuestionKind kind, const Board& board, bool want_yes, const Grammar& grammar, Random& random);
 
-/// The kinds of the questions about one board. Every second question of yes or no has the answer yes.
-using Kinds = std::array<Kind, 14>;
+/// The kinds of the questions about one board. Every second yes-or-no question has the answer yes.
+using Kinds = std::array<QuestionKind, 14>;
 inline constexpr int64_t kQuestionsPerBoard = std::tuple_size_v<Kinds>;
 
 /// Two of every kind.
-inline constexpr Kinds kEvenly = {Kind::place,   Kind::place,   Kind::relation, Kind::relation, Kind::count,
-                                  Kind::count,   Kind::exist,   Kind::exist,    Kind::compare,  Kind::compare,
-                                  Kind::largest, Kind::largest, Kind::smallest, Kind::smallest};
+inline constexpr Kinds kEvenly = {QuestionKind::place,    QuestionKind::place,   QuestionKind::relation, QuestionKind::relation,
+                                  QuestionKind::count,    QuestionKind::count,   QuestionKind::exist,    QuestionKind::exist,
+                                  QuestionKind::compare,  QuestionKind::compare, QuestionKind::largest,  QuestionKind::largest,
+                                  QuestionKind::smallest, QuestionKind::smallest};
 
-/// For training: more of those that take longest to learn, fewer of those that are learned with others.
-inline constexpr Kinds kMoreRelations = {Kind::place,    Kind::place,   Kind::relation, Kind::relation, Kind::relation,
-                                         Kind::relation, Kind::count,   Kind::count,    Kind::exist,    Kind::exist,
-                                         Kind::compare,  Kind::compare, Kind::largest,  Kind::smallest};
+/// For training: more questions of the kinds that take longest to learn.
+inline constexpr Kinds kMoreRelations = {
+    QuestionKind::place,    QuestionKind::place,   QuestionKind::relation, QuestionKind::relation, QuestionKind::relation,
+    QuestionKind::relation, QuestionKind::count,   QuestionKind::count,    QuestionKind::exist,    QuestionKind::exist,
+    QuestionKind::compare,  QuestionKind::compare, QuestionKind::largest,  QuestionKind::smallest};
 
-/// B boards, and Q questions about each.
+/// B boards, with Q questions about each.
 struct Batch {
   std::vector<Board> drawn;                      ///< B
   std::vector<std::vector<Question>> questions;  ///< B times Q
 };
 
-/// Boards of 2 to 6 digits, each number as often as the others, and questions of these kinds about each.
+/// Boards of 2 to 6 digits, each number equally often, with questions of these kinds about each.
 Batch draw_batch(const Digits& digits, const Grammar& grammar, int64_t boards, Random& random, const Kinds& kinds = kEvenly);
 
 }  // namespace vqa

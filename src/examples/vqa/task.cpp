@@ -3,9 +3,10 @@
 
 #include <fmt/format.h>
 #include <torch/nn/functional/loss.h>
+#include <xattn/file_error.h>
 
 #include <algorithm>
-#include <numeric>
+#include <nlohmann/json.hpp>
 #include <utility>
 
 namespace vqa {
@@ -17,6 +18,21 @@ std::string answer_text(int64_t answer) {
 
 int64_t at(const torch::Tensor& x, int64_t b, int64_t q) {
   return x[b][q].item<int64_t>();
+}
+
+constexpr auto kImageEncoder = "pretrained.image_encoder";
+constexpr auto kTextEncoder = "pretrained.text_encoder";
+
+Pretrained pretrained(const TrainedModel& file, const char* name, Code code) {
+  const auto bytes = file.tensors.find(name);
+  if (bytes == file.tensors.end()) return nullptr;
+  if (code == Code::refuse) {
+    throw xattn::FileError(
+        fmt::format("{}: holds a pretrained encoder, {}, which is code that would be run; give --trust-code if "
+                    "you trust whoever made the file",
+                    file.path, name));
+  }
+  return Pretrained(bytes->second, fmt::format("{} in {}", name, file.path));
 }
 
 }  // namespace
@@ -35,46 +51,45 @@ Tensors encode(const Batch& batch, const Digits& digits, const Vocabulary& vocab
           torch::tensor(answers, torch::kInt64).view({B, -1})};
 }
 
-examples::Step learn_from(Model& model, const Tensors& batch) {
+TrainingStep learn_from(Model& model, const Tensors& batch) {
   const auto scores = model->forward(batch.boards, batch.words).scores;  // [B, Q, 13]
   const auto loss = torch::nn::functional::cross_entropy(scores.flatten(0, 1), batch.answers.flatten());
   return {loss, scores.argmax(-1).eq(batch.answers).to(torch::kFloat32).mean(), batch.answers.numel()};
 }
 
-examples::Trainer::Forward training_step(
-    Model model, const Digits& digits, const Grammar& grammar, torch::Device device, const examples::Team& team) {
+Trainer::Forward training_step(
+    Model model, const Digits& digits, const Grammar& grammar, torch::Device device, const Processes& processes) {
   constexpr int64_t kBoards = 16;
   return [=, vocabulary = Vocabulary(grammar.vocabulary())](Random& random) mutable {
     const auto batch = draw_batch(digits, grammar, kBoards, random, kMoreRelations);
     const auto [boards, words, answers] = encode(batch, digits, vocabulary, &random);
-    const auto own = [&](const torch::Tensor& x) { return team.part_of(x).to(device); };
+    const auto own = [&](const torch::Tensor& x) { return processes.part_of(x).to(device); };
     return learn_from(model, {own(boards), own(words), own(answers)});
   };
 }
 
 double Score::accuracy() const {
   double sum = 0;
-  for (const auto& kind : kinds) sum += static_cast<double>(kind.right) / static_cast<double>(kind.total);
+  for (const auto& kind : kinds) sum += kind.share();
   return sum / static_cast<double>(kinds.size());
 }
 
-examples::Example make_example(const Model& model,
-                               const torch::Tensor& board,
-                               const Words& words,
-                               const Answers& answers,
-                               int64_t b,
-                               int64_t q,
-                               const std::string& truth) {
+Example make_example(const Model& model,
+                     const torch::Tensor& board,
+                     const Words& words,
+                     const Answers& answers,
+                     int64_t b,
+                     int64_t q,
+                     const std::string& truth) {
   constexpr int64_t kZoom = 12;
   const auto grid = [&](const torch::Tensor& weights) { return weights.cpu().view({model->rows, model->columns}); };
   const auto given = answer_text(answers.scores[b][q].argmax().item<int64_t>());
-  examples::Example example = {.right = given == truth,
-                               .title = examples::join(words) + "?",
-                               .answer = given,
-                               .truth = truth,
-                               .picture = examples::board_picture(board, kZoom),
-                               .words = {},
-                               .map = grid(answers.answer_weights[b][q])};
+  Example example = {.right = given == truth,
+                     .title = join(words) + "?",
+                     .answer = given,
+                     .truth = truth,
+                     .picture = board_picture(board, kZoom),
+                     .map = grid(answers.answer_weights[b][q])};
   for (size_t i = 0; i < words.size(); ++i) {
     example.words.push_back({words[i], grid(answers.word_weights[b][q][static_cast<int64_t>(i)])});
   }
@@ -87,7 +102,7 @@ Score evaluate(Model& model,
                torch::Device device,
                int64_t boards,
                uint64_t seed,
-               std::vector<examples::Example>* examples) {
+               std::vector<Example>* examples) {
   constexpr int64_t kAtOnce = 50;          // boards
   constexpr int64_t kExamplesPerKind = 4;  // of right and of wrong answers
   const torch::NoGradGuard no_grad;
@@ -127,6 +142,38 @@ Score evaluate(Model& model,
   }
   score.confusion = {{kAnswers.begin(), kAnswers.end()}, answered.sum(0)};
   return score;
+}
+
+std::map<std::string, std::string> metadata_of(const Model& model, const Grammar& grammar) {
+  const nlohmann::json made = {{"text", model->options.text}, {"attention", model->options.attention}};
+  return {{"program", kProgram}, {"model", made.dump()}, {"grammar", grammar.text()}};
+}
+
+std::map<std::string, torch::Tensor> pretrained_of(const Model& model) {
+  std::map<std::string, torch::Tensor> tensors;
+  if (const auto& encoder = model->options.image_encoder) tensors.emplace(kImageEncoder, encoder->bytes());
+  if (const auto& encoder = model->options.text_encoder) tensors.emplace(kTextEncoder, encoder->bytes());
+  return tensors;
+}
+
+Trained make_again(const TrainedModel& file, Code code) {
+  constexpr auto kModel = "model";
+  Grammar grammar(file.text("grammar"), "the grammar in " + file.path, question_rules());
+  const ModelOptions options = {.vocabulary = Vocabulary(grammar.vocabulary()).size(),
+                                .text = file.value(kModel, "text", &nlohmann::json::is_string, "a string"),
+                                .attention = file.value(kModel, "attention", &nlohmann::json::is_boolean, "true or false"),
+                                .image_encoder = pretrained(file, kImageEncoder, code),
+                                .text_encoder = pretrained(file, kTextEncoder, code)};
+  Trained trained{nullptr, std::move(grammar), {}};
+  naming_file(file.path, [&] { trained.model = Model(options); });
+  return trained;
+}
+
+Trained load_trained(const std::string& path, torch::Device device, Code code) {
+  const auto file = read_trained_model(path, kProgram);
+  auto trained = make_again(file, code);
+  trained.curves = load_weights(*trained.model, file, device);
+  return trained;
 }
 
 }  // namespace vqa

@@ -4,20 +4,18 @@
 #include <torch/types.h>
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
-#include "common/digits.h"
-#include "common/grammar.h"
-#include "common/report.h"
-#include "common/trainer.h"
-#include "common/vocabulary.h"
+#include "common/trained_model.h"
 #include "vqa/model.h"
 #include "vqa/questions.h"
 
+// Training and evaluating the model, and its checkpoints.
 namespace vqa {
 
-using examples::Vocabulary;
+inline constexpr auto kProgram = "vqa";
 
 /// A batch as the model takes it.
 struct Tensors {
@@ -26,43 +24,59 @@ struct Tensors {
   torch::Tensor answers;  ///< int64 [B, Q], places in kAnswers
 };
 
-/// With `hands` the digits are written by other hands; see `jitter`.
+/// With `hands` the digits are changed by `jitter`.
 Tensors encode(const Batch& batch, const Digits& digits, const Vocabulary& vocabulary, Random* hands = nullptr);
 
 /// The loss of the model on a batch, the mean over its questions.
-examples::Step learn_from(Model& model, const Tensors& batch);
+TrainingStep learn_from(Model& model, const Tensors& batch);
 
-/// What `examples::Trainer` does in each step: a new batch of boards, other hands; each process of a team
-/// learns from its part of them.
-examples::Trainer::Forward training_step(
-    Model model, const Digits& digits, const Grammar& grammar, torch::Device device, const examples::Team& team = {});
+/// A step of Trainer: a new batch of boards, changed by `jitter`. Each process learns from its part of the batch.
+Trainer::Forward training_step(
+    Model model, const Digits& digits, const Grammar& grammar, torch::Device device, const Processes& processes = {});
 
 /// How well the model answers.
 struct Score {
-  std::vector<examples::Rate> kinds;  ///< in the order of Kind
-  examples::Confusion confusion;      ///< over kAnswers
-  std::vector<double> best_constant;  ///< for each kind the share of its most frequent answer
-  double accuracy() const;            ///< the plain mean over kinds
+  std::vector<Rate> kinds;            ///< in the order of QuestionKind
+  Confusion confusion;                ///< over kAnswers
+  std::vector<double> best_constant;  ///< for each kind, the share of its most frequent answer
+  double accuracy() const;            ///< the mean over kinds
 };
 
-/// Answers `boards` boards of these digits, the same ones for the same seed, kQuestionsPerBoard questions about each.
-/// If `examples` is given, up to `wanted` answered questions go there, wrong ones first, all kinds as evenly as possible.
+/// Answers kQuestionsPerBoard questions about each of `boards` boards of these digits, the same ones for the same seed. If
+/// `examples` is given, it gets some answered questions of each kind, right ones and wrong ones.
 Score evaluate(Model& model,
                const Digits& digits,
                const Grammar& grammar,
                torch::Device device,
                int64_t boards,
                uint64_t seed,
-               std::vector<examples::Example>* examples = nullptr);
+               std::vector<Example>* examples = nullptr);
 
-/// A question with its answer for the eye. scores [13], word_weights [T, Lk], answer_weights [Lk] are the model's of this
-/// question.
-examples::Example make_example(const Model& model,
-                               const torch::Tensor& board,
-                               const Words& words,
-                               const Answers& answers,
-                               int64_t b,
-                               int64_t q,
-                               const std::string& truth);
+/// Question q about board b with its answer, to be shown. board [24, 24]; truth: the right answer, or empty.
+Example make_example(const Model& model,
+                     const torch::Tensor& board,
+                     const Words& words,
+                     const Answers& answers,
+                     int64_t b,
+                     int64_t q,
+                     const std::string& truth);
+
+/// A model, with the grammar and the curves of its training.
+struct Trained {
+  Model model = nullptr;
+  Grammar grammar;
+  std::vector<Curve> curves;
+};
+
+/// The metadata of the model's checkpoint, and its tensors beside the model's own: pretrained encoders.
+std::map<std::string, std::string> metadata_of(const Model& model, const Grammar& grammar);
+std::map<std::string, torch::Tensor> pretrained_of(const Model& model);
+
+/// The model that a file describes, with fresh weights. Throws xattn::FileError, naming the file, also if it holds pretrained
+/// encoders whose code may not be run.
+Trained make_again(const TrainedModel& file, Code code);
+
+/// The model of a checkpoint, on the device and in evaluation mode. Throws likewise.
+Trained load_trained(const std::string& path, torch::Device device, Code code = Code::refuse);
 
 }  // namespace vqa

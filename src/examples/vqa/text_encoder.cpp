@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "common/vocabulary.h"
+#include "common/grammar.h"
 
 namespace vqa {
 namespace {
@@ -16,7 +16,7 @@ torch::nn::Embedding make_embedding(int64_t vocabulary, int64_t features) {
   return torch::nn::Embedding(torch::nn::EmbeddingOptions(vocabulary, features).padding_idx(Vocabulary::kPadding));
 }
 
-// Vaswani et al., 2017, section 3.5: place t has sin(t / 10000^(i/n)) and cos of the same, for i = 0 to n - 1: [T, 2n].
+// Vaswani et al., 2017, section 3.5: row t is sin(t / 10000^(i/n)), then cos of the same, for i = 0 to n - 1: [T, 2n].
 torch::Tensor sinusoids(int64_t T, int64_t features) {
   const auto n = features / 2;
   const auto frequencies = torch::pow(10000, -torch::arange(n, torch::kFloat32) / n);  // [n]

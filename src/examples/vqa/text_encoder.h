@@ -11,8 +11,8 @@
 
 #include <cstdint>
 
-// Two text encoders: words int64 [N, T], padded with 0 behind -> one vector for each word that knows the words around it,
-// [N, T, features]. What stands at padding is not to be looked at.
+// Two text encoders: words int64 [N, T], padded with 0 at the end -> a vector for each word in its context, [N, T, features].
+// The vectors at padding are not meaningful.
 namespace vqa {
 
 /// A recurrent network that reads the words forwards and backwards. Cho et al., 2014, https://arxiv.org/abs/1406.1078.
@@ -32,12 +32,12 @@ class RnnEncoderImpl : public torch::nn::Cloneable<RnnEncoderImpl> {
 };
 TORCH_MODULE(RnnEncoder);
 
-/// A Transformer encoder. A block that asks itself, `forward(x, x, x)`, is self-attention.
+/// A Transformer encoder. A block whose query is its context, `forward(x, x, x)`, is self-attention.
 /// Vaswani et al., 2017, https://arxiv.org/abs/1706.03762.
 class TransformerEncoderImpl : public torch::nn::Cloneable<TransformerEncoderImpl> {
  public:
   static constexpr int64_t kLayers = 2;
-  static constexpr int64_t kLongest = 32;  ///< words; there are no positions behind these
+  static constexpr int64_t kLongest = 32;  ///< words: the number of learned positions
 
   TransformerEncoderImpl(int64_t vocabulary, int64_t features) : vocabulary_(vocabulary), features_(features) { reset(); }
 
