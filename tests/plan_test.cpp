@@ -298,7 +298,7 @@ TEST(KernelTest, GoesThroughAContextInPartsWhereTheEngineDoes) {
       const auto map = detail::engine::empty_weights(weights, {}, 1, 1, 1, Lk, /*all_keys=*/true);
       weighing.write_to(map, {});
       const Heads heads{.H = 1, .G = 1, .d = 8, .e = 8, .Lk = Lk, .keys = {}, .values = {}};
-      const bool in_parts = room_of_heads(heads, weighing, {.all = true}).row < Lk;
+      const bool in_parts = scratch_of_heads(heads, weighing, {.all = true}).row < Lk;
       auto r = request(1, 1, 1, Lk, 8, 8, 8);
       r.gives_weights = weights != AttentionWeights::none;
       for (const auto runs_on : {RunsOn::kernels, RunsOn::engine}) {

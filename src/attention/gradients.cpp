@@ -6,6 +6,7 @@
 
 #include "attention/heads.h"
 #include "attention/merge.h"
+#include "cpu/tuning.h"
 
 namespace xattn::detail {
 
@@ -15,7 +16,6 @@ using namespace engine;
 namespace {
 
 constexpr int64_t kKeysOfABlock = 1024;
-constexpr int64_t kFloatsAtATime = 3 << 16;  // of logits and their gradients: what a core's cache holds beside those keys
 
 // [B, L, n, size] as it lies, [B, n, L, size] as it is seen: as the gradient of what split_heads returns.
 Tensor like_heads(const Tensor& x, bool is_wanted) {
@@ -58,12 +58,12 @@ class Gradients {
         weighing_(options.mask, q.size(1), q.size(2), k.size(2), scale_, AttentionWeights::none, {}),
         parts_((Lk_ + kKeysOfABlock - 1) / kKeysOfABlock),
         keys_((Lk_ + parts_ - 1) / parts_),
-        rows_(std::clamp<int64_t>(kFloatsAtATime / (2 * keys_), 1, Lq_)) {}
+        rows_(std::clamp<int64_t>(kScratchFloats / (2 * keys_), 1, Lq_)) {}
 
   void run() const {
     const auto heads = B_ * G_, operations = 2 * H_ / G_ * Lq_ * Lk_ * (3 * d_ + 2 * e_);
     const auto heads_of_a_task = std::max<int64_t>(1, kOperationsOfATask / operations);
-    const auto slots = heads > heads_of_a_task ? std::min(heads, threads()) : 1;
+    const auto slots = heads > heads_of_a_task ? std::min(heads, num_threads()) : 1;
     const auto size = floats_of_a_task();
     const auto memory = at::empty({slots, size}, q_.options());
     at::parallel_for(0, heads, heads_of_a_task, [&](int64_t begin, int64_t end) {
@@ -78,13 +78,13 @@ class Gradients {
     float *key_columns = nullptr, *key_rows = nullptr, *value_columns = nullptr;
   };
 
-  bool is_packed() const { return Lq_ * H_ / G_ > kFewRows; }
+  bool is_packed() const { return Lq_ * H_ / G_ > kMostRowsUnpacked; }
 
   int64_t floats_of_a_task() const {
     const auto& run = kernels();
     int64_t floats = 2 * rows_ * keys_ + run.packed_size(rows_, std::max(d_, e_)) + 2 * rows_;
     if (is_packed()) floats += run.packed_size(d_, keys_) + run.packed_size(keys_, d_) + run.packed_size(e_, keys_);
-    return floats + 16 * 16;
+    return floats + Scratch::kPadding;
   }
 
   // All that meets one head of the keys and values.
@@ -100,9 +100,9 @@ class Gradients {
     for (int64_t first = 0; first < Lk_; first += keys_) {
       const auto keys = std::min(keys_, Lk_ - first);
       if (is_packed()) {
-        run.pack_transposed(key.at(first), key.stride, d_, keys, packs.key_columns);
-        run.pack(key.at(first), key.stride, keys, d_, packs.key_rows);
-        run.pack_transposed(value.at(first), value.stride, e_, keys, packs.value_columns);
+        run.pack_transposed(key.at(first), key.stride, d_, keys, packs.key_columns, Storage::float32);
+        run.pack(key.at(first), key.stride, keys, d_, packs.key_rows, Storage::float32);
+        run.pack_transposed(value.at(first), value.stride, e_, keys, packs.value_columns, Storage::float32);
       }
       for (int64_t h = g * H_ / G_; h < (g + 1) * H_ / G_; ++h) {
         for (int64_t row = 0; row < Lq_; row += rows_) {
@@ -136,14 +136,11 @@ class Gradients {
     times_columns(s, grad.at(row), grad.stride, value, packs.value_columns, logits_grad);
     differentiate_softmax(s, h, weights, logits_grad);
     if (into_.q.defined()) {
-      multiply({.m = s.n,
-                .n = d_,
-                .k = s.keys,
-                .a = logits_grad,
-                .a_stride = s.keys,
+      multiply({.sizes = {s.n, d_, s.keys},
+                .a = {logits_grad, s.keys},
                 .b = right(packs.key_rows, key.at(s.first_key), s.keys, key.stride),
-                .c = mutable_data(into_.q) + s.b * into_.q.stride(0) + h * into_.q.stride(1) + row * into_.q.stride(2),
-                .c_stride = into_.q.stride(2),
+                .c = {mutable_data(into_.q) + s.b * into_.q.stride(0) + h * into_.q.stride(1) + row * into_.q.stride(2),
+                      into_.q.stride(2)},
                 .accumulate = s.first_key > 0,
                 .all_rows = s.n});
     }
@@ -151,22 +148,17 @@ class Gradients {
   }
 
   // The rows of a right side [k, n]: packed, or as they lie.
-  static Right right(const float* packed, const float* rows, int64_t k, int64_t stride) {
-    const auto panel = kernels().panel;
-    return packed ? Right{packed, nullptr, panel, k * panel} : Right{rows, nullptr, stride, panel};
+  static RightSide right(const float* packed, const float* rows, int64_t k, int64_t stride) {
+    return packed ? kernels().packed(packed, k) : kernels().rows(rows, stride);
   }
 
   // a [n, size] times keys or values as columns -> [n, keys]
   static void times_columns(
       const Segment& s, const float* a, int64_t a_stride, const Rows& columns, const float* packed, float* c) {
-    (packed ? multiply : multiply_transposed)({.m = s.n,
-                                               .n = s.keys,
-                                               .k = columns.size,
-                                               .a = a,
-                                               .a_stride = a_stride,
+    (packed ? multiply : multiply_transposed)({.sizes = {s.n, s.keys, columns.size},
+                                               .a = {a, a_stride},
                                                .b = right(packed, columns.at(s.first_key), columns.size, columns.stride),
-                                               .c = c,
-                                               .c_stride = s.keys,
+                                               .c = {c, s.keys},
                                                .all_rows = s.n});
   }
 
@@ -182,18 +174,14 @@ class Gradients {
     const auto& run = kernels();
     const auto size = into.size(3);
     auto* packed = scratch.take(run.packed_size(s.n, size));
-    run.pack(rows, stride, s.n, size, packed);
-    multiply({.m = s.keys,
-              .n = size,
-              .k = s.n,
-              .a = x,
-              .a_stride = 1,
-              .a_step = s.keys,
-              .b = right(packed, nullptr, s.n, 0),
-              .c = mutable_data(into) + s.b * into.stride(0) + g * into.stride(1) + s.first_key * into.stride(2),
-              .c_stride = into.stride(2),
-              .accumulate = !is_first,
-              .all_rows = s.keys});
+    run.pack(rows, stride, s.n, size, packed, Storage::float32);
+    multiply(
+        {.sizes = {s.keys, size, s.n},
+         .a = {x, 1, s.keys},
+         .b = right(packed, nullptr, s.n, 0),
+         .c = {mutable_data(into) + s.b * into.stride(0) + g * into.stride(1) + s.first_key * into.stride(2), into.stride(2)},
+         .accumulate = !is_first,
+         .all_rows = s.keys});
   }
 
   LogSumExp log_sum_exp_of(const Segment& s, int64_t h, int64_t row) const {

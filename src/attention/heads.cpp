@@ -11,6 +11,7 @@
 
 #include "attention/merge.h"
 #include "cpu/huge_pages.h"
+#include "cpu/tuning.h"
 
 namespace xattn::detail {
 
@@ -146,14 +147,10 @@ void mix_head_into(const Heads& heads,
   const bool are_rows = heads.values.dim() == 4;
   const auto values =
       are_rows ? plain_rows(heads.values, place, heads.values.stride(2)) : packed(heads.values, place, heads.Lk);
-  multiply({.m = s.n,
-            .n = heads.e,
-            .k = s.keys,
-            .a = weights,
-            .a_stride = stride,
+  multiply({.sizes = {s.n, heads.e, s.keys},
+            .a = {weights, stride},
             .b = values.from_row(s.first_key),
-            .c = c,
-            .c_stride = c_stride,
+            .c = {c, c_stride},
             .accumulate = add,
             .all_rows = s.all_rows});
 }
@@ -211,15 +208,11 @@ void meet_head(const Heads& heads, const Segment& s, int64_t h, float* logits, i
   const auto place = place_of(heads.keys, heads, s.b, h);
   const bool are_rows = heads.keys.dim() == 4;
   (are_rows ? multiply_transposed
-            : multiply)({.m = s.n,
-                         .n = s.keys,
-                         .k = heads.d,
-                         .a = s.rows + h * s.head_stride,
-                         .a_stride = s.stride,
+            : multiply)({.sizes = {s.n, s.keys, heads.d},
+                         .a = {s.rows + h * s.head_stride, s.stride},
                          .b = are_rows ? plain_rows(heads.keys, place, heads.keys.stride(2)).from_row(s.first_key)
                                        : packed(heads.keys, place, heads.d).from_panel(s.first_key / kernels().panel),
-                         .c = logits,
-                         .c_stride = stride,
+                         .c = {logits, stride},
                          .all_rows = s.all_rows});
 }
 
@@ -227,19 +220,18 @@ void mix_head(const Heads& heads, const Segment& s, int64_t h, const float* weig
   mix_head_into(heads, s, h, weights, stride, s.mixed + h * heads.e, heads.H * heads.e, /*add=*/false);
 }
 
-Room room_of_heads(const Heads& heads, const Weighing& weighing, const Team& team) {
-  constexpr int64_t kNearRows = 112;  // whose logits find place in a core's cache beside keys and values of a head
+ScratchSize scratch_of_heads(const Heads& heads, const Weighing& weighing, const TaskThreads& threads) {
   const auto floats = floats_of_a_row(heads, weighing, heads.Lk);
-  if (team.all) return {heads.H * floats};
-  return {.row = 1,
-          .logits = floats,
-          .rows_at_a_time = std::clamp<int64_t>(kMostScratch / std::max<int64_t>(1, floats), 1, kNearRows)};
+  if (threads.all) return {heads.H * floats};
+  // The logits of a block of rows fit into a core's cache beside keys and values of a head.
+  const auto most_rows = kMostScratchFloats / std::max<int64_t>(1, floats);
+  return {.row = 1, .logits = floats, .rows_at_a_time = std::clamp<int64_t>(most_rows, 1, kernels().block_rows)};
 }
 
-void attend_heads(const Heads& heads, const Weighing& weighing, const Segment& s, Scratch scratch, const Team& team) {
+void attend_heads(const Heads& heads, const Weighing& weighing, const Segment& s, Scratch scratch, const TaskThreads& threads) {
   const auto floats = floats_of_a_row(heads, weighing, s.keys);
-  if (!team.all) {
-    const auto rows = std::min(s.n, room_of_heads(heads, weighing, team).rows_at_a_time);
+  if (!threads.all) {
+    const auto rows = std::min(s.n, scratch_of_heads(heads, weighing, threads).rows_at_a_time);
     auto* logits = scratch.take(rows * floats);
     for (int64_t h = 0; h < heads.H; ++h) {
       for (int64_t row = 0; row < s.n; row += rows) {
@@ -264,7 +256,7 @@ engine::Heads heads_of(const Tensor& q, const Tensor& k, const Tensor& v) {
   const auto& run = kernels();
   const auto B = k.size(0), G = k.size(1), Lk = k.size(2), d = k.size(3), e = v.size(3);
   Heads heads{.H = q.size(1), .G = G, .d = d, .e = e, .Lk = Lk, .keys = with_rows(k), .values = with_rows(v)};
-  if (q.size(2) * heads.H / G <= kFewRows) return heads;
+  if (q.size(2) * heads.H / G <= kMostRowsUnpacked) return heads;
   const auto keys = heads.keys, values = heads.values;
   heads.keys = in_huge_pages(at::empty({B, G, run.packed_size(d, Lk)}, k.options()));
   heads.values = in_huge_pages(at::empty({B, G, run.packed_size(Lk, e)}, v.options()));
@@ -273,9 +265,9 @@ engine::Heads heads_of(const Tensor& q, const Tensor& k, const Tensor& v) {
     const auto source = [b, g](const Tensor& x) { return data(x) + b * x.stride(0) + g * x.stride(1); };
     const auto target = [b, g](const Tensor& x) { return mutable_data(x) + b * x.stride(0) + g * x.stride(1); };
     if (i % 2 == 0) {
-      run.pack_transposed(source(keys), keys.stride(2), d, Lk, target(heads.keys));
+      run.pack_transposed(source(keys), keys.stride(2), d, Lk, target(heads.keys), Storage::float32);
     } else {
-      run.pack(source(values), values.stride(2), Lk, e, target(heads.values));
+      run.pack(source(values), values.stride(2), Lk, e, target(heads.values), Storage::float32);
     }
   });
   return heads;
@@ -303,8 +295,7 @@ AttentionResult attend_on_kernels(
   weighing.write_to(result.weights, result.log_sum_exp, largest_of_rows);
 
   const auto bytes = static_cast<int64_t>(heads.keys.nbytes() + heads.values.nbytes()) / B;
-  const auto room_of = [&](const Team& team) { return room_of_heads(heads, weighing, team); };
-  const auto work = [&](int64_t begin, int64_t end, Scratch scratch, const Team& team) {
+  const auto run = [&](int64_t begin, int64_t end, Scratch scratch, const TaskThreads& threads) {
     for (int64_t first = begin, last = begin; first < end; first = last) {
       const auto b = first / Lq, i = first % Lq;
       last = std::min(end, (b + 1) * Lq);
@@ -318,10 +309,15 @@ AttentionResult attend_on_kernels(
                             .mixed = mutable_data(mixed) + first * H * e,
                             .log_sum_exp = {},
                             .all_rows = Lq};
-      attend_heads(heads, weighing, segment, scratch, team);
+      attend_heads(heads, weighing, segment, scratch, threads);
     }
   };
-  each_share_of_rows(B * Lq, has_many_rows(Lq, Lk, heads.d), {0, bytes}, room_of, work);
+  each_share_of_rows({.rows = B * Lq,
+                      .has_many_rows = has_many_rows(Lq, Lk, heads.d),
+                      .reads = {.weights = 0, .context = bytes},
+                      .apart = scratch_of_heads(heads, weighing, {.all = false}),
+                      .together = scratch_of_heads(heads, weighing, {.all = true})},
+                     run);
   if (largest) {
     *largest = largest_of_rows;
   } else if (options.log_sum_exp) {

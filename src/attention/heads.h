@@ -101,9 +101,9 @@ void mix_head(const Heads& heads, const Segment& s, int64_t h, const float* weig
 
 /// From projected queries to mixed values, one head after the other, so that its logits stay in the cache. Where no weights are
 /// wanted, a long context is gone through in parts: see merge.h.
-void attend_heads(const Heads& heads, const Weighing& weighing, const Segment& s, Scratch scratch, const Team& team);
-/// What it takes of scratch.
-Room room_of_heads(const Heads& heads, const Weighing& weighing, const Team& team);
+void attend_heads(const Heads& heads, const Weighing& weighing, const Segment& s, Scratch scratch, const TaskThreads& threads);
+/// The scratch that it needs.
+ScratchSize scratch_of_heads(const Heads& heads, const Weighing& weighing, const TaskThreads& threads);
 
 }  // namespace xattn::detail::engine
 

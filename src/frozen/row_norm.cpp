@@ -14,7 +14,7 @@ EngineNorm engine_norm(const Norm& norm) {
           norm->bias.defined() ? norm->bias.resolve_neg().contiguous() : at::Tensor()};
 }
 
-// The sum of f(x[i]), in as many parts as vectors have lanes.
+// The sum of f(x[i]), in as many parts as AVX-512 has lanes.
 template <class F>
 float sum_of(const float* x, int64_t n, const F& f) {
   constexpr int64_t kParts = 16;
@@ -29,7 +29,6 @@ float sum_of(const float* x, int64_t n, const F& f) {
   return sum;
 }
 
-// Rows [n, features] of projected queries or keys, in place.
 void normalise(const EngineNorm& norm, float* rows, int64_t n, int64_t features) {
   if (norm.kind == NormKind::none) return;
   const auto size = norm.size;

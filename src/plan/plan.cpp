@@ -83,7 +83,9 @@ struct Sizes {
 // What a frozen layer takes to pack a context of so many features that stays as it came, for more rows than those of a task.
 Cost cost_of_packing(double features, const PlanRequest& r) {
   const Sizes s(r);
-  if (r.runs_on != RunsOn::engine || detail::raw_for(std::max(r.Lq, r.context_rows), r.H) != detail::Raw::packed) return {};
+  if (r.runs_on != RunsOn::engine ||
+      detail::context_layout(std::max(r.Lq, r.context_rows), r.H) != detail::ContextLayout::packed)
+    return {};
   const auto bytes = 2 * s.of_context * static_cast<double>(r.element) * s.B * s.Lk * features;
   return {0, bytes, bytes / r.rates.memory};
 }
@@ -294,7 +296,7 @@ bool is_fused(AttentionKernel kernel) {
 }
 
 RunsOn modules_run_on() {
-  return std::string_view(detail::kernels().name) == "plain" ? RunsOn::cpu : RunsOn::kernels;
+  return detail::kernels().is_vectorised ? RunsOn::kernels : RunsOn::cpu;
 }
 
 namespace {
