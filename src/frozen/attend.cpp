@@ -193,17 +193,20 @@ class Attend {
     if (!query_.defined()) return {data(folded_), folded_.size(1)};
     const auto* query = data(query_) + begin * w.Eq;
     if (is_folded(side_.orders.logits)) return {query, w.Eq};
-    if (logits_are(Order::prefold)) {
-      auto* rows = scratch.take(n * w.H * w.Ek);
-      threads.multiply(projection(query, n, w.logits_product, w.logits_product_bias, rows, projected_rows_));
-      return {rows, w.H * w.Ek};
+    if (logits_are(Order::standard)) {
+      auto* projected = in_place() ? weighted : scratch.take(n * w.H * w.d);
+      project_query(w, query, n, projected, projected_rows_, threads);
+      return {projected, w.H * w.d};
     }
-    auto* projected = in_place() ? weighted : scratch.take(n * w.H * w.d);
-    project_query(w, query, n, projected, projected_rows_, threads);
-    if (logits_are(Order::standard)) return {projected, w.H * w.d};
-    auto* folded = scratch.take(n * w.H * w.Ek);
-    fold_into_query(w, projected, n, folded, projected_rows_, threads);
-    return {folded, w.H * w.Ek};
+    auto* rows = scratch.take(n * w.H * w.Ek);
+    if (logits_are(Order::prefold)) {
+      threads.multiply(projection(query, n, w.logits_product, w.logits_product_bias, rows, projected_rows_));
+    } else {
+      auto* projected = scratch.take(n * w.H * w.d);
+      project_query(w, query, n, projected, projected_rows_, threads);
+      fold_into_query(w, projected, n, rows, projected_rows_, threads);
+    }
+    return {rows, w.H * w.Ek};
   }
 
   void run_segment(const Segment& s, Scratch scratch, const TaskThreads& threads) const {

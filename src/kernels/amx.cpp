@@ -359,7 +359,7 @@ void multiply_parts(const Product& p, const Element* b, int64_t m, uint16_t* mem
 
 // The terms are divided in the same way for any rows and columns, so that the bits of a row do not depend on these.
 template <class Element>
-void product_in_parts(const Product& p) {
+[[gnu::noinline]] void product_in_parts(const Product& p) {
   const int64_t blocks = divided_up(equal_part(p.sizes.m, kMostRows), 2 * kRows), height = blocks * 2 * kRows;
   const int64_t steps = divided_up(equal_part(p.sizes.k, kMostTerms), kTerms), depth = steps * kTerms;
   // For the blocks and two panels. A float holds two of the numbers.

@@ -64,7 +64,7 @@ void compute_transposed_rows(const Product& p, int64_t top, int64_t left, int64_
 
 // The rows of b are divided into blocks that stay in the L2 cache (64 to 128 KB) while all rows of a are multiplied by them.
 template <class Element>
-void product_transposed_of(const Product& p) {
+[[gnu::noinline]] void product_transposed_of(const Product& p) {
   constexpr int64_t kBlock = 1 << 15;  // elements
   const int64_t columns = kLanes * (kBlock / kLanes / (p.sizes.k + 1) + 1);
   for (int64_t left = 0; left < p.sizes.n; left += columns) {
