@@ -92,11 +92,10 @@ std::vector<Bfloat16> upper_halves(const Matrix& x) {
   return halves;
 }
 
-// A product, for float32 and bfloat16, and of how many numbers each of its terms is the sum.
+// A product kernel, and the number of products whose sum is one of its terms.
 struct OneProduct {
   std::string name;
   void (*product)(const Product&);
-  void (*product_bfloat16)(const ProductOf<Bfloat16>&);
   int64_t parts = 1;
 };
 
@@ -104,20 +103,19 @@ class KernelsTest : public testing::TestWithParam<const Kernels*> {
  protected:
   // With AMX, terms are sums of six products of parts.
   std::array<OneProduct, 2> products() const {
-    return {OneProduct{"product", kernels_.product, kernels_.product_bfloat16},
-            {"product_of_many_rows", kernels_.product_of_many_rows, kernels_.product_of_many_rows_bfloat16,
-             std::string(kernels_.name) == "amx" ? 6 : 1}};
+    return {OneProduct{"product", kernels_.product},
+            {"product_of_many_rows", kernels_.product_of_many_rows, std::string(kernels_.name) == "amx" ? 6 : 1}};
   }
 
   std::vector<float> packed(const Matrix& b) const {
     std::vector<float> to(static_cast<size_t>(kernels_.packed_size(b.rows, b.columns)), kNaN);
-    kernels_.pack(b.data.get(), b.stride, b.rows, b.columns, to.data());
+    kernels_.pack(b.data.get(), b.stride, b.rows, b.columns, to.data(), Storage::float32);
     return to;
   }
 
   std::vector<Bfloat16> packed_bfloat16(const Matrix& b) const {
     std::vector<Bfloat16> to(static_cast<size_t>(kernels_.packed_size(b.rows, b.columns)), {0x7fc0});
-    kernels_.pack_bfloat16(b.data.get(), b.stride, b.rows, b.columns, to.data());
+    kernels_.pack(b.data.get(), b.stride, b.rows, b.columns, to.data(), Storage::bfloat16);
     return to;
   }
 
@@ -130,23 +128,16 @@ struct Problem {
   bool has_bias, accumulate;
 
   // From a in rows, or as `by_columns` has it.
-  template <class Element>
-  Matrix compute(void (*kernel)(const ProductOf<Element>&),
-                 const RightSideOf<Element>& right,
-                 const Matrix* by_columns = nullptr) const {
+  Matrix compute(void (*kernel)(const Product&), const RightSide& right, const Matrix* by_columns = nullptr) const {
     Matrix result(c.rows, c.columns, c.stride - c.columns);
     for (int64_t i = 0; i < c.rows; ++i) {
       for (int64_t j = 0; j < c.columns; ++j) result.at(i, j) = accumulate ? c.at(i, j) : kNaN;
     }
-    kernel({.m = a.rows,
-            .n = b.columns,
-            .k = a.columns,
-            .a = by_columns ? by_columns->data.get() : a.data.get(),
-            .a_stride = by_columns ? 1 : a.stride,
-            .a_step = by_columns ? by_columns->stride : 1,
+    kernel({.sizes = {a.rows, b.columns, a.columns},
+            .a = {by_columns ? by_columns->data.get() : a.data.get(), by_columns ? 1 : a.stride,
+                  by_columns ? by_columns->stride : 1},
             .b = right,
-            .c = result.data.get(),
-            .c_stride = result.stride,
+            .c = {result.data.get(), result.stride},
             .bias = has_bias ? bias.data.get() : nullptr,
             .accumulate = accumulate});
     return result;
@@ -282,14 +273,14 @@ TEST_P(KernelsProductTest, GivesForBfloat16TheBitsOfTheSameNumbersInFloat32) {
     const auto rows = upper_halves(p.b);
     for (const auto& each : products()) {
       const auto expected = p.compute(each.product, kernels_.packed(panels.data(), p.b.rows));
-      expect_equal_bits(p.compute(each.product_bfloat16, kernels_.packed(half_panels.data(), p.b.rows)), expected,
+      expect_equal_bits(p.compute(each.product, kernels_.packed(half_panels.data(), p.b.rows, Storage::bfloat16)), expected,
                         each.name + ", packed");
-      expect_equal_bits(p.compute(each.product_bfloat16, kernels_.rows(rows.data(), p.b.stride)), expected,
+      expect_equal_bits(p.compute(each.product, kernels_.rows(rows.data(), p.b.stride, Storage::bfloat16)), expected,
                         each.name + ", rows");
     }
     const auto b = transposed(p.b, p.a.rows % 2);
     const auto columns = upper_halves(b);
-    expect_equal_bits(p.compute(kernels_.product_transposed_bfloat16, kernels_.rows(columns.data(), b.stride)),
+    expect_equal_bits(p.compute(kernels_.product_transposed, kernels_.rows(columns.data(), b.stride, Storage::bfloat16)),
                       p.compute(kernels_.product_transposed, kernels_.rows(b.data.get(), b.stride)), "transposed");
   });
 }
@@ -313,20 +304,15 @@ TEST_P(KernelsProductTest, WritesTheSameBitsIntoPanels) {
     const auto a = random_matrix(m, k), b = random_matrix(k, n);
     const auto packed_b = packed(b);
     for (const auto& each : products()) {
-      const auto compute = [&](Matrix& c, int64_t c_stride, int64_t c_panel_stride) {
-        each.product({.m = m,
-                      .n = n,
-                      .k = k,
-                      .a = a.data.get(),
-                      .a_stride = k,
+      const auto compute = [&](Matrix& c, int64_t c_stride, bool in_panels) {
+        each.product({.sizes = {m, n, k},
+                      .a = {a.data.get(), k},
                       .b = kernels_.packed(packed_b.data(), k),
-                      .c = c.data.get(),
-                      .c_stride = c_stride,
-                      .c_panel_stride = c_panel_stride});
+                      .c = {c.data.get(), c_stride, in_panels, m * panel}});
       };
       Matrix plain(m, n), panels(14 * m, panel);  // of which the last one is not filled
-      compute(plain, n, 0);
-      compute(panels, panel, m * panel);
+      compute(plain, n, /*in_panels=*/false);
+      compute(panels, panel, /*in_panels=*/true);
       Matrix back(m, n);
       for (int64_t i = 0; i < m; ++i) {
         for (int64_t j = 0; j < n; ++j) back.at(i, j) = panels.at(j / panel * m + i, j % panel);
@@ -372,14 +358,10 @@ TEST_P(KernelsProductTest, GivesEqualBitsHoweverItIsDivided) {
     const int64_t columns_at_once = panels_at_once * kernels_.panel;
     for (int64_t top = 0; top < m; top += rows_at_once) {
       for (int64_t left = 0; left < n; left += columns_at_once) {
-        kernel({.m = std::min(rows_at_once, m - top),
-                .n = std::min(columns_at_once, n - left),
-                .k = k,
-                .a = a.data.get() + top * k,
-                .a_stride = k,
-                .b = {right.data + left / kernels_.panel * right.panel_stride, right.row_stride, right.panel_stride},
-                .c = &c.at(top, left),
-                .c_stride = n,
+        kernel({.sizes = {std::min(rows_at_once, m - top), std::min(columns_at_once, n - left), k},
+                .a = {a.data.get() + top * k, k},
+                .b = right.from_panel(left / kernels_.panel),
+                .c = {&c.at(top, left), n},
                 .bias = &bias.data[static_cast<size_t>(left)]});
       }
     }
@@ -396,7 +378,8 @@ TEST_P(KernelsProductTest, GivesEqualBitsHoweverItIsDivided) {
     expect_equal_parts(each.product, kernels_.packed(panels.data(), k), each.name + ", packed");
     expect_equal_parts(each.product, kernels_.rows(b.data.get(), n), each.name + ", rows");
   }
-  expect_equal_parts(kernels_.product_transposed, RightSide{columns.data.get(), k, kernels_.panel * k}, "transposed");
+  expect_equal_parts(kernels_.product_transposed, RightSide{columns.data.get(), Storage::float32, k, kernels_.panel * k},
+                     "transposed");
 }
 
 TEST_P(KernelsPackTest, LaysColumnsInPanelsFilledWithZeros) {
@@ -406,10 +389,10 @@ TEST_P(KernelsPackTest, LaysColumnsInPanelsFilledWithZeros) {
       const auto columns = transposed(b, n % 2);
       const auto from_rows = packed(b);
       std::vector<float> from_columns(from_rows.size(), kNaN);
-      kernels_.pack_transposed(columns.data.get(), columns.stride, k, n, from_columns.data());
+      kernels_.pack_transposed(columns.data.get(), columns.stride, k, n, from_columns.data(), Storage::float32);
       const auto halves = packed_bfloat16(b);
       std::vector<Bfloat16> halves_from_columns(halves.size(), {0x7fc0});
-      kernels_.pack_transposed_bfloat16(columns.data.get(), columns.stride, k, n, halves_from_columns.data());
+      kernels_.pack_transposed(columns.data.get(), columns.stride, k, n, halves_from_columns.data(), Storage::bfloat16);
       const auto right = kernels_.packed(from_rows.data(), k);
       for (int64_t j = 0; j < (n + kernels_.panel - 1) / kernels_.panel * kernels_.panel; ++j) {
         for (int64_t i = 0; i < k; ++i) {
@@ -583,7 +566,7 @@ INSTANTIATE_TEST_SUITE_P(Each, KernelsSoftmaxTest, testing::ValuesIn(all_kernels
 
 TEST(KernelsChoiceTest, GivesTheUnitProductsOfManyRowsColumnsAndTermsAlone) {
   const auto rows = least_many_rows();
-  EXPECT_EQ(has_many_rows(rows, kLeastManyColumns, kLeastManyDepth), kernels().has_unit());
+  EXPECT_EQ(has_many_rows(rows, kLeastManyColumns, kLeastManyDepth), kernels().has_matrix_unit);
   EXPECT_FALSE(has_many_rows(rows - 1, 4096, 4096));
   EXPECT_FALSE(has_many_rows(4096, kLeastManyColumns - 1, 4096));
   EXPECT_FALSE(has_many_rows(4096, 4096, kLeastManyDepth - 1));

@@ -7,6 +7,7 @@
 
 #include "attention/heads.h"
 #include "attention/merge.h"
+#include "cpu/tuning.h"
 
 namespace xattn::detail {
 
@@ -17,7 +18,6 @@ namespace {
 
 constexpr int64_t kKeysOfABlock = 1024;
 // Logits and their gradients of one step, in floats. They fit into a core's cache beside the keys and values of a block.
-constexpr int64_t kFloatsOfAStep = 3 << 16;
 
 // An empty tensor of x's shape [B, n, L, size], stored as [B, L, n, size]: the gradient of what split_heads returns.
 Tensor like_heads(const Tensor& x, bool is_wanted) {
@@ -53,12 +53,12 @@ class Gradients {
         softmax_(call.mask, H_, Lq_, Lk_, scale_, AttentionWeights::none, {}),
         blocks_((Lk_ + kKeysOfABlock - 1) / kKeysOfABlock),
         keys_of_a_block_((Lk_ + blocks_ - 1) / blocks_),
-        rows_of_a_step_(std::clamp<int64_t>(kFloatsOfAStep / (2 * keys_of_a_block_), 1, Lq_)) {}
+        rows_of_a_step_(std::clamp<int64_t>(kScratchFloats / (2 * keys_of_a_block_), 1, Lq_)) {}
 
   void run() const {
     const auto heads = B_ * G_, operations = 2 * H_ / G_ * Lq_ * Lk_ * (3 * d_ + 2 * e_);
     const auto heads_of_a_task = std::max<int64_t>(1, kOperationsOfATask / operations);
-    const auto slots = heads > heads_of_a_task ? std::min(heads, threads()) : 1;
+    const auto slots = heads > heads_of_a_task ? std::min(heads, num_threads()) : 1;
     const auto size = floats_of_a_task();
     const auto memory = at::empty({slots, size}, q_.options());
     at::parallel_for(0, heads, heads_of_a_task, [&](int64_t begin, int64_t end) {
@@ -70,20 +70,20 @@ class Gradients {
  private:
   // Keys and values of a block as right sides of products.
   struct RightSides {
-    Right key_columns;    // [d, keys]
-    Right key_rows;       // [keys, d]
-    Right value_columns;  // [e, keys]
+    RightSide key_columns;    // [d, keys]
+    RightSide key_rows;       // [keys, d]
+    RightSide value_columns;  // [e, keys]
   };
 
   // For few query rows, packing keys and values takes longer than it saves.
-  bool is_packed() const { return Lq_ * H_ / G_ > kFewRows; }
+  bool is_packed() const { return Lq_ * H_ / G_ > kMostRowsUnpacked; }
 
   int64_t floats_of_a_task() const {
     const auto& run = kernels();
     const auto rows = rows_of_a_step_, keys = keys_of_a_block_;
     int64_t floats = 2 * rows * keys + run.packed_size(rows, std::max(d_, e_)) + 2 * rows;
     if (is_packed()) floats += run.packed_size(d_, keys) + run.packed_size(keys, d_) + run.packed_size(e_, keys);
-    return floats + 16 * 16;
+    return floats + Scratch::kPadding;
   }
 
   // All query heads that share one key/value head.
@@ -98,13 +98,13 @@ class Gradients {
     }
     for (int64_t first = 0; first < Lk_; first += keys_of_a_block_) {
       const auto keys = std::min(keys_of_a_block_, Lk_ - first);
-      RightSides sides{plain_rows(key.at(first), key.stride), plain_rows(key.at(first), key.stride),
-                       plain_rows(value.at(first), value.stride)};
+      RightSides sides{run.rows(key.at(first), key.stride), run.rows(key.at(first), key.stride),
+                       run.rows(value.at(first), value.stride)};
       if (is_packed()) {
-        run.pack_transposed(key.at(first), key.stride, d_, keys, key_columns);
-        run.pack(key.at(first), key.stride, keys, d_, key_rows);
-        run.pack_transposed(value.at(first), value.stride, e_, keys, value_columns);
-        sides = {panels(key_columns, d_), panels(key_rows, keys), panels(value_columns, e_)};
+        run.pack_transposed(key.at(first), key.stride, d_, keys, key_columns, Storage::float32);
+        run.pack(key.at(first), key.stride, keys, d_, key_rows, Storage::float32);
+        run.pack_transposed(value.at(first), value.stride, e_, keys, value_columns, Storage::float32);
+        sides = {run.packed(key_columns, d_), run.packed(key_rows, keys), run.packed(value_columns, e_)};
       }
       for (int64_t h = g * H_ / G_; h < (g + 1) * H_ / G_; ++h) {
         for (int64_t row = 0; row < Lq_; row += rows_of_a_step_) {
@@ -138,35 +138,22 @@ class Gradients {
     times_columns(s, grad.at(row), grad.stride, sides.value_columns, e_, logits_grad);
     differentiate_softmax(s, h, weights, logits_grad);
     if (into_.q.defined()) {
-      multiply({.m = s.rows,
-                .n = d_,
-                .k = s.keys,
-                .a = logits_grad,
-                .a_stride = s.keys,
+      multiply({.sizes = {s.rows, d_, s.keys},
+                .a = {logits_grad, s.keys},
                 .b = sides.key_rows,
-                .c = mutable_data(into_.q) + s.context * into_.q.stride(0) + h * into_.q.stride(1) + row * into_.q.stride(2),
-                .c_stride = into_.q.stride(2),
+                .c = {mutable_data(into_.q) + s.context * into_.q.stride(0) + h * into_.q.stride(1) + row * into_.q.stride(2),
+                      into_.q.stride(2)},
                 .accumulate = s.first_key > 0,
                 .all_rows = s.rows});
     }
     if (into_.k.defined()) add_to_keys(s, logits_grad, s.queries, s.query_stride, is_first, into_.k, g, scratch);
   }
 
-  static Right plain_rows(const float* rows, int64_t stride) { return {rows, nullptr, stride, kernels().panel}; }
-  // A packed right side with k rows.
-  static Right panels(const float* packed, int64_t k) { return {packed, nullptr, kernels().panel, k * kernels().panel}; }
-
   // c [n, keys] = a [n, size] times the transposed keys or values
-  void times_columns(const Segment& s, const float* a, int64_t a_stride, const Right& columns, int64_t size, float* c) const {
-    (is_packed() ? multiply : multiply_transposed)({.m = s.rows,
-                                                    .n = s.keys,
-                                                    .k = size,
-                                                    .a = a,
-                                                    .a_stride = a_stride,
-                                                    .b = columns,
-                                                    .c = c,
-                                                    .c_stride = s.keys,
-                                                    .all_rows = s.rows});
+  void times_columns(
+      const Segment& s, const float* a, int64_t a_stride, const RightSide& columns, int64_t size, float* c) const {
+    (is_packed() ? multiply : multiply_transposed)(
+        {.sizes = {s.rows, s.keys, size}, .a = {a, a_stride}, .b = columns, .c = {c, s.keys}, .all_rows = s.rows});
   }
 
   // Adds x' rows, of x [n, keys] and rows [n, size], to the rows of these keys in `into`.
@@ -181,16 +168,12 @@ class Gradients {
     const auto& run = kernels();
     const auto size = into.size(3);
     auto* packed = scratch.take(run.packed_size(s.rows, size));
-    run.pack(rows, stride, s.rows, size, packed);
-    multiply({.m = s.keys,
-              .n = size,
-              .k = s.rows,
-              .a = x,
-              .a_stride = 1,
-              .a_step = s.keys,
-              .b = panels(packed, s.rows),
-              .c = mutable_data(into) + s.context * into.stride(0) + g * into.stride(1) + s.first_key * into.stride(2),
-              .c_stride = into.stride(2),
+    run.pack(rows, stride, s.rows, size, packed, Storage::float32);
+    auto* place = mutable_data(into) + s.context * into.stride(0) + g * into.stride(1) + s.first_key * into.stride(2);
+    multiply({.sizes = {s.keys, size, s.rows},
+              .a = {x, 1, s.keys},
+              .b = run.packed(packed, s.rows),
+              .c = {place, into.stride(2)},
               .accumulate = !is_first,
               .all_rows = s.keys});
   }

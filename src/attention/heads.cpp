@@ -12,6 +12,7 @@
 #include "attention/mask_parts.h"
 #include "attention/merge.h"
 #include "cpu/huge_pages.h"
+#include "cpu/tuning.h"
 
 namespace xattn::detail {
 
@@ -144,14 +145,10 @@ void multiply_by_values(const Heads& heads,
   const auto& v = heads.values;
   const auto offset = offset_of(v, heads, s.context, h);
   const auto values = heads.are_packed ? packed(v, offset, heads.Lk) : plain_rows(v, offset, v.stride(2));
-  multiply({.m = s.rows,
-            .n = heads.e,
-            .k = s.keys,
-            .a = weights,
-            .a_stride = stride,
+  multiply({.sizes = {s.rows, heads.e, s.keys},
+            .a = {weights, stride},
             .b = values.from_row(s.first_key),
-            .c = c,
-            .c_stride = c_stride,
+            .c = {c, c_stride},
             .accumulate = accumulate,
             .all_rows = s.context_rows});
 }
@@ -211,14 +208,10 @@ void logits_of_head(const Heads& heads, const Segment& s, int64_t h, float* logi
   const auto offset = offset_of(k, heads, s.context, h);
   const auto keys = heads.are_packed ? packed(k, offset, heads.d).from_panel(s.first_key / kernels().panel)
                                      : plain_rows(k, offset, k.stride(2)).from_row(s.first_key);
-  (heads.are_packed ? multiply : multiply_transposed)({.m = s.rows,
-                                                       .n = s.keys,
-                                                       .k = heads.d,
-                                                       .a = s.queries + h * s.head_stride,
-                                                       .a_stride = s.query_stride,
+  (heads.are_packed ? multiply : multiply_transposed)({.sizes = {s.rows, s.keys, heads.d},
+                                                       .a = {s.queries + h * s.head_stride, s.query_stride},
                                                        .b = keys,
-                                                       .c = logits,
-                                                       .c_stride = stride,
+                                                       .c = {logits, stride},
                                                        .all_rows = s.context_rows});
 }
 
@@ -226,20 +219,20 @@ void weighted_values_of_head(const Heads& heads, const Segment& s, int64_t h, co
   multiply_by_values(heads, s, h, weights, stride, s.weighted_values + h * heads.e, heads.H * heads.e, /*accumulate=*/false);
 }
 
-Room scratch_of_heads(const Heads& heads, const SoftmaxStage& softmax, const Team& team) {
-  constexpr int64_t kMostRows = 112;  // their logits fit into a core's cache beside the keys and values of a head
+ScratchSize scratch_of_heads(const Heads& heads, const SoftmaxStage& softmax, const TaskThreads& threads) {
   const auto floats = floats_of_a_row(heads, softmax, heads.Lk);
-  if (team.all) return {heads.H * floats};
-  return {.row = 1,
-          .logits = floats,
-          .rows_at_a_time = std::clamp<int64_t>(kMostScratch / std::max<int64_t>(1, floats), 1, kMostRows)};
+  if (threads.all) return {heads.H * floats};
+  // The logits of a block of rows fit into a core's cache beside the keys and values of a head.
+  const auto most_rows = kMostScratchFloats / std::max<int64_t>(1, floats);
+  return {.row = 1, .logits = floats, .rows_at_a_time = std::clamp<int64_t>(most_rows, 1, kernels().block_rows)};
 }
 
-void attend_heads(const Heads& heads, const SoftmaxStage& softmax, const Segment& s, Scratch scratch, const Team& team) {
+void attend_heads(
+    const Heads& heads, const SoftmaxStage& softmax, const Segment& s, Scratch scratch, const TaskThreads& threads) {
   const auto floats = floats_of_a_row(heads, softmax, s.keys);
   const auto attend = in_parts(heads, softmax) ? attend_head_in_parts : attend_head;
-  if (!team.all) {
-    const auto rows = std::min(s.rows, scratch_of_heads(heads, softmax, team).rows_at_a_time);
+  if (!threads.all) {
+    const auto rows = std::min(s.rows, scratch_of_heads(heads, softmax, threads).rows_at_a_time);
     auto* logits = scratch.take(rows * floats);
     for (int64_t h = 0; h < heads.H; ++h) {
       for (int64_t row = 0; row < s.rows; row += rows) {
@@ -269,7 +262,7 @@ engine::Heads heads_of(const Tensor& q, const Tensor& k, const Tensor& v) {
   const auto& run = kernels();
   const auto B = k.size(0), H = q.size(1), G = k.size(1), Lk = k.size(2), d = k.size(3), e = v.size(3);
   const auto keys = with_rows(k), values = with_rows(v);
-  if (q.size(2) * H / G <= kFewRows) return {H, G, d, e, Lk, keys, values, /*are_packed=*/false};
+  if (q.size(2) * H / G <= kMostRowsUnpacked) return {H, G, d, e, Lk, keys, values, /*are_packed=*/false};
   const auto packed_keys = in_huge_pages(at::empty({B, G, run.packed_size(d, Lk)}, k.options()));
   const auto packed_values = in_huge_pages(at::empty({B, G, run.packed_size(Lk, e)}, v.options()));
   each(2 * B * G, [&](int64_t i) {
@@ -277,9 +270,9 @@ engine::Heads heads_of(const Tensor& q, const Tensor& k, const Tensor& v) {
     const auto source = [b, g](const Tensor& x) { return data(x) + b * x.stride(0) + g * x.stride(1); };
     const auto target = [b, g](const Tensor& x) { return mutable_data(x) + b * x.stride(0) + g * x.stride(1); };
     if (i % 2 == 0) {
-      run.pack_transposed(source(keys), keys.stride(2), d, Lk, target(packed_keys));
+      run.pack_transposed(source(keys), keys.stride(2), d, Lk, target(packed_keys), Storage::float32);
     } else {
-      run.pack(source(values), values.stride(2), Lk, e, target(packed_values));
+      run.pack(source(values), values.stride(2), Lk, e, target(packed_values), Storage::float32);
     }
   });
   return {H, G, d, e, Lk, packed_keys, packed_values, /*are_packed=*/true};
@@ -310,8 +303,7 @@ RelativeAttention attend_on_kernels_by_largest(const Tensor& q,
   softmax.write_to(result.weights, result.log_sum_exp, attended.largest);
 
   const auto bytes = static_cast<int64_t>(heads.keys.nbytes() + heads.values.nbytes()) / B;
-  const auto room_of = [&](const Team& team) { return scratch_of_heads(heads, softmax, team); };
-  const auto work = [&](int64_t begin, int64_t end, Scratch scratch, const Team& team) {
+  const auto run = [&](int64_t begin, int64_t end, Scratch scratch, const TaskThreads& threads) {
     for (int64_t first = begin, last = begin; first < end; first = last) {  // the rows of each context
       const auto b = first / Lq, i = first % Lq;
       last = std::min(end, (b + 1) * Lq);
@@ -325,10 +317,15 @@ RelativeAttention attend_on_kernels_by_largest(const Tensor& q,
                             .weighted_values = mutable_data(output) + first * H * e,
                             .log_sum_exp = {},
                             .context_rows = Lq};
-      attend_heads(heads, softmax, segment, scratch, team);
+      attend_heads(heads, softmax, segment, scratch, threads);
     }
   };
-  each_share_of_rows(B * Lq, has_many_rows(Lq, Lk, heads.d), {0, bytes}, room_of, work);
+  each_share_of_rows({.rows = B * Lq,
+                      .has_many_rows = has_many_rows(Lq, Lk, heads.d),
+                      .reads = {.weights = 0, .context = bytes},
+                      .apart = scratch_of_heads(heads, softmax, {.all = false}),
+                      .together = scratch_of_heads(heads, softmax, {.all = true})},
+                     run);
   return attended;
 }
 

@@ -119,9 +119,10 @@ void logits_of_head(const Heads& heads, const Segment& s, int64_t h, float* logi
 void weighted_values_of_head(const Heads& heads, const Segment& s, int64_t h, const float* weights, int64_t stride);
 
 /// All stages for a segment: from projected queries to weighted values, weights and log-sum-exp.
-void attend_heads(const Heads& heads, const SoftmaxStage& softmax, const Segment& s, Scratch scratch, const Team& team);
+void attend_heads(
+    const Heads& heads, const SoftmaxStage& softmax, const Segment& s, Scratch scratch, const TaskThreads& threads);
 /// The scratch that `attend_heads` uses.
-Room scratch_of_heads(const Heads& heads, const SoftmaxStage& softmax, const Team& team);
+ScratchSize scratch_of_heads(const Heads& heads, const SoftmaxStage& softmax, const TaskThreads& threads);
 
 }  // namespace xattn::detail::engine
 

@@ -5,13 +5,13 @@
 
 namespace xattn::detail {
 
-/// x, a fresh tensor on the CPU, with memory that comes in huge pages as far as the system grants them (Linux, madvise(2) with
-/// MADV_HUGEPAGE), where it is of several megabytes: the first touch of a result is then one fault for 2 MB and not for 4 KB, and
-/// a product that goes through a large matrix by panels finds the addresses of its rows in the processor's table of them.
+/// Returns x, a new tensor on the CPU, after asking the system to back its memory with huge pages (Linux, madvise(2) with
+/// MADV_HUGEPAGE). This pays from several megabytes on: writing a result then takes a page fault for each 2 MB instead of 4 KB, and a
+/// product that reads a large matrix by panels has fewer TLB misses.
 at::Tensor in_huge_pages(at::Tensor x);
 
-/// n elements that begin where such a page does, so that two megabytes of them lie in one or two and not in the small ones around:
-/// for what lives long, as their end takes up a whole page too.
+/// n elements that begin at a huge page, so that even few megabytes lie in huge pages. For long-lived tensors: the last page is
+/// allocated as a whole too.
 at::Tensor empty_in_huge_pages(int64_t n, const at::TensorOptions& options);
 
 }  // namespace xattn::detail

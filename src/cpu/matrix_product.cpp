@@ -15,145 +15,102 @@
 
 #include <algorithm>
 #include <optional>
-#include <string_view>
 
-#include "cpu/packed.h"
-#include "kernels/kernels.h"
+#include "cpu/threads.h"
+#include "cpu/tuning.h"
 
 namespace xattn::detail {
 
 using at::Tensor;
-using engine::kOperationsOfATask;
-using engine::with_rows;
+using namespace engine;
 
 namespace {
-
-constexpr int64_t kPackedBytes = 1 << 19;      // of a right side at a time: what a core's cache holds beside the left one,
-constexpr int64_t kNearBytes = 1 << 20;        // if that has no more bytes than these
-constexpr int64_t kMorePackedBytes = 4 << 20;  // else: the left side comes from memory for each time anew
-constexpr int64_t kPackedRows = 1024;          // of a right side: those of a block that a product goes through at once
-constexpr int64_t kRowsOfATile = 14;
 
 bool runs_on_kernels(const Tensor& x) {
   return x.defined() && x.is_cpu() && x.scalar_type() == at::kFloat && x.layout() == at::kStrided && !x.is_neg() &&
          !at::isTensorSubclassLike(x) && !x._fw_grad(/*level=*/0).defined();
 }
 
-int64_t divided_up(int64_t n, int64_t by) {
-  return (n + by - 1) / by;
-}
-
-// The matrices of a tensor [..., rows, columns] of two to four axes: a view of it would take longer than a small product.
+// The matrices of a tensor [..., rows, columns] of two to four axes; a view of each would take longer than a small product. Either
+// the elements of a row are consecutive or, if transposed, those of a column.
 struct Matrices {
-  explicit Matrices(const Tensor& x) : data(x.const_data_ptr<float>()), row_stride(x.stride(-2)), column_stride(x.stride(-1)) {
-    if (x.dim() > 2) per_group = x.size(-3), stride = x.stride(-3);
-    if (x.dim() > 3) groups = x.size(-4), group_stride = x.stride(-4);
+  Matrices(const Tensor& x, bool transposed)
+      : x(transposed ? x : with_rows(x)),
+        transposed(transposed),
+        row_stride(this->x.stride(-2)),
+        column_stride(this->x.stride(-1)) {
+    if (x.dim() > 2) per_group = x.size(-3), stride = this->x.stride(-3);
+    if (x.dim() > 3) groups = x.size(-4), group_stride = this->x.stride(-4);
   }
   int64_t count() const { return groups * per_group; }
-  const float* at(int64_t i) const { return data + i / per_group * group_stride + i % per_group * stride; }
+  const float* at(int64_t i, int64_t row, int64_t column) const {
+    return data(x) + i / per_group * group_stride + i % per_group * stride + row * row_stride + column * column_stride;
+  }
 
-  const float* data;
-  int64_t groups = 1, per_group = 1, group_stride = 0, stride = 0, row_stride, column_stride;
+  Tensor x;
+  bool transposed;
+  int64_t row_stride, column_stride, groups = 1, per_group = 1, group_stride = 0, stride = 0;
 };
 
-// Part of a product: rows and columns of one of its matrices.
-struct Part {
-  const float* a;
-  int64_t a_stride, a_step;
-  const float* b;
-  int64_t b_stride;
-  bool b_is_transposed, has_many_rows;
-  const float* bias;
-  float* c;
-  int64_t c_stride;
-  int64_t m, n, k;
-};
-
-// packed: room for `rows` of its right side, of which some are packed after the others; null if it stays as it is.
-void multiply_block(const Part& p, float* packed, int64_t rows) {
+// Packs `terms` rows of the right side at a time to `packed`.
+void multiply_packed(const Product& whole, bool b_is_transposed, bool has_many, float* packed, int64_t terms) {
   const auto& run = kernels();
-  Product product{.m = p.m,
-                  .n = p.n,
-                  .k = p.k,
-                  .a = p.a,
-                  .a_stride = p.a_stride,
-                  .a_step = p.a_step,
-                  .b = {p.b, p.b_stride, run.panel},
-                  .c = p.c,
-                  .c_stride = p.c_stride,
-                  .bias = p.bias};
-  if (!packed || p.k == 0) return p.b_is_transposed ? run.product_transposed(product) : run.product(product);
-  for (int64_t first = 0; first < p.k; first += rows) {
-    product.k = std::min(rows, p.k - first);
-    product.a = p.a + first * p.a_step;
-    (p.b_is_transposed ? run.pack_transposed : run.pack)(p.b + first * (p.b_is_transposed ? 1 : p.b_stride), p.b_stride,
-                                                         product.k, p.n, packed);
-    product.b = run.packed(packed, product.k);
-    product.accumulate = first > 0;
-    if (first > 0) product.bias = nullptr;
-    (p.has_many_rows ? run.product_of_many_rows : run.product)(product);
+  const auto stride = whole.b.row_stride;
+  auto part = whole;
+  for (int64_t first = 0; first < whole.sizes.k; first += terms) {
+    const auto* b = static_cast<const float*>(whole.b.data) + first * (b_is_transposed ? 1 : stride);
+    part.sizes.k = std::min(terms, whole.sizes.k - first);
+    (b_is_transposed ? run.pack_transposed : run.pack)(b, stride, part.sizes.k, part.sizes.n, packed, Storage::float32);
+    part.a.data = whole.a.data + first * whole.a.step;
+    part.b = run.packed(packed, part.sizes.k);
+    multiply_part(part, has_many);
+    part.accumulate = true;
+    part.bias = nullptr;
   }
 }
 
 // a [..., m, k] b [..., k, n] + bias [n].
 Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
-  const bool is_packed = left.size(-2) > kFewRows;
-  const bool by_columns = is_packed && left.stride(-2) == 1 && left.size(-1) > 1 && left.stride(-1) > 1;
-  const auto a_rows = by_columns ? left : with_rows(left);
-  const bool is_transposed = right.size(-2) > 1 && right.stride(-2) == 1 && right.size(-1) > 1;
-  const auto b_rows = is_transposed ? right : with_rows(right);
-  const Matrices a(a_rows), b(b_rows);
-  const auto m = left.size(-2), k = left.size(-1), n = right.size(-1), panel = kernels().panel;
+  const auto m = left.size(-2), k = left.size(-1), n = right.size(-1);
   auto sizes = left.sizes().vec();
   sizes.back() = n;
   const auto result = at::empty(sizes, left.options());
   if (result.numel() == 0) return result;
 
-  // Tasks are columns, of which each packs its own; where these are not enough for all threads, rows besides.
-  const auto batches = a.count(), panels = divided_up(n, panel);
-  const auto operations = 2 * batches * m * n * k;
-  const auto threads =
-      at::in_parallel_region() ? 1 : std::clamp<int64_t>(operations / kOperationsOfATask, 1, at::get_num_threads());
+  const bool packs = m > kMostRowsUnpacked && k > 0;
+  const Matrices a(left, packs && k > 1 && left.stride(-2) == 1 && left.stride(-1) > 1);
+  const Matrices b(right, k > 1 && n > 1 && right.stride(-2) == 1);
   const bool has_many = has_many_rows(m, n, k);
-  const auto packed_bytes = 4 * m * k <= kNearBytes && !has_many ? kPackedBytes : kMorePackedBytes;
-  const auto packed_rows = divided_up(k, std::max<int64_t>(1, divided_up(k, kPackedRows)));
-  auto of_columns = divided_up(panels, std::max<int64_t>(1, packed_bytes / (4 * panel * std::max<int64_t>(1, packed_rows))));
-  if (batches % threads != 0) of_columns = std::min(panels, divided_up(of_columns, threads) * threads);
-  const auto of_rows = std::min(divided_up(m, kRowsOfATile), divided_up(threads, batches * of_columns));
-  const auto task_panels = divided_up(panels, of_columns), task_rows = divided_up(m, of_rows);
-  const auto scratch = is_packed ? at::empty({threads, task_panels * panel * packed_rows}, result.options()) : Tensor();
+  const auto shares = plan_product(a.count(), {m, n, k}, has_many, num_threads(), kernels());
+  const auto columns = shares.panels * kernels().panel, packed_floats = columns * shares.terms;
+  const auto packed = packs ? at::empty({shares.threads, packed_floats}, result.options()) : Tensor();
 
   const auto run_task = [&](int64_t task, int64_t thread) {
-    const auto batch = task / (of_columns * of_rows), first = task / of_rows % of_columns * task_panels * panel;
-    const auto top = task % of_rows * task_rows;
-    if (first >= n || top >= m) return;
-    multiply_block({.a = a.at(batch) + top * a.row_stride,
-                    .a_stride = a.row_stride,
-                    .a_step = by_columns ? a.column_stride : 1,
-                    .b = b.at(batch) + first * b.column_stride,
-                    .b_stride = is_transposed ? b.column_stride : b.row_stride,
-                    .b_is_transposed = is_transposed,
-                    .has_many_rows = has_many,
-                    .bias = bias.defined() ? bias.const_data_ptr<float>() + first : nullptr,
-                    .c = result.mutable_data_ptr<float>() + batch * m * n + top * n + first,
-                    .c_stride = n,
-                    .m = std::min(task_rows, m - top),
-                    .n = std::min(task_panels * panel, n - first),
-                    .k = k},
-                   is_packed ? scratch.mutable_data_ptr<float>() + thread * scratch.stride(0) : nullptr, packed_rows);
+    const auto row = task % shares.row_tasks * shares.rows;
+    const auto column = task / shares.row_tasks % shares.column_tasks * columns;
+    const auto which = task / (shares.row_tasks * shares.column_tasks);
+    if (row >= m || column >= n) return;
+    const Product part{.sizes = {std::min(shares.rows, m - row), std::min(columns, n - column), k},
+                       .a = {a.at(which, row, 0), a.row_stride, a.transposed ? a.column_stride : 1},
+                       .b = kernels().rows(b.at(which, 0, column), b.transposed ? b.column_stride : b.row_stride),
+                       .c = {mutable_data(result) + (which * m + row) * n + column, n},
+                       .bias = bias.defined() ? data(bias) + column : nullptr};
+    if (packs)
+      return multiply_packed(part, b.transposed, has_many, mutable_data(packed) + thread * packed_floats, shares.terms);
+    b.transposed ? multiply_transposed(part) : multiply_part(part, /*has_many=*/false);
   };
-  const auto tasks = batches * of_columns * of_rows;
-  if (threads == 1) {
+  const auto tasks = a.count() * shares.column_tasks * shares.row_tasks;
+  if (shares.threads == 1) {
     for (int64_t task = 0; task < tasks; ++task) run_task(task, 0);
   } else {
-    at::parallel_for(0, tasks, divided_up(tasks, threads), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, tasks, divided_up(tasks, shares.threads), [&](int64_t begin, int64_t end) {
       for (auto task = begin; task < end; ++task) run_task(task, at::get_thread_num());
     });
   }
   return result;
 }
 
-// Its gradients are products of the same kind, and so have gradients themselves.
+// The gradients are computed by `matrix_product`, and are therefore differentiable too.
 struct MatrixProductFunction : torch::autograd::Function<MatrixProductFunction> {
   static Tensor forward(torch::autograd::AutogradContext* context,
                         const Tensor& a,
@@ -171,7 +128,7 @@ struct MatrixProductFunction : torch::autograd::Function<MatrixProductFunction> 
     torch::autograd::variable_list result(3);
     if (!grad.defined()) return result;
     if (context->needs_input_grad(0)) result[0] = matrix_product(grad, b.transpose(-2, -1));
-    if (context->needs_input_grad(1)) {  // laid out as b is
+    if (context->needs_input_grad(1)) {  // with the layout of b
       result[1] = b.stride(-1) == 1 ? matrix_product(a.transpose(-2, -1), grad)
                                     : matrix_product(grad.transpose(-2, -1), a).transpose(-2, -1);
     }
@@ -191,8 +148,7 @@ Tensor multiply_and_add(const Tensor& a, const Tensor& b, const Tensor& bias) {
 }  // namespace
 
 bool run_on_kernels(std::initializer_list<Tensor> all) {
-  static const bool kHasVectors = std::string_view(kernels().name) != "plain";
-  return kHasVectors && std::ranges::all_of(all, runs_on_kernels) && !at::autocast::is_autocast_enabled(at::kCPU);
+  return kernels().is_vectorised && std::ranges::all_of(all, runs_on_kernels) && !at::autocast::is_autocast_enabled(at::kCPU);
 }
 
 Tensor matrix_product(const Tensor& a, const Tensor& b) {

@@ -7,19 +7,19 @@
 #include <initializer_list>
 
 // The matrix products of modules, differentiable to any order: in float32 on the CPU by this library's kernels (with AVX2 or
-// AVX-512), elsewhere by LibTorch's operators. An element's bits do not depend on the number of threads.
+// AVX-512), elsewhere by LibTorch's operators. The bits of a result do not depend on the number of threads.
 namespace xattn::detail {
 
-/// Whether what is computed of these runs on the library's kernels.
+/// Whether computations on these tensors run on the library's kernels.
 bool run_on_kernels(std::initializer_list<at::Tensor> all);
 
-/// a [..., m, k], b [..., k, n] -> [..., m, n]; two to four axes, of equal sizes but for the last two.
+/// a [..., m, k], b [..., k, n] -> [..., m, n]; two to four axes, the leading ones of equal sizes.
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);
 
-/// The same for logits: float16 is multiplied in float32, because a logit may exceed its largest number.
+/// The same for logits: float16 is multiplied in float32, because a logit may exceed the largest float16.
 at::Tensor logits_product(const at::Tensor& a, const at::Tensor& b);
 
-/// The type of a product of x: that of x, or autocast's where that is on.
+/// The type of a product of x: that of x, or autocast's if autocast is on.
 at::ScalarType product_type(const at::Tensor& x);
 
 /// x [..., in], weight [out, in], bias [out] or undefined -> [..., out].

@@ -147,9 +147,9 @@ struct FrozenContext::State {
   int64_t B, Lk;
   bool batched;
 
-  detail::Raw raw() const {
+  detail::ContextLayout layout() const {
     const auto* of_engine = std::get_if<detail::EngineSide>(&parts);
-    return of_engine ? of_engine->raw : detail::Raw::packed;
+    return of_engine ? of_engine->layout : detail::ContextLayout::packed;
   }
 
   template <class Change>
@@ -223,7 +223,7 @@ FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
   for (const auto& context : contexts) {
     const auto& state = *context.state_;
     check_value(state.owner == first.owner && state.orders == first.orders && state.Lk == first.Lk && state.batched &&
-                    state.raw() == first.raw(),
+                    state.layout() == first.layout(),
                 kFrozen, "contexts must be batches of one Frozen, of one length and orders, but they differ.");
     masks.emplace_back(state.mask, state.B);
     joined->B += state.B;

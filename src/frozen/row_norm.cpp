@@ -7,13 +7,7 @@
 
 namespace xattn::detail::engine {
 
-EngineNorm engine_norm(const NormWeights& norm) {
-  if (norm.kind == NormKind::none) return {};
-  return {norm.kind, norm.size, norm.eps, norm.weight.resolve_neg().contiguous(),
-          norm.bias.defined() ? norm.bias.resolve_neg().contiguous() : at::Tensor()};
-}
-
-// The sum of f(x[i]), in as many parts as vectors have lanes.
+// The sum of f(x[i]), in as many parts as AVX-512 has lanes.
 template <class F>
 float sum_of(const float* x, int64_t n, const F& f) {
   constexpr int64_t kParts = 16;
@@ -28,8 +22,7 @@ float sum_of(const float* x, int64_t n, const F& f) {
   return sum;
 }
 
-// Rows [n, features] of projected queries or keys, in place.
-void normalise(const EngineNorm& norm, float* rows, int64_t n, int64_t features) {
+void normalise_rows(const NormWeights& norm, float* rows, int64_t n, int64_t features) {
   if (norm.kind == NormKind::none) return;
   const auto size = norm.size;
   const auto* weight = data(norm.weight);

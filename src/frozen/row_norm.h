@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "frozen/engine.h"
+#include <cstdint>
+
+#include "modules/norm_weights.h"
 
 namespace xattn::detail::engine {
 
-EngineNorm engine_norm(const NormWeights& norm);
-
-/// Rows [n, features] of projected queries or keys, in place.
-void normalise(const EngineNorm& norm, float* rows, int64_t n, int64_t features);
+/// Normalises rows [n, features] of projected queries or keys in place: each head or the whole row, as the size of the norm says.
+void normalise_rows(const NormWeights& norm, float* rows, int64_t n, int64_t features);
 
 }  // namespace xattn::detail::engine

@@ -7,6 +7,7 @@
 
 #include "cpu/huge_pages.h"
 #include "cpu/threads.h"
+#include "frozen/engine.h"
 #include "frozen/row_norm.h"
 
 namespace xattn::detail {
@@ -16,26 +17,27 @@ using namespace engine;
 
 namespace {
 
-// f(b, first key, keys) for blocks of the keys that count, of whole panels except at the end; as many panels for each thread.
+// f(b, first key, keys) for blocks of the keys of all contexts. Blocks are whole panels except at the end of a context, and all
+// threads get equally many panels.
 template <class F>
 void each_block(const EngineSide& side, const F& f) {
-  // Of a block: with AVX-512 two of those that a product works on at a time, with a unit for matrices one.
-  const auto panel = kernels().panel, most_panels = (kernels().has_unit() ? 320 : 224) / panel;
-  const auto panels_of = [panel](int64_t length) { return (length + panel - 1) / panel; };
+  const auto& run = kernels();
+  const auto panel = run.panel;
+  const auto most_panels = (run.has_matrix_unit ? run.many_block_rows : 2 * run.block_rows) / panel;
+  const auto panels_of = [panel](int64_t length) { return divided_up(length, panel); };
   int64_t panels = 0;
   for (const auto length : side.lengths) panels += panels_of(length);
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = 0; b < side.B && begin < end; ++b) {
-      const auto length = side.lengths[static_cast<size_t>(b)], its_panels = panels_of(length),
-                 stop = std::min(end, its_panels);
-      const auto blocks = (stop - begin + most_panels - 1) / most_panels;
+      const auto length = side.lengths[static_cast<size_t>(b)], panels_here = panels_of(length);
+      const auto stop = std::min(end, panels_here), blocks = divided_up(stop - begin, most_panels);
       for (int64_t i = 0; i < blocks; ++i) {
         const auto first = (begin + (stop - begin) * i / blocks) * panel,
                    last = (begin + (stop - begin) * (i + 1) / blocks) * panel;
         f(b, first, std::min(length, last) - first);
       }
-      begin = std::max<int64_t>(0, begin - its_panels);
-      end -= its_panels;
+      begin = std::max<int64_t>(0, begin - panels_here);
+      end -= panels_here;
     }
   });
 }
@@ -47,17 +49,8 @@ Tensor project_keys(const EngineWeights& w, const EngineSide& side, const Tensor
   const auto keys = in_huge_pages(at::empty({side.B, w.G, size}, w.query.data.options()));
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
     const auto k = at::empty({n, inner}, key.options());
-    multiply({.m = n,
-              .n = inner,
-              .k = w.Ek,
-              .a = data(key) + (b * side.Lk + first) * w.Ek,
-              .a_stride = w.Ek,
-              .b = packed(w.key),
-              .c = mutable_data(k),
-              .c_stride = inner,
-              .bias = data(w.key_bias),
-              .all_rows = side.Lk});
-    normalise(w.key_norm, mutable_data(k), n, inner);
+    multiply(projection(data(key) + (b * side.Lk + first) * w.Ek, n, w.key, w.key_bias, mutable_data(k), side.Lk));
+    normalise_rows(w.key_norm, mutable_data(k), n, inner);
     for (int64_t g = 0; g < w.G; ++g) {
       pack_transposed(data(k) + g * w.d, inner, w.d, n, keys, (b * w.G + g) * size + first * w.d);
     }
@@ -70,16 +63,7 @@ Tensor project_rows(const EngineSide& side, const Tensor& x, const Packed& weigh
   const auto projected = in_huge_pages(at::empty({side.B, side.Lk, weight.n}, x.options()));
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
     const auto row = b * side.Lk + first;
-    multiply({.m = n,
-              .n = weight.n,
-              .k = weight.k,
-              .a = data(x) + row * weight.k,
-              .a_stride = weight.k,
-              .b = packed(weight),
-              .c = mutable_data(projected) + row * weight.n,
-              .c_stride = weight.n,
-              .bias = data(bias),
-              .all_rows = side.Lk});
+    multiply(projection(data(x) + row * weight.k, n, weight, bias, mutable_data(projected) + row * weight.n, side.Lk));
   });
   return projected;
 }
@@ -89,23 +73,18 @@ Tensor project_values(const EngineWeights& w, const EngineSide& side, const Tens
   const auto& run = kernels();
   const auto size = run.packed_size(side.Lk, w.e);
   const auto values = in_huge_pages(at::empty({side.B, w.G, size}, value.options()));
-  // Heads of whole panels are one product.
+  // If heads are whole panels, one product computes all.
   const auto products = w.e % run.panel == 0 ? 1 : w.G, columns = w.G / products * w.e;
   each_block(side, [&](int64_t b, int64_t first, int64_t n) {
     for (int64_t i = 0; i < products; ++i) {
       auto* c = mutable_data(values) + (b * w.G + i) * size + first * run.panel;
-      multiply({.m = n,
-                .n = columns,
-                .k = w.Ev,
-                .a = data(value) + (b * side.Lk + first) * w.Ev,
-                .a_stride = w.Ev,
+      multiply({.sizes = {n, columns, w.Ev},
+                .a = {data(value) + (b * side.Lk + first) * w.Ev, w.Ev},
                 .b = products == 1 ? packed(w.value) : packed(w.value_fold, i),
-                .c = c,
-                .c_stride = run.panel,
-                .c_panel_stride = side.Lk * run.panel,
+                .c = {c, run.panel, /*in_panels=*/true, side.Lk * run.panel},
                 .bias = data(w.value_bias) + i * w.e,
                 .all_rows = side.Lk});
-      fill_up(c, side.Lk * run.panel, n, columns);
+      pad_last_panel(c, side.Lk * run.panel, n, columns);
     }
   });
   return values.to(w.query.data.scalar_type());
@@ -130,45 +109,35 @@ Tensor pack_values(const EngineWeights& w, const EngineSide& side, const Tensor&
     const auto* from = data(value) + (b * side.Lk + first) * w.Ev;
     auto* to = mutable_data(values) + b * size + first * run.panel;
     for (int64_t column = 0; column < w.Ev; column += run.panel) {
-      run.pack(from + column, w.Ev, n, std::min(run.panel, w.Ev - column), to + column * side.Lk);
+      run.pack(from + column, w.Ev, n, std::min(run.panel, w.Ev - column), to + column * side.Lk, Storage::float32);
     }
   });
   return values;
 }
 
-// Wq (Wk' Xk') or (Wq Wk') Xk' of every head beside each other, packed: [B, Eq x H * length]; and what becomes of bq, [B, H * Lk].
+// Wq (Wk' Xk') of all heads beside each other, packed: side.keys [B, Eq x H * length]; and bq (Wk' Xk'): side.key_bias [B, H * Lk].
 void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
   const auto& run = kernels();
-  const bool by_product = side.orders.logits == Order::prefold;  // never
-  const auto projected = by_product ? key : project_rows(side, key, w.key, w.key_bias);
-  const auto& bias = by_product ? w.logits_product_bias : w.query_bias;
-  const auto features = projected.size(2), terms = by_product ? w.Ek : w.d, columns = w.H * side.Lk;
+  const auto projected = project_rows(side, key, w.key, w.key_bias);
+  const auto features = w.G * w.d, columns = w.H * side.Lk;
   const auto rows = in_huge_pages(at::empty({side.B, columns, w.Eq}, key.options()));
   side.key_bias = at::empty({side.B, columns}, key.options());
-  each(w.H * side.B, [&](int64_t i) {  // of one head after the other, as its weights are then in the cache
+  each(w.H * side.B, [&](int64_t i) {  // all contexts by one head after another, whose weights then stay in the cache
     const auto h = i / side.B, b = i % side.B, n = side.lengths[static_cast<size_t>(b)], first = b * columns + h * n;
-    const auto* x = data(projected) + b * side.Lk * features + (by_product ? 0 : h * w.G / w.H * w.d);
-    multiply({.m = n,
-              .n = w.Eq,
-              .k = terms,
-              .a = x,
-              .a_stride = features,
-              .b = by_product ? packed(w.logits_product_of_heads, h) : packed(w.query_fold).from_row(h * w.d),
-              .c = mutable_data(rows) + first * w.Eq,
-              .c_stride = w.Eq,
+    const auto* x = data(projected) + b * side.Lk * features + h * w.G / w.H * w.d;
+    multiply({.sizes = {n, w.Eq, w.d},
+              .a = {x, features},
+              .b = packed(w.query_fold).from_row(h * w.d),
+              .c = {mutable_data(rows) + first * w.Eq, w.Eq},
               .all_rows = side.Lk});
-    multiply_transposed({.m = 1,
-                         .n = n,
-                         .k = terms,
-                         .a = data(bias) + h * terms,
-                         .a_stride = terms,
-                         .b = {x, nullptr, features, 0},
-                         .c = mutable_data(side.key_bias) + first,
-                         .c_stride = n});
+    multiply_transposed({.sizes = {1, n, w.d},
+                         .a = {data(w.query_bias) + h * w.d, w.d},
+                         .b = run.rows(x, features),
+                         .c = {mutable_data(side.key_bias) + first, n}});
   });
   const auto size = run.packed_size(w.Eq, columns);
   side.keys = in_huge_pages(at::empty({side.B, size}, w.query.data.options()));
-  const auto block = 2 * run.panel, blocks = (columns + block - 1) / block;
+  const auto block = 2 * run.panel, blocks = divided_up(columns, block);
   each(side.B * blocks, [&](int64_t i) {
     const auto b = i / blocks, first = i % blocks * block;
     const auto n = std::min(block, w.H * side.lengths[static_cast<size_t>(b)] - first);
@@ -177,30 +146,21 @@ void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
   });
 }
 
-// (Xv Wv) Wo, or Xv (Wv Wo), of every head below each other, packed: [B, H * length x Eo].
+// (Xv Wv) Wo of all heads below each other, packed: [B, H * length x Eo].
 Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor& value) {
   const auto& run = kernels();
-  const bool by_product = side.orders.values == Order::prefold;  // never
-  const auto projected = by_product ? value : project_rows(side, value, w.value, w.value_bias);
-  const auto features = projected.size(2), size = run.packed_size(w.H * side.Lk, w.Eo);
+  const auto projected = project_rows(side, value, w.value, w.value_bias);
+  const auto features = w.G * w.e, size = run.packed_size(w.H * side.Lk, w.Eo);
   const auto values = in_huge_pages(at::empty({side.B, size}, value.options()));
   each(w.H * side.B, [&](int64_t i) {
     const auto h = i / side.B, b = i % side.B, n = side.lengths[static_cast<size_t>(b)], rows = w.H * n;
-    const auto* a = data(projected) + b * side.Lk * features;
-    const auto weight = by_product ? packed(w.values_product_of_heads, h) : packed(w.output).from_row(h * w.e);
     auto* c = mutable_data(values) + b * size + h * n * run.panel;
-    multiply({.m = n,
-              .n = w.Eo,
-              .k = by_product ? w.Ev : w.e,
-              .a = by_product ? a : a + h * w.G / w.H * w.e,
-              .a_stride = features,
-              .b = weight,
-              .c = c,
-              .c_stride = run.panel,
-              .c_panel_stride = rows * run.panel,
-              .bias = by_product ? data(w.values_product_bias) + h * w.Eo : nullptr,
+    multiply({.sizes = {n, w.Eo, w.e},
+              .a = {data(projected) + b * side.Lk * features + h * w.G / w.H * w.e, features},
+              .b = packed(w.output).from_row(h * w.e),
+              .c = {c, run.panel, /*in_panels=*/true, rows * run.panel},
               .all_rows = side.Lk});
-    fill_up(c, rows * run.panel, n, w.Eo);
+    pad_last_panel(c, rows * run.panel, n, w.Eo);
   });
   return values.to(w.query.data.scalar_type());
 }
@@ -219,18 +179,20 @@ EngineSide make_side(const Orders& orders,
   side.Lk = key.size(1);
   side.lengths = std::move(lengths);
   const auto Xk = key.resolve_neg().contiguous(), Xv = value.is_same(key) ? Xk : value.resolve_neg().contiguous();
-  if (is_raw(orders.logits) || is_raw(orders.values)) side.raw = raw_for(query_rows, w.H);
-  switch (orders.logits) {
-    case Order::standard: side.keys = project_keys(w, side, Xk); break;
-    case Order::fold_into_query:
-    case Order::prefold: side.keys = side.raw != Raw::packed ? Xk : transpose_keys(w, side, Xk); break;
-    case Order::fold_into_context: fold_keys(w, side, Xk); break;
+  const bool raw_keys = is_raw(orders.logits), raw_values = is_raw(orders.values);
+  if (raw_keys || raw_values) side.layout = context_layout(query_rows, w.H);
+  const bool packs = side.layout == ContextLayout::packed;
+  if (raw_keys) {
+    side.keys = packs ? transpose_keys(w, side, Xk) : Xk;
+  } else if (orders.logits == Order::standard) {
+    side.keys = project_keys(w, side, Xk);
+  } else {
+    fold_keys(w, side, Xk);
   }
-  switch (orders.values) {
-    case Order::standard: side.values = project_values(w, side, Xv); break;
-    case Order::fold_into_query:
-    case Order::prefold: side.values = side.raw != Raw::packed ? Xv : pack_values(w, side, Xv); break;
-    case Order::fold_into_context: side.values = fold_values(w, side, Xv); break;
+  if (raw_values) {
+    side.values = packs ? pack_values(w, side, Xv) : Xv;
+  } else {
+    side.values = orders.values == Order::standard ? project_values(w, side, Xv) : fold_values(w, side, Xv);
   }
   return side;
 }

@@ -6,7 +6,7 @@
 #include "base/describe.h"
 #include "cpu/huge_pages.h"
 #include "cpu/packed.h"
-#include "frozen/row_norm.h"
+#include "frozen/engine.h"
 
 namespace xattn::detail {
 
@@ -15,7 +15,7 @@ using namespace engine;
 
 namespace {
 
-// Matrices [count, n, k], as torch stores weights, each as a right side [k, n].
+// Matrices [count, n, k], as torch stores weights, packed as right sides [k, n].
 Packed pack_weights(const Tensor& weights, at::ScalarType storage) {
   const auto w = weights.resolve_neg().contiguous();
   const auto count = w.size(0), n = w.size(1), k = w.size(2), size = kernels().packed_size(k, n);
@@ -24,7 +24,7 @@ Packed pack_weights(const Tensor& weights, at::ScalarType storage) {
   return result;
 }
 
-// Into one piece of memory: where each begins in the midst of a huge page, few of them fill one.
+// Moves all into one piece of memory: in pieces of their own, few of them would fill a huge page.
 void put_together(std::initializer_list<Packed*> all) {
   int64_t size = 0;
   for (const auto* each : all) size += each->data.defined() ? each->data.numel() : 0;
@@ -36,6 +36,13 @@ void put_together(std::initializer_list<Packed*> all) {
     each->data = place.copy_(each->data);
     first += place.numel();
   }
+}
+
+NormWeights contiguous(NormWeights norm) {
+  for (auto* x : {&norm.weight, &norm.bias}) {
+    if (x->defined()) *x = x->resolve_neg().contiguous();
+  }
+  return norm;
 }
 
 Tensor or_zeros(const Tensor& bias, const Tensor& like, int64_t n) {
@@ -55,8 +62,8 @@ EngineWeights::EngineWeights(const LayerWeights& l, const WeightProducts& produc
   key_bias = or_zeros(l.key_bias, l.key, G * d);
   value_bias = or_zeros(l.value_bias, l.value, G * e);
   output_bias = or_zeros(l.output_bias, l.output, Eo);
-  query_norm = engine_norm(l.query_norm);
-  key_norm = engine_norm(l.key_norm);
+  query_norm = contiguous(l.query_norm);
+  key_norm = contiguous(l.key_norm);
   const auto value_bias_of_heads = value_bias.view({G, 1, e}).expand({G, H / G, e}).reshape({H * e});
   output_bias_after_value =
       output_bias.to(at::kDouble).addmv(l.output.to(at::kDouble), value_bias_of_heads.to(at::kDouble)).to(at::kFloat);
@@ -72,46 +79,13 @@ EngineWeights::EngineWeights(const LayerWeights& l, const WeightProducts& produc
   value_fold = pack_each(l.value.view({G, e, Ev}));
   if (const auto& product = products.logits; product.weight.defined()) {  // [H, Ek, Eq]
     logits_product = pack(product.weight.flatten(0, 1));
-    logits_product_of_heads = pack_each(product.weight.transpose(1, 2));
     logits_product_bias = or_zeros(product.bias.defined() ? product.bias.flatten() : Tensor(), l.query, H * Ek);
   }
   if (const auto& product = products.values; product.weight.defined()) {  // [H, Eo, Ev]
     values_product = pack(product.weight.transpose(0, 1).flatten(1));
-    values_product_of_heads = pack_each(product.weight);
     values_product_bias = or_zeros(product.bias.defined() ? product.bias.flatten() : Tensor(), l.value, H * Eo);
   }
-  put_together({&query, &key, &value, &output, &key_fold, &value_fold, &query_fold, &logits_product, &values_product,
-                &logits_product_of_heads, &values_product_of_heads});
-}
-
-Tensor fold_query(const Orders& orders, const EngineWeights& w, const Tensor& query) {
-  const auto n = query.size(0), inner = w.H * w.d, width = w.H * w.Ek;
-  const auto Xq = query.resolve_neg().contiguous();
-  if (is_folded(orders.logits)) return Xq;
-  const auto projected = at::empty({n, inner}, query.options());
-  multiply({.m = n,
-            .n = inner,
-            .k = w.Eq,
-            .a = data(Xq),
-            .a_stride = w.Eq,
-            .b = packed(w.query),
-            .c = mutable_data(projected),
-            .c_stride = inner,
-            .bias = data(w.query_bias)});
-  normalise(w.query_norm, mutable_data(projected), n, inner);
-  if (orders.logits == Order::standard) return projected;
-  const auto folded = at::empty({n, width}, query.options());
-  for (int64_t h = 0; h < w.H; ++h) {
-    multiply({.m = n,
-              .n = w.Ek,
-              .k = w.d,
-              .a = data(projected) + h * w.d,
-              .a_stride = inner,
-              .b = packed(w.key_fold).from_row(h * w.G / w.H * w.d),
-              .c = mutable_data(folded) + h * w.Ek,
-              .c_stride = width});
-  }
-  return folded;
+  put_together({&query, &key, &value, &output, &key_fold, &value_fold, &query_fold, &logits_product, &values_product});
 }
 
 }  // namespace xattn::detail

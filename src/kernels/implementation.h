@@ -7,7 +7,7 @@
 #include "kernels/row_softmax.h"
 #include "kernels/tile_product.h"
 
-// Included by one source for each instruction set.
+// Each instruction set has a source that includes this file.
 #define XATTN_NAME_OF(x) #x
 #define XATTN_NAME(x) XATTN_NAME_OF(x)
 
@@ -16,17 +16,18 @@ namespace xattn::detail::XATTN_KERNELS {
 extern const Kernels kKernels;
 const Kernels kKernels = {
     .name = XATTN_NAME(XATTN_KERNELS),
+    .is_vectorised = kIsVectorised,
     .panel = kPanel,
-    .product = product<float>,
-    .product_bfloat16 = product<Bfloat16>,
-    .product_of_many_rows = product<float>,
-    .product_of_many_rows_bfloat16 = product<Bfloat16>,
-    .product_transposed = product_transposed<float>,
-    .product_transposed_bfloat16 = product_transposed<Bfloat16>,
-    .pack = pack<float>,
-    .pack_bfloat16 = pack<Bfloat16>,
-    .pack_transposed = pack_transposed<float>,
-    .pack_transposed_bfloat16 = pack_transposed<Bfloat16>,
+    .tile_rows = kTileRows,
+    .block_rows = kHeight,
+    .many_block_rows = kHeight,
+    .flops = kFlops,
+    .flops_of_modules = kFlopsOfModules,
+    .product = product,
+    .product_of_many_rows = product,
+    .product_transposed = product_transposed,
+    .pack = pack,
+    .pack_transposed = pack_transposed,
     .softmax = softmax,
 };
 

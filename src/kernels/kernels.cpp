@@ -25,14 +25,14 @@ extern const Kernels kKernels;
 
 #ifdef XATTN_AMX
 namespace amx {
+extern const int64_t kBlockRows;
 void product(const Product& p);
-void product_bfloat16(const ProductOf<Bfloat16>& p);
 }  // namespace amx
 
 namespace {
 
-// Whether the processor has it, and the system lets this process use its registers, 8 KB of them for each thread. It refuses where
-// a thread has a stack for signals without room for these: https://docs.kernel.org/arch/x86/xstate.html.
+// Whether the processor has the unit, and the system lets this process use its registers, 8 KB for each thread. arch_prctl fails if
+// a thread's sigaltstack is too small for them: https://docs.kernel.org/arch/x86/xstate.html.
 bool may_use_matrix_unit() {
   constexpr unsigned kBfloat16 = 1 << 22, kTiles = 1 << 24;  // of cpuid 7, edx
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -43,11 +43,12 @@ bool may_use_matrix_unit() {
 
 const Kernels& amx_kernels() {
   static const auto kernels = [] {
-    auto same = avx512::kKernels;
-    same.name = "amx";
-    same.product_of_many_rows = amx::product;
-    same.product_of_many_rows_bfloat16 = amx::product_bfloat16;
-    return same;
+    auto with_unit = avx512::kKernels;
+    with_unit.name = "amx";
+    with_unit.has_matrix_unit = true;
+    with_unit.many_block_rows = amx::kBlockRows;
+    with_unit.product_of_many_rows = amx::product;
+    return with_unit;
   }();
   return kernels;
 }
@@ -75,13 +76,13 @@ std::span<const Kernels* const> all_kernels() {
 }
 
 int64_t least_many_rows() {
-  constexpr unsigned kOfACore = 24;
-  static const int64_t rows = kOfACore * std::max(2u, std::thread::hardware_concurrency());
+  constexpr unsigned kRowsOfACore = 24;
+  static const int64_t rows = kRowsOfACore * std::max(2u, std::thread::hardware_concurrency());
   return rows;
 }
 
 bool has_many_rows(int64_t rows, int64_t columns, int64_t depth) {
-  return kernels().has_unit() && columns >= kLeastManyColumns && depth >= kLeastManyDepth && rows >= least_many_rows();
+  return kernels().has_matrix_unit && columns >= kLeastManyColumns && depth >= kLeastManyDepth && rows >= least_many_rows();
 }
 
 float* thread_memory(int64_t floats) {

@@ -7,9 +7,9 @@
 namespace xattn::detail::XATTN_KERNELS {
 namespace {
 
-// See Kernels::pack. Row by row, as b comes from further away than what is packed goes to.
+// Row by row, as b comes from memory and the packed panels stay in the cache.
 template <class Element>
-void pack(const float* b, int64_t stride, int64_t k, int64_t n, Element* packed) {
+void pack_as(const float* b, int64_t stride, int64_t k, int64_t n, Element* packed) {
   for (int64_t i = 0; i < k; ++i, b += stride, packed += kPanel) {
     Element* to = packed;
     int64_t j = 0;
@@ -24,9 +24,9 @@ void pack(const float* b, int64_t stride, int64_t k, int64_t n, Element* packed)
   }
 }
 
-// See Kernels::pack_transposed. A block of kLanes by kLanes at a time.
+// A block of kLanes by kLanes at a time.
 template <class Element>
-void pack_transposed(const float* b, int64_t stride, int64_t k, int64_t n, Element* packed) {
+void pack_transposed_as(const float* b, int64_t stride, int64_t k, int64_t n, Element* packed) {
   for (int64_t j = 0; j < (n + kPanel - 1) / kPanel * kPanel; j += kLanes) {
     Element* to = packed + j / kPanel * kPanel * k + j % kPanel;
     const int64_t rows = n - j < kLanes ? n - j : kLanes;
@@ -47,6 +47,16 @@ void pack_transposed(const float* b, int64_t stride, int64_t k, int64_t n, Eleme
       }
     }
   }
+}
+
+void pack(const float* b, int64_t stride, int64_t k, int64_t n, void* packed, Storage storage) {
+  storage == Storage::float32 ? pack_as(b, stride, k, n, static_cast<float*>(packed))
+                              : pack_as(b, stride, k, n, static_cast<Bfloat16*>(packed));
+}
+
+void pack_transposed(const float* b, int64_t stride, int64_t k, int64_t n, void* packed, Storage storage) {
+  storage == Storage::float32 ? pack_transposed_as(b, stride, k, n, static_cast<float*>(packed))
+                              : pack_transposed_as(b, stride, k, n, static_cast<Bfloat16*>(packed));
 }
 
 }  // namespace

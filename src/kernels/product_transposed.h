@@ -7,18 +7,19 @@
 namespace xattn::detail::XATTN_KERNELS {
 namespace {
 
-// c for kRows rows of a and as many rows of b as make kLanes sums with them. Sum by sum, lane l adds up the terms l, l + kLanes ...
-// of k; then the lanes are added. Of b, `count` rows exist.
+// The part of c for kRows rows of a and the first `count` of kLanes / kRows rows of b: kLanes sums. In each sum, lane l adds the terms
+// l, l + kLanes, ... of k; then the lanes are added.
 template <int kRows, class Element>
-void compute_transposed_tile(const ProductOf<Element>& p, int64_t top, int64_t left, int64_t count) {
+void compute_transposed_tile(const Product& p, int64_t top, int64_t left, int64_t count) {
   constexpr int kColumns = kLanes / kRows;
   const float* a[kRows];
   const Element* b[kColumns];
   Vector sums[kLanes];
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) a[r] = p.a + (top + r) * p.a_stride;
+  for (int r = 0; r < kRows; ++r) a[r] = p.a.data + (top + r) * p.a.stride;
 #pragma GCC unroll 16
-  for (int j = 0; j < kColumns; ++j) b[j] = p.b.data + (left + (j < count ? j : 0)) * p.b.row_stride;
+  for (int j = 0; j < kColumns; ++j)
+    b[j] = static_cast<const Element*>(p.b.data) + (left + (j < count ? j : 0)) * p.b.row_stride;
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) sums[i] = Vector{};
 
@@ -33,18 +34,18 @@ void compute_transposed_tile(const ProductOf<Element>& p, int64_t top, int64_t l
       for (int r = 0; r < kRows; ++r) sums[r * kColumns + j] += a_terms[r] * b_terms;
     }
   };
-  const int64_t whole = p.k / kLanes * kLanes;
+  const int64_t whole = p.sizes.k / kLanes * kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
     add_terms([i](const auto* from) { return load(from + i); });
   }
-  if (whole < p.k) {
-    add_terms([&](const auto* from) { return load_first(from + whole, p.k - whole); });
+  if (whole < p.sizes.k) {
+    add_terms([&](const auto* from) { return load_first(from + whole, p.sizes.k - whole); });
   }
 
   const Vector found = reduce(sums, sum_of);
-  float* c = p.c + top * p.c_stride + left;
+  float* c = p.c.data + top * p.c.stride + left;
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r, c += p.c_stride) {
+  for (int r = 0; r < kRows; ++r, c += p.c.stride) {
     for (int64_t j = 0; j < count; ++j) {
       const float start = (p.bias ? p.bias[left + j] : 0) + (p.accumulate ? c[j] : 0);
       c[j] = start + found[r * kColumns + j];
@@ -52,30 +53,31 @@ void compute_transposed_tile(const ProductOf<Element>& p, int64_t top, int64_t l
   }
 }
 
+// Columns [left, right) of kRows rows of c.
 template <int kRows, class Element>
-void compute_transposed_rows(const ProductOf<Element>& p, int64_t top) {
+void compute_transposed_rows(const Product& p, int64_t top, int64_t left, int64_t right) {
   constexpr int64_t kColumns = kLanes / kRows;
-  for (int64_t j = 0; j < p.n; j += kColumns) {
-    compute_transposed_tile<kRows>(p, top, j, p.n - j < kColumns ? p.n - j : kColumns);
+  for (int64_t j = left; j < right; j += kColumns) {
+    compute_transposed_tile<kRows, Element>(p, top, j, right - j < kColumns ? right - j : kColumns);
   }
 }
 
-// See Kernels::product_transposed. Rows of b are taken in blocks that the L2 cache keeps until all rows of a have met them.
+// The rows of b are divided into blocks that stay in the L2 cache (64 to 128 KB) while all rows of a are multiplied by them.
 template <class Element>
-void product_transposed(const ProductOf<Element>& p) {
+[[gnu::noinline]] void product_transposed_of(const Product& p) {
   constexpr int64_t kBlock = 1 << 15;  // elements
-  const int64_t columns = kLanes * (kBlock / kLanes / (p.k + 1) + 1);
-  for (int64_t left = 0; left < p.n; left += columns) {
-    auto part = p;
-    part.n = p.n - left < columns ? p.n - left : columns;
-    part.b.data += left * p.b.row_stride;
-    part.c += left;
-    if (p.bias) part.bias += left;
+  const int64_t columns = kLanes * (kBlock / kLanes / (p.sizes.k + 1) + 1);
+  for (int64_t left = 0; left < p.sizes.n; left += columns) {
+    const int64_t right = p.sizes.n - left < columns ? p.sizes.n : left + columns;
     int64_t i = 0;
-    for (; i + 4 <= p.m; i += 4) compute_transposed_rows<4>(part, i);
-    for (; i + 2 <= p.m; i += 2) compute_transposed_rows<2>(part, i);
-    for (; i < p.m; ++i) compute_transposed_rows<1>(part, i);
+    for (; i + 4 <= p.sizes.m; i += 4) compute_transposed_rows<4, Element>(p, i, left, right);
+    for (; i + 2 <= p.sizes.m; i += 2) compute_transposed_rows<2, Element>(p, i, left, right);
+    for (; i < p.sizes.m; ++i) compute_transposed_rows<1, Element>(p, i, left, right);
   }
+}
+
+void product_transposed(const Product& p) {
+  p.b.storage == Storage::float32 ? product_transposed_of<float>(p) : product_transposed_of<Bfloat16>(p);
 }
 
 }  // namespace

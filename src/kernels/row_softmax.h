@@ -9,16 +9,16 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
-// exp(x) for x <= 0, off by at most 2 units in the last place; 0 for -inf, and perhaps for less than the smallest normal number.
+// exp(x) for x <= 0, to 2 units in the last place; 0 for -inf. Results below the smallest normal number may be 0.
 //
-// exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2. There the polynomial is the best of its degree for the
-// relative error, 3e-9, that begins with 1 + r.
+// exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2. Among polynomials 1 + r + ... of this degree, this one has the
+// smallest relative error on that range, 3e-9.
 inline Vector exp_of_negative(Vector x) {
-  constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: a number it is added to loses its digits behind the point
-  constexpr float kLog2High = 0.693359375f;  // of few bits, so that its product with n is exact
+  constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float kLog2High = 0.693359375f;  // it has few bits, so that its product with n is exact
   constexpr float kLog2Low = -2.12194440e-4f;
 #if defined(__AVX512F__)
-  x = _mm512_maskz_max_ps(0xffff, broadcast(-104.0f), x);  // of which exp is 0; a NaN stays one
+  x = _mm512_maskz_max_ps(0xffff, broadcast(-104.0f), x);  // exp of it is 0; a NaN stays NaN
 #endif
   const Vector rounded = x * 1.44269504f + kRound;  // its last bits are n
   const Vector n = rounded - kRound;
@@ -30,10 +30,10 @@ inline Vector exp_of_negative(Vector x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
 #if defined(__AVX512F__)
-  return _mm512_maskz_scalef_ps(0xffff, p, n);  // GCC 12 warns of the one without a mask
+  return _mm512_maskz_scalef_ps(0xffff, p, n);  // GCC 12 warns about the form without a mask
 #else
   const auto power = reinterpret_cast<Vector>((reinterpret_cast<Unsigned>(rounded) << 23) + (127u << 23));
-  return x < -87.0f ? Vector{} : p * power;  // 2^n is no normal number there; a NaN is not below
+  return x < -87.0f ? Vector{} : p * power;  // below, 2^n is not a normal number; a NaN stays NaN
 #endif
 }
 
@@ -47,7 +47,7 @@ inline Row row_of(const Softmax& s, int64_t i) {
   return {s.x + i * s.x_stride, s.bias ? s.bias + i * s.bias_stride : nullptr, s.keep ? s.keep + i * s.keep_stride : nullptr};
 }
 
-// y of the keys j to j + count - 1, and -inf for those left out. In the lanes behind `count` there is anything.
+// y of the keys j to j + count - 1, and -inf for those that the mask excludes. The other lanes are arbitrary.
 template <bool kMasked>
 inline Vector logits(const Row& row, float scale, int64_t j, int64_t count = kLanes) {
   Vector y = load_first(row.x + j, count) * scale;
@@ -58,16 +58,15 @@ inline Vector logits(const Row& row, float scale, int64_t j, int64_t count = kLa
   return y;
 }
 
-// y of the last kLanes keys, and -inf for those of them that whole vectors from the start cover already.
-//
-// So the end of a row needs no store under a mask, which would hold up the loads of the next row.
+// y of the last kLanes keys, with -inf for those that the whole vectors before have covered: so the end of a row needs no masked
+// store, which would delay the loads of the next row.
 template <bool kMasked>
 inline Vector logits_at_end(const Row& row, float scale, int64_t n) {
   const auto covered = static_cast<int32_t>((n + kLanes - 1) / kLanes * kLanes - n);
   return lane_numbers() >= covered ? logits<kMasked>(row, scale, n - kLanes) : broadcast(-kInfinity);
 }
 
-// What is subtracted from y: the largest y or, in an empty row, 0, so that its exp(-inf - 0) is 0 and not NaN.
+// The number to subtract from y: the largest y, or 0 in an empty row, where exp(-inf - 0) is then 0 and not NaN.
 inline Vector shift_of(Vector largest) {
   return largest == -kInfinity ? Vector{} : largest;
 }
@@ -82,16 +81,15 @@ inline void write_log_sum_exp(const Softmax& s, int64_t row, Vector shift, Vecto
   if (s.largest) s.largest[row] = shift[0];
 }
 
-// Up to kRows rows of kVectors vectors, the last of them filled by `last` keys.
-//
-// Step by step for all rows, as each step of one row waits for the one before. And the stores under a mask come together, as
-// they hold up later loads. Where kWidth is not kLanes, a vector is that many rows of kWidth keys.
+// Up to kRows rows of kVectors vectors each. Each step runs over all rows before the next one, because within one row it would wait
+// for the step before; and masked stores come last, because they delay later loads. Where kWidth is less than kLanes, a vector
+// holds several rows of kWidth keys.
 constexpr int64_t kRows = 16;
 
 template <int kVectors, bool kMasked, int kWidth = kLanes>
 void softmax_short(const Softmax& s, int64_t first, int64_t rows) {
   constexpr int kLast = kVectors - 1;
-  const int64_t last = s.n - kLast * kLanes;
+  const int64_t last = s.n - kLast * kLanes;  // keys in the last vector
   const Integers is_key = lane_numbers() < static_cast<int32_t>(last);
   Vector y[kRows][kVectors], shifts[kRows], sums[kRows];
   for (int64_t r = 0; r < rows; ++r) {
@@ -124,8 +122,8 @@ void softmax_short(const Softmax& s, int64_t first, int64_t rows) {
   }
 }
 
-// A row of at least kLanes keys. The first pass finds the largest y and, where there is a bias or a mask, leaves y in place of x;
-// the second leaves exp(y - largest) and sums it; the third divides. The vector at the end stays in a register.
+// A row of at least kLanes keys. The first pass finds the largest y and stores y if there is a bias or a mask; the second stores
+// exp(y - largest) and sums it; the third divides. The last vector stays in a register.
 template <bool kMasked>
 void softmax_long(const Softmax& s, int64_t i) {
   const Row row = row_of(s, i);
@@ -156,7 +154,7 @@ void softmax_long(const Softmax& s, int64_t i) {
   write_log_sum_exp(s, i, shift, sum);
 }
 
-// Rows of kWidth keys one behind the other, as many as fill whole vectors; leaves the others in `s`.
+// Consecutive rows of kWidth keys, as many as fill whole vectors; the remaining rows stay in `s`.
 template <int kWidth>
 void softmax_narrow(Softmax& s) {
   Softmax vectors = s;

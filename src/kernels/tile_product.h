@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/kernels.h"
 #include "kernels/shares.h"
 #include "kernels/vector.h"
@@ -9,31 +11,35 @@ namespace xattn::detail::XATTN_KERNELS {
 namespace {
 
 constexpr int kPanel = 2 * kLanes;
-constexpr int64_t kByColumns = 0;  // the a_step of a block of a that `gather_columns` has copied: that of a tile is its rows
 
-// The largest block of a that is multiplied with one panel of b after the other, and the columns of c that are done at a time: for
-// AVX-512 these blocks of a and c and two panels, 450, 110 and 2 x 130 KB, fit into an L2 cache.
+// The largest block of a that is multiplied by one panel of b after another, [kHeight, kDepth], and the columns of c of one such
+// pass: with AVX-512 these blocks of a and c and two panels take 450, 110 and 2 x 130 KB of an L2 cache.
 constexpr int64_t kDepth = 1024;
 constexpr int64_t kHeight = 8 * kTileRows;
 constexpr int64_t kWidth = 8 * kPanel;
 
-// A tile of c, a few rows by a few vectors, whose sums live in registers while k runs.
+// A tile of c, a few rows by a few vectors. Its sums stay in registers over all of k.
+//
+// The two flags are together: another order of the fields, and so of their copies, makes small products 2 % slower.
 template <class Element>
 struct Tile {
   int64_t k;
   const float* a;
-  int64_t a_stride, a_step;  // from row to row, and from each of k to the next
-  RightSideOf<Element> b;
+  int64_t a_stride, a_step;  // from row to row, and from term to term
+  const Element* b;
+  int64_t b_row_stride, b_panel_stride;
   float* c;
   int64_t c_stride, c_panel_stride;
   const float* bias;
   bool accumulate;
+  bool a_is_gathered;           // whether gather_columns has copied a, and so a_step is the tile's number of rows
   int64_t last;                 // lanes of the last vector, where it is partial
-  const char* ahead = nullptr;  // what to fetch into the cache meanwhile
-  int64_t ahead_step = 0;       // bytes of it for each of k
+  const char* ahead = nullptr;  // memory to prefetch meanwhile
+  int64_t ahead_step = 0;       // bytes of it for each term
 };
 
-// The tiles of m rows of c, of equal heights but for one: 16 rows are 8 + 8 rather than 14 + 2, as a low tile is a slow one.
+// The number of tiles of m rows of c. Their heights differ by at most one row: 16 rows are 8 + 8 rather than 14 + 2, as tiles of few
+// rows are slow.
 inline int64_t tiles_of(int64_t m) {
   return divided_up(m, kTileRows);
 }
@@ -50,9 +56,9 @@ inline void each_pair(Vector (&sums)[kRows][kVectors], F f) {
 
 template <class Element, int kRows, int kVectors, bool kPartial>
 void compute_tile(const Tile<Element>& tile) {
-  // Of a panel's sums, those of columns at even places and of those at odd places have a vector each: see load_apart.
-  constexpr bool kApart = !kPartial && sizeof(Element) == sizeof(Bfloat16);
-  const int64_t last = tile.last, row_stride = tile.b.row_stride, panel_stride = tile.b.panel_stride;
+  // Whether one vector of a panel holds the sums of its even columns and one those of its odd columns: see load_apart.
+  constexpr bool kApart = !kPartial && std::is_same_v<Element, Bfloat16>;
+  const int64_t last = tile.last, row_stride = tile.b_row_stride, panel_stride = tile.b_panel_stride;
   const auto c_at = [&tile](int r, int v) { return tile.c + r * tile.c_stride + v / 2 * tile.c_panel_stride + v % 2 * kLanes; };
   const auto is_partial = [](int v) { return kPartial && v == kVectors - 1; };
   const auto load_at = [=](const auto* from, int v) { return is_partial(v) ? load_first(from, last) : load(from); };
@@ -73,11 +79,11 @@ void compute_tile(const Tile<Element>& tile) {
   }
   if constexpr (kApart) each_pair(sums, [](Vector& x, Vector& y) { take_apart(x, y, Lanes{}); });
 
-  constexpr int kHalf = (kRows + 1) / 2;  // from two pointers, the distances to all rows stay in registers
+  constexpr int kHalf = (kRows + 1) / 2;  // with two pointers, the distances to all rows fit into registers
   const int64_t a_stride = tile.a_stride, a_step = tile.a_step;
   const float* a_upper = tile.a;
   const float* a_lower = tile.a + kHalf * a_stride;
-  const Element* b = tile.b.data;
+  const Element* b = tile.b;
   const char* ahead = tile.ahead;
   for (int64_t i = 0; i < tile.k; ++i, a_upper += a_step, a_lower += a_step, b += row_stride, ahead += tile.ahead_step) {
     __builtin_prefetch(ahead);
@@ -110,7 +116,7 @@ void compute_tile(const Tile<Element>& tile) {
 template <class Element>
 using ComputeTile = void (*)(const Tile<Element>&);
 
-// The panels a tile of few rows spans: enough sums to hide the time that one addition takes.
+// The number of panels in a tile of few rows: enough sums to hide the latency of an addition.
 constexpr int widest(int rows) {
   int panels = 1;
   while (panels < 4 && 2 * panels * rows <= kTileRows) panels *= 2;
@@ -141,26 +147,24 @@ constexpr Tiles<Element> kTiles = [] {
   return tiles;
 }();
 
-// All rows of a block of c by the columns of one tile. Where there are several tiles, they fetch the panels behind, which come from
-// further away, in equal shares: a core waits for few lines at a time. A tile that is the only one does little but read, which only
-// takes longer when lines of other places are asked for besides.
+// All rows of a block of c by the columns of one tile. Several tiles prefetch the next panels in equal shares, as a core can wait for
+// few cache lines at a time. A single tile is bound by reading b, and prefetching other lines would only slow it down.
 template <class Element>
 void compute_column(Tile<Element> tile, int64_t m, int64_t tiles, int64_t panels, const ComputeTile<Element>* compute) {
-  const bool fetches = tile.b.row_stride == kPanel && tiles > 1;
+  const bool fetches = tile.b_row_stride == kPanel && tiles > 1;
   tile.ahead_step = fetches ? panels * kPanel * static_cast<int64_t>(sizeof(Element)) / tiles : 0;
-  const bool by_columns = tile.a_step == kByColumns;
-  const char* ahead = reinterpret_cast<const char*>(tile.b.data + panels * tile.b.panel_stride);
+  const char* ahead = reinterpret_cast<const char*>(tile.b + panels * tile.b_panel_stride);
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t rows = nth_share(m, tiles, i);
     tile.ahead = ahead + i * tile.k * tile.ahead_step;
-    if (by_columns) tile.a_step = rows;
+    if (tile.a_is_gathered) tile.a_step = rows;
     compute[rows](tile);
-    tile.a += rows * (by_columns ? tile.k : tile.a_stride);
+    tile.a += rows * (tile.a_is_gathered ? tile.k : tile.a_stride);
     tile.c += rows * tile.c_stride;
   }
 }
 
-// A block of c for a block of k: with each panel of b, or few of them, all tiles of the rows.
+// A block of c over a block of k: all tiles of the rows by one panel of b, or a few of them, after another.
 template <class Element>
 void compute_block(Tile<Element> tile, int64_t m, int64_t n) {
   const int64_t tiles = tiles_of(m);
@@ -176,19 +180,19 @@ void compute_block(Tile<Element> tile, int64_t m, int64_t n) {
       compute_column(tile, m, tiles, 1, kTiles<Element>.of_vectors[n > kLanes]);
     }
     n -= columns;
-    tile.b.data += (1 << step) * tile.b.panel_stride;
+    tile.b += (1 << step) * tile.b_panel_stride;
     tile.c += (1 << step) * tile.c_panel_stride;
     if (tile.bias) tile.bias += columns;
   }
 }
 
-// Whether the rows of a tile of a, a whole number of pages apart, want more lines of one set of the L1 cache than its ways (8 and up).
+// Whether rows of a tile of a, a whole number of pages apart, need more lines of one set of the L1 cache than it has ways (8 and up).
 inline bool share_a_set(int64_t rows, int64_t stride) {
   constexpr int64_t kPage = 1024;  // floats
   return kTileRows > 8 && rows > 8 && stride % kPage == 0;
 }
 
-// Copies a block of a to where its rows are an odd number of lines apart, and so share no set. Returns their distance.
+// Copies a block of a into rows an odd number of cache lines apart, which share no set. Returns the distance of the rows.
 inline int64_t gather(const float* a, int64_t stride, int64_t m, int64_t k, float* to) {
   const int64_t to_stride = ((k + kLanes - 1) / kLanes | 1) * kLanes;
   for (int64_t r = 0; r < m; ++r, a += stride, to += to_stride) {
@@ -202,7 +206,7 @@ inline int64_t gather(const float* a, int64_t stride, int64_t m, int64_t k, floa
   return to_stride;
 }
 
-// Copies a block of a that lies transposed, rows `step` apart of which each is one of k: tile by tile, of each k its rows.
+// Copies a block of an a that is transposed, its terms `step` apart, tile by tile: in a tile the rows of one term are consecutive.
 inline void gather_columns(const float* a, int64_t step, int64_t m, int64_t k, float* to) {
   constexpr int64_t kAhead = 8;  // rows
   const int64_t tiles = tiles_of(m);
@@ -222,45 +226,51 @@ inline void gather_columns(const float* a, int64_t step, int64_t m, int64_t k, f
   }
 }
 
-// See Kernels::product. The sum of an element of c runs from the first of k to the last, whatever the tiles and blocks are: a sum
-// that is stored and loaded again between two blocks is the same.
+// Each sum runs from the first term to the last, however tiles and blocks divide it: storing a sum between two blocks and loading it
+// again changes no bit. Not inlined: both types in one function would make each slower.
 template <class Element>
-void product(const ProductOf<Element>& p) {
-  constexpr int64_t kFewSteps = 32;  // whose lines of a column find place in the L1 cache as they are
-  const bool by_columns = p.a_step != 1 && p.k > kFewSteps;
-  const bool divide = p.k > kDepth && (p.m > kTileRows || by_columns);
-  const int64_t height = equal_part(p.m, kHeight), depth = divide ? equal_part(p.k, kDepth) : p.k,
-                width = divide ? kWidth : p.n;
-  const int64_t c_panel_stride = p.c_panel_stride ? p.c_panel_stride : kPanel;
-  const bool by_rows = p.a_step == 1 && p.n > 2 * kPanel && depth <= kDepth && share_a_set(p.m, p.a_stride);
+[[gnu::noinline]] void product_of(const Product& p) {
+  constexpr int64_t kFewSteps = 32;  // terms of a transposed a whose cache lines fit into the L1 cache without a copy
+  const bool by_columns = p.a.step != 1 && p.sizes.k > kFewSteps;
+  const bool divide = p.sizes.k > kDepth && (p.sizes.m > kTileRows || by_columns);
+  const int64_t height = equal_part(p.sizes.m, kHeight), depth = divide ? equal_part(p.sizes.k, kDepth) : p.sizes.k,
+                width = divide ? kWidth : p.sizes.n;
+  const int64_t c_panel_stride = p.c.in_panels ? p.c.panel_stride : kPanel;
+  const bool by_rows = p.a.step == 1 && p.sizes.n > 2 * kPanel && depth <= kDepth && share_a_set(p.sizes.m, p.a.stride);
   float* const gathered = by_columns || by_rows ? thread_memory(kHeight * (kDepth + kLanes)) : nullptr;
-  for (int64_t top = 0; top < p.m; top += height) {
-    const int64_t m = p.m - top < height ? p.m - top : height;
+  for (int64_t top = 0; top < p.sizes.m; top += height) {
+    const int64_t m = p.sizes.m - top < height ? p.sizes.m - top : height;
     int64_t first = 0;
     do {  // once where k is 0
-      const int64_t k = p.k - first < depth ? p.k - first : depth;
-      const float* a = p.a + top * p.a_stride + first * p.a_step;
-      const int64_t a_stride = by_rows ? gather(a, p.a_stride, m, k, gathered) : p.a_stride;
-      if (by_columns) gather_columns(a, p.a_step, m, k, gathered);
-      for (int64_t left = 0; left < p.n; left += width) {
+      const int64_t k = p.sizes.k - first < depth ? p.sizes.k - first : depth;
+      const float* a = p.a.data + top * p.a.stride + first * p.a.step;
+      const int64_t a_stride = by_rows ? gather(a, p.a.stride, m, k, gathered) : p.a.stride;
+      if (by_columns) gather_columns(a, p.a.step, m, k, gathered);
+      for (int64_t left = 0; left < p.sizes.n; left += width) {
         const int64_t panel = left / kPanel;
-        const Tile<Element> tile{
-            .k = k,
-            .a = gathered ? gathered : a,
-            .a_stride = a_stride,
-            .a_step = by_columns ? kByColumns : p.a_step,
-            .b = {p.b.data + panel * p.b.panel_stride + first * p.b.row_stride, p.b.row_stride, p.b.panel_stride},
-            .c = p.c + top * p.c_stride + panel * c_panel_stride,
-            .c_stride = p.c_stride,
-            .c_panel_stride = c_panel_stride,
-            .bias = p.bias && first == 0 ? p.bias + left : nullptr,
-            .accumulate = p.accumulate || first > 0,
-            .last = 0};
-        compute_block(tile, m, p.n - left < width ? p.n - left : width);
+        const Tile<Element> tile{.k = k,
+                                 .a = gathered ? gathered : a,
+                                 .a_stride = a_stride,
+                                 .a_step = p.a.step,
+                                 .b = static_cast<const Element*>(p.b.data) + panel * p.b.panel_stride + first * p.b.row_stride,
+                                 .b_row_stride = p.b.row_stride,
+                                 .b_panel_stride = p.b.panel_stride,
+                                 .c = p.c.data + top * p.c.stride + panel * c_panel_stride,
+                                 .c_stride = p.c.stride,
+                                 .c_panel_stride = c_panel_stride,
+                                 .bias = p.bias && first == 0 ? p.bias + left : nullptr,
+                                 .accumulate = p.accumulate || first > 0,
+                                 .a_is_gathered = by_columns,
+                                 .last = 0};
+        compute_block(tile, m, p.sizes.n - left < width ? p.sizes.n - left : width);
       }
       first += depth;
-    } while (first < p.k);
+    } while (first < p.sizes.k);
   }
+}
+
+void product(const Product& p) {
+  p.b.storage == Storage::float32 ? product_of<float>(p) : product_of<Bfloat16>(p);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "kernels/kernels.h"
 
@@ -10,21 +11,27 @@
 #include <immintrin.h>
 #endif
 
-// A register of floats in the instruction set that this file is compiled for. XATTN_KERNELS names the namespace: the same code
-// compiled for two sets must not meet at link time. For that reason nothing here or in the files beside it calls an inline
-// function of the standard library, of which the linker would keep one copy, perhaps one that older processors cannot run.
+// A register of floats in the instruction set that this file is compiled for. Each set has a namespace of its own, XATTN_KERNELS:
+// otherwise the linker would keep one copy of each inline function, perhaps one that older processors cannot run. For the same
+// reason no file of this folder that is compiled for a set calls inline functions of the standard library or of kernels.h.
 namespace xattn::detail::XATTN_KERNELS {
 namespace {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 constexpr int kTileRows = 14;  // with two vectors a row: 28 of 32 registers hold sums
+constexpr bool kIsVectorised = true;
+constexpr double kFlops = 220e9, kFlopsOfModules = 200e9;  // measured on one core with 2 MB of L2
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
-constexpr int kTileRows = 6;  // 12 of 16
+constexpr int kTileRows = 6;  // 12 of 16 registers hold sums
+constexpr bool kIsVectorised = true;
+constexpr double kFlops = 100e9, kFlopsOfModules = 90e9;  // about half of those of AVX-512
 #else
 constexpr int kLanes = 4;
 constexpr int kTileRows = 6;
+constexpr bool kIsVectorised = false;
+constexpr double kFlops = 15e9, kFlopsOfModules = 20e9;  // LibTorch's operators run the products of modules
 #endif
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
@@ -33,15 +40,7 @@ typedef uint32_t Unsigned __attribute__((vector_size(4 * kLanes)));
 typedef float VectorInMemory __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
-template <int...>
-struct Sequence {};
-#if defined(__AVX512F__)
-using Lanes = Sequence<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
-#elif defined(__AVX2__)
-using Lanes = Sequence<0, 1, 2, 3, 4, 5, 6, 7>;
-#else
-using Lanes = Sequence<0, 1, 2, 3>;
-#endif
+using Lanes = std::make_integer_sequence<int, kLanes>;  // a type without functions
 
 inline Vector load(const float* from) {
   return *reinterpret_cast<const VectorInMemory*>(from);
@@ -69,7 +68,7 @@ inline Vector larger(Vector x, Vector y) {
   return x > y ? x : y;
 }
 
-// The first `count` lanes, 0 to kLanes of them; the rest of the vector is 0, and the rest of memory is not touched.
+// Loads `count` numbers, 0 to kLanes; the other lanes are 0, and no memory behind these numbers is touched.
 inline Vector load_first(const float* from, int64_t count) {
   if (count == kLanes) return load(from);
 #if defined(__AVX512F__)
@@ -118,7 +117,7 @@ inline Vector load(const Bfloat16* from) {
   return load_first(from, kLanes);
 }
 
-// Two vectors of numbers that lie one behind the other: those at even places, and those at odd ones.
+// Two consecutive vectors: the numbers at even positions, and those at odd ones.
 inline void load_apart(const Bfloat16* from, Vector& even, Vector& odd) {
   typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
   const Unsigned words = *reinterpret_cast<const Words*>(from);
@@ -126,7 +125,7 @@ inline void load_apart(const Bfloat16* from, Vector& even, Vector& odd) {
   odd = reinterpret_cast<Vector>(words & 0xffff0000);
 }
 
-// Rounds to the nearest, and of two as near to the even one.
+// Rounds to the nearest, ties to even.
 inline void store(Bfloat16* to, Vector x) {
   const auto bits = reinterpret_cast<Unsigned>(x);
   const Unsigned rounded = bits + 0x7fff + (bits >> 16 & 1);
@@ -134,7 +133,7 @@ inline void store(Bfloat16* to, Vector x) {
   for (int i = 0; i < kLanes; ++i) to[i].bits = static_cast<uint16_t>(stored[i] >> 16);
 }
 
-// Which of the first `count` of these are true; of the others, none.
+// A mask of the lanes that are true among the first `count`; the other lanes are false.
 inline Integers load_first(const bool* from, int64_t count) {
 #if defined(__AVX512F__)
   const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), from);
@@ -150,15 +149,15 @@ inline Integers load_first(const bool* from, int64_t count) {
 #endif
 }
 
-// Swaps the lanes of x whose number has the bit kBit with those of y whose number has not.
+// Swaps the lanes of x whose index has the bit kBit with the lanes of y whose index has not.
 template <int kBit, int... kLane>
-inline void swap_halves(Vector& x, Vector& y, Sequence<kLane...>) {
+inline void swap_halves(Vector& x, Vector& y, std::integer_sequence<int, kLane...>) {
   const Vector low = __builtin_shufflevector(x, y, (kLane & kBit ? kLanes + kLane - kBit : kLane)...);
   y = __builtin_shufflevector(x, y, (kLane & kBit ? kLanes + kLane : kLane + kBit)...);
   x = low;
 }
 
-// The square matrix of which x holds the rows, transposed: its blocks off the diagonal are swapped, then theirs.
+// Transposes the square matrix whose rows are in x: swaps its two blocks off the diagonal, then those of each block.
 template <int kBit = kLanes / 2>
 inline void transpose(Vector (&x)[kLanes]) {
 #pragma GCC unroll 16
@@ -168,7 +167,7 @@ inline void transpose(Vector (&x)[kLanes]) {
   if constexpr (kBit > 1) transpose<kBit / 2>(x);
 }
 
-// Lane i: the lanes of x[i], put together by `combine`.
+// Lane i of the result: all lanes of x[i], reduced by `combine`.
 template <int kBit = kLanes / 2, class Combine>
 inline Vector reduce(const Vector (&x)[2 * kBit], Combine combine) {
   Vector halves[kBit];
@@ -185,28 +184,28 @@ inline Vector reduce(const Vector (&x)[2 * kBit], Combine combine) {
   }
 }
 
-// Of two vectors, one behind the other: the lanes at even places into the first, those at odd places into the second.
+// Moves the lanes of two consecutive vectors: those at even positions to the first, those at odd ones to the second.
 template <int... kLane>
-inline void take_apart(Vector& x, Vector& y, Sequence<kLane...>) {
+inline void take_apart(Vector& x, Vector& y, std::integer_sequence<int, kLane...>) {
   const Vector even = __builtin_shufflevector(x, y, 2 * kLane...);
   y = __builtin_shufflevector(x, y, (2 * kLane + 1)...);
   x = even;
 }
 
-// And back.
+// The inverse of take_apart.
 template <int... kLane>
-inline void put_together(Vector& even, Vector& odd, Sequence<kLane...>) {
+inline void put_together(Vector& even, Vector& odd, std::integer_sequence<int, kLane...>) {
   const Vector x = __builtin_shufflevector(even, odd, (kLane / 2 + kLane % 2 * kLanes)...);
   odd = __builtin_shufflevector(even, odd, (kLanes / 2 + kLane / 2 + kLane % 2 * kLanes)...);
   even = x;
 }
 
 template <int kBit, int... kLane>
-inline Vector exchange(Vector x, Sequence<kLane...>) {
+inline Vector exchange(Vector x, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(x, x, (kLane ^ kBit)...);
 }
 
-// Every lane: those of its kWidth neighbours, counted from lane 0 on, put together; all of them, unless it is said how many.
+// Each lane of the result: the lanes of its group, reduced by `combine`. Groups are kWidth lanes, from lane 0 on.
 template <int kWidth = kLanes, class Combine>
 inline Vector reduce(Vector x, Combine combine) {
   if constexpr (kWidth > 1) x = reduce<kWidth / 2>(combine(x, exchange<kWidth / 2>(x, Lanes{})), combine);

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <string_view>
 
-#include "kernels/kernels.h"
+#include "cpu/tuning.h"
 
 // What distinguishes the orders of products (plan.h): the one table that the planner, modules and frozen layers read.
 namespace xattn::detail {
@@ -49,17 +49,18 @@ constexpr bool ends_in_heads(Order values) {
   return traits(values).ends_in_heads;
 }
 
-/// How a frozen layer lays out Xk and Xv where they are all that is kept of a context.
-enum class Raw {
+/// How a frozen layer stores Xk and Xv in orders that keep them as they are.
+enum class ContextLayout {
   packed,
-  rows,      ///< as they came, for the rows of a task or two, each of which packs the keys as it reads them
-  few_rows,  ///< as they came, for so few rows that packing takes longer than it saves
+  pack_on_read,  ///< in rows; each task packs keys when it reads them
+  unpacked,      ///< in rows, for so few query rows that packing takes longer than it saves
 };
 
-/// For so many query rows of H heads, which are multiplied with the keys in one product.
-constexpr Raw raw_for(int64_t query_rows, int64_t H) {
-  constexpr int64_t kRowsOfATask = 112;  // about: they read the context once, and so are alone in needing it packed
-  return query_rows <= kFewRows / H ? Raw::few_rows : query_rows <= kRowsOfATask / H ? Raw::rows : Raw::packed;
+/// The layout for so many query rows of H heads, which are multiplied by the keys in one product.
+constexpr ContextLayout context_layout(int64_t query_rows, int64_t H) {
+  return query_rows <= kMostRowsUnpacked / H     ? ContextLayout::unpacked
+         : query_rows <= kMostRowsPackOnRead / H ? ContextLayout::pack_on_read
+                                                 : ContextLayout::packed;
 }
 
 }  // namespace xattn::detail

@@ -80,7 +80,8 @@ struct Sizes {
 // The cost of packing a raw context of this many features in a frozen layer.
 Cost cost_of_packing(double features, const PlanRequest& r) {
   const Sizes s(r);
-  if (r.runs_on != RunsOn::frozen_kernels || detail::raw_for(std::max(r.Lq, r.context_rows), r.H) != detail::Raw::packed)
+  if (r.runs_on != RunsOn::frozen_kernels ||
+      detail::context_layout(std::max(r.Lq, r.context_rows), r.H) != detail::ContextLayout::packed)
     return {};
   const auto bytes = 2 * s.of_context * static_cast<double>(r.element) * s.B * s.Lk * features;
   return {0, bytes, bytes / r.rates.memory};
@@ -283,7 +284,7 @@ std::string_view name_of(Order order) {
 }
 
 RunsOn detail::modules_run_on() {
-  return std::string_view(detail::kernels().name) == "plain" ? RunsOn::libtorch_cpu : RunsOn::module_kernels;
+  return detail::kernels().is_vectorised ? RunsOn::module_kernels : RunsOn::libtorch_cpu;
 }
 
 namespace {

@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
-#include <string_view>
 
 #include "cpu/matrix_product.h"
 #include "kernels/kernels.h"
@@ -19,7 +18,7 @@
 namespace xattn {
 namespace {
 
-// The least time of a few calls, in seconds: disturbances only add time.
+// The least time of a few calls, in seconds: disturbances only add to it.
 template <class F>
 double least_seconds(const F& call) {
   using Clock = std::chrono::steady_clock;
@@ -45,13 +44,12 @@ double half_size(double flops, double speed, double size) {
   return std::max(0.0, size * (flops / speed - 1));
 }
 
-// Rates of several threads from those of one. Two threads have less than twice the memory bandwidth, and slightly less than twice
-// the arithmetic.
+// The rates of `threads` threads from those of one. Arithmetic scales almost linearly, memory bandwidth up to four threads.
 Rates with_threads(Rates one, int threads) {
   const auto n = static_cast<double>(std::max(1, threads));
   one.unit_half_rows = 30;
   one.unit_rows = static_cast<double>(detail::least_many_rows());
-  if (!detail::kernels().has_unit()) one.unit_flops = one.unit_half_rows = one.unit_rows = 0;
+  if (!detail::kernels().has_matrix_unit) one.unit_flops = one.unit_half_rows = one.unit_rows = 0;
   one.flops *= n * 0.95 + 0.05;
   one.unit_flops *= n * 0.95 + 0.05;
   one.fused *= n * 0.95 + 0.05;
@@ -66,8 +64,7 @@ Rates with_threads(Rates one, int threads) {
 }  // namespace
 
 Rates Rates::cpu(int threads) {
-  const std::string_view set = detail::kernels().name;
-  const double flops = set == "amx" || set == "avx512" ? 200e9 : set == "avx2" ? 90e9 : 20e9;
+  const auto flops = detail::kernels().flops_of_modules;
   return with_threads({.flops = flops,
                        .unit_flops = 280e9,
                        .memory = 14e9,
@@ -84,9 +81,7 @@ Rates Rates::cpu(int threads) {
 }
 
 Rates Rates::kernels(int threads) {
-  const std::string_view set = detail::kernels().name;
-  const double flops = set == "amx" || set == "avx512" ? 220e9 : set == "avx2" ? 100e9 : 15e9;
-  return with_threads({.flops = flops,
+  return with_threads({.flops = detail::kernels().flops,
                        .unit_flops = 350e9,
                        .memory = 25e9,
                        .cache = 80e9,
@@ -117,8 +112,8 @@ Rates Rates::cuda() {
 
 Rates Rates::measure() {
   const at::NoGradGuard no_grad;
-  const bool has_unit = detail::kernels().has_unit();
-  const int64_t columns = has_unit ? 64 : 768;  // too few for the matrix unit
+  const bool has_unit = detail::kernels().has_matrix_unit;
+  const int64_t columns = has_unit ? 64 : 768;  // too few for the unit
   Rates rates;
   rates.flops = product_speed(768, 768, columns);
   if (has_unit) {
