@@ -442,7 +442,7 @@ TEST_F(CliTest, RunRefusesAQueryWithoutArithmetic) {
   EXPECT_EQ(
       error(1, "run weights --inputs in --output out --device cpu"),
       "[load] weights: tensor \"a.key_linear.weight\" must have a floating point type, but has int8; quantized weights must "
-      "first be dequantised in Python, and saved anew");
+      "first be dequantised in Python, and saved again");
 }
 
 TEST_F(CliTest, RunMultipliesFloat8WeightsByTheirScalesInTheTypeOfTheQuery) {

@@ -5,7 +5,6 @@
 #include <xattn/attention.h>
 #include <xattn/attention_map.h>
 #include <xattn/block.h>
-#include <xattn/block_layouts.h>
 #include <xattn/block_options.h>
 #include <xattn/checkpoint.h>
 #include <xattn/context.h>
@@ -14,9 +13,12 @@
 #include <xattn/decoupled.h>
 #include <xattn/distributed.h>
 #include <xattn/file_error.h>
+#include <xattn/find_blocks.h>
+#include <xattn/find_layers.h>
 #include <xattn/frozen.h>
-#include <xattn/layouts.h>
+#include <xattn/ip_adapter.h>
 #include <xattn/load.h>
+#include <xattn/load_modules.h>
 #include <xattn/mask.h>
 #include <xattn/multihead_attention.h>
 #include <xattn/norm.h>

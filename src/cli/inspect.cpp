@@ -2,9 +2,9 @@
 #include <c10/core/ScalarType.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <xattn/block_layouts.h>
 #include <xattn/checkpoint.h>
-#include <xattn/layouts.h>
+#include <xattn/find_blocks.h>
+#include <xattn/find_layers.h>
 
 #include <algorithm>
 #include <array>
@@ -33,12 +33,12 @@ constexpr auto kInspectFooter = R"(Example: xattn inspect weights.safetensors
   tensors   list of {name, type, shape}, by name; types as in "float32"
   layers    list of {prefix, layout, kind, num_heads, dim_query, dim_key, dim_value, dim_output, inner_qk, inner_v, group,
             query_bias, key_bias, value_bias, output_bias, qk_norm, added_contexts, unexpected, misshapen}, by prefix. kind is "cross", "self" or "unknown"; num_heads
-            is null where weights do not tell it; inner_qk and inner_v are the widths of all heads together; group is the number
+            is null if weights do not tell it; inner_qk and inner_v are the widths of all heads together; group is the number
             of query heads to a key/value head; qk_norm is "none", "rms" or "layer"; added_contexts is the number of contexts
-            beside the first. unexpected are names behind the prefix that the layout does not explain, misshapen what does not
-            fit together: run, verify and convert refuse layers with either.
+            beside the first. unexpected lists names that the layout does not explain, misshapen tensors of sizes that do not
+            fit together; run, verify and convert refuse layers with either.
   blocks    list of {prefix, layout, attention, norm, norm_bias, gate, feed_forward, feed_forward_glu, feed_forward_bias,
-            unexpected}, by prefix: what is around a cross-attention layer. attention is the layer's prefix; norm is "rms" or "layer"; gate is
+            unexpected}, by prefix: the block around a cross-attention layer. attention is the layer's prefix; norm is "rms" or "layer"; gate is
             "none", "scalar" or "per_feature"; feed_forward is the number of hidden features.)";
 
 struct InspectArguments {
@@ -54,7 +54,7 @@ Json layer_as_json(const FoundLayer& layer, const Checkpoint& file) {
   constexpr std::array kKinds = {"cross", "self", "unknown"};
   const auto& options = layer.options;
   return {{"prefix", layer.prefix},
-          {"layout", layer.layout->name},
+          {"layout", layer.layout},
           {"kind", kKinds.at(static_cast<size_t>(layer.kind))},
           {"num_heads", layer.heads_known ? Json(options.num_heads()) : Json()},
           {"dim_query", options.dim_query()},
@@ -77,7 +77,7 @@ Json layer_as_json(const FoundLayer& layer, const Checkpoint& file) {
 Json block_as_json(const FoundBlock& block, const Checkpoint& file) {
   const auto& options = block.options;
   return {{"prefix", block.prefix},
-          {"layout", block.layout->name},
+          {"layout", block.layout},
           {"attention", block.attention.prefix},
           {"norm", detail::name_of(options.norm())},
           {"norm_bias", options.norm() == NormKind::layer && options.norm_bias()},
