@@ -384,7 +384,7 @@ TEST_F(CliTest, NamesThatTheLayoutDoesNotExplainAreListedAndRefused) {
       "low-rank "
       "weights must first be merged into the others in Python, by merge_and_unload of peft or fuse_lora of diffusers, and all "
       "saved "
-      "anew";
+      "again";
   EXPECT_EQ(error(1, "run weights --inputs in --output out --device cpu"), "[load] weights: " + refusal);
   EXPECT_FALSE(std::filesystem::exists(dir.file("out")));
   ASSERT_EQ(xattn("run weights --inputs in --output out --device cpu --allow-unexpected").status, 0);
