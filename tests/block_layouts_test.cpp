@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <xattn/block_layouts.h>
+#include "loading/block_layouts.h"
 
 #include <torch/torch.h>
+#include <xattn/find_blocks.h>
 #include <xattn/load.h>
+#include <xattn/load_modules.h>
 #include <xattn/safetensors.h>
 
 #include <algorithm>
@@ -14,6 +16,7 @@
 #include <vector>
 
 #include "compare.h"
+#include "loading/recipes.h"
 #include "test_util.h"
 
 namespace xattn {
@@ -30,7 +33,7 @@ const std::map<std::string, NormPlacement> kPlacements = {{"before", NormPlaceme
 const std::map<std::string, Activation> kActivations = {
     {"relu", Activation::relu}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh}, {"silu", Activation::silu}};
 
-// Made by scripts/layout_fixtures.py: weights with their neighbours, and what a whole block makes of inputs.
+// Made by scripts/layout_fixtures.py: weights with their neighbours, and inputs and outputs of a whole block.
 struct BlockFamily {
   explicit BlockFamily(const std::string& name_) : name(name_) {}
 
@@ -50,7 +53,7 @@ struct BlockFamily {
   }
   int64_t heads() const { return std::stoll(expected.metadata().at("num_heads")); }
 
-  // What its file does not tell, and no config.json beside it.
+  // Options that neither its file nor a config.json beside it sets.
   BlockOptionsFromFile options() const {
     return {.prefix = prefix(),
             .num_heads = heads(),
@@ -81,13 +84,13 @@ std::vector<std::string> block_families() {
   return names;
 }
 
-// float32, sums of up to 64 terms; norms after may divide by a spread below one.
+// float32, sums of up to 64 terms; norms after the residual may divide by a standard deviation below one.
 void expect_equal(const Tensor& output, const Tensor& expected, const std::string& what) {
   const auto difference = (output - expected).abs().max().item<double>() / expected.abs().max().item<double>();
   EXPECT_LE(difference, 2e-6) << what;
 }
 
-// What is said of a file that does not fit, and that nothing changed.
+// The message of the error for a file that does not fit. Expects that nothing changed.
 std::string refusal(torch::nn::Module& module, const Checkpoint& file, const LoadOptions& options) {
   const auto before = copy_of(module);
   const auto message = error_of<LoadError>([&] { load_weights(module, file, options); });
@@ -102,15 +105,14 @@ std::string refusal(torch::nn::Module& module, const Checkpoint& file, const Loa
 
 class BlockLayoutsTest : public testing::TestWithParam<std::string> {};
 
-TEST_P(BlockLayoutsTest, GivesTheFamilysOwnOutput) {
+TEST_P(BlockLayoutsTest, ComputesTheFamilysOutput) {
   const BlockFamily family{GetParam()};
   auto block = cross_attention_block_from(family.weights, family.options());
   EXPECT_EQ(block->options.norm_eps(), family.told.at("norm_eps").get<double>());
   EXPECT_EQ(block->options.feed_forward(), family.told.at("feed_forward").get<int64_t>());
   EXPECT_EQ(block->options.norm_bias(), family.told.value("norm_bias", true));
   EXPECT_EQ(block->options.feed_forward_glu(), family.told.contains("feed_forward_multiplier"));
-  expect_equal(family.output_of(block), family.expected.tensor("output"),
-               std::string(choose_block(family.weights, family.prefix()).layout->name));
+  expect_equal(family.output_of(block), family.expected.tensor("output"), choose_block(family.weights, family.prefix()).layout);
 }
 
 // A user's model.
@@ -134,7 +136,7 @@ TEST_P(BlockLayoutsTest, LoadsIntoAModuleThatHoldsABlock) {
   EXPECT_EQ(report.loaded.size(), model.parameters().size());
   EXPECT_TRUE(report.unexpected.empty());
   std::set<std::string> sources;
-  for (const auto& [parameter, recipe] : recipes(choose_block(family.weights, prefix), family.weights.tensors())) {
+  for (const auto& [parameter, recipe] : detail::recipes(choose_block(family.weights, prefix), family.weights.tensors())) {
     sources.insert("fusion." + recipe.source.substr(prefix.size()));
   }
   EXPECT_EQ(sources.size() + report.surrounding.size(), renamed.size());
@@ -142,7 +144,7 @@ TEST_P(BlockLayoutsTest, LoadsIntoAModuleThatHoldsABlock) {
   expect_equal(family.output_of(model.fusion), family.expected.tensor("output"), "block in a module");
 }
 
-TEST_P(BlockLayoutsTest, IsFoundByItselfIfItIsTheOnlyOne) {
+TEST_P(BlockLayoutsTest, IsChosenIfItIsTheOnlyOne) {
   const BlockFamily family{GetParam()};
   const auto blocks = find_blocks(family.weights.tensors());
   ASSERT_EQ(blocks.size(), 1U);
@@ -157,7 +159,7 @@ TEST_P(BlockLayoutsTest, RefusesAnotherArithmetic) {
   const BlockFamily family{GetParam()};
   const LoadOptions options{.prefix = family.prefix(), .allow_missing = true, .allow_unexpected = true};
   const auto right = cross_attention_block_from(family.weights, family.options())->options;
-  const auto& layout = *choose_block(family.weights, family.prefix()).layout;
+  const auto& layout = detail::block_layout_named(choose_block(family.weights, family.prefix()).layout);
   const auto said = [&](CrossAttentionBlockOptions wrong) {
     CrossAttentionBlock block(std::move(wrong));
     return refusal(*block, family.weights, options);
@@ -165,7 +167,7 @@ TEST_P(BlockLayoutsTest, RefusesAnotherArithmetic) {
   const auto has = [](const std::string& message, const std::string& part) {
     EXPECT_NE(message.find(part), std::string::npos) << message << "\nlacks: " << part;
   };
-  const auto needs = ", as layout " + std::string(layout.name) + " needs, but has ";
+  const auto needs = ", as layout " + layout.name + " needs, but has ";
   const bool rms = right.norm() == NormKind::rms;
   auto norm = right, placement = right, gate = right, glu = right, scale = right;
   has(said(norm.norm(rms ? NormKind::layer : NormKind::rms)),
@@ -200,7 +202,7 @@ struct Folder {
     return cross_attention_block_from(open(), options)->options;
   }
   std::string error(const BlockOptionsFromFile& options = {}) const {
-    const auto message = error_of<FileError>([&] { cross_attention_block_from(open(), options); });
+    const auto message = error_of<FileError>([&] { return cross_attention_block_from(open(), options); });
     const auto start = "[load] " + open().path() + ": ";
     EXPECT_TRUE(message.starts_with(start)) << message;
     return message.substr(std::min(message.size(), start.size()));
@@ -226,7 +228,7 @@ TEST(BlockConfigTest, SaysWhatIsMissing) {
       "it; give one of 1, 2, 4, 8, 16");
 }
 
-TEST(BlockConfigTest, TellsWhereNormsStandByTheTypeOfTheModel) {
+TEST(BlockConfigTest, PlacesNormsByTheTypeOfTheModel) {
   const auto placement = [](const std::string& family, const std::string& model_type) {
     const json config = {{"model_type", model_type}, {"num_attention_heads", 4}, {"activation_function", "relu"}};
     return Folder(family, config).made().norm_placement();
@@ -240,7 +242,7 @@ TEST(BlockConfigTest, TellsWhereNormsStandByTheTypeOfTheModel) {
   EXPECT_EQ(Folder("mbart", nested).made().norm_placement(), NormPlacement::before);
 }
 
-TEST(BlockConfigTest, TellsActivationEpsAndHeads) {
+TEST(BlockConfigTest, SetsActivationEpsAndHeads) {
   const auto bert = Folder("bert", {{"hidden_act", "relu"}, {"layer_norm_eps", 1e-3}, {"num_attention_heads", 2}}).made();
   EXPECT_EQ(bert.activation(), Activation::relu);
   EXPECT_EQ(bert.norm_eps(), 1e-3);
@@ -254,6 +256,20 @@ TEST(BlockConfigTest, TellsActivationEpsAndHeads) {
   const auto mllama = Folder("mllama", {{"text_config", {{"hidden_act", "gelu"}, {"rms_norm_eps", 1e-4}}}}).made();
   EXPECT_EQ(mllama.activation(), Activation::gelu);
   EXPECT_EQ(mllama.norm_eps(), 1e-4);
+}
+
+TEST(BlockConfigTest, ReadsT5sFeedForwardProj) {
+  const auto activation = [](const std::string& name, json config) {
+    config["num_heads"] = 4;
+    return Folder(name, config).made().activation();
+  };
+  EXPECT_EQ(activation("t5", {{"feed_forward_proj", "relu"}}), Activation::relu);
+  EXPECT_EQ(activation("t5", {{"feed_forward_proj", "gelu"}}), Activation::gelu);
+  EXPECT_EQ(activation("t5_gated", {{"feed_forward_proj", "gated-gelu"}}), Activation::gelu_tanh);
+  EXPECT_EQ(activation("t5_gated", {{"feed_forward_proj", "gated-silu"}}), Activation::silu);
+  EXPECT_EQ(activation("t5_gated", {{"dense_act_fn", "relu"}, {"feed_forward_proj", "gated-gelu"}}), Activation::relu);
+  EXPECT_EQ(Folder("t5_gated", {{"feed_forward_proj", "gated-tanh"}, {"num_heads", 4}}).error(),
+            "the activation in its config.json, \"gated-tanh\", is not known; give one of relu, gelu, gelu_tanh, silu");
 }
 
 TEST(BlockConfigTest, OptionsComeFirstAndTheFamilyLast) {
@@ -280,24 +296,24 @@ TEST(BlockConfigTest, ReadsTheQFormersOwnPart) {
   EXPECT_EQ(untold.made({.num_heads = 4}).activation(), Activation::gelu);
 }
 
-TEST(BlockConfigTest, RefusesAnActivationThatTheBlockHasNot) {
+TEST(BlockConfigTest, RefusesAnUnknownActivation) {
   const Folder folder("bert", {{"hidden_act", "quick_gelu"}, {"num_attention_heads", 4}});
   EXPECT_EQ(folder.error(),
             "the activation in its config.json, \"quick_gelu\", is not known; give one of relu, gelu, gelu_tanh, silu");
   EXPECT_EQ(folder.made({.activation = Activation::gelu}).activation(), Activation::gelu);
 }
 
-TEST(BlockConfigTest, IgnoresWhatIsOfAnotherType) {
+TEST(BlockConfigTest, IgnoresValuesOfOtherTypes) {
   const Folder folder("bert", {{"hidden_act", 3}, {"layer_norm_eps", "tiny"}, {"num_attention_heads", 4}});
   EXPECT_EQ(folder.made().activation(), Activation::gelu);
   EXPECT_EQ(folder.made().norm_eps(), 1e-12);
 }
 
-TEST(BlockConfigTest, RefusesAPlacementThatNoneSpelledSoHas) {
+TEST(BlockConfigTest, RefusesAPlacementThatTheLayoutExcludes) {
   const BlockFamily family("t5");
   auto options = family.options();
   options.norm_placement = NormPlacement::after;
-  EXPECT_EQ(error_of<LoadError>([&] { cross_attention_block_from(family.weights, options); }),
+  EXPECT_EQ(error_of<LoadError>([&] { return cross_attention_block_from(family.weights, options); }),
             "[load_weights] " + family.weights.path() +
                 ": does not fit the module; misshapen: the module must have norm_placement before, as layout t5 needs, but has "
                 "after");
@@ -330,16 +346,16 @@ CrossAttentionBlockOptions decoder_layer_options() {
   return CrossAttentionBlockOptions(CrossAttentionOptions(8, 8, 8, 8).num_heads(2)).feed_forward(12);
 }
 
-TEST(ChooseBlockTest, ListsThoseThereAre) {
+TEST(ChooseBlockTest, ListsTheBlocksOfTheFile) {
   const TempDir dir;
   auto tensors = decoder_layer("layers.0.");
   tensors.merge(decoder_layer("layers.1."));
   save_safetensors(dir.file("two"), tensors);
   const auto two = open_checkpoint(dir.file("two"));
   const auto error = [&](const auto& call) { return error_of<FileError>(call).substr(std::string("[load] ").size()); };
-  EXPECT_EQ(error([&] { choose_block(two); }),
+  EXPECT_EQ(error([&] { return choose_block(two); }),
             two.path() + R"(: prefix must be one of "layers.0.", "layers.1.", but was not given)");
-  EXPECT_EQ(error([&] { choose_block(two, "layers.2"); }),
+  EXPECT_EQ(error([&] { return choose_block(two, "layers.2"); }),
             two.path() + R"(: prefix must be one of "layers.0.", "layers.1.", but is "layers.2")");
   EXPECT_EQ(choose_block(two, "layers.1").prefix, "layers.1.");
   CrossAttentionBlock block(decoder_layer_options());
@@ -349,7 +365,7 @@ TEST(ChooseBlockTest, ListsThoseThereAre) {
   EXPECT_TRUE(block->feed_forward_in->bias.equal(tensors.at("layers.1.linear1.bias")));
 
   save_safetensors(dir.file("none"), NamedTensors{{"x", torch::ones({1})}});
-  EXPECT_EQ(error([&] { choose_block(open_checkpoint(dir.file("none"))); }),
+  EXPECT_EQ(error([&] { return choose_block(open_checkpoint(dir.file("none"))); }),
             dir.file("none") + ": must hold a block around cross-attention in a layout that is known, but holds none");
 }
 
@@ -364,7 +380,7 @@ TEST(ChooseBlockTest, TakesABlockThatIsAWholeFile) {
   EXPECT_TRUE(block->attention_norm->weight.equal(tensors.at("norm2.weight")));
 }
 
-TEST(ChooseBlockTest, PassesOverWhatIsNoWholeBlock) {
+TEST(ChooseBlockTest, SkipsIncompleteBlocks) {
   const auto count = [](const std::string& name, const Tensor& tensor) {
     auto tensors = decoder_layer("a.");
     tensor.defined() ? tensors["a." + name] = tensor : (tensors.erase("a." + name), Tensor());

@@ -25,7 +25,7 @@ using test::data_path;
 using test::error_of;
 using test::TempDir;
 
-TEST(CheckpointTest, TellsTheFormatByContentWhateverTheName) {
+TEST(CheckpointTest, DetectsTheFormatFromTheContentsWhateverTheName) {
   const TempDir dir;
   const NamedTensors tensors = {{"a", torch::ones({2})}};
   save_safetensors(dir.file("x.pt"), tensors);
@@ -38,7 +38,7 @@ TEST(CheckpointTest, TellsTheFormatByContentWhateverTheName) {
   EXPECT_EQ(open_checkpoint(dir.file("w.json")).format(), FileFormat::pt2);
 }
 
-TEST(CheckpointTest, KnowsNamesTypesAndShapesWithoutReadingTensors) {
+TEST(CheckpointTest, ListsNamesTypesAndShapesWithoutReadingTensors) {
   const TempDir dir;
   save_safetensors(dir.file("x"), NamedTensors{{"a", torch::ones({2, 3}, torch::kHalf)}}, {{"step", "7"}});
   const auto checkpoint = open_checkpoint(dir.file("x"));
@@ -71,26 +71,26 @@ TEST(CheckpointTest, OpensAFileLargerThanMemoryAtTheCostOfItsHeader) {
   const std::string header = R"({"a":{"dtype":"U8","shape":[1099511627776],"data_offsets":[0,1099511627776]}})";
   const uint64_t length = header.size();
   test::write_bytes(dir.file("x"), std::string(reinterpret_cast<const char*>(&length), 8) + header);
-  std::filesystem::resize_file(dir.file("x"), 8 + length + (uint64_t{1} << 40));  // sparse: takes no disk
+  std::filesystem::resize_file(dir.file("x"), 8 + length + (uint64_t{1} << 40));  // sparse: takes no space on disk
   EXPECT_EQ(open_checkpoint(dir.file("x")).tensors().at("a").shape, (std::vector<int64_t>{int64_t{1} << 40}));
 }
 
-TEST(CheckpointTest, RefusesWhatIsNoFileToRead) {
+TEST(CheckpointTest, RefusesFilesThatCannotBeRead) {
   const TempDir dir;
-  EXPECT_EQ(error_of<FileError>([] { open_checkpoint("/no/such/file"); }),
+  EXPECT_EQ(error_of<FileError>([] { return open_checkpoint("/no/such/file"); }),
             "[file] /no/such/file: cannot be opened: No such file or directory");
-  EXPECT_EQ(error_of<FileError>([] { open_checkpoint("/"); }), "[file] /: must be a regular file, but is none");
+  EXPECT_EQ(error_of<FileError>([] { return open_checkpoint("/"); }), "[file] /: must be a regular file, but is not");
   ASSERT_EQ(mkfifo(dir.file("pipe").c_str(), 0600), 0);
-  EXPECT_EQ(error_of<FileError>([&] { open_checkpoint(dir.file("pipe")); }),
-            "[file] " + dir.file("pipe") + ": must be a regular file, but is none");
+  EXPECT_EQ(error_of<FileError>([&] { return open_checkpoint(dir.file("pipe")); }),
+            "[file] " + dir.file("pipe") + ": must be a regular file, but is not");
 }
 
-TEST(CheckpointTest, RefusesFilesOfNoKnownFormat) {
+TEST(CheckpointTest, RefusesFilesOfUnknownFormats) {
   const TempDir dir;
   for (const std::string bytes : {"", "PK", "some text, which is long enough", "\x80\x01"}) {
     test::write_bytes(dir.file("x"), bytes);
     EXPECT_EQ(
-        error_of<FileError>([&] { open_checkpoint(dir.file("x")); }),
+        error_of<FileError>([&] { return open_checkpoint(dir.file("x")); }),
         "[checkpoint] " + dir.file("x") +
             ": must be a safetensors file, the index.json of a sharded set, or an archive of torch.save, torch.jit.save or "
             "torch.export.save, but is none of these");
@@ -99,16 +99,17 @@ TEST(CheckpointTest, RefusesFilesOfNoKnownFormat) {
 
 TEST(CheckpointTest, RefusesFilesFromBeforeTheZipFormatAndSaysHowToSaveThemAnew) {
   const auto path = data_path("files/legacy.pt");
-  EXPECT_EQ(error_of<FileError>([&] { open_checkpoint(path); }),
-            "[checkpoint] " + path +
-                ": was written by torch.save in the form from before PyTorch 1.6, which is not read; save it anew in Python: "
-                "torch.save(torch.load(PATH, map_location='cpu'), NEW_PATH)");
+  EXPECT_EQ(
+      error_of<FileError>([&] { return open_checkpoint(path); }),
+      "[checkpoint] " + path +
+          ": was written by torch.save in the format used before PyTorch 1.6, which is not read; save it again in Python: "
+          "torch.save(torch.load(PATH, map_location='cpu'), NEW_PATH)");
 }
 
-TEST(CheckpointTest, RefusesATensorThatIsNotThere) {
+TEST(CheckpointTest, RefusesAMissingTensor) {
   const TempDir dir;
   save_safetensors(dir.file("x"), NamedTensors{{"a", torch::ones({1})}});
-  EXPECT_EQ(error_of<FileError>([&] { open_checkpoint(dir.file("x")).tensor("b\n"); }),
+  EXPECT_EQ(error_of<FileError>([&] { return open_checkpoint(dir.file("x")).tensor("b\n"); }),
             "[checkpoint] " + dir.file("x") + ": has no tensor \"b\\n\"");
 }
 
@@ -121,7 +122,7 @@ TEST(CheckpointTest, RefusesToReadAFileThatHasChangedSinceItWasOpened) {
             "[file] " + dir.file("x") + ": has changed since it was opened");
 }
 
-// A state dict of the tensors that these parts of a pickle make.
+// A state dict of the tensors that these parts of a pickle build.
 Checkpoint opened_pickle(const TempDir& dir, const std::vector<std::pair<std::string, std::string>>& tensors) {
   std::string items;
   for (const auto& [name, tensor] : tensors) items += test::pickle::text(name) + tensor;
@@ -129,16 +130,16 @@ Checkpoint opened_pickle(const TempDir& dir, const std::vector<std::pair<std::st
   return open_checkpoint(dir.file("x.pt"));
 }
 
-TEST(CheckpointTest, RefusesViewsThatShowMoreThanTheFileHas) {
+TEST(CheckpointTest, RefusesViewsLargerThanTheFile) {
   const TempDir dir;
   const auto storage = test::pickle::storage("FloatStorage", "0", 2);
   const auto expect_refused = [&](const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
                                   const std::string& text) {
     const auto message =
         error_of<FileError>([&] { opened_pickle(dir, {{"a", test::pickle::tensor(storage, shape, strides)}}); });
-    EXPECT_EQ(message, "[checkpoint] " + dir.file("x.pt") + ": tensor \"a\" of shape " + text + " shows more bytes than the " +
+    EXPECT_EQ(message, "[checkpoint] " + dir.file("x.pt") + ": tensor \"a\" of shape " + text + " has more bytes than the " +
                            std::to_string(std::filesystem::file_size(dir.file("x.pt"))) +
-                           " of the whole file; save it anew in Python as TENSOR.clone(), or as what it repeats");
+                           " of the whole file; save it again in Python as TENSOR.clone(), or as what it repeats");
   };
   expect_refused({int64_t{1} << 40, 1}, {0, 1}, "[1099511627776, 1]");
   expect_refused({16384, 16384}, {0, 0}, "[16384, 16384]");
@@ -163,7 +164,7 @@ TEST(CheckpointTest, RefusesManyNamesOfOneStorage) {
   };
   EXPECT_EQ(load_tensors(file_of(24)).size(), 24U) << "layers that share their weights";
   const auto path = file_of(3000);
-  EXPECT_EQ(error_of<FileError>([&] { open_checkpoint(path); }),
+  EXPECT_EQ(error_of<FileError>([&] { return open_checkpoint(path); }),
             "[checkpoint] " + path + ": names tensors of more than 32 times its " +
                 std::to_string(std::filesystem::file_size(path)) + " bytes, which share their storages");
 }
@@ -188,7 +189,7 @@ TEST(CheckpointTest, ReadsASetOfMoreFilesThanAProcessMayOpen) {
   EXPECT_TRUE(tensors.at("t99").equal(torch::full({2}, 99)));
 }
 
-TEST(CheckpointTest, AFileThatWasReplacedIsReadAsItWas) {
+TEST(CheckpointTest, ReadsTheOldFileAfterItWasReplaced) {
   const TempDir dir;
   save_safetensors(dir.file("x"), NamedTensors{{"a", torch::ones({100})}});
   const auto checkpoint = open_checkpoint(dir.file("x"));
@@ -205,11 +206,11 @@ TEST(CheckpointTest, NamesTheTensorThatDoesNotFitIntoMemory) {
   const std::string header = R"({"a":{"dtype":"U8","shape":[8589934592],"data_offsets":[0,8589934592]}})";
   const uint64_t length = header.size();
   test::write_bytes(dir.file("x"), std::string(reinterpret_cast<const char*>(&length), 8) + header);
-  std::filesystem::resize_file(dir.file("x"), 8 + length + kBytes);  // sparse: takes no disk
+  std::filesystem::resize_file(dir.file("x"), 8 + length + kBytes);  // sparse: takes no space on disk
   const auto checkpoint = open_checkpoint(dir.file("x"));
   rlimit before{};
   ASSERT_EQ(getrlimit(RLIMIT_AS, &before), 0);
-  uint64_t pages = 0;  // that the process has mapped
+  uint64_t pages = 0;  // mapped by the process
   std::ifstream("/proc/self/statm") >> pages;
   const rlimit tight{pages * static_cast<uint64_t>(sysconf(_SC_PAGESIZE)) + kBytes / 2, before.rlim_max};
   ASSERT_EQ(setrlimit(RLIMIT_AS, &tight), 0);
@@ -223,12 +224,12 @@ TEST(CheckpointTest, NamesTheTensorThatDoesNotFitIntoMemory) {
   EXPECT_EQ(message, "[checkpoint] " + dir.file("x") + ": tensor \"a\" of 8589934592 bytes does not fit into memory");
 }
 
-TEST(CheckpointTest, LazyTensorsNameWhatIsNotThere) {
+TEST(CheckpointTest, LazyTensorsNameAMissingTensor) {
   const auto tensors = lazy(NamedTensors{{"a", torch::ones({1})}});
   EXPECT_EQ(error_of<c10::ValueError>([&] { tensors.make("b"); }), "[lazy] name must be one of the tensors', but is \"b\".");
 }
 
-TEST(CheckpointTest, TakesTensorsOfAnotherUnderNewNames) {
+TEST(CheckpointTest, AddsTensorsOfAnotherFileUnderNewNames) {
   const TempDir dir;
   save_safetensors(dir.file("x"), NamedTensors{{"a", torch::ones({2})}}, {{"step", "7"}});
   save_state_dict(dir.file("y"), {{"b", torch::zeros({3})}, {"c", torch::zeros({1})}});

@@ -385,7 +385,7 @@ TEST_F(CliTest, NamesThatTheLayoutDoesNotExplainAreListedAndRefused) {
       "low-rank "
       "weights must first be merged into the others in Python, by merge_and_unload of peft or fuse_lora of diffusers, and all "
       "saved "
-      "anew";
+      "again";
   EXPECT_EQ(error(1, "run weights --inputs in --output out --device cpu"), "[load] weights: " + refusal);
   EXPECT_FALSE(std::filesystem::exists(dir.file("out")));
   ASSERT_EQ(xattn("run weights --inputs in --output out --device cpu --allow-unexpected").status, 0);
@@ -443,7 +443,7 @@ TEST_F(CliTest, RunRefusesAQueryWithoutArithmetic) {
   EXPECT_EQ(
       error(1, "run weights --inputs in --output out --device cpu"),
       "[load] weights: tensor \"a.key_linear.weight\" must have a floating point type, but has int8; quantized weights must "
-      "first be dequantised in Python, and saved anew");
+      "first be dequantised in Python, and saved again");
 }
 
 TEST_F(CliTest, RunMultipliesFloat8WeightsByTheirScalesInTheTypeOfTheQuery) {

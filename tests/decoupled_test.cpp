@@ -5,7 +5,10 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <xattn/checkpoint.h>
+#include <xattn/find_layers.h>
+#include <xattn/ip_adapter.h>
 #include <xattn/load.h>
+#include <xattn/load_modules.h>
 #include <xattn/safetensors.h>
 
 #include <algorithm>
@@ -17,6 +20,7 @@
 #include <vector>
 
 #include "compare.h"
+#include "loading/recipes.h"
 #include "test_util.h"
 
 namespace xattn::test {
@@ -510,7 +514,7 @@ TEST_P(DecoupledFixtureTest, LoadsIntoAModuleThatHoldsOneOrNotAtAll) {
 
   ModelWithAddedContexts empty(family.made()->options);
   const auto layer = find_layers(lazy(renamed).infos).at(0);
-  renamed.erase(added_recipes(layer, lazy(renamed).infos).at("added0.value_linear.weight").source);
+  renamed.erase(detail::added_recipes(layer, lazy(renamed).infos).at("added0.value_linear.weight").source);
   const auto before = empty.fusion->attention->query_linear->weight.clone();
   const auto message = error_of<LoadError>([&] { load_weights(empty, renamed, {.prefix = "model."}); });
   EXPECT_NE(message.find("; missing: fusion.added0.key_linear."), std::string::npos) << message;  // half a context is none
@@ -665,7 +669,7 @@ TEST_F(IpAdapterTest, TakesAPlaceByItsName) {
 TEST_F(IpAdapterTest, RefusesTheAdapterOfAnotherModel) {
   const auto two = base({"down_blocks.0.attentions.0.transformer_blocks.0.", "mid_block.attentions.0.transformer_blocks.0."});
   const auto refusal = [&](const NamedTensors& tensors) {
-    const auto message = error_of<FileError>([&] { with_ip_adapter(two, saved("adapter", tensors)); });
+    const auto message = error_of<FileError>([&] { return with_ip_adapter(two, saved("adapter", tensors)); });
     const auto start = "[ip_adapter] " + directory_.file("adapter") +
                        ": must have to_k_ip and to_v_ip for the 2 cross-attention layers of " + two.path() + "; ";
     EXPECT_TRUE(message.starts_with(start)) << message;
@@ -679,17 +683,17 @@ TEST_F(IpAdapterTest, RefusesTheAdapterOfAnotherModel) {
   EXPECT_EQ(refusal(with_lora), "missing: ip_adapter.3.to_v_ip.weight; unexpected: ip_adapter.1.to_q_lora.up.weight");
   const auto lora = saved("adapter", with_lora);
   const auto by_name = error_of<FileError>(
-      [&] { with_ip_adapter(two, lora, {{"mid_block.attentions.0.transformer_blocks.0.attn2", "ip_adapter.1"}}); });
+      [&] { return with_ip_adapter(two, lora, {{"mid_block.attentions.0.transformer_blocks.0.attn2", "ip_adapter.1"}}); });
   EXPECT_TRUE(by_name.ends_with("; unexpected: ip_adapter.1.to_q_lora.up.weight")) << by_name;
 }
 
 TEST_F(IpAdapterTest, RefusesABaseThatHasNoPlaceForIt) {
   const auto one = saved("adapter", adapter(1));
   EXPECT_EQ(
-      error_of<FileError>([&] { with_ip_adapter(one, one); }),
+      error_of<FileError>([&] { return with_ip_adapter(one, one); }),
       "[ip_adapter] " + one.path() + ": must hold cross-attention layers that are spelled as in diffusers, but holds none");
   const auto has_one = saved("base", layer_with_adapters("a.attn2.", 1));
-  EXPECT_EQ(error_of<FileError>([&] { with_ip_adapter(has_one, one); }),
+  EXPECT_EQ(error_of<FileError>([&] { return with_ip_adapter(has_one, one); }),
             "[checkpoint] " + has_one.path() + R"(: already has a tensor "a.attn2.processor.to_k_ip.0.weight")");
 }
 

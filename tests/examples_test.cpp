@@ -185,7 +185,7 @@ TEST_F(ExamplesTest, NoFileIsWaitedFor) {
     const auto space = arguments.find(' ');
     const auto result = run(arguments.substr(0, space), arguments.substr(space + 1));
     EXPECT_EQ(result.status, 1) << arguments;
-    EXPECT_NE(result.err.find(": [file] pipe: must be a regular file, but is none\n"), std::string::npos) << result.err;
+    EXPECT_NE(result.err.find(": [file] pipe: must be a regular file, but is not\n"), std::string::npos) << result.err;
   }
 }
 

@@ -16,7 +16,7 @@
 
 #include "test_util.h"
 
-// What the tests of all file formats expect alike.
+// Expectations shared by the tests of all file formats.
 namespace xattn::test {
 
 /// The FileError that `call` throws, without its start, "[reader] path: "; it must be one line.
@@ -39,10 +39,10 @@ inline void expect_equal(const NamedTensors& tensors, const NamedTensors& expect
   }
 }
 
-/// Expects `save(path, tensors)` to keep the file that is there, and to leave no other, when a large one does not fit.
+/// Expects `save(path, tensors)` to keep the old file, and to leave no other, when the new one does not fit on the disk.
 template <class Save>
 void expect_old_file_kept_on_full_disk(const Save& save) {
-  // A file that cannot grow over 512 bytes: the disk is full.
+  // Files cannot grow beyond 512 bytes, as on a full disk.
   const TempDir dir;
   save(dir.file("x"), {{"old", at::ones({1})}});
   const auto old = read_bytes(dir.file("x"));

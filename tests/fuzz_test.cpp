@@ -11,10 +11,10 @@
 namespace xattn::test {
 namespace {
 
-// The inputs of tests/data/fuzz: seeds, which fuzzers start from, and in `crashes` what they have found.
+// The inputs in tests/data/fuzz: seeds from which fuzzers start, and their findings in `crashes`.
 class FuzzTest : public testing::TestWithParam<FuzzTarget> {};
 
-TEST_P(FuzzTest, ReadsOrRefusesEachInputThatIsKept) {
+TEST_P(FuzzTest, ReadsOrRefusesEachStoredInput) {
   int inputs = 0;
   for (const auto& entry : std::filesystem::recursive_directory_iterator(data_path("fuzz/" + std::string(GetParam().name)))) {
     if (!entry.is_regular_file()) continue;

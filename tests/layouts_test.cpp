@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <xattn/layouts.h>
+#include "loading/layouts.h"
 
 #include <torch/torch.h>
-#include <xattn/load.h>
+#include <xattn/find_layers.h>
+#include <xattn/load_modules.h>
 #include <xattn/safetensors.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "loading/recipes.h"
 #include "test_util.h"
 
 namespace xattn {
@@ -19,8 +21,8 @@ using test::data_path;
 using test::error_of;
 using test::TempDir;
 
-// Made by scripts/layout_fixtures.py from the classes that write such files: weights with their neighbours, and what the attention
-// layer alone makes of inputs.
+// Made by scripts/layout_fixtures.py from the classes that write such files: weights with their neighbours, and inputs and outputs
+// of the attention layer alone.
 struct Family {
   std::string name;
   Checkpoint weights = open_checkpoint(data_path("layouts/" + name + ".safetensors"));
@@ -36,7 +38,7 @@ struct Family {
   }
 };
 
-// Those with a second context are in decoupled_test.cpp.
+// Layers with a second context are in decoupled_test.cpp.
 std::vector<std::string> families() {
   std::vector<std::string> names;
   for (const auto& entry : std::filesystem::directory_iterator(data_path("layouts"))) {
@@ -56,7 +58,7 @@ Mask mask_of(const torch::Tensor& mask) {
 
 class LayoutsTest : public testing::TestWithParam<std::string> {};
 
-TEST_P(LayoutsTest, FindsTheLayerByItselfAndGivesItsOwnOutput) {
+TEST_P(LayoutsTest, FindsTheLayerAndComputesTheFamilysOutput) {
   const Family family{GetParam()};
   const auto several = choose_layer(family.weights, family.metadata("prefix"));
   EXPECT_EQ(several.prefix, family.metadata("prefix"));
@@ -72,13 +74,13 @@ TEST_P(LayoutsTest, FindsTheLayerByItselfAndGivesItsOwnOutput) {
                                                           context_norm(value), mask_of(family.input("mask")));
   const auto expected = family.input("output");
   const auto scale = expected.abs().max().item<double>();
-  EXPECT_LE((output - expected).abs().max().item<double>(), 2e-6 * scale) << several.layout->name;
+  EXPECT_LE((output - expected).abs().max().item<double>(), 2e-6 * scale) << several.layout;
   if (const auto expected_weights = family.input("weights"); expected_weights.defined()) {
     EXPECT_TRUE(weights.allclose(expected_weights, 1e-5, 1e-6));
   }
 }
 
-TEST_P(LayoutsTest, TakesTheOneCrossAttentionLayerWithoutBeingToldWhich) {
+TEST_P(LayoutsTest, ChoosesTheOnlyCrossAttentionLayer) {
   const Family family{GetParam()};
   const auto prefix = family.metadata("prefix");
   const auto layers = find_layers(family.weights.tensors());
@@ -87,7 +89,7 @@ TEST_P(LayoutsTest, TakesTheOneCrossAttentionLayerWithoutBeingToldWhich) {
     EXPECT_EQ(choose_layer(family.weights).prefix, prefix);
     return;
   }
-  const auto message = error_of<FileError>([&] { choose_layer(family.weights); });
+  const auto message = error_of<FileError>([&] { return choose_layer(family.weights); });
   EXPECT_NE(message.find("\"" + prefix + "\""), std::string::npos) << message;
   EXPECT_NE(message.find("prefix must be one of "), std::string::npos) << message;
 }
@@ -97,10 +99,10 @@ TEST_P(LayoutsTest, SpellsTheLayerAsItWasFound) {
   const auto prefix = family.metadata("prefix");
   const auto layer = choose_layer(family.weights, prefix);
   NamedTensors parameters;
-  for (const auto& [name, recipe] : recipes(layer, family.weights.tensors())) {
-    parameters.emplace(name, recipe.apply(family.weights.tensor(recipe.source)));
+  for (const auto& [name, recipe] : detail::recipes(layer, family.weights.tensors())) {
+    parameters.emplace(name, recipe.make(lazy(family.weights)));
   }
-  for (const auto& [name, tensor] : spell(parameters, *layer.layout, prefix)) {
+  for (const auto& [name, tensor] : detail::spell(parameters, detail::layout_named(layer.layout), prefix)) {
     EXPECT_TRUE(torch::equal(tensor, family.weights.tensor(name))) << name;
   }
 }

@@ -4,6 +4,8 @@
 #include <sys/stat.h>
 #include <torch/torch.h>
 #include <xattn/cross_attention.h>
+#include <xattn/find_layers.h>
+#include <xattn/load_modules.h>
 #include <xattn/safetensors.h>
 
 #include <algorithm>
@@ -25,7 +27,7 @@ using test::error_of;
 using test::TempDir;
 using Names = std::vector<std::string>;
 
-// query_linear is 4 -> 8, as small as the four widths allow to be told apart.
+// query_linear is 4 -> 8: the smallest layer whose four widths differ.
 CrossAttention small() {
   return CrossAttention(4, 5, 6, 8);
 }
@@ -36,7 +38,7 @@ bool equal(const NamedTensors& a, const NamedTensors& b) {
   });
 }
 
-// What is said of these tensors, and that nothing changed.
+// The message of the error for these tensors. Expects that nothing changed.
 std::string refusal(torch::nn::Module& module, const NamedTensors& tensors, const LoadOptions& options = {}) {
   const auto before = copy_of(module);
   const auto message = error_of<LoadError>([&] { load_weights(module, tensors, options); });
@@ -47,7 +49,7 @@ std::string refusal(torch::nn::Module& module, const NamedTensors& tensors, cons
   return message.substr(std::min(message.size(), start.size()));
 }
 
-// The reference inside a larger model, as tests/data/reference_in_model.pt has it.
+// The reference inside a larger model, as in tests/data/reference_in_model.pt.
 struct ModelImpl : torch::nn::Module {
   torch::nn::Embedding embedding = register_module("embedding", torch::nn::Embedding(20, 8));
   CrossAttention fusion = register_module("fusion", CrossAttention(8, 12, 12, 16));
@@ -87,6 +89,30 @@ TEST(LoadTest, LoadsOneLayerOfALargerModelByPrefix) {
   EXPECT_TRUE(torch::equal(attention->query_linear->weight, tensors.at("fusion.query_linear.weight")));
 }
 
+TEST(LoadTest, TakesAPrefixWithOrWithoutThePointAtItsEnd) {
+  torch::nn::Linear module(2, 2);
+  const NamedTensors tensors = {{"a.weight", torch::ones({2, 2})},
+                                {"a.bias", torch::ones({2})},
+                                {"my_weight", torch::zeros({2, 2})},
+                                {"my_bias", torch::zeros({2})}};
+  for (const auto* prefix : {"a.", "a"}) {
+    EXPECT_EQ(load_weights(*module, tensors, {.prefix = prefix}).loaded.size(), 2U) << prefix;
+    EXPECT_EQ(module->bias.sum().item<float>(), 2) << prefix;
+  }
+  load_weights(*module, tensors, {.prefix = "my_"});
+  EXPECT_EQ(module->bias.sum().item<float>(), 0);
+}
+
+TEST(LoadTest, TakesTheLayerAtTheRootIfThePrefixIsEmpty) {
+  auto saved = small(), other = small(), loaded = small();
+  auto tensors = copy_of(*saved);
+  for (const auto& [name, tensor] : copy_of(*other)) tensors["cross." + name] = tensor;
+  load_weights(*loaded, tensors, {.prefix = "", .allow_unexpected = true});
+  EXPECT_TRUE(loaded->query_linear->weight.equal(saved->query_linear->weight));
+  load_weights(*loaded, tensors, {.prefix = "cross"});
+  EXPECT_TRUE(loaded->query_linear->weight.equal(other->query_linear->weight));
+}
+
 TEST(LoadTest, LoadsWhatSaveSafetensorsWroteOfAModule) {
   const TempDir dir;
   Model saved, loaded;
@@ -96,7 +122,7 @@ TEST(LoadTest, LoadsWhatSaveSafetensorsWroteOfAModule) {
   EXPECT_TRUE(equal(copy_of(*loaded), copy_of(*saved)));
 }
 
-TEST(LoadTest, TellsFormatsByContentNotByName) {
+TEST(LoadTest, DetectsFormatsFromTheContentsNotTheName) {
   const TempDir dir;
   std::filesystem::copy_file(data_path("reference.pt"), dir.file("x.safetensors"));
   EXPECT_EQ(open_checkpoint(dir.file("x.safetensors")).format(), FileFormat::torchscript);
@@ -107,7 +133,7 @@ TEST(LoadTest, TellsFormatsByContentNotByName) {
 }
 
 TEST(LoadTest, KeepsTheModulesOwnTensors) {
-  // An optimizer holds them.
+  // An optimizer may hold them.
   auto attention = small();
   const auto weight = attention->query_linear->weight;
   const void* data = weight.data_ptr();
@@ -183,7 +209,7 @@ TEST(LoadTest, LoadsOntoADevice) {
   EXPECT_TRUE(torch::equal(attention->query_linear->weight.cpu(), tensors.at("query_linear.weight").to(torch::kHalf)));
 }
 
-TEST(LoadTest, LeavesMissingTensorsAloneWhereAllowed) {
+TEST(LoadTest, LeavesMissingTensorsUnchangedIfAllowed) {
   auto attention = small();
   const auto before = copy_of(*attention);
   auto tensors = copy_of(*small());
@@ -195,7 +221,7 @@ TEST(LoadTest, LeavesMissingTensorsAloneWhereAllowed) {
   EXPECT_TRUE(equal(copy_of(*attention), tensors));
 }
 
-TEST(LoadTest, IgnoresUnexpectedTensorsWhereAllowed) {
+TEST(LoadTest, IgnoresUnexpectedTensorsIfAllowed) {
   auto attention = small();
   auto tensors = copy_of(*small());
   tensors["gate"] = torch::ones({1});
@@ -233,7 +259,7 @@ TEST(LoadTest, RefusesOtherShapes) {
   EXPECT_EQ(refusal(*attention, tensors), "misshapen: query_linear.weight must have shape [8, 4], but has [4, 8]");
 }
 
-TEST(LoadTest, RefusesTensorsThatAreNotDefined) {
+TEST(LoadTest, RefusesUndefinedTensors) {
   auto attention = small();
   auto tensors = copy_of(*small());
   tensors["key_linear.bias"] = torch::Tensor();
@@ -245,7 +271,7 @@ TEST(LoadTest, RefusesTypesThatDoNotConvert) {
   torch::nn::BatchNorm1d norm(2);
   auto tensors = copy_of(*norm);
   tensors["weight"] = torch::ones({2}, at::kComplexFloat);
-  tensors["bias"] = torch::ones({2}, at::kChar);  // quantized: nothing without its scale
+  tensors["bias"] = torch::ones({2}, at::kChar);  // quantized: meaningless without its scale
   tensors["running_var"] = torch::ones({2}, at::kBool);
   tensors["num_batches_tracked"] = torch::tensor(1.5);
   EXPECT_EQ(refusal(*norm, tensors),
@@ -286,7 +312,7 @@ TEST(LoadTest, ListsAHundredNamesAndReportsAll) {
   }
 }
 
-TEST(LoadTest, RefusesAPrefixThatIsNotThere) {
+TEST(LoadTest, RefusesAMissingPrefix) {
   torch::nn::Linear linear(2, 1);
   EXPECT_EQ(refusal(*linear, {{"weight", torch::ones({1, 2})}, {"bias", torch::ones({1})}}, {.prefix = "a."}),
             "missing: bias, weight");
@@ -306,7 +332,7 @@ std::vector<FoundLayer> layers_of(const NamedTensors& tensors) {
   return find_layers(lazy(tensors).infos);
 }
 
-TEST(FindLayersTest, TellsWidthsAndBiases) {
+TEST(FindLayersTest, FindsWidthsAndBiases) {
   const auto options = CrossAttentionOptions(4, 5, 6, 7).num_heads(1).head_dim(8).value_head_dim(9);
   auto with_some_biases = options;
   with_some_biases.key_bias(false).output_bias(false);
@@ -337,7 +363,7 @@ TEST(FindLayersTest, BuildsAModuleThatLoads) {
       torch::equal(std::get<0>(loaded->forward(query, key, value)), std::get<0>(saved.ptr()->forward(query, key, value))));
 }
 
-TEST(FindLayersTest, ListsTheHeadsThatArePossible) {
+TEST(FindLayersTest, ListsThePossibleNumbersOfHeads) {
   const auto layer = layers_of(copy_of(*CrossAttention(CrossAttentionOptions(4, 5, 6, 24).num_heads(6).kv_heads(2)))).at(0);
   EXPECT_EQ(layer.options.num_heads(), 3);
   EXPECT_EQ(layer.options.kv_heads(), 1);
@@ -364,7 +390,7 @@ TEST(FindLayersTest, ListsTheHeadsInOrder) {
 
 // ---- config.json -------------------------------------------------------------------------------------------------------------
 
-// What is said of a config.json, made at this path, beside weights whose number of heads it could tell.
+// The message of the error for a config.json that `make` writes beside weights without a number of heads.
 std::string config_refusal(const std::function<void(const std::string& path)>& make) {
   const TempDir dir;
   save_safetensors(dir.file("x"), NamedTensors{{"a.q_proj.weight", torch::ones({8, 4})},
@@ -373,7 +399,7 @@ std::string config_refusal(const std::function<void(const std::string& path)>& m
                                                {"a.out_proj.weight", torch::ones({4, 8})}});
   const auto path = dir.file("config.json");
   make(path);
-  const auto message = error_of<FileError>([&] { cross_attention_from(open_checkpoint(dir.file("x"))); });
+  const auto message = error_of<FileError>([&] { return cross_attention_from(open_checkpoint(dir.file("x"))); });
   const auto place = message.find(path);
   return place == std::string::npos ? message : message.substr(place + path.size());
 }
@@ -381,9 +407,9 @@ std::string config_refusal(const std::function<void(const std::string& path)>& m
 TEST(ModelConfigTest, IsReadAsTheWeightsAre) {
   const auto holds = [](const std::string& text) { return [text](const std::string& path) { test::write_bytes(path, text); }; };
   EXPECT_EQ(config_refusal([](const auto& path) { ASSERT_EQ(mkfifo(path.c_str(), 0600), 0); }),
-            ": must be a regular file, but is none");
+            ": must be a regular file, but is not");
   EXPECT_EQ(config_refusal([](const auto& path) { std::filesystem::create_directory(path); }),
-            ": must be a regular file, but is none");
+            ": must be a regular file, but is not");
   EXPECT_EQ(config_refusal(holds(std::string(50'000'000, '['))), ": has 50000000 bytes, more than the limit of 8000000");
   EXPECT_EQ(config_refusal(holds(std::string(8'000'000, '['))), ": is nested deeper than 32 levels");
   EXPECT_EQ(config_refusal(holds("{\"num_heads\": 2,}")), ": is not JSON in UTF-8, at its byte 17");
@@ -402,7 +428,7 @@ TEST(FindLayersTest, FindsEveryLayerInOrderOfPrefix) {
   EXPECT_EQ(prefixes, Names({"a.", "a.b.", "z."}));
 }
 
-TEST(FindLayersTest, PassesOverWhatIsNoWholeLayer) {
+TEST(FindLayersTest, SkipsIncompleteLayers) {
   const auto whole = copy_of(*small());
   const auto found_with = [&](const std::string& name, const torch::Tensor& tensor) {
     auto tensors = whole;
@@ -412,8 +438,9 @@ TEST(FindLayersTest, PassesOverWhatIsNoWholeLayer) {
   EXPECT_EQ(found_with("other", torch::ones({1})), 1U);
   EXPECT_EQ(found_with("key_linear.weight", torch::ones({8})), 0U);
   EXPECT_EQ(found_with("key_linear.weight", torch::ones({0, 5})), 0U);
-  EXPECT_EQ(found_with("key_linear.weight", torch::ones({3, 5})), 0U);  // 8 features of the query are not 3 of the key
-  EXPECT_EQ(found_with("key_linear.weight", torch::ones({4, 5})), 0U);  // grouped, but not so on the value side
+  EXPECT_EQ(found_with("key_linear.weight", torch::ones({3, 5})),
+            0U);  // 8 features of the query cannot be shared by 3 of the key
+  EXPECT_EQ(found_with("key_linear.weight", torch::ones({4, 5})), 0U);  // groups for keys, but not for values
   EXPECT_EQ(found_with("query_norm.weight", torch::ones({8})), 0U);
   EXPECT_EQ(layers_of({}).size(), 0U);
   NamedTensors renamed;
@@ -426,7 +453,7 @@ TEST(FindLayersTest, PassesOverWhatIsNoWholeLayer) {
   }
 }
 
-TEST(FindLayersTest, LooksAtShapesOnly) {
+TEST(FindLayersTest, ReadsShapesOnly) {
   NamedTensors tensors;
   for (const auto& [name, tensor] : copy_of(*small())) tensors[name] = torch::empty(tensor.sizes(), torch::kMeta);
   EXPECT_EQ(layers_of(tensors).size(), 1U);

@@ -36,7 +36,7 @@ Pickle read(const std::string& bytes, PickleNames names = kStateDict) {
 
 Pickle read(std::string&& bytes, PickleNames names = kStateDict) = delete;
 
-// What is said about a pickle of these instructions, which must be one line that names its file.
+// The message of the error for a pickle of these instructions, which must be one line that names its file.
 std::string pickle_refusal(const std::string& instructions, PickleNames names = kStateDict) {
   const auto bytes = whole(instructions);
   return test::refusal_by("pickle", "x.pt", [&] { read(bytes, names); });
@@ -117,7 +117,7 @@ TEST(PickleTest, ReadsTuplesListsAndDicts) {
 }
 
 TEST(PickleTest, ReadsListsThatGrowInTurn) {
-  // Two lists to which items are added by turns: both move again and again.
+  // Two lists that grow in turn: both move again and again.
   std::string instructions = "](]";
   std::string expected;
   for (int i = 0; i < 100; ++i) {
@@ -128,7 +128,7 @@ TEST(PickleTest, ReadsListsThatGrowInTurn) {
   EXPECT_EQ(shown(instructions + "e"), "[[" + expected + "]]");
 }
 
-TEST(PickleTest, PassesOverWhatNoReaderAsksFor) {
+TEST(PickleTest, SkipsValuesThatNoReaderNeeds) {
   EXPECT_EQ(shown("C\3abc"), "other");
   EXPECT_EQ(shown("B" + little_endian(3, 4) + "abc"), "other");
   EXPECT_EQ(shown("\x8e" + little_endian(3, 8) + "abc"), "other");
@@ -161,7 +161,7 @@ TEST(PickleTest, ReadsFramesAndDiscardedValues) {
             "(1 1)");
 }
 
-TEST(PickleTest, SharesWhatIsKept) {
+TEST(PickleTest, SharesMemoizedValues) {
   EXPECT_EQ(shown("]q\5h\5\x86"), "([] [])");
   EXPECT_EQ(shown("]r\1" + std::string(3, '\0') + "j\1" + std::string(3, '\0') + "\x86"), "([] [])");
   const auto bytes = whole("]\x94h" + std::string(1, '\0') + "K\1a\x86");
@@ -184,7 +184,7 @@ TEST(PickleTest, ReadsAMillionLevels) {
   EXPECT_EQ(pickle.items(pickle.root).size(), 1U);
 }
 
-TEST(PickleTest, TakesMemoryByTheBytesOfThePickle) {
+TEST(PickleTest, TakesMemoryInProportionToThePickle) {
   // A tuple of two of a tuple of two ...: 2^60 values, if they were copied.
   std::string doubled = "K\1";
   for (int i = 0; i < 60; ++i) doubled += "2\x86";
@@ -239,7 +239,7 @@ TEST(PickleTest, ReadsObjectsOfTorchScriptAsRecords) {
 TEST(PickleTest, RefusesObjectsByTheNameOfTheirClass) {
   const auto message = [](const std::string& name, const std::string& part) {
     return "holds an object of class " + name +
-           ", which is no tensor; if you trust the file, whose code that runs, save the tensors alone, in Python: "
+           ", which is not a tensor; if you trust the file, whose code this runs, save only the tensors, in Python: "
            "torch.save(torch.load(PATH, weights_only=False)" +
            part + ", NEW_PATH)";
   };
@@ -254,13 +254,13 @@ TEST(PickleTest, RefusesObjectsByTheNameOfTheirClass) {
   EXPECT_EQ(pickle_refusal(global("__torch__", "Module")), message("__torch__.Module", ".state_dict()"));
 }
 
-TEST(PickleTest, RefusesInstructionsThatItDoesNotHave) {
+TEST(PickleTest, RefusesUnknownInstructions) {
   EXPECT_EQ(pickle_refusal("I1\n"), "has the instruction 0x49 at byte 2, which is not read");
   EXPECT_EQ(pickle_refusal("N\xff"), "has the instruction 0xff at byte 3, which is not read");
   EXPECT_EQ(pickle_refusal("\x82\1"), "has the instruction 0x82 at byte 2, which is not read");  // a class by number
 }
 
-TEST(PickleTest, RefusesAPickleThatIsCutOff) {
+TEST(PickleTest, RefusesATruncatedPickle) {
   const auto instructions = text("abc") + test::pickle::two_zeros() + "G" + std::string(8, 'x') + "C\1x\x86\x86";
   const auto bytes = whole(instructions);
   for (size_t size = 0; size < bytes.size(); ++size) {
@@ -284,7 +284,7 @@ TEST(PickleTest, RefusesInstructionsWithoutTheirValues) {
   EXPECT_EQ(pickle_refusal("0"), "must have a value" + at + "2");
   EXPECT_EQ(pickle_refusal("2"), "must have a value" + at + "2");
   EXPECT_EQ(pickle_refusal("q\1"), "must have a value" + at + "2");
-  EXPECT_EQ(pickle_refusal("K\1(2"), "must have a value" + at + "5");  // the one below the mark is out of reach
+  EXPECT_EQ(pickle_refusal("K\1(2"), "must have a value" + at + "5");  // the value below the mark is out of reach
   EXPECT_EQ(pickle_refusal("K\1(\x85"), "must have more values" + at + "5");
   EXPECT_EQ(pickle_refusal("K\1\x86"), "must have more values" + at + "4");
   EXPECT_EQ(pickle_refusal("K\1a"), "must have more values" + at + "4");
@@ -318,13 +318,13 @@ TEST(PickleTest, RefusesInstructionsOnOtherKindsOfValues) {
 }
 
 TEST(PickleTest, RefusesNestedCallsOfTensorsWithAttributes) {
-  // Each would be taken apart by the one around it, without end.
+  // Each would be unpacked by the call around it, without end.
   const auto function = global("torch._tensor", "_rebuild_from_type_v2");
   EXPECT_EQ(pickle_refusal(function + "(" + function + "N)NtR"),
             "must have a tensor with attributes for the instruction at byte 81");
 }
 
-TEST(PickleTest, RefusesNumbersUnderWhichNothingIsKept) {
+TEST(PickleTest, RefusesUnusedNumbersOfTheMemo) {
   const std::string at = " for the instruction at byte ";
   EXPECT_EQ(pickle_refusal("h\1"), "must have a value kept under its number" + at + "2");
   EXPECT_EQ(pickle_refusal("Nq\2h\1"), "must have a value kept under its number" + at + "5");
@@ -332,7 +332,7 @@ TEST(PickleTest, RefusesNumbersUnderWhichNothingIsKept) {
   EXPECT_EQ(pickle_refusal("Nr\xff\xff\xff\xff"), "must have a smaller number" + at + "3");
 }
 
-TEST(PickleTest, ThrowsNothingElseWhateverByteIsChanged) {
+TEST(PickleTest, ThrowsNoOtherErrorWhateverByteIsChanged) {
   const auto whole_dict = whole(test::pickle::dict(text("a") + test::pickle::two_zeros()) + "0" +
                                 test::pickle::object(text("a") + "](K\1K\2e" + text("b") + "K\1K\2\x86"));
   for (size_t i = 0; i < whole_dict.size(); ++i) {

@@ -9,7 +9,7 @@
 
 #include "zip_writer.h"
 
-/// Parts of pickles as Python's pickletools explains them: each function gives the instructions that leave one value.
+/// Parts of pickles; see Python's pickletools. Each function returns instructions that leave one value on the stack.
 namespace xattn::test::pickle {
 
 inline std::string text(std::string_view value) {
@@ -30,7 +30,7 @@ inline std::string integers(const std::vector<int64_t>& values) {
   return tuple(items);
 }
 
-/// Of keys and values.
+/// A dict of keys and values.
 inline std::string dict(const std::string& items) {
   return "}(" + items + "u";
 }

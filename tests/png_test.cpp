@@ -165,7 +165,7 @@ TEST_F(PngTest, WritesAllOrNothing) {
   EXPECT_EQ(error_of<std::runtime_error>([&] { write_png(lost, picture); }),
             "[output] " + lost + ": cannot be written: No such file or directory");
   EXPECT_EQ(error_of<std::runtime_error>([&] { write_png(dir.path(), picture); }),
-            "[output] " + dir.path() + ": is there, but is not a regular file");
+            "[output] " + dir.path() + ": exists, but is not a regular file");
   EXPECT_TRUE(std::filesystem::is_empty(dir.path()));
 
   write_bytes(path, "what was there before");

@@ -12,20 +12,20 @@
 namespace xattn::detail {
 namespace {
 
-TEST(PrintedTest, LeavesTextsInAnyLanguageAlone) {
+TEST(PrintedTest, LeavesTextsInAnyLanguageUnchanged) {
   for (const std::string text : {"", "model.weight", "größe 日本語 \xf0\x9f\x98\x80", "a \\ b"})
     EXPECT_EQ(one_line(text), text);
   EXPECT_EQ(in_quotes("größe"), "\"größe\"");
 }
 
-TEST(PrintedTest, EscapesWhatDrivesATerminal) {
+TEST(PrintedTest, EscapesCharactersThatControlATerminal) {
   EXPECT_EQ(one_line(std::string("\0\t\n\r\x1b[2J\x7f", 9)), R"(\x00\x09\x0a\x0d\x1b[2J\x7f)");
   EXPECT_EQ(one_line("\xc2\x80\xc2\x9b"), R"(\u0080\u009b)") << "C1";
   EXPECT_EQ(one_line("\xe2\x80\xae\xe2\x81\xa6\xd8\x9c\xe2\x80\x8f"), R"(\u202e\u2066\u061c\u200f)") << "bidirectional";
   EXPECT_EQ(one_line("\xe2\x80\xa8\xe2\x80\xa9"), R"(\u2028\u2029)") << "ends of lines";
 }
 
-TEST(PrintedTest, EscapesBytesThatAreNoUtf8) {
+TEST(PrintedTest, EscapesBytesThatAreNotUtf8) {
   EXPECT_EQ(one_line("\x9b\xff"), R"(\x9b\xff)") << "C1 in eight bits";
   EXPECT_EQ(one_line("\xc0\xaf\xed\xa0\x80\xf4\x90\x80\x80\xe2\x80"), R"(\xc0\xaf\xed\xa0\x80\xf4\x90\x80\x80\xe2\x80)");
 }

@@ -30,7 +30,7 @@ constexpr char kNoArchive[] =
     "must be an archive of torch.save, torch.jit.save or torch.export.save, but is a zip file without data.pkl and without "
     "archive_format pt2";
 
-// What a config says of a tensor of two floats in a storage of four. A test changes one of these.
+// The description of a tensor of two floats in a storage of four. Each test changes one field.
 struct Fields {
   std::string path_name = "\"weight_0\"";
   std::string use_pickle = "false";
@@ -68,7 +68,7 @@ Records archive_with(const Fields& fields) {
 
 Index read_archive(const std::string& bytes) {
   auto index = read_pt2("x.pt2", ZipFile("x.pt2", std::as_bytes(std::span(bytes))));
-  for (auto& [name, stored] : index.tensors) stored.data = {};  // they would dangle
+  for (auto& [name, stored] : index.tensors) stored.data = {};  // would dangle
   return index;
 }
 
@@ -78,7 +78,7 @@ Index read_archive(const Records& records) {
   return read_archive(test::zip_of(entries));
 }
 
-// What is said about an archive, without the part that names the file.
+// The message of the error for an archive, without the part that names the file.
 template <typename Archive>
 std::string pt2_refusal(const Archive& archive) {
   return test::refusal_by("pt2", "x.pt2", [&] { read_archive(archive); });
@@ -95,7 +95,7 @@ std::map<std::string, at::Tensor> tensors_of(const Index& index) {
 // Files of scripts/make_fixtures.py, with what PyTorch reads from them.
 class Pt2FixtureTest : public testing::TestWithParam<std::string> {};
 
-TEST_P(Pt2FixtureTest, GivesTheTensorsThatPyTorchReads) {
+TEST_P(Pt2FixtureTest, ReadsTheTensorsThatPyTorchReads) {
   const MappedFile file(data_path("files/" + GetParam() + ".pt2"));
   const MappedFile expected_file(data_path("files/" + GetParam() + ".safetensors"));
   const auto tensors = tensors_of(read_pt2("x", ZipFile("x", file.bytes())));
@@ -168,7 +168,7 @@ TEST(Pt2Test, RefusesOtherZipFiles) {
 
 TEST(Pt2Test, RefusesPickledWeightsOfOlderVersions) {
   const std::string cure =
-      " pickled, as older versions of PyTorch wrote them, and pickles are not run; save it anew in Python: "
+      " pickled, as older versions of PyTorch wrote them, and pickles are not run; save it again in Python: "
       "torch.save(torch.export.load(PATH).state_dict, NEW_PATH)";
   EXPECT_EQ(pt2_refusal(
                 test::zip_of({{"version", "8.8"}, {"serialized_exported_program.json", ""}, {"serialized_state_dict.pt", ""}})),
@@ -224,13 +224,13 @@ TEST(Pt2Test, RefusesAConfigThatIsNotJson) {
             "[pt2] x.pt2: data/weights/model_weights_config.json: is not JSON in UTF-8, at its byte 12");
 }
 
-TEST(Pt2Test, RefusesAConfigThatIsNoObject) {
+TEST(Pt2Test, RefusesAConfigThatIsNotAnObject) {
   for (const std::string config : {"{}", "[]", "1", "{\"config\":[]}", "{\"config\":null}"}) {
     EXPECT_EQ(pt2_refusal(archive(config)), "\"data/weights/model_weights_config.json\" must have config, an object") << config;
   }
 }
 
-TEST(Pt2Test, RefusesATensorThatIsNoObject) {
+TEST(Pt2Test, RefusesATensorThatIsNotAnObject) {
   for (const std::string entry : {"null", "[]", "1", "\"x\"", "{}"}) {
     EXPECT_EQ(pt2_refusal(archive(config_of("\"a\":" + entry))), "tensor \"a\" must have use_pickle, true or false") << entry;
   }
@@ -267,7 +267,7 @@ TEST(Pt2Test, RefusesATensorWithoutMeta) {
 TEST(Pt2Test, RefusesTypesThatPyTorchDoesNotHave) {
   for (const std::string number : {"0", "14", "27", "36", "18446744073709551615"}) {
     EXPECT_EQ(pt2_refusal(archive_with({.dtype = number})),
-              "tensor \"a\" has dtype " + number + ", which is none of PyTorch's numbers of types");
+              "tensor \"a\" has dtype " + number + ", which is not one of PyTorch's type numbers");
   }
 }
 
@@ -275,7 +275,7 @@ TEST(Pt2Test, RefusesTensorsThatAreNotStrided) {
   EXPECT_EQ(pt2_refusal(archive_with({.layout = "1"})), "tensor \"a\" must have layout 7, strided, but has 1");
 }
 
-TEST(Pt2Test, RefusesRecordsThatAreNotThere) {
+TEST(Pt2Test, RefusesMissingRecords) {
   for (const std::string record : {"weight_1", "", "../constants/tensor_0", "/etc/passwd"}) {
     EXPECT_EQ(pt2_refusal(archive_with({.path_name = "\"" + record + "\""})),
               "tensor \"a\" should be in \"data/weights/" + record + "\", which is not there");
@@ -293,11 +293,11 @@ TEST(Pt2Test, RefusesTensorsThatEndBeyondTheirStorage) {
             "tensor \"a\" of shape [2], strides [1] and offset 0 ends beyond its storage of 16 bytes");
 }
 
-TEST(Pt2Test, RefusesNumbersThatMakeNoTensor) {
+TEST(Pt2Test, RefusesInvalidShapesAndStrides) {
   EXPECT_EQ(pt2_refusal(archive_with({.strides = "[]"})),
-            "tensor \"a\" has shape [2], strides [] and offset 1, which make no tensor");
+            "tensor \"a\" has shape [2], strides [] and offset 1, which do not make a tensor");
   EXPECT_EQ(pt2_refusal(archive_with({.sizes = R"([{"as_int":18446744073709551615}])"})),
-            "tensor \"a\" has shape [-1], strides [1] and offset 1, which make no tensor");
+            "tensor \"a\" has shape [-1], strides [1] and offset 1, which do not make a tensor");
 }
 
 TEST(Pt2Test, RefusesANameGivenTwice) {

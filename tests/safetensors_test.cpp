@@ -31,7 +31,7 @@ std::string header_of(const std::string& type, const std::string& shape, const s
   return R"({"a":{"dtype":)" + type + R"(,"shape":)" + shape + R"(,"data_offsets":)" + offsets + "}}";
 }
 
-// What is said about a file of these bytes, which must be one line that names it.
+// The message of the error for a file of these bytes, which must be one line that names it.
 std::string safetensors_refusal(const std::string& bytes) {
   return test::refusal_by("safetensors", "broken",
                           [&] { detail::read_safetensors("broken", std::as_bytes(std::span(bytes))); });
@@ -67,7 +67,7 @@ TEST(SafetensorsTest, KeepsNaNAndInfinityBitForBit) {
   EXPECT_TRUE(torch::equal(round_trip(tensor).view(at::kInt), tensor.view(at::kInt)));
 }
 
-TEST(SafetensorsTest, WritesWhatAViewShows) {
+TEST(SafetensorsTest, WritesTheElementsOfAView) {
   const auto base = torch::arange(12.).view({3, 4});
   EXPECT_TRUE(torch::equal(round_trip(base.t()), base.t()));
   EXPECT_TRUE(torch::equal(round_trip(base.slice(1, 1, 4, 2)), base.slice(1, 1, 4, 2)));
@@ -170,14 +170,14 @@ TEST(SafetensorsTest, RefusesToWriteWhatTheFormatCannotHold) {
   EXPECT_EQ(refused({}, {{"a", "\xff"}}), "names and metadata must be UTF-8");
 }
 
-TEST(SafetensorsTest, RefusesToWriteWhereItCannot) {
+TEST(SafetensorsTest, RefusesPathsThatCannotBeWritten) {
   const TempDir dir;
   const auto refused = [](const std::string& path) {
     return error_of<FileError>([&] { save_safetensors(path, {{"a", torch::ones({1})}}); });
   };
   EXPECT_EQ(refused(dir.file("no/x")), "[safetensors] " + dir.file("no/x") + ": cannot be written: No such file or directory");
-  EXPECT_EQ(refused(dir.path()), "[safetensors] " + dir.path() + ": is there, but is not a regular file");
-  EXPECT_EQ(refused("/dev/null"), "[safetensors] /dev/null: is there, but is not a regular file");
+  EXPECT_EQ(refused(dir.path()), "[safetensors] " + dir.path() + ": exists, but is not a regular file");
+  EXPECT_EQ(refused("/dev/null"), "[safetensors] /dev/null: exists, but is not a regular file");
 }
 
 // ---- What is refused ---------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ TEST(SafetensorsTest, RefusesAFileShorterThanItsHeaderLength) {
   EXPECT_EQ(safetensors_refusal("1234567"), "must begin with a header length of 8 bytes, but has 7 bytes");
 }
 
-TEST(SafetensorsTest, RefusesAHeaderThatIsCutOff) {
+TEST(SafetensorsTest, RefusesATruncatedHeader) {
   EXPECT_EQ(safetensors_refusal(file_of(header_of("\"F32\"", "[1]", "[0,4]"), 4).substr(0, 40)),
             "header length 54 exceeds the file's 40 bytes; a download may have been cut off");
   EXPECT_EQ(safetensors_refusal(std::string(8, '\xff')),
@@ -198,13 +198,13 @@ TEST(SafetensorsTest, RefusesAHeaderOverTheLimit) {
   const TempDir dir;
   const uint64_t length = 100'000'001;
   test::write_bytes(dir.file("x"), std::string(reinterpret_cast<const char*>(&length), 8));
-  std::filesystem::resize_file(dir.file("x"), length + 8);  // sparse: takes no disk
+  std::filesystem::resize_file(dir.file("x"), length + 8);  // sparse: takes no space on disk
   const detail::MappedFile file(dir.file("x"));
   EXPECT_EQ(error_of<FileError>([&] { detail::read_safetensors(dir.file("x"), file.bytes()); }),
             "[safetensors] " + dir.file("x") + ": header length 100000001 exceeds the format's limit of 100000000");
 }
 
-TEST(SafetensorsTest, RefusesAHeaderThatIsNoObject) {
+TEST(SafetensorsTest, RefusesAHeaderThatIsNotAnObject) {
   EXPECT_EQ(safetensors_refusal(file_of("")), "header must begin with '{'");
   EXPECT_EQ(safetensors_refusal(file_of("[]")), "header must begin with '{'");
   EXPECT_EQ(safetensors_refusal(file_of(" {}")), "header must begin with '{'");
@@ -248,13 +248,13 @@ TEST(SafetensorsTest, RefusesANameGivenTwice) {
   EXPECT_EQ(safetensors_refusal(file_of(R"({"a":{"dtype":"U8","dtype":"U8"}})")), "tensor \"a\" has dtype twice");
 }
 
-TEST(SafetensorsTest, RefusesATensorThatIsNoObject) {
+TEST(SafetensorsTest, RefusesATensorThatIsNotAnObject) {
   for (const std::string value : {"1", "-1", "0.5", "null", "true", "\"x\"", "[]"}) {
     EXPECT_EQ(safetensors_refusal(file_of("{\"a\":" + value + "}")), "the value of \"a\" must be an object");
   }
 }
 
-TEST(SafetensorsTest, RefusesMetadataThatIsNoString) {
+TEST(SafetensorsTest, RefusesMetadataThatIsNotAString) {
   for (const std::string value : {"1", "-1", "0.5", "null", "true", "{}", "[]"}) {
     EXPECT_EQ(safetensors_refusal(file_of("{\"__metadata__\":{\"k\":" + value + "}}")), "metadata \"k\" must be a string");
   }
@@ -280,7 +280,7 @@ TEST(SafetensorsTest, RefusesAForeignType) {
   EXPECT_EQ(safetensors_refusal(file_of(header_of("[]", "[0]", "[0,0]"))), "dtype of tensor \"a\" must be a string");
 }
 
-TEST(SafetensorsTest, RefusesAShapeThatIsNoListOfSizes) {
+TEST(SafetensorsTest, RefusesAShapeThatIsNotAListOfSizes) {
   std::string many = "[1";
   for (int i = 0; i < 64; ++i) many += ",1";
   for (const std::string& shape :
@@ -292,7 +292,7 @@ TEST(SafetensorsTest, RefusesAShapeThatIsNoListOfSizes) {
   }
 }
 
-TEST(SafetensorsTest, RefusesOffsetsThatAreNoPair) {
+TEST(SafetensorsTest, RefusesOffsetsThatAreNotAPair) {
   for (const std::string offsets : {"[]", "[0]", "[0,1,2]", "[0,-1]", "[0,1.5]", "0", "{}"}) {
     EXPECT_EQ(safetensors_refusal(file_of(header_of("\"U8\"", "[1]", offsets), 1)),
               "data_offsets of tensor \"a\" must be a list of two non-negative integers")
@@ -305,25 +305,25 @@ TEST(SafetensorsTest, RefusesATensorThatEndsBeforeItBegins) {
             "tensor \"a\" ends at 0 before it begins at 1");
 }
 
-TEST(SafetensorsTest, RefusesDataThatIsCutOff) {
+TEST(SafetensorsTest, RefusesTruncatedData) {
   EXPECT_EQ(safetensors_refusal(file_of(header_of("\"F32\"", "[2]", "[0,8]"), 7)),
             "tensor \"a\" ends at 8, beyond the file's 7 bytes of data; a download may have been cut off");
   EXPECT_EQ(safetensors_refusal(file_of(header_of("\"F32\"", "[2]", "[0,18446744073709551615]"), 8)),
             "tensor \"a\" ends at 18446744073709551615, beyond the file's 8 bytes of data; a download may have been cut off");
 }
 
-TEST(SafetensorsTest, RefusesAShapeThatDoesNotTakeTheBytes) {
+TEST(SafetensorsTest, RefusesAShapeOfAnotherSizeThanTheData) {
   EXPECT_EQ(safetensors_refusal(file_of(header_of("\"F32\"", "[2, 3]", "[0,20]"), 20)),
             "tensor \"a\" of type F32 and shape [2, 3] takes 24 bytes, but its data_offsets [0, 20] hold 20");
 }
 
 TEST(SafetensorsTest, RefusesAShapeThatOverflows) {
   EXPECT_EQ(safetensors_refusal(file_of(header_of("\"F32\"", "[4294967296, 4294967296]", "[0,0]"))),
-            "shape [4294967296, 4294967296] of tensor \"a\" is more than can be counted");
+            "shape [4294967296, 4294967296] of tensor \"a\" has too many elements to count");
   EXPECT_EQ(safetensors_refusal(file_of(header_of("\"F32\"", "[0, 4294967296, 4294967296]", "[0,0]"))),
-            "shape [0, 4294967296, 4294967296] of tensor \"a\" is more than can be counted");
+            "shape [0, 4294967296, 4294967296] of tensor \"a\" has too many elements to count");
   EXPECT_EQ(safetensors_refusal(file_of(header_of("\"U8\"", "[18446744073709551615]", "[0,0]"))),
-            "shape [18446744073709551615] of tensor \"a\" is more than can be counted");
+            "shape [18446744073709551615] of tensor \"a\" has too many elements to count");
 }
 
 TEST(SafetensorsTest, RefusesTensorsThatOverlap) {
@@ -346,7 +346,7 @@ TEST(SafetensorsTest, RefusesBytesAfterTheLastTensor) {
   EXPECT_EQ(safetensors_refusal(file_of("{}", 1)), "has 1 bytes of data, but its tensors end at 0");
 }
 
-TEST(SafetensorsTest, RefusesBytesThatAreNoBool) {
+TEST(SafetensorsTest, RefusesBytesThatAreNotBooleans) {
   const TempDir dir;
   auto bytes = file_of(header_of("\"BOOL\"", "[2]", "[0,2]"), 2);
   bytes.back() = 2;

@@ -18,7 +18,7 @@ ShardIndex read_index(const std::string& json) {
   return read_shard_index("index.json", std::as_bytes(std::span(json)));
 }
 
-// What is said about an index of these bytes, without the part that names the file.
+// The message of the error for an index of these bytes, without the part that names the file.
 std::string shards_refusal(const std::string& json) {
   return test::refusal_by("shards", "index.json", [&] { read_index(json); });
 }
@@ -30,7 +30,7 @@ std::string index_of(const std::string& file) {
 
 using Texts = std::map<std::string, std::string>;
 
-TEST(ShardsTest, TellsTheFileOfEachTensorAndTheMetadata) {
+TEST(ShardsTest, ReadsTheFileOfEachTensorAndTheMetadata) {
   const auto index = read_index(R"({
     "metadata": {"total_size": 409600, "format": "pt", "über": ["x", {"y": null}]},
     "weight_map": {
@@ -61,13 +61,13 @@ TEST(ShardsTest, RefusesOtherJsonFiles) {
   }
 }
 
-TEST(ShardsTest, RefusesAWeightMapThatIsNoObject) {
+TEST(ShardsTest, RefusesAWeightMapThatIsNotAnObject) {
   for (const std::string map : {"null", "[]", "\"x\"", "1"}) {
     EXPECT_EQ(shards_refusal("{\"weight_map\":" + map + "}"), "weight_map must be an object") << map;
   }
 }
 
-TEST(ShardsTest, RefusesAFileThatIsNoString) {
+TEST(ShardsTest, RefusesAFileThatIsNotAString) {
   for (const std::string file : {"null", "1", "[\"x\"]", "{\"file\":\"x\"}", "true"}) {
     EXPECT_EQ(shards_refusal(index_of(file)), "the file of tensor \"a\" must be a string") << file;
   }
@@ -81,7 +81,7 @@ TEST(ShardsTest, RefusesFilesInOtherFolders) {
   }
 }
 
-TEST(ShardsTest, RefusesMetadataThatIsNoObject) {
+TEST(ShardsTest, RefusesMetadataThatIsNotAnObject) {
   EXPECT_EQ(shards_refusal(R"({"weight_map":{},"metadata":[]})"), "metadata must be an object");
   EXPECT_EQ(shards_refusal(R"({"weight_map":{},"metadata":null})"), "metadata must be an object");
 }
@@ -93,12 +93,12 @@ TEST(ShardsTest, RefusesANameGivenTwice) {
   EXPECT_EQ(shards_refusal(R"({"weight_map":{},"metadata":{"l":[{"k":1,"k":2}]}})"), "has the name \"k\" twice in one object");
 }
 
-TEST(ShardsTest, TakesTheSameNameInOtherObjects) {
+TEST(ShardsTest, AcceptsTheSameNameInOtherObjects) {
   EXPECT_EQ(read_index(R"({"weight_map":{"a":"x"},"metadata":{"a":{"a":1},"b":[{"a":1},{"a":2}]}})").metadata,
             (Texts{{"a", R"({"a":1})"}, {"b", R"([{"a":1},{"a":2}])"}}));
 }
 
-TEST(ShardsTest, RefusesWhatIsNotJson) {
+TEST(ShardsTest, RefusesInvalidJson) {
   EXPECT_EQ(shards_refusal(""), "is not JSON in UTF-8, at its byte 1");
   EXPECT_EQ(shards_refusal("{\"weight_map\""), "is not JSON in UTF-8, at its byte 14");
   EXPECT_EQ(shards_refusal("{}x"), "is not JSON in UTF-8, at its byte 3");
@@ -109,7 +109,7 @@ TEST(ShardsTest, RefusesWhatIsNotJson) {
   EXPECT_EQ(shards_refusal(std::string("{}\0garbage", 10)), "is not JSON in UTF-8, at its byte 3");
 }
 
-TEST(ShardsTest, RefusesWhatIsNotUtf8) {
+TEST(ShardsTest, RefusesInvalidUtf8) {
   EXPECT_EQ(shards_refusal("{\"\xff\":1}"), "is not JSON in UTF-8, at its byte 3");
   EXPECT_EQ(shards_refusal("{\"\xc0\xaf\":1}"), "is not JSON in UTF-8, at its byte 3");
   EXPECT_EQ(shards_refusal("{\"\\ud800\":1}"), "is not JSON in UTF-8, at its byte 9");
@@ -135,7 +135,7 @@ TEST(ShardsTest, RefusesMoreValuesThanTheLimit) {
   EXPECT_EQ(shards_refusal("[" + lists + "]"), "has more than 2000000 values");
 }
 
-TEST(ShardsTest, TakesTimeByTheLengthOfTheIndex) {
+TEST(ShardsTest, TakesTimeInProportionToTheIndex) {
   std::string lists = "0";
   for (int i = 0; i < 200'000; ++i) lists += ",{}";
   EXPECT_EQ(read_index(R"({"weight_map":{},"metadata":{"a":[)" + lists + "]}}").metadata.at("a"), "[" + lists + "]");

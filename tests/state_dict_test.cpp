@@ -62,11 +62,11 @@ std::vector<std::string> names_in(const std::string& value) {
   return names;
 }
 
-// What is said about a file of these bytes, which must be one line that names it.
+// The message of the error for a file of these bytes, which must be one line that names it.
 std::string state_dict_refusal(const std::string& bytes, const std::string& reader = "state dict") {
   const TempDir dir;
   test::write_bytes(dir.file("x.pt"), bytes);
-  return test::refusal_by(reader, dir.file("x.pt"), [&] { open_checkpoint(dir.file("x.pt")); });
+  return test::refusal_by(reader, dir.file("x.pt"), [&] { return open_checkpoint(dir.file("x.pt")); });
 }
 
 std::string refusal_of(const std::string& value, const std::string& reader = "state dict") {
@@ -112,19 +112,20 @@ TEST(StateDictTest, ReadsEveryType) {
   }
 }
 
-TEST(StateDictTest, SaysHowToSaveAnewWhatItDoesNotRead) {
+TEST(StateDictTest, SaysHowToConvertFilesThatItDoesNotRead) {
   const auto message = [](const std::string& name) {
-    return error_of<FileError>([&] { open_checkpoint(data_path("files/" + name)); });
+    return error_of<FileError>([&] { return open_checkpoint(data_path("files/" + name)); });
   };
   EXPECT_EQ(
       message("module.pt"),
       "[pickle] " + data_path("files/module.pt") +
-          ": holds an object of class __main__.SmallModel, which is no tensor; if you trust the file, whose code that runs, "
-          "save the tensors alone, in Python: torch.save(torch.load(PATH, weights_only=False).state_dict(), NEW_PATH)");
-  EXPECT_EQ(message("legacy.pt"),
-            "[checkpoint] " + data_path("files/legacy.pt") +
-                ": was written by torch.save in the form from before PyTorch 1.6, which is not read; save it anew in Python: "
-                "torch.save(torch.load(PATH, map_location='cpu'), NEW_PATH)");
+          ": holds an object of class __main__.SmallModel, which is not a tensor; if you trust the file, whose code this runs, "
+          "save only the tensors, in Python: torch.save(torch.load(PATH, weights_only=False).state_dict(), NEW_PATH)");
+  EXPECT_EQ(
+      message("legacy.pt"),
+      "[checkpoint] " + data_path("files/legacy.pt") +
+          ": was written by torch.save in the format used before PyTorch 1.6, which is not read; save it again in Python: "
+          "torch.save(torch.load(PATH, map_location='cpu'), NEW_PATH)");
 }
 
 // ---- Where the state dict is ------------------------------------------------------------------------------------------------
@@ -169,8 +170,8 @@ TEST(StateDictTest, KeepsTextsAndNumbersAsMetadata) {
   EXPECT_EQ(opened(archive(value)).metadata(), expected);
 }
 
-TEST(StateDictTest, IgnoresWhatIsNotAsked) {
-  // A list that holds itself, a large number, a set; keys that are no texts.
+TEST(StateDictTest, IgnoresOtherValues) {
+  // A list that holds itself, a large number, a set; keys that are not texts.
   const auto value = dict(text("x") + "]q\1h\1a" + integer(1) + "]" + ")" + ")" + text("y") + global("builtins", "set") +
                           "]\x85R" + text("a") + two_zeros());
   EXPECT_EQ(names_in(value), Names({"a"}));
@@ -196,7 +197,7 @@ TEST(StateDictTest, KeepsEveryType) {
   }
 }
 
-TEST(StateDictTest, WritesWhatAViewShows) {
+TEST(StateDictTest, WritesTheElementsOfAView) {
   const auto base = torch::arange(12.).view({3, 4});
   const auto complex = torch::complex(base, base + 1);
   const auto back = through_state_dict({{"base", base},
@@ -244,29 +245,29 @@ TEST(StateDictTest, RefusesToWriteWhatTheFormatCannotHold) {
   EXPECT_EQ(refused({{"a", torch::ones({1}).to_sparse()}}), "tensor \"a\" must be dense and have data");
   EXPECT_EQ(refused({{"a", torch::empty({1}, at::kMeta)}}), "tensor \"a\" must be dense and have data");
   EXPECT_EQ(refused({{"a", torch::quantize_per_tensor(torch::ones({1}), 1, 0, at::kQInt8)}}),
-            "tensor \"a\" is QInt8, which is not saved so");
+            "tensor \"a\" is QInt8, which cannot be saved");
   EXPECT_EQ(refused({{"\xff", torch::ones({1})}}), "names must be UTF-8");
 }
 
-TEST(StateDictTest, RefusesToWriteWhereItCannot) {
+TEST(StateDictTest, RefusesPathsThatCannotBeWritten) {
   const TempDir dir;
   const auto refused = [](const std::string& path) {
     return error_of<FileError>([&] { save_state_dict(path, {{"a", torch::ones({1})}}); });
   };
   EXPECT_EQ(refused(dir.file("no/x")), "[state dict] " + dir.file("no/x") + ": cannot be written: No such file or directory");
-  EXPECT_EQ(refused(dir.path()), "[state dict] " + dir.path() + ": is there, but is not a regular file");
+  EXPECT_EQ(refused(dir.path()), "[state dict] " + dir.path() + ": exists, but is not a regular file");
 }
 
 // ---- What is refused --------------------------------------------------------------------------------------------------------
 
-TEST(StateDictTest, RefusesWhatIsNoDictOfTensors) {
+TEST(StateDictTest, RefusesAnythingButADictOfTensors) {
   const std::string cure = "; save it so in Python: torch.save({'NAME': tensor}, PATH)";
   EXPECT_EQ(refusal_of(two_zeros()), "must hold a dict of tensors by name, but holds one tensor" + cure);
   EXPECT_EQ(refusal_of("](" + two_zeros() + "e"), "must hold a dict of tensors by name, but holds something else" + cure);
   EXPECT_EQ(refusal_of(dict(text("a") + "](" + two_zeros() + "e")), "holds no tensors by name");
 }
 
-TEST(StateDictTest, RefusesTensorsWithoutATextForAName) {
+TEST(StateDictTest, RefusesTensorsWhoseNamesAreNotTexts) {
   EXPECT_EQ(refusal_of(dict(integer(0) + two_zeros())), "must name its tensors by texts, but has another key after \"\"");
   EXPECT_EQ(refusal_of(dict(text("x") + dict(integer(0) + two_zeros()) + text("y") + two_zeros())),
             "must name its tensors by texts, but has another key after \"x.\"");
@@ -289,18 +290,18 @@ TEST(StateDictTest, RefusesTensorsBeyondTheirStorage) {
             "tensor \"a\" of shape [1], strides [1] and offset 9223372036854775807" + end);
 }
 
-TEST(StateDictTest, RefusesNumbersThatMakeNoTensor) {
+TEST(StateDictTest, RefusesInvalidShapesAndStrides) {
   EXPECT_EQ(refusal_of(one(tensor(floats(2), {-1}, {1}))),
-            "tensor \"a\" has shape [-1], strides [1] and offset 0, which make no tensor");
+            "tensor \"a\" has shape [-1], strides [1] and offset 0, which do not make a tensor");
   EXPECT_EQ(refusal_of(one(tensor(floats(2), {1}, {-1}))),
-            "tensor \"a\" has shape [1], strides [-1] and offset 0, which make no tensor");
+            "tensor \"a\" has shape [1], strides [-1] and offset 0, which do not make a tensor");
   EXPECT_EQ(refusal_of(one(tensor(floats(2), {1}, {1}, -1))),
-            "tensor \"a\" has shape [1], strides [1] and offset -1, which make no tensor");
+            "tensor \"a\" has shape [1], strides [1] and offset -1, which do not make a tensor");
   EXPECT_EQ(refusal_of(one(tensor(floats(2), {1, 1}, {1}))),
-            "tensor \"a\" has shape [1, 1], strides [1] and offset 0, which make no tensor");
-  EXPECT_EQ(
-      refusal_of(one(tensor(floats(2), {INT64_MAX, INT64_MAX}, {0, 0}))),
-      "tensor \"a\" has shape [9223372036854775807, 9223372036854775807], strides [0, 0] and offset 0, which make no tensor");
+            "tensor \"a\" has shape [1, 1], strides [1] and offset 0, which do not make a tensor");
+  EXPECT_EQ(refusal_of(one(tensor(floats(2), {INT64_MAX, INT64_MAX}, {0, 0}))),
+            "tensor \"a\" has shape [9223372036854775807, 9223372036854775807], strides [0, 0] and offset 0, which do not make "
+            "a tensor");
 }
 
 TEST(StateDictTest, RefusesStoragesOfAnotherSizeThanTheirRecords) {
@@ -314,7 +315,7 @@ TEST(StateDictTest, RefusesStoragesOfAnotherSizeThanTheirRecords) {
   EXPECT_EQ(refusal_of(one(tensor(test::pickle::storage("FloatStorage", "1", 2), {2}, {1})), "zip"), "has no entry \"data/1\"");
 }
 
-TEST(StateDictTest, RefusesTypesThatItDoesNotHave) {
+TEST(StateDictTest, RefusesUnknownTypes) {
   EXPECT_EQ(refusal_of(one(tensor(test::pickle::storage("QInt8Storage", "0", 8), {2}, {1}))),
             "tensor \"a\" is of type \"QInt8Storage\" in \"QInt8Storage\", which is not read");
   EXPECT_EQ(refusal_of(one(tensor(test::pickle::storage("UntypedStorage", "0", 8), {2}, {1}))),
@@ -328,7 +329,7 @@ TEST(StateDictTest, RefusesTensorsOfOtherKinds) {
   }
 }
 
-TEST(StateDictTest, RefusesRecordsThatAreNoTensor) {
+TEST(StateDictTest, RefusesRecordsThatAreNotTensors) {
   const auto rebuild = global("torch._utils", "_rebuild_tensor_v2");
   const std::string message = "tensor \"a\" must have a storage, an offset, a shape and strides";
   EXPECT_EQ(refusal_of(one(rebuild + ")R")), message);
@@ -338,15 +339,15 @@ TEST(StateDictTest, RefusesRecordsThatAreNoTensor) {
   EXPECT_EQ(refusal_of(one(rebuild + "(" + floats(2) + "K\1(Nt)tR")), "tensor \"a\" must have a shape and strides of integers");
 }
 
-TEST(StateDictTest, RefusesViewsThatShowConjugates) {
+TEST(StateDictTest, RefusesConjugateViews) {
   EXPECT_EQ(refusal_of(one(global("torch._utils", "_rebuild_tensor_v2") + "(" + floats(2) + "K\1))NN" +
                            dict(text("conj") + "\x88") + "tR")),
-            "tensor \"a\" is a view that shows conjugate or negative numbers, which is not read");
+            "tensor \"a\" is a conjugate or negative view, which is not read");
 }
 
 TEST(StateDictTest, RefusesNumbersOfTheOtherByteOrder) {
   EXPECT_EQ(state_dict_refusal(archive(one(two_zeros()), {{"archive/byteorder", "big"}})),
-            "must be little-endian, but says of its byte order \"big\"");
+            "must be little-endian, but gives its byte order as \"big\"");
 }
 
 TEST(StateDictTest, RefusesDictsThatHoldThemselvesOrNestDeep) {
@@ -365,15 +366,15 @@ TEST(StateDictTest, RefusesASmallFileThatNamesTensorsWithoutEnd) {
   // Each dict holds the one before it twice: 2^40 names.
   auto value = one(two_zeros()) + "q\1";
   for (int i = 0; i < 40; ++i) value = value + "0" + "}(" + text("x") + "h\1" + text("y") + "h\1uq\1";
-  EXPECT_TRUE(refusal_of(value).starts_with("names far more than a pickle of ")) << refusal_of(value);
-  // One long name, which each of many shorter ones stands behind.
+  EXPECT_TRUE(refusal_of(value).starts_with("expands to far more than a pickle of ")) << refusal_of(value);
+  // A long name in front of each of many short ones.
   std::string items = text("b") + two_zeros() + "q\1";
   for (int i = 0; i < 20000; ++i) items += text(std::to_string(i)) + "h\1";
   const auto behind = dict(text(std::string(100'000, 'x')) + dict(items) + text("y") + two_zeros());
-  EXPECT_TRUE(refusal_of(behind).starts_with("names far more than a pickle of ")) << refusal_of(behind);
+  EXPECT_TRUE(refusal_of(behind).starts_with("expands to far more than a pickle of ")) << refusal_of(behind);
 }
 
-TEST(StateDictTest, ThrowsNothingElseWhateverByteIsChanged) {
+TEST(StateDictTest, ThrowsNoOtherErrorWhateverByteIsChanged) {
   const auto whole = archive(dict(text("model") + one(two_zeros()) + text("k") + text("v")));
   for (size_t i = 0; i < whole.size(); ++i) {
     for (int value = 0; value < 256; ++value) {

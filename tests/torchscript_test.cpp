@@ -41,11 +41,11 @@ NamedTensors load_bytes(const std::string& bytes) {
   return load_tensors(dir.file("x.pt"));
 }
 
-// What is said about a file of these bytes, which must be one line that names it.
+// The message of the error for a file of these bytes, which must be one line that names it.
 std::string torchscript_refusal(const std::string& bytes, const std::string& reader = "torchscript") {
   const TempDir dir;
   test::write_bytes(dir.file("x.pt"), bytes);
-  return test::refusal_by(reader, dir.file("x.pt"), [&] { open_checkpoint(dir.file("x.pt")); });
+  return test::refusal_by(reader, dir.file("x.pt"), [&] { return open_checkpoint(dir.file("x.pt")); });
 }
 
 // ---- What is read -----------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ TEST(TorchScriptTest, ReadsALargerModelWithItsPrefixes) {
   EXPECT_TRUE(tensors.contains("fusion.query_linear.weight"));
 }
 
-TEST(TorchScriptTest, ReadsWhatTheStateDictOfAScriptedOrTracedModelHolds) {
+TEST(TorchScriptTest, ReadsTheStateDictOfAScriptedOrTracedModel) {
   const auto expected = load_tensors(data_path("files/state_dict.safetensors"));
   expect_equal(load_tensors(data_path("files/scripted.pt")), expected);
   expect_equal(load_tensors(data_path("files/traced.pt")), expected);
@@ -82,7 +82,7 @@ TEST(TorchScriptTest, ReadsWhatTorchReads) {
     for (const auto& parameter : module.named_parameters()) expected.emplace(parameter.name, parameter.value);
     for (const auto& buffer : module.named_buffers()) expected.emplace(buffer.name, buffer.value);
     for (const auto& [tensor, value] : load_tensors(data_path(name))) {
-      ASSERT_TRUE(expected.contains(tensor) || tensor == "layers.1.weight") << tensor;  // which shares that of layers.0
+      ASSERT_TRUE(expected.contains(tensor) || tensor == "layers.1.weight") << tensor;  // shares the weight of layers.0
       if (expected.contains(tensor)) {
         EXPECT_TRUE(torch::equal(expected.at(tensor), value)) << tensor;
       }
@@ -149,7 +149,7 @@ TEST(TorchScriptTest, NamesTensorsByTheModulesThatHoldThem) {
   EXPECT_TRUE(tensors.contains("layer.inner.weight"));
 }
 
-TEST(TorchScriptTest, GivesAModuleThatIsSharedBothOfItsNames) {
+TEST(TorchScriptTest, ReadsASharedModuleUnderBothOfItsNames) {
   const auto tensors =
       load_bytes(module_archive(object(text("a") + object(text("weight") + two_zeros()) + "q\1" + text("b") + "h\1")));
   EXPECT_EQ(tensors.size(), 2U);
@@ -157,7 +157,7 @@ TEST(TorchScriptTest, GivesAModuleThatIsSharedBothOfItsNames) {
   EXPECT_TRUE(tensors.contains("b.weight"));
 }
 
-TEST(TorchScriptTest, IgnoresAttributesThatAreNoTensors) {
+TEST(TorchScriptTest, IgnoresAttributesThatAreNotTensors) {
   const auto lists = text("list") + global("torch.jit._pickle", "build_tensorlist") + "](" + two_zeros() + "e\x85R" +
                      text("dict") + global("torch.jit._pickle", "restore_type_tag") + dict(text("a") + two_zeros()) +
                      text("Dict[str, Tensor]") + "\x86R";
@@ -176,17 +176,17 @@ TEST(TorchScriptTest, ReadsAModuleWithoutTensors) {
 
 TEST(TorchScriptTest, RefusesAFrozenModule) {
   EXPECT_EQ(
-      error_of<FileError>([] { open_checkpoint(data_path("files/frozen.pt")); }),
+      error_of<FileError>([] { return open_checkpoint(data_path("files/frozen.pt")); }),
       "[torchscript] " + data_path("files/frozen.pt") +
           ": has no parameters, but constants without names, as torch.jit.freeze makes them; save the module before it is "
           "frozen");
 }
 
-TEST(TorchScriptTest, RefusesWhatIsNoModule) {
+TEST(TorchScriptTest, RefusesAnythingButAModule) {
   EXPECT_EQ(torchscript_refusal(module_archive(two_zeros())), "must hold a module, but holds something else");
 }
 
-TEST(TorchScriptTest, RefusesATensorThatDoesNotLieInTheFile) {
+TEST(TorchScriptTest, RefusesATensorOutsideTheFile) {
   const auto storage = test::pickle::storage("FloatStorage", "0", 2);
   EXPECT_EQ(
       torchscript_refusal(module_archive(object(text("x") + object(text("a") + test::pickle::tensor(storage, {3}, {1}))))),
@@ -201,20 +201,20 @@ TEST(TorchScriptTest, RefusesModulesThatHoldThemselves) {
 TEST(TorchScriptTest, RefusesASmallFileThatNamesTensorsWithoutEnd) {
   auto value = object(text("a") + two_zeros()) + "q\1";
   for (int i = 0; i < 40; ++i) value = value + "0" + object(text("x") + "h\1" + text("y") + "h\1") + "q\1";
-  EXPECT_TRUE(torchscript_refusal(module_archive(value)).starts_with("names far more than a pickle of "));
+  EXPECT_TRUE(torchscript_refusal(module_archive(value)).starts_with("expands to far more than a pickle of "));
 }
 
 TEST(TorchScriptTest, RefusesNumbersOfTheOtherByteOrder) {
   EXPECT_EQ(torchscript_refusal(module_archive(object(text("a") + two_zeros()), {{"archive/byteorder", "big"}})),
-            "must be little-endian, but says of its byte order \"big\"");
+            "must be little-endian, but gives its byte order as \"big\"");
 }
 
-TEST(TorchScriptTest, RefusesAFileThatIsNotThere) {
-  EXPECT_EQ(error_of<FileError>([] { open_checkpoint("/no/such/file"); }),
+TEST(TorchScriptTest, RefusesAMissingFile) {
+  EXPECT_EQ(error_of<FileError>([] { return open_checkpoint("/no/such/file"); }),
             "[file] /no/such/file: cannot be opened: No such file or directory");
 }
 
-TEST(TorchScriptTest, RefusesAnArchiveThatIsCutOff) {
+TEST(TorchScriptTest, RefusesATruncatedArchive) {
   const auto bytes = test::read_bytes(data_path("reference.pt"));
   EXPECT_EQ(torchscript_refusal(bytes.substr(0, bytes.size() / 2), "zip"),
             "has no directory at its end; a download may have been cut off");
@@ -233,7 +233,7 @@ TEST(TorchScriptTest, RefusesBytesOfAnotherKind) {
             "torch.export.save, but is none of these");
 }
 
-TEST(TorchScriptTest, ThrowsNothingElseWhateverByteIsChanged) {
+TEST(TorchScriptTest, ThrowsNoOtherErrorWhateverByteIsChanged) {
   const auto whole = module_archive(object(text("x") + object(text("a") + two_zeros())));
   for (size_t i = 0; i < whole.size(); ++i) {
     for (int value = 0; value < 256; ++value) {

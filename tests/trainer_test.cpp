@@ -175,7 +175,7 @@ TEST_F(TrainingRunTest, AStateThatCannotBeSavedIsAWarningAndTheTrainingGoesOn) {
   const auto warnings = train(run_);
   EXPECT_EQ(error_, "");
   const auto warning = "vqa: warning: the training goes on, but its state is not saved: [safetensors] " + run_.state_path() +
-                       ": is there, but is not a regular file\n";
+                       ": exists, but is not a regular file\n";
   EXPECT_TRUE(warnings.starts_with(warning)) << warnings;
   EXPECT_EQ(xattn::load_tensors(run_.output).count("model.0.weight"), 1U);
 }
@@ -205,9 +205,8 @@ TEST_F(TrainingRunTest, AFullDiskKeepsTheStateThatWasSavedBefore) {
 TEST_F(TrainingRunTest, ACheckpointThatCannotBeWrittenAtTheEndIsKeptAsAState) {
   std::filesystem::create_directory(run_.output);
   EXPECT_EQ(train(run_), "");
-  EXPECT_EQ(error_, "[safetensors] " + run_.output +
-                        ": is there, but is not a regular file; the training is done and saved in " + run_.state_path() +
-                        "; go on with: vqa train --resume --output " + run_.output);
+  EXPECT_EQ(error_, "[safetensors] " + run_.output + ": exists, but is not a regular file; the training is done and saved in " +
+                        run_.state_path() + "; go on with: vqa train --resume --output " + run_.output);
   auto model = make_model();
   Trainer trainer(model.ptr(), kOptions);
   trainer.load_state(xattn::load_tensors(run_.state_path()));
@@ -224,7 +223,7 @@ TEST_F(TrainingRunTest, ToldBeforehandWhatCannotBeWrittenOrWouldBeLost) {
             run_.state_path() + " holds a training that was stopped; continue it with --resume, or start again with --restart");
   std::filesystem::create_directory(run_.output);
   EXPECT_EQ(error_of<xattn::FileError>([&] { run_.check_outputs(Start::resume); }),
-            "[output] " + run_.output + ": is there, but is not a regular file");
+            "[output] " + run_.output + ": exists, but is not a regular file");
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ std::function<void(int descriptor)> on_fsync;
 
 }  // namespace
 
-// In place of the system's, so that tests see when it is called: nothing else tells what is on the disk.
+// Replaces the system's fsync, so that tests see when it is called: nothing else shows what is on disk.
 extern "C" int fsync(int descriptor) {
   if (on_fsync) on_fsync(descriptor);
   return static_cast<int>(syscall(SYS_fsync, descriptor));
@@ -92,7 +92,7 @@ TEST(WriteBesideTest, TheFileThatIsReplacedKeepsItsOwner) {
   EXPECT_EQ(status.st_gid, 54321U);
 }
 
-TEST(WriteBesideTest, ANewFileIsMadeByTheMaskOfTheProcess) {
+TEST(WriteBesideTest, ANewFileFollowsTheUmaskOfTheProcess) {
   const TempDir dir;
   const auto before = umask(027);
   write_text(dir.file("x"), "new");
@@ -122,7 +122,7 @@ TEST(WriteBesideTest, ASymbolicLinkStaysOne) {
             "[test] " + dir.file("a") + ": cannot be written: Too many levels of symbolic links");
 }
 
-TEST(WriteBesideTest, TheDataAreOnTheDiskBeforeTheRenameAndTheNameIsBehindIt) {
+TEST(WriteBesideTest, TheDataIsOnDiskBeforeTheRenameAndTheNameAfterIt) {
   const TempDir dir;
   write_text(dir.file("x"), "old");
   std::vector<std::string> calls;
@@ -139,7 +139,7 @@ TEST(WriteBesideTest, TheDataAreOnTheDiskBeforeTheRenameAndTheNameIsBehindIt) {
   EXPECT_EQ(calls, (std::vector<std::string>{"file, old", "folder, new"}));
 }
 
-TEST(WriteBesideTest, WritesNamesAsLongAsTheSystemHasThem) {
+TEST(WriteBesideTest, WritesNamesOfTheGreatestLengthOfTheSystem) {
   const TempDir dir;
   const auto longest = dir.file(std::string(255, 'n'));
   write_text(longest, "x");
@@ -171,7 +171,7 @@ TEST(WriteBesideTest, ChecksBeforehandWithoutChangingAnything) {
   EXPECT_EQ(read_bytes(dir.file("x")), "old");
   EXPECT_EQ(files_in(dir.path()), 1);
   const auto refused = [](const std::string& path) { return error_of<FileError>([&] { check_writable("test", path); }); };
-  EXPECT_EQ(refused(dir.path()), "[test] " + dir.path() + ": is there, but is not a regular file");
+  EXPECT_EQ(refused(dir.path()), "[test] " + dir.path() + ": exists, but is not a regular file");
   EXPECT_EQ(refused(dir.file("no/x")), "[test] " + dir.file("no/x") + ": cannot be written: No such file or directory");
   EXPECT_EQ(refused(dir.file("x/y")), "[test] " + dir.file("x/y") + ": cannot be written: Not a directory");
   EXPECT_EQ(refused(dir.file("")), "[test] " + dir.file("") + ": cannot be written: Is a directory");

@@ -29,7 +29,7 @@ std::string text_of(detail::Bytes bytes) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-// What is said about an archive, which must be one line that names it.
+// The message of the error for an archive, which must be one line that names it.
 std::string zip_refusal(const std::string& file) {
   return test::refusal_by("zip", "x.zip", [&] { ZipFile("x.zip", bytes_of(file)); });
 }
@@ -43,7 +43,7 @@ const std::string kOne = zip_of({{"a/b", "data"}});
 constexpr size_t kDirectory = 37;
 constexpr size_t kEnd = 86;
 
-// The same with 64 bits for all numbers: `field` is the extra field, which stands in the directory.
+// The same with 64 bits for all numbers: `field` is the extra field in the directory.
 std::string one_in_64_bits(const std::string& field) {
   auto file = kOne.substr(0, kEnd);
   file = with(file, kDirectory + 20, std::string(8, '\xff'));  // sizes
@@ -81,7 +81,7 @@ TEST(ZipTest, ReadsAnEmptyArchive) {
   EXPECT_TRUE(ZipFile("x.zip", bytes_of(file)).entries().empty());
 }
 
-TEST(ZipTest, KnowsNoFolderUnlessAllEntriesLieInIt) {
+TEST(ZipTest, HasNoFolderUnlessAllEntriesLieInIt) {
   for (const std::string other : {"b/x", "x", "a"}) {
     const auto file = zip_of({{"a/x", ""}, {other, ""}});
     const ZipFile zip("x.zip", bytes_of(file));
@@ -112,9 +112,9 @@ TEST(ZipTest, ReadsArchivesOfTorch) {
   }
 }
 
-TEST(ZipTest, RefusesACompressedEntryWhenItIsAsked) {
+TEST(ZipTest, RefusesACompressedEntryWhenItIsRead) {
   auto file = with(with(kOne, 8, little_endian(8, 2)), kDirectory + 10, little_endian(8, 2));
-  file = with(file, kDirectory + 24, little_endian(1000, 4));  // takes more when taken out
+  file = with(file, kDirectory + 24, little_endian(1000, 4));  // a larger uncompressed size
   const ZipFile zip("x.zip", bytes_of(file));
   EXPECT_TRUE(zip.has("b"));
   EXPECT_TRUE(zip.entries().at("a/b").compressed);
@@ -122,7 +122,7 @@ TEST(ZipTest, RefusesACompressedEntryWhenItIsAsked) {
             "[zip] x.zip: entry \"b\" is compressed, and only stored entries are read");
 }
 
-TEST(ZipTest, RefusesAnEntryThatIsNotThere) {
+TEST(ZipTest, RefusesAMissingEntry) {
   const ZipFile zip("x.zip", bytes_of(kOne));
   EXPECT_EQ(test::error_of<FileError>([&] { zip.bytes("c\n"); }), "[zip] x.zip: has no entry \"c\\n\"");
 }
@@ -135,7 +135,7 @@ TEST(ZipTest, RefusesAFileWithoutADirectory) {
   }
 }
 
-TEST(ZipTest, RefusesADirectoryThatLiesElsewhere) {
+TEST(ZipTest, RefusesADirectoryAtAnotherPlace) {
   EXPECT_EQ(zip_refusal(with(kOne, kEnd + 16, little_endian(kDirectory + 1, 4))),
             "has a directory of 49 bytes at 38, but it must end before 86");
   EXPECT_EQ(zip_refusal(with(kOne, kEnd + 12, little_endian(0xffff'ffff, 4))),
@@ -143,16 +143,15 @@ TEST(ZipTest, RefusesADirectoryThatLiesElsewhere) {
   EXPECT_EQ(zip_refusal(with(kOne, kEnd + 16, little_endian(kDirectory - 1, 4))), "has a directory with a damaged entry at 36");
 }
 
-TEST(ZipTest, RefusesANumberOfEntriesThatCannotBe) {
+TEST(ZipTest, RefusesAnImpossibleNumberOfEntries) {
   EXPECT_EQ(zip_refusal(with(kOne, kEnd + 8, little_endian(0xffff'ffff, 4))),
-            "has 65535 entries in a directory of 49 bytes, which cannot be");
+            "has 65535 entries in a directory of 49 bytes, which is impossible");
   EXPECT_EQ(zip_refusal(with(kOne, kEnd + 8, little_endian(0, 4))),
             "has a directory of 49 bytes, but its 0 entries end 49 bytes before");
 }
 
-TEST(ZipTest, RefusesAnEntryThatGoesOnBehindTheDirectory) {
-  EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 28, little_endian(4, 2))),
-            "has a directory that ends inside of its entry at 37");
+TEST(ZipTest, RefusesAnEntryThatEndsBeyondTheDirectory) {
+  EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 28, little_endian(4, 2))), "has a directory that ends inside its entry at 37");
 }
 
 TEST(ZipTest, RefusesEncryption) {
@@ -173,7 +172,7 @@ TEST(ZipTest, RefusesANameGivenTwice) {
   EXPECT_EQ(zip_refusal(zip_of({{"a", ""}, {"a", ""}})), "has two entries \"a\"");
 }
 
-TEST(ZipTest, RefusesAHeaderThatSaysOtherwise) {
+TEST(ZipTest, RefusesAHeaderThatContradictsTheDirectory) {
   EXPECT_EQ(zip_refusal(with(kOne, 30, "x")), "entry \"a/b\" has another name in front of its data");
   EXPECT_EQ(zip_refusal(with(kOne, 26, little_endian(0xffff, 2))), "entry \"a/b\" has another name in front of its data");
   EXPECT_EQ(zip_refusal(with(kOne, 8, little_endian(8, 2))), "entry \"a/b\" has another method in front of its data");
@@ -196,11 +195,11 @@ TEST(ZipTest, RefusesDataOutsideOfTheFile) {
 
 TEST(ZipTest, RefusesAStoredEntryOfTwoSizes) {
   EXPECT_EQ(zip_refusal(with(kOne, kDirectory + 24, little_endian(1000, 4))),
-            "entry \"a/b\" is stored as 4 bytes, but should have 1000 when taken out");
+            "entry \"a/b\" is stored as 4 bytes, but should have 1000 when extracted");
 }
 
 TEST(ZipTest, RefusesEntriesThatOverlap) {
-  // The data of "a" hold another entry with its header, "b": as in a zip bomb.
+  // The data of "a" contains another entry with its header, "b", as in a zip bomb.
   const auto inner = zip_of({{"b", "data"}}).substr(0, 35);
   const auto file = zip_of({{"a", inner}, {"b", "data"}});
   const auto directory_of_b = file.rfind("PK\1\2");
@@ -225,13 +224,14 @@ TEST(ZipTest, RefusesDamageToNumbersOf64Bits) {
   EXPECT_EQ(
       zip_refusal(with(file, end64 + 48, std::string(8, '\xff'))),
       fmt::format("has a directory of {} bytes at 18446744073709551615, but it must end before {}", end64 - kDirectory, end64));
-  EXPECT_EQ(zip_refusal(with(file, end64 + 24, std::string(16, '\xff'))),
-            fmt::format("has 18446744073709551615 entries in a directory of {} bytes, which cannot be", end64 - kDirectory));
+  EXPECT_EQ(
+      zip_refusal(with(file, end64 + 24, std::string(16, '\xff'))),
+      fmt::format("has 18446744073709551615 entries in a directory of {} bytes, which is impossible", end64 - kDirectory));
   EXPECT_EQ(zip_refusal(with(file, end64 + 16, little_endian(1, 4))),
             "must be whole, but is one part of an archive in several");
 }
 
-TEST(ZipTest, ThrowsNothingElseWhateverByteIsChanged) {
+TEST(ZipTest, ThrowsNoOtherErrorWhateverByteIsChanged) {
   for (const auto& whole : {kOne, one_in_64_bits(kField)}) {
     for (size_t i = 0; i < whole.size(); ++i) {
       for (const char value : {'\0', '\1', '\x7f', '\xff'}) {

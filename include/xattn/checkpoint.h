@@ -27,28 +27,28 @@ enum class FileFormat {
 /// "safetensors", "state dict", "torchscript", "pt2".
 XATTN_API std::string to_string(FileFormat format);
 
-/// What a file says of one of its tensors.
+/// Type and shape of a tensor in a file.
 struct TensorInfo {
   at::ScalarType type;
   std::vector<int64_t> shape;
 };
 
-/// How much memory the tensor takes.
+/// The memory that the tensor takes, in bytes.
 XATTN_API int64_t byte_count(const TensorInfo& info);
 
-/// Tensors that are made one at a time, when they are asked for: what they will be, and how to make the one of a name.
+/// Tensors that are made one at a time, on demand: their types and shapes, and a function that makes the tensor of a name.
 struct LazyTensors {
   std::map<std::string, TensorInfo> infos;
   std::function<at::Tensor(const std::string& name)> make;
 };
 
-/// Those in memory. Throws c10::ValueError if one is undefined.
+/// Tensors that are in memory already. Throws c10::ValueError if one is undefined.
 XATTN_API LazyTensors lazy(NamedTensors tensors);
 
-/// A file of weights, opened: what it holds is known and checked, no tensor has been read. Files are mapped into memory, never
-/// executed, and never unpickled in general: opening is safe whatever the file holds, and takes time and memory by its header,
-/// not by its size. A handle; copies share the file. Safe to share between threads. The file must not be written to while a
-/// Checkpoint of it lives; replacing it by renaming another over it is fine.
+/// An open file of weights. Its names, types and shapes are known and checked; no tensor has been read. Files are mapped into
+/// memory and never executed, and pickles are read as plain data: opening is safe whatever the file holds, and its time and memory
+/// grow with the header, not with the file. A handle; copies share the file. Safe to share between threads. The file must not be
+/// written to while a Checkpoint of it exists; replacing it by renaming another file over it is fine.
 ///
 ///   auto checkpoint = xattn::open_checkpoint("pytorch_model.bin");
 ///   at::Tensor weight = checkpoint.tensor("decoder.layers.0.encoder_attn.q_proj.weight");
@@ -58,7 +58,7 @@ class XATTN_API Checkpoint {
   explicit Checkpoint(std::shared_ptr<const Contents> contents);
 
   const std::string& path() const;
-  /// The files that it reads from: `path` and, of a sharded set, its shards.
+  /// The files that are read: `path` and the shards of a sharded set.
   std::vector<std::string> files() const;
   FileFormat format() const;
   const std::map<std::string, TensorInfo>& tensors() const;
@@ -66,24 +66,25 @@ class XATTN_API Checkpoint {
 
   bool contains(const std::string& name) const { return tensors().contains(name); }
 
-  /// A new CPU tensor with memory of its own, wherever it was saved; contiguous, unless it was saved as a view that shows elements
-  /// more than once (`expand`). Reads this tensor only. Throws FileError if there is none of this name, or the file has changed.
+  /// A new CPU tensor with memory of its own, whatever device it was saved from; contiguous, unless it was saved as a view that
+  /// repeats elements (`expand`). Reads this tensor only. Throws FileError if there is no such tensor, or the file has changed.
   at::Tensor tensor(const std::string& name) const;
 
-  /// This file as if it had tensors of another, too: `names` are what they are called there, and here. Path, format and metadata
-  /// are this one's. Throws FileError if the other has no such tensor, or this one has it already.
+  /// This file with tensors of another file added: `names` maps names in the other file to names here. Path, format and metadata
+  /// stay. Throws FileError if the other file has no such tensor, or this file has it already.
   Checkpoint with(const Checkpoint& other, const std::map<std::string, std::string>& names) const;
 
  private:
   std::shared_ptr<const Contents> contents_;
 };
 
-/// Opens a file in any of the formats, told by content. Throws FileError, one line naming the defect, unless what it says of
-/// its tensors is sound and lies in it, and none shows more bytes than it has (all together 32 times these). Files from before
-/// PyTorch 1.6, and objects that are no tensors, are refused with the line of Python that saves them anew.
-XATTN_API Checkpoint open_checkpoint(const std::string& path);
+/// Opens a file in any of the formats, which is detected from its contents. Throws FileError, one line naming the defect, unless
+/// the descriptions of all tensors are valid, their data lies in the file, no tensor is larger than the file, and all together are
+/// at most 32 times as large (views may repeat elements). Files from before PyTorch 1.6, and objects other than tensors, are
+/// refused with the line of Python that saves them anew.
+[[nodiscard]] XATTN_API Checkpoint open_checkpoint(const std::string& path);
 
-/// Those of a file, each read when it is asked for.
+/// The tensors of a file, each read on demand.
 XATTN_API LazyTensors lazy(const Checkpoint& checkpoint);
 
 /// All tensors of a file.

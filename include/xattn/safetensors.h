@@ -9,8 +9,8 @@
 
 namespace xattn {
 
-/// Writes tensors (any device, any strides) and metadata, in the format of https://github.com/huggingface/safetensors. The file is
-/// written beside, brought to the disk and renamed: `path` holds either what it held before or the whole new file, with its old
+/// Writes tensors (any device, any strides) and metadata in the format of https://github.com/huggingface/safetensors. A new file is
+/// written beside `path`, flushed to disk and renamed: `path` holds either the old file or the whole new one, with the old
 /// permissions; a symbolic link stays one. Throws FileError, also for a type that the format does not have.
 XATTN_API void save_safetensors(const std::string& path,
                                 const NamedTensors& tensors,

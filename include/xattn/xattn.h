@@ -6,7 +6,6 @@
 #include <xattn/attention_kernel.h>
 #include <xattn/attention_map.h>
 #include <xattn/block.h>
-#include <xattn/block_layouts.h>
 #include <xattn/block_options.h>
 #include <xattn/call_options.h>
 #include <xattn/checkpoint.h>
@@ -16,9 +15,12 @@
 #include <xattn/decoupled.h>
 #include <xattn/distributed.h>
 #include <xattn/file_error.h>
+#include <xattn/find_blocks.h>
+#include <xattn/find_layers.h>
 #include <xattn/frozen.h>
-#include <xattn/layouts.h>
+#include <xattn/ip_adapter.h>
 #include <xattn/load.h>
+#include <xattn/load_modules.h>
 #include <xattn/mask.h>
 #include <xattn/multihead_attention.h>
 #include <xattn/norm.h>

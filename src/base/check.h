@@ -8,11 +8,11 @@
 
 #include "base/text.h"
 
-// How the library refuses bad input: one mould for all messages, "[caller] argument must be ..., but is ....", thrown as one of
-// torch's typed errors.
+// Refusal of invalid arguments. All messages have one form, "[caller] argument must be ..., but is ....", and are thrown as torch's
+// typed errors.
 namespace xattn::detail {
 
-/// Throws c10::ValueError with "[caller] message" unless `ok`. The message is only formatted when it is needed.
+/// Throws c10::ValueError with "[caller] message" unless `ok`. The message is formatted only if it is thrown.
 template <typename... Args>
 void check_value(bool ok, std::string_view caller, fmt::format_string<Args...> format, Args&&... args) {
   TORCH_CHECK_VALUE(ok, formatted("[{}] {}", caller, formatted(format, std::forward<Args>(args)...)));

@@ -8,7 +8,7 @@
 
 #include "base/text.h"
 
-// How messages name a tensor's shape and type.
+// A tensor's shape and type in messages.
 namespace xattn::detail {
 
 /// "[2, 6, 128]", or "undefined".

@@ -7,14 +7,14 @@
 #include <string>
 #include <string_view>
 
-// How texts that come from files are shown: names, metadata, words of a grammar, and errors that quote them. What is shown is
-// short, keeps to one line, and cannot drive a terminal. Header only: programs use it without the library.
+// Printing of texts that come from files: names, metadata, words of a grammar, and errors that quote them. Printed texts are short,
+// stay on one line, and cannot control a terminal. Header only: programs use it without the library.
 namespace xattn::detail {
 
-inline constexpr size_t kMostOfName = 200;        ///< bytes of a name, or of another text from a file, that are shown
+inline constexpr size_t kMostOfName = 200;        ///< bytes that are printed of a name or another text from a file
 inline constexpr size_t kMostOfMessage = 20'000;  ///< bytes of a whole message, which may list names
 
-/// The first character of a text in UTF-8 that is not empty. Bytes that are no UTF-8 are characters of one byte, not valid.
+/// A character of a text in UTF-8. A byte that is not UTF-8 is an invalid character of one byte.
 struct Character {
   char32_t code;
   size_t bytes;
@@ -38,21 +38,21 @@ inline Character first_character(std::string_view text) {
   return {code, bytes, true};
 }
 
-/// Characters that drive a terminal or reorder what it shows: C0, DEL, C1, ends of lines and paragraphs, and the bidirectional
-/// controls of Unicode (UAX #9, section 2).
+/// Whether a character controls a terminal or reorders its output: C0, DEL, C1, ends of lines and paragraphs, and the
+/// bidirectional controls of Unicode (UAX #9, section 2).
 inline bool is_control(char32_t code) {
   return code < 0x20 || (code >= 0x7f && code <= 0x9f) || code == 0x61c || code == 0x200e || code == 0x200f ||
          (code >= 0x2028 && code <= 0x202e) || (code >= 0x2066 && code <= 0x206f);
 }
 
-/// "1b" of 27 and two digits.
+/// The last digits of a code: "1b" for 27 and two digits.
 inline std::string hexadecimal(char32_t code, int digits) {
   std::string text;
   for (int shift = 4 * (digits - 1); shift >= 0; shift -= 4) text += "0123456789abcdef"[code >> shift & 0xfU];
   return text;
 }
 
-/// The longest beginning of at most so many bytes that ends with a whole character.
+/// The longest beginning of at most `most` bytes that ends with a whole character.
 inline std::string_view beginning(std::string_view text, size_t most) {
   if (text.size() <= most) return text;
   size_t size = most;
@@ -61,7 +61,7 @@ inline std::string_view beginning(std::string_view text, size_t most) {
   return text.substr(0, size);
 }
 
-/// The text itself, or of a longer one its beginning and its end, and how much was left out.
+/// The text itself if it has at most `most` bytes; else its beginning, its end, and the number of bytes left out between them.
 inline std::string shortened(std::string_view text, size_t most) {
   if (text.size() <= most) return std::string(text);
   const auto head = beginning(text, most - most / 4);
@@ -71,7 +71,7 @@ inline std::string shortened(std::string_view text, size_t most) {
          std::string(tail);
 }
 
-/// A message as it is shown: shortened to kMostOfMessage, controls as "\x1b" or "\u202e", bytes that are no UTF-8 as "\xff".
+/// A message as it is printed: shortened to kMostOfMessage, controls as "\x1b" or "\u202e", bytes that are not UTF-8 as "\xff".
 inline std::string one_line(std::string_view text) {
   const auto kept = shortened(text, kMostOfMessage);
   std::string line;
@@ -89,12 +89,12 @@ inline std::string one_line(std::string_view text) {
   return line;
 }
 
-/// A name without quotes: shortened to `most` bytes, and as `one_line` shows it.
+/// A name without quotes: shortened to `most` bytes, and escaped as by `one_line`.
 inline std::string shown(std::string_view text, size_t most = kMostOfName) {
   return one_line(shortened(text, most));
 }
 
-/// A name as a JSON string with controls escaped; of a long one its beginning, and its length in bytes behind the quotes.
+/// A name as a JSON string with controls escaped; a long name is cut, with its length in bytes after the quotes.
 inline std::string in_quotes(std::string_view text) {
   std::string quoted = "\"";
   for (auto rest = beginning(text, kMostOfName); !rest.empty();) {
@@ -116,7 +116,7 @@ inline std::string in_quotes(std::string_view text) {
   return text.size() <= kMostOfName ? quoted : quoted + " (" + std::to_string(text.size()) + " bytes)";
 }
 
-/// A JSON document, whole, whose strings hold what they held, with the controls in them escaped. REQUIRES: valid JSON in UTF-8.
+/// A whole JSON document of the same value, with the controls in its strings escaped. REQUIRES: valid JSON in UTF-8.
 inline std::string printed_json(std::string_view json) {
   std::string printed;
   for (auto rest = json; !rest.empty();) {

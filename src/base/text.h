@@ -10,18 +10,18 @@
 #include <string>
 #include <string_view>
 
-// Texts made by fmt, whose implementation is compiled in text.cpp alone: it would take a third of the time of every file.
+// Formatting by fmt. Its implementation is compiled only in text.cpp, since it would take a third of every file's compile time.
 namespace xattn::detail {
 
 std::string vformatted(fmt::string_view format, fmt::format_args arguments);
 
-/// The text that fmt::format makes, also of a format that is given as fmt::runtime.
+/// As fmt::format, and also for a format given as fmt::runtime.
 template <typename... Args>
 std::string formatted(fmt::format_string<Args...> format, Args&&... args) {
   return vformatted(format, fmt::make_format_args(args...));
 }
 
-/// "2, 6, 128": the elements one after another.
+/// The elements with separators between them: "2, 6, 128".
 template <typename Range>
 std::string joined(const Range& elements, std::string_view separator = ", ") {
   std::string text;

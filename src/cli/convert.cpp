@@ -4,7 +4,7 @@
 #include <fmt/ranges.h>
 #include <unistd.h>
 #include <xattn/file_error.h>
-#include <xattn/layouts.h>
+#include <xattn/find_layers.h>
 #include <xattn/safetensors.h>
 #include <xattn/state_dict.h>
 
@@ -19,11 +19,19 @@
 
 #include "base/printed.h"
 #include "cli/cli.h"
+#include "loading/layouts.h"
+#include "loading/recipes.h"
 #include "programs/interrupt.h"
 #include "programs/program.h"
 
 namespace xattn::cli {
 namespace {
+
+using detail::advice_on;
+using detail::LayerLayout;
+using detail::name_roles;
+using detail::NameRole;
+using detail::recipes;
 
 struct ConvertArguments {
   std::string input;
@@ -47,39 +55,43 @@ NamedTensors parameters_of(const FoundLayer& layer, const LazyTensors& tensors, 
 void check_convertible(const std::string& file,
                        const FoundLayer& layer,
                        const std::map<std::string, TensorInfo>& tensors,
-                       const Layout& to) {
+                       const LayerLayout& to) {
   const auto prefix = detail::in_quotes(layer.prefix);
   const auto refuse = [&](const std::string& reason) {
     throw FileError(fmt::format("[convert] {}: layer {} {}", file, prefix, reason));
   };
-  const bool is_other = layer.layout != &to;
+  const auto& from = detail::layout_named(layer.layout);
+  const bool is_other = &from != &to;
   std::vector<std::string> unexpected;
   for (const auto& [name, role] : name_roles(layer, tensors)) {
     const bool dropped = is_other && (role == NameRole::added || role == NameRole::input_norm);
     if (role == NameRole::unexplained || dropped) unexpected.push_back(name);
   }
   if (!unexpected.empty()) {
-    refuse(fmt::format("must have only names that layout {} explains; unexpected: {}{}",
-                       is_other ? to.name : layer.layout->name, fmt::join(unexpected, ", "), advice_on(unexpected)));
+    refuse(fmt::format("must have only names that layout {} explains; unexpected: {}{}", is_other ? to.name : from.name,
+                       fmt::join(unexpected, ", "), advice_on(unexpected)));
   }
   if (!layer.misshapen.empty()) refuse(fmt::format("does not fit together; misshapen: {}", fmt::join(layer.misshapen, ", ")));
   for (const auto& [name, recipe] : recipes(layer, tensors)) {
     if (const auto reason = recipe.misfit(tensors); !reason.empty()) refuse("does not fit together; misshapen: " + reason);
   }
   const auto text = [](const std::optional<double>& scale) { return scale ? fmt::format("{}", *scale) : "1 / sqrt(head_dim)"; };
-  if (layer.layout->scale != to.scale) {
-    refuse(fmt::format("has logits with scale {}, as layout {} says, but layout {} says {}", text(layer.layout->scale),
-                       layer.layout->name, to.name, text(to.scale)));
+  if (from.scale != to.scale) {
+    refuse(fmt::format("has logits with scale {}, as layout {} says, but layout {} says {}", text(from.scale), from.name,
+                       to.name, text(to.scale)));
   }
-  if (layer.options.qk_norm() != NormKind::none && layer.layout->qk_norm_eps != to.qk_norm_eps) {
-    refuse(fmt::format("has norms with eps {}, as layout {} says, but layout {} says {}", layer.layout->qk_norm_eps,
-                       layer.layout->name, to.name, to.qk_norm_eps));
+  if (layer.options.qk_norm() != NormKind::none && from.qk_norm.eps != to.qk_norm.eps) {
+    refuse(fmt::format("has norms with eps {}, as layout {} says, but layout {} says {}", from.qk_norm.eps, from.name, to.name,
+                       to.qk_norm.eps));
   }
 }
 
 // Renames the attention layers, cross and self, to another layout; data is made only when it is read. Throws FileError, naming
 // the file, if two tensors would have one name.
-LazyTensors renamed(const std::string& path, LazyTensors tensors, const std::vector<FoundLayer>& layers, const Layout& to) {
+LazyTensors renamed(const std::string& path,
+                    LazyTensors tensors,
+                    const std::vector<FoundLayer>& layers,
+                    const detail::LayerLayout& to) {
   LazyTensors result{tensors.infos, {}};
   std::map<std::string, FoundLayer> layer_of;  // by new name
   for (const auto& layer : layers) {
@@ -143,9 +155,8 @@ void convert(const ConvertArguments& arguments) {
   const auto checkpoint = open_checkpoint(arguments.input);
   auto tensors = lazy(checkpoint);
   if (!arguments.to.empty()) {
-    const auto* from = arguments.layout.empty() ? nullptr : &layout_named(arguments.layout);
-    const auto& to = layout_named(arguments.to);
-    const auto layers = find_layers(tensors.infos, from);
+    const auto& to = detail::layout_named(arguments.to);
+    const auto layers = find_layers(tensors.infos, arguments.layout);
     for (const auto& layer : layers) {
       if (!arguments.allow_unexpected) check_convertible(arguments.input, layer, tensors.infos, to);
     }

@@ -2,9 +2,9 @@
 #include <c10/core/ScalarType.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <xattn/block_layouts.h>
 #include <xattn/checkpoint.h>
-#include <xattn/layouts.h>
+#include <xattn/find_blocks.h>
+#include <xattn/find_layers.h>
 
 #include <algorithm>
 #include <array>
@@ -55,7 +55,7 @@ Json layer_as_json(const FoundLayer& layer, const Checkpoint& file) {
   constexpr std::array kKinds = {"cross", "self", "unknown"};
   const auto& options = layer.options;
   return {{"prefix", layer.prefix},
-          {"layout", layer.layout->name},
+          {"layout", layer.layout},
           {"kind", kKinds.at(static_cast<size_t>(layer.kind))},
           {"num_heads", layer.heads_known ? Json(options.num_heads()) : Json()},
           {"dim_query", options.dim_query()},
@@ -78,7 +78,7 @@ Json layer_as_json(const FoundLayer& layer, const Checkpoint& file) {
 Json block_as_json(const FoundBlock& block, const Checkpoint& file) {
   const auto& options = block.options;
   return {{"prefix", block.prefix},
-          {"layout", block.layout->name},
+          {"layout", block.layout},
           {"attention", block.attention.prefix},
           {"norm", detail::name_of(options.norm())},
           {"norm_bias", options.norm() == NormKind::layer && options.norm_bias()},

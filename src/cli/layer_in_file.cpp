@@ -3,7 +3,8 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <xattn/load.h>
+#include <xattn/ip_adapter.h>
+#include <xattn/load_modules.h>
 
 #include <algorithm>
 #include <array>

@@ -2,7 +2,6 @@
 #include "files/check_file.h"
 
 #include <algorithm>
-#include <cerrno>
 #include <system_error>
 
 namespace xattn::detail {
@@ -17,8 +16,8 @@ std::string list(std::string_view what, const std::vector<std::string>& names) {
   return formatted("; {}: {}{}", what, joined(listed), more == 0 ? "" : formatted(" and {} more", more));
 }
 
-std::string system_reason() {
-  return std::generic_category().message(errno);
+std::string system_reason(int error) {
+  return std::generic_category().message(error);
 }
 
 }  // namespace xattn::detail

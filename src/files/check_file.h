@@ -11,31 +11,37 @@
 #include "base/printed.h"
 #include "base/text.h"
 
-// How the library refuses a file: "[reader] path: what was expected and what came", always one line, and never a long one.
+// Refusal of files. Every message is one line of limited length: "[reader] path: what was expected and what was found".
 namespace xattn::detail {
 
-/// Throws FileError with "[reader] path: message".
-template <typename... Args>
-[[noreturn]] void fail_file(std::string_view reader,
-                            std::string_view path,
-                            fmt::format_string<Args...> format,
-                            Args&&... args) {
-  const auto message = formatted(format, std::forward<Args>(args)...);
-  throw FileError(one_line(formatted("[{}] {}: {}", reader, path, message)));
-}
+/// Checks for one reader and one file, which must outlive it:
+///
+///   const FileCheck check("zip", path);
+///   check(size > 0, "must have entries, but has {}", size);
+class FileCheck {
+ public:
+  FileCheck(std::string_view reader, std::string_view path) : reader_(reader), path_(path) {}
 
-/// The same unless `ok`. The message is only formatted when it is needed.
-template <typename... Args>
-void check_file(bool ok, std::string_view reader, std::string_view path, fmt::format_string<Args...> format, Args&&... args) {
-  if (!ok) {
-    fail_file(reader, path, format, std::forward<Args>(args)...);
+  /// Throws FileError with "[reader] path: message" unless `ok`. The message is formatted only if it is thrown.
+  template <typename... Args>
+  void operator()(bool ok, fmt::format_string<Args...> format, Args&&... args) const {
+    if (!ok) fail(format, std::forward<Args>(args)...);
   }
-}
 
-/// "; missing: a, b", or nothing if there are none; of more than a hundred the first, and how many more there are.
+  template <typename... Args>
+  [[noreturn]] void fail(fmt::format_string<Args...> format, Args&&... args) const {
+    throw FileError(one_line(formatted("[{}] {}: {}", reader_, path_, formatted(format, std::forward<Args>(args)...))));
+  }
+
+ private:
+  std::string_view reader_;
+  std::string_view path_;
+};
+
+/// "; missing: a, b", or nothing if there are no names. Lists at most a hundred names and the number of the others.
 std::string list(std::string_view what, const std::vector<std::string>& names);
 
-/// What the operating system said last: "No such file or directory".
-std::string system_reason();
+/// The operating system's words for this error, as in "No such file or directory".
+std::string system_reason(int error);
 
 }  // namespace xattn::detail

@@ -2,10 +2,11 @@
 #include <xattn/checkpoint.h>
 
 #include <algorithm>
+#include <array>
+#include <exception>
 #include <filesystem>
 #include <functional>
 #include <iterator>
-#include <new>
 #include <numeric>
 #include <optional>
 #include <string_view>
@@ -29,14 +30,23 @@ struct Checkpoint::Contents {
 
 namespace {
 
-constexpr std::string_view kCheckpoint = "checkpoint";
+using detail::Bytes;
+using detail::FileCheck;
+using detail::in_quotes;
+using detail::Index;
+using detail::MappedFile;
+using detail::StoredTensor;
+
+FileCheck check_of(const std::string& path) {
+  return {"checkpoint", path};
+}
 
 // A length of eight bytes, then a JSON object.
 bool is_safetensors(std::string_view bytes) {
   return bytes.size() > 8 && bytes[8] == '{';
 }
 
-// torch.save wrote a pickle, of protocol 2 or later, or a tar archive before it wrote zip archives.
+// Before zip archives, torch.save wrote tar archives, and then pickles of protocol 2 or later.
 bool is_old(std::string_view bytes) {
   const bool pickle = bytes.size() > 2 && bytes[0] == '\x80' && bytes[1] >= 2 && bytes[1] <= 5;
   const bool tar = bytes.size() > 262 && bytes.substr(257, 5) == "ustar";
@@ -49,7 +59,7 @@ bool is_json(std::string_view bytes) {
   return first != std::string_view::npos && bytes[first] == '{' && !(is_safetensors(bytes) && bytes[7] == '\0');
 }
 
-std::pair<FileFormat, detail::Index> read_format(const std::string& path, detail::Bytes file) {
+std::pair<FileFormat, Index> read_format(const std::string& path, Bytes file) {
   const auto bytes = detail::as_text(file);
   if (bytes.starts_with("PK\3\4") || bytes.starts_with("PK\5\6")) {
     const detail::ZipFile zip(path, file);
@@ -59,102 +69,88 @@ std::pair<FileFormat, detail::Index> read_format(const std::string& path, detail
   }
   if (is_safetensors(bytes)) return {FileFormat::safetensors, detail::read_safetensors(path, file)};
   if (is_old(bytes)) {
-    detail::fail_file(
-        kCheckpoint, path,
-        "was written by torch.save in the form from before PyTorch 1.6, which is not read; save it anew in Python: "
+    check_of(path).fail(
+        "was written by torch.save in the format used before PyTorch 1.6, which is not read; save it again in Python: "
         "torch.save(torch.load(PATH, map_location='cpu'), NEW_PATH)");
   }
-  detail::fail_file(
-      kCheckpoint, path,
+  check_of(path).fail(
       "must be a safetensors file, the index.json of a sharded set, or an archive of torch.save, torch.jit.save or "
       "torch.export.save, but is none of these");
 }
 
-// A view may show one number any number of times, and any number of names may share a storage: what they ask for in memory
-// counts against the size of the file.
-void check_amount(const std::string& path, const detail::Index& index, uint64_t file_bytes) {
-  constexpr uint64_t kMostShown = 32;  // layers that share their weights, each under names of its own
+// Limits the memory that tensors take by the size of the file: a view may repeat an element any number of times, and any number of
+// names may share a storage.
+void check_amount(const std::string& path, const Index& index, uint64_t file_bytes) {
+  constexpr uint64_t kMostShown = 32;  // layers may share their weights, each under its own names
+  const auto check = check_of(path);
   uint64_t all = 0;
   for (const auto& [name, stored] : index.tensors) {
     const auto bytes = detail::shown_bytes(stored);
-    detail::check_file(bytes && *bytes <= file_bytes, kCheckpoint, path,
-                       "tensor {} of shape [{}] shows more bytes than the {} of the whole file; save it anew in Python as "
-                       "TENSOR.clone(), or as what it repeats",
-                       detail::in_quotes(name), detail::joined(stored.shape), file_bytes);
-    detail::check_file(!__builtin_add_overflow(all, *bytes, &all) && all / kMostShown <= file_bytes, kCheckpoint, path,
-                       "names tensors of more than {} times its {} bytes, which share their storages", kMostShown, file_bytes);
+    check(bytes && *bytes <= file_bytes,
+          "tensor {} of shape [{}] has more bytes than the {} of the whole file; save it again in Python as "
+          "TENSOR.clone(), or as what it repeats",
+          in_quotes(name), detail::joined(stored.shape), file_bytes);
+    check(!__builtin_add_overflow(all, *bytes, &all) && all / kMostShown <= file_bytes,
+          "names tensors of more than {} times its {} bytes, which share their storages", kMostShown, file_bytes);
   }
 }
 
-std::pair<FileFormat, detail::Index> read_file(const std::string& path, detail::Bytes file) {
+std::pair<FileFormat, Index> read_file(const std::string& path, Bytes file) {
   auto read = read_format(path, file);
   check_amount(path, read.second, file.size());
   return read;
 }
 
-// Opens the shards that the index names, and takes the tensors that it says they hold.
+// Opens the shards of an index and adds the tensors that the index assigns to them.
 void read_shards(Checkpoint::Contents& contents, const detail::ShardIndex& shards) {
+  const auto check = check_of(contents.path);
   const auto folder = std::filesystem::path(contents.path).parent_path();
-  std::map<std::string, std::map<std::string, detail::StoredTensor>> opened;
+  std::map<std::string, std::map<std::string, StoredTensor>> opened;
   for (const auto& [name, file_name] : shards.file_of) {
     auto shard = opened.find(file_name);
     if (shard == opened.end()) {
       const auto path = (folder / file_name).string();
-      contents.files.push_back(std::make_shared<detail::MappedFile>(path));
+      contents.files.push_back(std::make_shared<MappedFile>(path));
       auto [format, index] = read_file(path, contents.files.back()->bytes());
       const bool same = opened.empty() || format == contents.format;
-      detail::check_file(same && (format == FileFormat::safetensors || format == FileFormat::state_dict), kCheckpoint,
-                         contents.path, "must name shards that are all safetensors or all state dicts, but {} is {}",
-                         detail::in_quotes(file_name), to_string(format));
+      check(same && (format == FileFormat::safetensors || format == FileFormat::state_dict),
+            "must name shards that are all safetensors or all state dicts, but {} is {}", in_quotes(file_name),
+            to_string(format));
       contents.format = format;
       shard = opened.emplace(file_name, std::move(index.tensors)).first;
     }
     const auto tensor = shard->second.find(name);
-    detail::check_file(tensor != shard->second.end(), kCheckpoint, contents.path, "says that {} is in {}, but it is not there",
-                       detail::in_quotes(name), detail::in_quotes(file_name));
+    check(tensor != shard->second.end(), "says that {} is in {}, but it is not there", in_quotes(name), in_quotes(file_name));
     contents.index.tensors.emplace(name, tensor->second);
   }
   contents.index.metadata = shards.metadata;
 }
 
-const detail::StoredTensor& find(const Checkpoint::Contents& contents, const std::string& name) {
+const StoredTensor& find(const Checkpoint::Contents& contents, const std::string& name) {
   const auto found = contents.index.tensors.find(name);
-  detail::check_file(found != contents.index.tensors.end(), kCheckpoint, contents.path, "has no tensor {}",
-                     detail::in_quotes(name));
+  check_of(contents.path)(found != contents.index.tensors.end(), "has no tensor {}", in_quotes(name));
   return found->second;
-}
-
-[[noreturn]] void refuse_for_memory(const Checkpoint::Contents& contents,
-                                    const std::string& name,
-                                    const detail::StoredTensor& stored) {
-  detail::fail_file(kCheckpoint, contents.path, "tensor {} of {} bytes does not fit into memory", detail::in_quotes(name),
-                    stored.data.size());
 }
 
 }  // namespace
 
 std::string to_string(FileFormat format) {
-  switch (format) {
-    case FileFormat::safetensors: return "safetensors";
-    case FileFormat::state_dict: return "state dict";
-    case FileFormat::torchscript: return "torchscript";
-    case FileFormat::pt2: return "pt2";
-  }
-  return "";
+  return std::array{"safetensors", "state dict", "torchscript", "pt2"}.at(static_cast<size_t>(format));
 }
 
 Checkpoint open_checkpoint(const std::string& path) {
   auto contents = std::make_shared<Checkpoint::Contents>();
   contents->path = path;
-  contents->files.push_back(std::make_shared<detail::MappedFile>(path));
+  contents->files.push_back(std::make_shared<MappedFile>(path));
   const auto file = contents->files.front()->bytes();
   if (is_json(detail::as_text(file))) {
     read_shards(*contents, detail::read_shard_index(path, file));
   } else {
     std::tie(contents->format, contents->index) = read_file(path, file);
   }
-  for (const auto& [name, stored] : contents->index.tensors)
+  for (const auto& [name, stored] : contents->index.tensors) {
     contents->infos.emplace(name, TensorInfo{stored.type, stored.shape});
+  }
   return Checkpoint(std::move(contents));
 }
 
@@ -185,16 +181,14 @@ const std::map<std::string, std::string>& Checkpoint::metadata() const {
 at::Tensor Checkpoint::tensor(const std::string& name) const {
   const auto& stored = find(*contents_, name);
   for (const auto& file : contents_->files) file->check_unchanged();
+  const auto check = check_of(path());
   std::optional<at::Tensor> tensor;
   try {
     tensor = detail::materialize(stored);
-  } catch (const std::bad_alloc&) {
-    refuse_for_memory(*contents_, name, stored);
-  } catch (const c10::Error&) {  // by LibTorch's allocator
-    refuse_for_memory(*contents_, name, stored);
+  } catch (const std::exception&) {  // std::bad_alloc, or c10::Error thrown by LibTorch's allocator
+    check.fail("tensor {} of {} bytes does not fit into memory", in_quotes(name), stored.data.size());
   }
-  detail::check_file(tensor.has_value(), kCheckpoint, path(), "tensor {} of type bool holds a byte other than 0 and 1",
-                     detail::in_quotes(name));
+  check(tensor.has_value(), "tensor {} of type bool holds a byte other than 0 and 1", in_quotes(name));
   return *std::move(tensor);
 }
 
@@ -203,7 +197,7 @@ Checkpoint Checkpoint::with(const Checkpoint& other, const std::map<std::string,
   std::ranges::copy(other.contents_->files, std::back_inserter(contents->files));
   for (const auto& [theirs, ours] : names) {
     const bool is_new = contents->index.tensors.emplace(ours, find(*other.contents_, theirs)).second;
-    detail::check_file(is_new, kCheckpoint, path(), "already has a tensor {}", detail::in_quotes(ours));
+    check_of(path())(is_new, "already has a tensor {}", in_quotes(ours));
     contents->infos.emplace(ours, other.tensors().at(theirs));
   }
   return Checkpoint(std::move(contents));
@@ -217,13 +211,12 @@ int64_t byte_count(const TensorInfo& info) {
 LazyTensors lazy(NamedTensors tensors) {
   LazyTensors result;
   for (const auto& [name, tensor] : tensors) {
-    detail::check_value(tensor.defined(), "lazy", "tensor {} must be defined, but is not.", detail::in_quotes(name));
+    detail::check_value(tensor.defined(), "lazy", "tensor {} must be defined, but is not.", in_quotes(name));
     result.infos.emplace(name, TensorInfo{tensor.scalar_type(), tensor.sizes().vec()});
   }
   result.make = [tensors = std::move(tensors)](const std::string& name) {
     const auto tensor = tensors.find(name);
-    detail::check_value(tensor != tensors.end(), "lazy", "name must be one of the tensors', but is {}.",
-                        detail::in_quotes(name));
+    detail::check_value(tensor != tensors.end(), "lazy", "name must be one of the tensors', but is {}.", in_quotes(name));
     return tensor->second;
   };
   return result;

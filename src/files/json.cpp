@@ -16,10 +16,10 @@ constexpr size_t kMaxDepth = 32;
 constexpr size_t kMaxValues = 2'000'000;
 constexpr char kNotJson[] = "is not JSON in UTF-8, at its byte {}";
 
-// Builds the document token by token. (Json::parse keeps the last of equal names, and with a callback takes quadratic time.)
+// Builds the document token by token. Json::parse keeps the last of equal names, and takes quadratic time with a callback.
 class Builder : public nlohmann::json_sax<Json> {
  public:
-  Builder(std::string_view reader, const std::string& path) : reader_(reader), path_(path) {}
+  explicit Builder(const FileCheck& check) : check_(check) {}
 
   Json document;
 
@@ -37,25 +37,23 @@ class Builder : public nlohmann::json_sax<Json> {
 
   bool key(std::string& name) override {
     const auto [place, is_new] = open_.back()->emplace(name, nullptr);
-    check_file(is_new, reader_, path_, "has the name {} twice in one object", in_quotes(name));
+    check_(is_new, "has the name {} twice in one object", in_quotes(name));
     value_ = &*place;
     return true;
   }
 
-  bool parse_error(size_t position, const std::string&, const Json::exception&) override {
-    fail_file(reader_, path_, kNotJson, position);
-  }
+  bool parse_error(size_t position, const std::string&, const Json::exception&) override { check_.fail(kNotJson, position); }
 
  private:
   bool add(Json value) {
-    check_file(++values_ <= kMaxValues, reader_, path_, "has more than {} values", kMaxValues);
+    check_(++values_ <= kMaxValues, "has more than {} values", kMaxValues);
     if (!open_.empty() && open_.back()->is_array()) value_ = &open_.back()->emplace_back();
     *value_ = std::move(value);
     return true;
   }
 
   bool open(Json container) {
-    check_file(open_.size() < kMaxDepth, reader_, path_, "is nested deeper than {} levels", kMaxDepth);
+    check_(open_.size() < kMaxDepth, "is nested deeper than {} levels", kMaxDepth);
     add(std::move(container));
     open_.push_back(value_);
     return true;
@@ -66,8 +64,7 @@ class Builder : public nlohmann::json_sax<Json> {
     return true;
   }
 
-  std::string_view reader_;
-  const std::string& path_;
+  FileCheck check_;
   size_t values_ = 0;
   std::vector<Json*> open_;  // objects and lists, from the outermost
   Json* value_ = &document;  // where the next value goes, unless that is the end of a list
@@ -76,12 +73,13 @@ class Builder : public nlohmann::json_sax<Json> {
 }  // namespace
 
 Json parse_json(std::string_view reader, const std::string& path, Bytes text, size_t most) {
-  check_file(text.size() <= most, reader, path, "has {} bytes of JSON, more than the limit of {}", text.size(), most);
-  // The parser would take a zero byte for the end and ignore what follows.
+  const FileCheck check(reader, path);
+  check(text.size() <= most, "has {} bytes of JSON, more than the limit of {}", text.size(), most);
+  // The parser treats a zero byte as the end and would ignore what follows.
   const auto zero = std::ranges::find(text, std::byte{0});
-  check_file(zero == text.end(), reader, path, kNotJson, zero - text.begin() + 1);
+  check(zero == text.end(), kNotJson, zero - text.begin() + 1);
 
-  Builder builder(reader, path);
+  Builder builder(check);
   const auto* begin = reinterpret_cast<const char*>(text.data());
   Json::sax_parse(begin, begin + text.size(), &builder);
   return std::move(builder.document);

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <filesystem>
 #include <system_error>
 
@@ -23,26 +24,27 @@ int64_t nanoseconds(const timespec& time) {
 }  // namespace
 
 MappedFile::MappedFile(const std::string& path, uint64_t most) : path_(path) {
+  const FileCheck check(kFile, path);
   std::error_code error;
   place_ = std::filesystem::absolute(path, error).string();
-  // A pipe without a writer must not block the opening.
+  // Non-blocking, since opening a pipe without a writer would block.
   const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
-  check_file(descriptor >= 0, kFile, path, "cannot be opened: {}", system_reason());
+  check(descriptor >= 0, "cannot be opened: {}", system_reason(errno));
   const struct Closed {
     int descriptor;
     ~Closed() { close(descriptor); }
   } closed{descriptor};
   struct stat status = {};
-  check_file(fstat(descriptor, &status) == 0, kFile, path, "cannot be read: {}", system_reason());
-  check_file(S_ISREG(status.st_mode), kFile, path, "must be a regular file, but is none");
+  check(fstat(descriptor, &status) == 0, "cannot be read: {}", system_reason(errno));
+  check(S_ISREG(status.st_mode), "must be a regular file, but is not");
   device_ = status.st_dev;
   number_ = status.st_ino;
   changed_ = nanoseconds(status.st_mtim);
   const auto size = static_cast<size_t>(status.st_size);
-  check_file(size <= most, kFile, path, "has {} bytes, more than the limit of {}", size, most);
+  check(size <= most, "has {} bytes, more than the limit of {}", size, most);
   if (size == 0) return;  // nothing to map
   const auto* data = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, descriptor, 0);
-  check_file(data != MAP_FAILED, kFile, path, "cannot be read: {}", system_reason());
+  check(data != MAP_FAILED, "cannot be read: {}", system_reason(errno));
   bytes_ = {static_cast<const std::byte*>(data), size};
 }
 
@@ -54,7 +56,7 @@ void MappedFile::check_unchanged() const {
   struct stat status = {};
   if (stat(place_.c_str(), &status) != 0 || status.st_dev != device_ || status.st_ino != number_) return;
   const bool same = static_cast<size_t>(status.st_size) == bytes_.size() && nanoseconds(status.st_mtim) == changed_;
-  check_file(same, kFile, path_, "has changed since it was opened");
+  FileCheck(kFile, path_)(same, "has changed since it was opened");
 }
 
 }  // namespace xattn::detail

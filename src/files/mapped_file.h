@@ -19,8 +19,8 @@ inline std::string_view as_text(Bytes bytes) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-/// A file mapped into memory to read: what is not looked at is not read, whatever the size of the file. Holds no descriptor, so
-/// that a set may have more files than a process may open.
+/// A file mapped into memory for reading: only pages that are accessed are read. Holds no descriptor, so that a sharded set may
+/// have more files than a process may open.
 class XATTN_API MappedFile {
  public:
   /// Throws FileError if it is not a regular file that can be read, or has more than `most` bytes.
@@ -32,13 +32,13 @@ class XATTN_API MappedFile {
   const std::string& path() const { return path_; }
   Bytes bytes() const { return bytes_; }
 
-  /// Throws FileError if the file has another size, or was written to, since it was mapped: behind a new end there is no memory.
-  /// A file that its path names no longer, since it was replaced or removed, is as it was.
+  /// Throws FileError if the file was written to or changed its size since it was mapped: access beyond a new end would crash. A
+  /// file that was replaced or removed is unchanged: the mapping keeps the old one.
   void check_unchanged() const;
 
  private:
   std::string path_;
-  std::string place_;  // the same, whatever folder the process is in
+  std::string place_;  // the absolute path, since the process may change its folder
   dev_t device_ = 0;
   ino_t number_ = 0;
   int64_t changed_ = 0;  // nanoseconds

@@ -19,57 +19,50 @@ using Node = Pickle::Node;
 
 constexpr std::string_view kPickle = "pickle";
 constexpr Id kNowhere = ~Id{0};
-constexpr size_t kMaxBytes = size_t{1} << 26;  // some hundred thousand tensors; nodes can then be counted in 32 bits
+constexpr size_t kMaxBytes = size_t{1} << 26;  // about a hundred thousand tensors; nodes can then be counted in 32 bits
 
-// What becomes of a call to a global.
+// The result of a call to a global.
 enum class Use : uint8_t {
   name,           // none: must not be called
   dict,           // a new dict
   tensor,         // a tensor, from its arguments
   other_tensor,   // a tensor of a kind that is not read
-  first,          // the first argument: a tensor that becomes a parameter, a list that is told its type
+  first,          // the first argument: a tensor that becomes a parameter, a list with its type
   with_state,     // a tensor with attributes: the function, its class, the function's arguments, the attributes
-  other,          // something that no reader asks for
+  other,          // a value that no reader needs
   script_object,  // an object, if made by NEWOBJ
 };
 
-struct Global {
+struct Globals {
   std::string_view module;
-  std::string_view name;
   Use use;
+  std::array<std::string_view, 5> names;
 };
 
 // As torch._weights_only_unpickler has them, and those of TorchScript.
 constexpr std::array kGlobals{
-    Global{"collections", "OrderedDict", Use::dict},
-    Global{"torch._utils", "_rebuild_tensor_v2", Use::tensor},
-    Global{"torch._utils", "_rebuild_tensor_v3", Use::tensor},
-    Global{"torch._utils", "_rebuild_parameter", Use::first},
-    Global{"torch._utils", "_rebuild_parameter_with_state", Use::first},
-    Global{"torch._tensor", "_rebuild_from_type_v2", Use::with_state},
-    Global{"torch.nn.parameter", "Parameter", Use::name},
-    Global{"torch.storage", "UntypedStorage", Use::name},
-    Global{"torch.serialization", "_get_layout", Use::other},
-    Global{"torch", "Size", Use::other},
-    Global{"torch", "device", Use::other},
-    Global{"collections", "Counter", Use::other},
-    Global{"_codecs", "encode", Use::other},
-    Global{"builtins", "bytearray", Use::other},
-    Global{"builtins", "complex", Use::other},
-    Global{"builtins", "set", Use::other},
-    Global{"torch.jit._pickle", "build_boollist", Use::first},
-    Global{"torch.jit._pickle", "build_doublelist", Use::first},
-    Global{"torch.jit._pickle", "build_intlist", Use::first},
-    Global{"torch.jit._pickle", "build_tensorlist", Use::first},
-    Global{"torch.jit._pickle", "restore_type_tag", Use::first},
+    Globals{"collections", Use::dict, {"OrderedDict"}},
+    Globals{"torch._utils", Use::tensor, {"_rebuild_tensor_v2", "_rebuild_tensor_v3"}},
+    Globals{"torch._utils", Use::first, {"_rebuild_parameter", "_rebuild_parameter_with_state"}},
+    Globals{"torch._tensor", Use::with_state, {"_rebuild_from_type_v2"}},
+    Globals{"torch.nn.parameter", Use::name, {"Parameter"}},
+    Globals{"torch.storage", Use::name, {"UntypedStorage"}},
+    Globals{"torch.serialization", Use::other, {"_get_layout"}},
+    Globals{"torch", Use::other, {"Size", "device"}},
+    Globals{"collections", Use::other, {"Counter"}},
+    Globals{"_codecs", Use::other, {"encode"}},
+    Globals{"builtins", Use::other, {"bytearray", "complex", "set"}},
+    Globals{"torch.jit._pickle",
+            Use::first,
+            {"build_boollist", "build_doublelist", "build_intlist", "build_tensorlist", "restore_type_tag"}},
 };
 
 class Machine {
  public:
-  Machine(const std::string& path, Bytes bytes, PickleNames names) : path_(path), bytes_(bytes), names_(names) {}
+  Machine(const std::string& path, Bytes bytes, PickleNames names) : check_(kPickle, path), bytes_(bytes), names_(names) {}
 
   Pickle run() {
-    check(bytes_.size() <= kMaxBytes, "has {} bytes, over the limit of {}", bytes_.size(), kMaxBytes);
+    check_(bytes_.size() <= kMaxBytes, "has {} bytes, over the limit of {}", bytes_.size(), kMaxBytes);
     pickle_.bytes = bytes_.size();
     pickle_.nodes.resize(kShared);
     pickle_.nodes[kFalseNode].kind = pickle_.nodes[kTrueNode].kind = Kind::boolean;
@@ -86,7 +79,7 @@ class Machine {
   // Values without identity are one node each.
   enum : Id { kNoneNode, kFalseNode, kTrueNode, kOtherNode, kEmptyTupleNode, kShared };
 
-  // Takes one instruction; false if it is the last. Their names are those of Python's pickletools.
+  // Executes one instruction; false if it is the last. Names of instructions are those of Python's pickletools.
   bool step() {
     begin_ = position_;
     const auto opcode = number<uint8_t>();
@@ -148,23 +141,18 @@ class Machine {
       case 0x81: call(true); break;         // NEWOBJ
       case 'b': build(); break;             // BUILD
       case 'Q': storage(); break;           // BINPERSID
-      default: check(false, "has the instruction 0x{:02x} at byte {}, which is not read", opcode, begin_);
+      default: check_(false, "has the instruction 0x{:02x} at byte {}, which is not read", opcode, begin_);
     }
     return true;
   }
 
-  template <typename... Args>
-  void check(bool ok, fmt::format_string<Args...> format, Args&&... args) const {
-    check_file(ok, kPickle, path_, format, std::forward<Args>(args)...);
-  }
-
-  // For an instruction that does not find what it works on.
-  void expect(bool ok, std::string_view what) const { check(ok, "must have {} for the instruction at byte {}", what, begin_); }
+  // Refuses an instruction whose operands are missing.
+  void expect(bool ok, std::string_view what) const { check_(ok, "must have {} for the instruction at byte {}", what, begin_); }
 
   // ---- Bytes ----------------------------------------------------------------------------------------------------------------
 
   std::string_view take(uint64_t size) {
-    check(size <= bytes_.size() - position_, "ends inside the instruction at byte {}", begin_);
+    check_(size <= bytes_.size() - position_, "ends inside the instruction at byte {}", begin_);
     const auto* begin = reinterpret_cast<const char*>(bytes_.data()) + position_;
     position_ += size;
     return {begin, size};
@@ -181,7 +169,7 @@ class Machine {
     const auto* begin = reinterpret_cast<const char*>(bytes_.data()) + position_;
     const std::string_view rest(begin, bytes_.size() - position_);
     const auto size = rest.find('\n');
-    check(size != std::string_view::npos, "ends inside the instruction at byte {}", begin_);
+    check_(size != std::string_view::npos, "ends inside the instruction at byte {}", begin_);
     return take(size + 1).substr(0, size);
   }
 
@@ -210,7 +198,7 @@ class Machine {
     }
   }
 
-  // The values above the mark, as a number; takes the mark away.
+  // The number of values above the mark, which it removes.
   size_t since_mark() {
     expect(!marks_.empty(), "a mark");
     const auto count = above_mark();
@@ -263,7 +251,7 @@ class Machine {
     node.size = static_cast<uint32_t>(text.size());
   }
 
-  // The last values of the stack become one.
+  // Replaces the last values of the stack with one that has them as items.
   void collect(Kind kind, size_t count) {
     expect(above_mark() >= count, "more values");
     const auto first = stack_.size() - count;
@@ -273,7 +261,7 @@ class Machine {
     stack_.resize(first + 1);
   }
 
-  // The last values of the stack go into the one before them.
+  // Moves the last values of the stack into the one before them.
   void append(Kind kind, size_t count) {
     expect(above_mark() > count, "more values");
     const auto container = stack_[stack_.size() - count - 1];
@@ -282,7 +270,7 @@ class Machine {
     stack_.resize(stack_.size() - count);
   }
 
-  // Items of one value lie side by side. Where they have no room to grow, they move to the end, with room for as many again.
+  // The items of one value are contiguous in the pool. If they have no space to grow, they move to its end, with twice the space.
   void extend(Id id, std::span<const Id> more) {
     auto& node = pickle_.nodes[id];
     auto& pool = pickle_.pool;
@@ -299,7 +287,7 @@ class Machine {
     node.size = static_cast<uint32_t>(size);
   }
 
-  // ---- Globals, and what is made of them ------------------------------------------------------------------------------------
+  // ---- Globals and calls to them ---------------------------------------------------------------------------------------------
 
   void global_of_lines() {
     const auto module = line();
@@ -321,19 +309,20 @@ class Machine {
   }
 
   Use use_of(std::string_view module, std::string_view name) const {
-    const auto* known = std::ranges::find_if(kGlobals, [&](const auto& x) { return x.module == module && x.name == name; });
+    const auto* known = std::ranges::find_if(kGlobals, [&](const Globals& globals) {
+      return globals.module == module && !name.empty() && std::ranges::count(globals.names, name) > 0;
+    });
     if (known != kGlobals.end()) return known->use;
     if (module == "torch._utils" && name.starts_with("_rebuild_")) return Use::other_tensor;
     if (module == "torch" && name.find('.') == std::string_view::npos) return Use::name;  // classes of storages, types
     if (names_ == PickleNames::torchscript) return Use::script_object;
-    fail_file(
-        kPickle, path_,
-        "holds an object of class {}.{}, which is no tensor; if you trust the file, whose code that runs, save the tensors "
-        "alone, in Python: torch.save(torch.load(PATH, weights_only=False){}, NEW_PATH)",
+    check_.fail(
+        "holds an object of class {}.{}, which is not a tensor; if you trust the file, whose code this runs, save only the "
+        "tensors, in Python: torch.save(torch.load(PATH, weights_only=False){}, NEW_PATH)",
         shown(module), shown(name), stack_.empty() ? ".state_dict()" : "['model']");
   }
 
-  // REDUCE or, `as_object`, NEWOBJ: a global and a tuple of arguments become what is made of them.
+  // REDUCE or, `as_object`, NEWOBJ: replaces a global and a tuple of arguments with the result of the call.
   void call(bool as_object) {
     auto arguments = pop();
     auto global = pop();
@@ -386,7 +375,7 @@ class Machine {
     add_sharing(Kind::storage, tuple);
   }
 
-  const std::string& path_;
+  FileCheck check_;
   Bytes bytes_;
   PickleNames names_;
   size_t position_ = 0;

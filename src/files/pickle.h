@@ -11,8 +11,8 @@
 
 namespace xattn::detail {
 
-/// What a pickle says, as inert values: nothing is imported, called or built. Values are shared as the pickle shares them, and
-/// may hold themselves. Texts lie in the pickle's bytes, which must outlive this. Takes memory of at most some 25 times these.
+/// The contents of a pickle as plain data: nothing is imported, called or built. Values are shared as in the pickle, and may
+/// contain themselves. Texts point into the pickle's bytes, which must outlive this. Takes at most about 25 times their memory.
 struct Pickle {
   using Id = uint32_t;
 
@@ -30,12 +30,12 @@ struct Pickle {
     tensor,        ///< items: the arguments of torch._utils._rebuild_tensor_v2 or _v3
     other_tensor,  ///< sparse, quantized, without data ...: text is the name of the function in torch._utils
     object,        ///< of a class in TorchScript; items: its state, a dict of attributes, unless it has none
-    other,         ///< something that no reader asks for
+    other,         ///< a value that no reader needs
   };
 
   struct Node {
     Kind kind = Kind::none;
-    uint8_t use = 0;    // of a global, to the machine
+    uint8_t use = 0;    // of a global: how calls to it are read
     uint32_t size = 0;  // of text or items
     union {
       int64_t integer = 0;  // also of a boolean
@@ -56,10 +56,10 @@ struct Pickle {
   std::vector<Node> nodes;
   std::vector<Id> pool;  // items of all nodes
   Id root = 0;
-  size_t bytes = 0;  ///< of the pickle itself
+  size_t bytes = 0;  ///< size of the pickle itself
 };
 
-/// Which classes and functions a pickle may name. Others are refused by name, with the line of Python that saves tensors only.
+/// Classes and functions that a pickle may name. Others are refused by name, with the line of Python that saves only tensors.
 enum class PickleNames {
   state_dict,   ///< those that torch.load takes with weights_only=True
   torchscript,  ///< any, as classes of the archive's own code

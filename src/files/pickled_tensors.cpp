@@ -16,7 +16,7 @@ using Id = Pickle::Id;
 using Kind = Pickle::Kind;
 
 constexpr int kMaxNesting = 100;
-constexpr size_t kChargesPerByte = 16;  // a tensor takes some 60 bytes of pickle, and is charged some 150
+constexpr size_t kChargesPerByte = 16;  // a tensor has about 60 bytes of pickle, and is charged about 150
 
 constexpr std::array kPickledTypes{PickledType{at::kDouble, true},         PickledType{at::kFloat, true},
                                    PickledType{at::kHalf, true},           PickledType{at::kBFloat16, true},
@@ -30,30 +30,31 @@ constexpr std::array kPickledTypes{PickledType{at::kDouble, true},         Pickl
                                    PickledType{at::kFloat8_e5m2, false},   PickledType{at::kFloat8_e5m2fnuz, false},
                                    PickledType{at::kFloat8_e8m0fnu, false}};
 
-// The types by their names, null if there is none. TorchScript has a storage class for each.
-const PickledType* type_of_name(std::string_view name) {
-  const auto* found =
-      std::ranges::find_if(kPickledTypes, [&](const auto& x) { return c10::getDtypeNames(x.type).first == name; });
+// The type for which `is_meant` is true; null if there is none.
+template <class IsMeant>
+const PickledType* find_type(const IsMeant& is_meant) {
+  const auto* found = std::ranges::find_if(kPickledTypes, [&](const auto& x) { return is_meant(x.type); });
   return found == kPickledTypes.end() ? nullptr : found;
 }
 
+const PickledType* type_of_name(std::string_view name) {
+  return find_type([name](at::ScalarType type) { return c10::getDtypeNames(type).first == name; });
+}
+
+// TorchScript has a storage class for each type.
 const PickledType* type_of_storage(std::string_view name) {
-  const auto* found =
-      std::ranges::find_if(kPickledTypes, [&](const auto& x) { return name == formatted("{}Storage", c10::toString(x.type)); });
-  return found == kPickledTypes.end() ? nullptr : found;
+  return find_type([name](at::ScalarType type) { return name == formatted("{}Storage", c10::toString(type)); });
 }
 
 }  // namespace
 
 const PickledType* find_pickled_type(at::ScalarType type) {
-  const auto* found = std::ranges::find(kPickledTypes, type, &PickledType::type);
-  return found == kPickledTypes.end() ? nullptr : found;
+  return find_type([type](at::ScalarType other) { return other == type; });
 }
 
 PickledTensors::PickledTensors(
     std::string_view reader, const std::string& path, const ZipFile& zip, const Pickle& pickle, Kind container)
-    : reader_(reader),
-      path_(path),
+    : check_(reader, path),
       zip_(zip),
       pickle_(pickle),
       container_(container),
@@ -61,8 +62,8 @@ PickledTensors::PickledTensors(
       left_(kChargesPerByte * pickle.bytes) {
   if (!zip.has("byteorder")) return;  // written since PyTorch 2.1
   const auto order = zip.bytes("byteorder");
-  const std::string_view text(reinterpret_cast<const char*>(order.data()), order.size());
-  check(text == "little", "must be little-endian, but says of its byte order {}", in_quotes(text));
+  const auto text = as_text(order);
+  check_(text == "little", "must be little-endian, but gives its byte order as {}", in_quotes(text));
 }
 
 std::span<const Id> PickledTensors::entries(Id container) const {
@@ -85,9 +86,9 @@ std::span<const Id> PickledTensors::entries(Id container) const {
 bool PickledTensors::holds_tensors(Id id, int depth) {
   const auto kind = pickle_.kind(id);
   if (kind != container_) return kind == Kind::tensor || kind == Kind::other_tensor;
-  check(holds_[id] != Holds::being_asked, "must not hold a dict or a module that holds itself");
+  check_(holds_[id] != Holds::being_asked, "must not hold a dict or a module that holds itself");
   if (holds_[id] != Holds::unknown) return holds_[id] == Holds::some;
-  check(depth <= kMaxNesting, "nests deeper than {} levels", kMaxNesting);
+  check_(depth <= kMaxNesting, "nests deeper than {} levels", kMaxNesting);
   holds_[id] = Holds::being_asked;
   bool some = false;
   const auto all = entries(id);
@@ -97,14 +98,14 @@ bool PickledTensors::holds_tensors(Id id, int depth) {
 }
 
 void PickledTensors::add_all(const std::string& prefix, Id container, int depth) {
-  check(depth <= kMaxNesting, "nests deeper than {} levels", kMaxNesting);
+  check_(depth <= kMaxNesting, "nests deeper than {} levels", kMaxNesting);
   const auto all = entries(container);
   charge(all.size());
   for (size_t i = 0; i < all.size(); i += 2) {
     const auto value = all[i + 1];
     if (!holds_tensors(value, depth + 1)) continue;
-    check(pickle_.kind(all[i]) == Kind::text, "must name its tensors by texts, but has another key after {}",
-          in_quotes(prefix));
+    check_(pickle_.kind(all[i]) == Kind::text, "must name its tensors by texts, but has another key after {}",
+           in_quotes(prefix));
     charge(prefix.size() + pickle_.text(all[i]).size());
     const auto name = formatted("{}{}", prefix, pickle_.text(all[i]));
     if (pickle_.kind(value) == container_) {
@@ -116,22 +117,22 @@ void PickledTensors::add_all(const std::string& prefix, Id container, int depth)
 }
 
 void PickledTensors::charge(size_t cost) {
-  check(cost <= left_, "names far more than a pickle of {} bytes should", pickle_.bytes);
+  check_(cost <= left_, "expands to far more than a pickle of {} bytes should", pickle_.bytes);
   left_ -= cost;
 }
 
 // Arguments: storage, offset, shape, strides, whether it is trained, hooks; then its type, in _v3 only; then flags, if any.
 void PickledTensors::add(const std::string& name, Id tensor) {
-  check(pickle_.kind(tensor) == Kind::tensor, "tensor {} is of a kind that is not read, made by torch._utils.{}",
-        in_quotes(name), pickle_.kind(tensor) == Kind::tensor ? "" : shown(pickle_.text(tensor)));
+  check_(pickle_.kind(tensor) == Kind::tensor, "tensor {} is of a kind that is not read, made by torch._utils.{}",
+         in_quotes(name), pickle_.kind(tensor) == Kind::tensor ? "" : shown(pickle_.text(tensor)));
   const auto arguments = pickle_.items(tensor);
   const auto is = [&](size_t i, Kind kind) { return i < arguments.size() && pickle_.kind(arguments[i]) == kind; };
-  check(is(0, Kind::storage) && is(1, Kind::integer) && is(2, Kind::tuple) && is(3, Kind::tuple),
-        "tensor {} must have a storage, an offset, a shape and strides", in_quotes(name));
+  check_(is(0, Kind::storage) && is(1, Kind::integer) && is(2, Kind::tuple) && is(3, Kind::tuple),
+         "tensor {} must have a storage, an offset, a shape and strides", in_quotes(name));
   for (size_t i = 6; i < arguments.size(); ++i) {
     if (!is(i, Kind::dict)) continue;
-    check(pickle_.items(arguments[i]).empty(),
-          "tensor {} is a view that shows conjugate or negative numbers, which is not read", in_quotes(name));
+    check_(pickle_.items(arguments[i]).empty(), "tensor {} is a conjugate or negative view, which is not read",
+           in_quotes(name));
   }
 
   const auto parts = pickle_.items(arguments[0]);
@@ -139,37 +140,37 @@ void PickledTensors::add(const std::string& name, Id tensor) {
   const auto* storage_type = type_of_storage(storage_class);
   const auto type_name = is(6, Kind::global) ? pickle_.text(arguments[6]) : storage_class;
   const auto* type = is(6, Kind::global) ? type_of_name(type_name) : storage_type;
-  check(type && (storage_type || storage_class == "UntypedStorage"), "tensor {} is of type {} in {}, which is not read",
-        in_quotes(name), in_quotes(type_name), in_quotes(storage_class));
+  check_(type && (storage_type || storage_class == "UntypedStorage"), "tensor {} is of type {} in {}, which is not read",
+         in_quotes(name), in_quotes(type_name), in_quotes(storage_class));
 
   const auto shape = integers(name, arguments[2]);
   charge(64 + 16 * shape.size() + pickle_.text(parts[2]).size());
   const auto bytes = storage(name, parts, storage_type ? c10::elementSize(storage_type->type) : 1);
   std::string reason;
   auto stored = view_of(bytes, type->type, shape, integers(name, arguments[3]), pickle_.integer(arguments[1]), &reason);
-  check(stored.has_value(), "tensor {} {}", in_quotes(name), reason);
+  check_(stored.has_value(), "tensor {} {}", in_quotes(name), reason);
   const auto [_, is_new] = tensors.emplace(name, *std::move(stored));
-  check(is_new, "has the name {} twice", in_quotes(name));
+  check_(is_new, "has the name {} twice", in_quotes(name));
 }
 
 std::vector<int64_t> PickledTensors::integers(const std::string& name, Id tuple) const {
   std::vector<int64_t> values;
   for (const auto item : pickle_.items(tuple)) {
-    check(pickle_.kind(item) == Kind::integer, "tensor {} must have a shape and strides of integers", in_quotes(name));
+    check_(pickle_.kind(item) == Kind::integer, "tensor {} must have a shape and strides of integers", in_quotes(name));
     values.push_back(pickle_.integer(item));
   }
   return values;
 }
 
-// The storage of these parts, as torch.serialization has them, in items of so many bytes.
+// The bytes of a storage, whose parts are those of torch.serialization, with items of this many bytes.
 Bytes PickledTensors::storage(const std::string& name, std::span<const Id> parts, size_t item) const {
   const auto key = pickle_.text(parts[2]);
   const auto count = pickle_.integer(parts[4]);
   const auto record = zip_.bytes(formatted("data/{}", key));
   // An untyped storage may end in the middle of an item.
   const bool fits = count >= 0 && static_cast<uint64_t>(count) == record.size() / item;
-  check(fits, "tensor {} lies in storage {} of {} items of {} bytes, but its record has {} bytes", in_quotes(name),
-        in_quotes(key), count, item, record.size());
+  check_(fits, "tensor {} lies in storage {} of {} items of {} bytes, but its record has {} bytes", in_quotes(name),
+         in_quotes(key), count, item, record.size());
   return record.first(static_cast<size_t>(count) * item);
 }
 

@@ -18,10 +18,10 @@ namespace xattn::detail {
 
 inline constexpr std::string_view kStateDict = "state dict";  ///< in messages
 
-/// A type of tensors that is saved; by name, torch.float32 is "float32", and lies in a "FloatStorage".
+/// A type that tensors are saved in: torch.float32 is called "float32", and stored in a "FloatStorage".
 struct PickledType {
   at::ScalarType type;
-  bool has_storage_class;  ///< in Python; the others lie in an "UntypedStorage", and tensors of them tell their type themselves
+  bool has_storage_class;  ///< in Python; tensors of other types lie in an "UntypedStorage" and name their type
 };
 
 const PickledType* find_pickled_type(at::ScalarType type);  ///< null if there is none
@@ -29,23 +29,23 @@ const PickledType* find_pickled_type(at::ScalarType type);  ///< null if there i
 /// The tensors of an archive of torch.save or torch.jit.save, collected by name. Throws FileError with "[reader] path: reason".
 class PickledTensors {
  public:
-  /// `container` is the kind of value that gives tensors their names: dict, or object in TorchScript. All arguments must
-  /// outlive this. Throws FileError if the archive says that its numbers are big-endian.
+  /// `container` is the kind of value whose entries name tensors: dict, or object in TorchScript. All arguments must outlive this.
+  /// Throws FileError if the archive is big-endian.
   PickledTensors(
       std::string_view reader, const std::string& path, const ZipFile& zip, const Pickle& pickle, Pickle::Kind container);
 
-  /// Name, value, name, value, ... of a container; none of an optimizer's state dict, for what it holds are no weights.
+  /// Name, value, name, value, ... of a container; nothing for an optimizer's state dict, which holds no weights.
   std::span<const Pickle::Id> entries(Pickle::Id container) const;
 
-  /// Whether this is a tensor, or a container that holds one at any depth. Throws FileError if a container holds itself, or
-  /// more than 100 nest.
+  /// Whether this is a tensor, or a container that holds one at any depth. Throws FileError if a container holds itself, or if
+  /// containers nest deeper than 100 levels.
   bool holds_tensors(Pickle::Id id, int depth = 0);
 
-  /// Adds all tensors of a container, by `prefix` and their names; those of containers in it by the names of these, and a dot.
+  /// Adds all tensors of a container, named `prefix` and their own name; a nested container adds its name and a point to the prefix.
   void add_all(const std::string& prefix, Pickle::Id container, int depth = 0);
 
-  /// Counts bytes of memory, or steps, that the pickle asks for. Throws FileError when they are many times its own bytes: a
-  /// small pickle that shares its values could go on for years.
+  /// Counts bytes of memory, or steps, that the pickle causes. Throws FileError when they are many times its own bytes: a small
+  /// pickle that shares its values could take years.
   void charge(size_t cost);
 
   std::map<std::string, StoredTensor> tensors;
@@ -53,22 +53,16 @@ class PickledTensors {
  private:
   enum class Holds : uint8_t { unknown, being_asked, none, some };
 
-  template <typename... Args>
-  void check(bool ok, fmt::format_string<Args...> format, Args&&... args) const {
-    check_file(ok, reader_, path_, format, std::forward<Args>(args)...);
-  }
-
   void add(const std::string& name, Pickle::Id tensor);
   std::vector<int64_t> integers(const std::string& name, Pickle::Id tuple) const;
   Bytes storage(const std::string& name, std::span<const Pickle::Id> storage, size_t item) const;
 
-  std::string_view reader_;
-  const std::string& path_;
+  FileCheck check_;
   const ZipFile& zip_;
   const Pickle& pickle_;
   Pickle::Kind container_;
   std::vector<Holds> holds_;  // by id
-  size_t left_;               // to charge
+  size_t left_;               // what may still be charged
 };
 
 }  // namespace xattn::detail

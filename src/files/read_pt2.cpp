@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <algorithm>
 #include <array>
 #include <bit>
+#include <optional>
 #include <string_view>
-#include <utility>
+#include <type_traits>
 #include <vector>
 
 #include "base/text.h"
@@ -27,86 +27,64 @@ static_assert(std::endian::native == std::endian::little, "storages are read as 
 using Json = nlohmann::json;
 
 constexpr std::string_view kPt2 = "pt2";
-constexpr uint64_t kStrided = 7;
+constexpr uint64_t kStrided = 7;  // the number of this layout in torch/_export/serde/schema.py
 constexpr char kOldForm[] =
-    "{} pickled, as older versions of PyTorch wrote them, and pickles are not run; save it anew in Python: "
+    "{} pickled, as older versions of PyTorch wrote them, and pickles are not run; save it again in Python: "
     "torch.save(torch.export.load(PATH).state_dict, NEW_PATH)";
 
-// Both numbers, as all in the configs, are those of torch/_export/serde/schema.py, not of c10.
-constexpr std::array<std::pair<uint64_t, at::ScalarType>, 21> kTypeNumbers{{
-    {1, at::kByte},
-    {2, at::kChar},
-    {3, at::kShort},
-    {4, at::kInt},
-    {5, at::kLong},
-    {6, at::kHalf},
-    {7, at::kFloat},
-    {8, at::kDouble},
-    {9, at::kComplexHalf},
-    {10, at::kComplexFloat},
-    {11, at::kComplexDouble},
-    {12, at::kBool},
-    {13, at::kBFloat16},
-    {28, at::kUInt16},
-    {29, at::kFloat8_e4m3fn},
-    {30, at::kFloat8_e5m2},
-    {31, at::kFloat8_e4m3fnuz},
-    {32, at::kFloat8_e5m2fnuz},
-    {33, at::kFloat8_e8m0fnu},
-    {34, at::kUInt32},
-    {35, at::kUInt64},
-}};
+// Types by their numbers in the configs, which are those of torch/_export/serde/schema.py, not of c10: from 1 on, and from 28 on.
+constexpr std::array kTypesFrom1 = {at::kByte,          at::kChar,  at::kShort,   at::kInt,         at::kLong,
+                                    at::kHalf,          at::kFloat, at::kDouble,  at::kComplexHalf, at::kComplexFloat,
+                                    at::kComplexDouble, at::kBool,  at::kBFloat16};
+constexpr std::array kTypesFrom28 = {at::kUInt16,          at::kFloat8_e4m3fn,  at::kFloat8_e5m2, at::kFloat8_e4m3fnuz,
+                                     at::kFloat8_e5m2fnuz, at::kFloat8_e8m0fnu, at::kUInt32,      at::kUInt64};
+
+std::optional<at::ScalarType> type_of_number(uint64_t number) {
+  if (number >= 1 && number - 1 < kTypesFrom1.size()) return kTypesFrom1.at(number - 1);
+  if (number >= 28 && number - 28 < kTypesFrom28.size()) return kTypesFrom28.at(number - 28);
+  return {};
+}
 
 template <typename T>
-constexpr std::string_view kKind = "";
-template <>
-constexpr std::string_view kKind<bool> = "true or false";
-template <>
-constexpr std::string_view kKind<uint64_t> = "a non-negative integer";
-template <>
-constexpr std::string_view kKind<std::string> = "a string";
-template <>
-constexpr std::string_view kKind<Json::array_t> = "a list";
+constexpr std::string_view kKind = std::is_same_v<T, bool>          ? "true or false"
+                                   : std::is_same_v<T, uint64_t>    ? "a non-negative integer"
+                                   : std::is_same_v<T, std::string> ? "a string"
+                                                                    : "a list";
 
-// What a config says of one tensor.
+// The description of one tensor in a config.
 class Entry {
  public:
   Entry(const std::string& path, const std::string& name, const Json& json)
-      : path_(path), tensor_("tensor " + in_quotes(name)), json_(json) {}
+      : check_(kPt2, path), tensor_("tensor " + in_quotes(name)), json_(json) {}
 
-  /// Its view of a storage in `folder`.
+  /// The tensor, a view of a storage in `folder`.
   StoredTensor read(const ZipFile& zip, const std::string& folder) const {
-    check(!get<bool>("use_pickle"),
-          "{} is pickled, as objects and tensors of classes of their own are, and pickles are not run; save plain tensors in "
-          "Python: torch.save({{NAME: TENSOR, ...}}, NEW_PATH)",
-          tensor_);
+    check_(!get<bool>("use_pickle"),
+           "{} is pickled, as objects and tensors of classes of their own are, and pickles are not run; save plain tensors in "
+           "Python: torch.save({{NAME: TENSOR, ...}}, NEW_PATH)",
+           tensor_);
     const auto record = folder + get<std::string>("path_name");
-    check(zip.has(record), "{} should be in {}, which is not there", tensor_, in_quotes(record));
+    check_(zip.has(record), "{} should be in {}, which is not there", tensor_, in_quotes(record));
     const auto layout = get<uint64_t>("tensor_meta/layout");
-    check(layout == kStrided, "{} must have layout {}, strided, but has {}", tensor_, kStrided, layout);
+    check_(layout == kStrided, "{} must have layout {}, strided, but has {}", tensor_, kStrided, layout);
     const auto number = get<uint64_t>("tensor_meta/dtype");
-    const auto* type = std::ranges::find(kTypeNumbers, number, &std::pair<uint64_t, at::ScalarType>::first);
-    check(type != kTypeNumbers.end(), "{} has dtype {}, which is none of PyTorch's numbers of types", tensor_, number);
+    const auto type = type_of_number(number);
+    check_(type.has_value(), "{} has dtype {}, which is not one of PyTorch's type numbers", tensor_, number);
 
     std::string reason;
-    auto view = view_of(zip.bytes(record), type->second, counts("tensor_meta/sizes"), counts("tensor_meta/strides"),
+    auto view = view_of(zip.bytes(record), *type, counts("tensor_meta/sizes"), counts("tensor_meta/strides"),
                         count("tensor_meta/storage_offset"), &reason);
-    check(view.has_value(), "{} {}", tensor_, reason);
+    check_(view.has_value(), "{} {}", tensor_, reason);
     return *std::move(view);
   }
 
  private:
-  template <typename... Args>
-  void check(bool ok, fmt::format_string<Args...> format, Args&&... args) const {
-    check_file(ok, kPt2, path_, format, std::forward<Args>(args)...);
-  }
-
   /// The value at `place`, as in "tensor_meta/dtype".
   template <typename T>
   const T& get(const std::string& place) const {
     const Json::json_pointer pointer("/" + place);
     const T* value = json_.contains(pointer) ? json_[pointer].get_ptr<const T*>() : nullptr;
-    check(value, "{} must have {}, {}", tensor_, place, kKind<T>);
+    check_(value, "{} must have {}, {}", tensor_, place, kKind<T>);
     return *value;
   }
 
@@ -119,7 +97,7 @@ class Entry {
     return all;
   }
 
-  const std::string& path_;
+  FileCheck check_;
   std::string tensor_;
   const Json& json_;
 };
@@ -127,9 +105,7 @@ class Entry {
 }  // namespace
 
 Index read_pt2(const std::string& path, const ZipFile& zip) {
-  const auto check = [&path]<typename... Args>(bool ok, fmt::format_string<Args...> format, Args&&... args) {
-    check_file(ok, kPt2, path, format, std::forward<Args>(args)...);
-  };
+  const FileCheck check(kPt2, path);
   const auto says = [&zip](std::string_view record, std::string_view text) {
     return zip.has(record) && as_text(zip.bytes(record)) == text;
   };

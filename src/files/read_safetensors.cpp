@@ -11,27 +11,25 @@
 #include "files/readers.h"
 #include "files/safetensors_types.h"
 
-namespace xattn {
+namespace xattn::detail {
 namespace {
 
 constexpr char kHeaderNotJson[] = "header is not JSON in UTF-8, at its byte {}";
 
-using detail::in_quotes;
-
-// What the header says of one tensor.
-struct Record {
+// The description of one tensor in the header.
+struct HeaderEntry {
   std::optional<at::ScalarType> type;
   std::optional<std::vector<uint64_t>> shape;
   std::optional<std::vector<uint64_t>> offsets;
 };
 
-// Takes the header token by token, without a tree of it in memory, and refuses each token that the format does not have at this
-// place. So nothing nests deeper than the format, and a name given twice is seen.
+// Reads the header token by token, without a tree of it in memory, and refuses each token that is not allowed at its place. So
+// nothing nests deeper than the format, and duplicate names are noticed.
 class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
  public:
-  explicit HeaderParser(const std::string& path) : path_(path) {}
+  explicit HeaderParser(const std::string& path) : check_(kSafetensors, path) {}
 
-  std::map<std::string, Record> records;
+  std::map<std::string, HeaderEntry> records;
   std::map<std::string, std::string> metadata;
 
   bool start_object(size_t) override {
@@ -42,42 +40,41 @@ class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
 
   bool key(std::string& key) override {
     if (level_ == 1) {
-      const bool is_new =
-          key == detail::kSafetensorsMetadata ? !std::exchange(has_metadata_, true) : records.try_emplace(key).second;
-      check(is_new, "has the name {} twice", in_quotes(key));
+      const bool is_new = key == kSafetensorsMetadata ? !std::exchange(has_metadata_, true) : records.try_emplace(key).second;
+      check_(is_new, "has the name {} twice", in_quotes(key));
       name_ = key;
       return true;
     }
     field_ = key;
-    if (name_ == detail::kSafetensorsMetadata) {
-      check(metadata.try_emplace(key).second, "has the metadata {} twice", in_quotes(key));
+    if (name_ == kSafetensorsMetadata) {
+      check_(metadata.try_emplace(key).second, "has the metadata {} twice", in_quotes(key));
     } else {
-      check(key == "dtype" || key == "shape" || key == "data_offsets",
-            "tensor {} must have dtype, shape and data_offsets only, but has {}", in_quotes(name_), in_quotes(key));
+      check_(key == "dtype" || key == "shape" || key == "data_offsets",
+             "tensor {} must have dtype, shape and data_offsets only, but has {}", in_quotes(name_), in_quotes(key));
     }
     return true;
   }
 
   bool string(std::string& value) override {
-    if (level_ != 2 || in_list_ || (name_ != detail::kSafetensorsMetadata && field_ != "dtype")) refuse();
-    if (name_ == detail::kSafetensorsMetadata) {
+    if (level_ != 2 || in_list_ || (name_ != kSafetensorsMetadata && field_ != "dtype")) refuse();
+    if (name_ == kSafetensorsMetadata) {
       metadata[field_] = value;
       return true;
     }
-    const auto* type = detail::find_safetensors_type(value);
-    check(type, "tensor {} has the dtype {}, which torch does not have", in_quotes(name_), in_quotes(value));
+    const auto* type = find_safetensors_type(value);
+    check_(type, "tensor {} has the dtype {}, which torch does not have", in_quotes(name_), in_quotes(value));
     set(records[name_].type, type->type);
     return true;
   }
 
   bool start_array(size_t) override {
-    if (level_ != 2 || in_list_ || name_ == detail::kSafetensorsMetadata || field_ == "dtype") refuse();
+    if (level_ != 2 || in_list_ || name_ == kSafetensorsMetadata || field_ == "dtype") refuse();
     in_list_ = true;
     return true;
   }
 
   bool number_unsigned(uint64_t value) override {
-    if (!in_list_ || list_.size() == detail::kMaxAxes) refuse();
+    if (!in_list_ || list_.size() == kMaxAxes) refuse();
     list_.push_back(value);
     return true;
   }
@@ -91,10 +88,10 @@ class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
   }
 
   bool end_object() override {
-    if (level_-- == 2 && name_ != detail::kSafetensorsMetadata) {
+    if (level_-- == 2 && name_ != kSafetensorsMetadata) {
       const auto& [type, shape, offsets] = records[name_];
-      check(type && shape && offsets, "tensor {} must have dtype, shape and data_offsets, but lacks {}", in_quotes(name_),
-            !type ? "dtype" : (!shape ? "shape" : "data_offsets"));
+      check_(type && shape && offsets, "tensor {} must have dtype, shape and data_offsets, but lacks {}", in_quotes(name_),
+             !type ? "dtype" : (!shape ? "shape" : "data_offsets"));
     }
     return true;
   }
@@ -105,32 +102,27 @@ class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
   bool number_float(double, const std::string&) override { refuse(); }
   bool binary(nlohmann::json::binary_t&) override { refuse(); }
   bool parse_error(size_t position, const std::string&, const nlohmann::json::exception&) override {
-    detail::fail_file(detail::kSafetensors, path_, kHeaderNotJson, position);
+    check_.fail(kHeaderNotJson, position);
   }
 
  private:
-  template <typename... Args>
-  void check(bool ok, fmt::format_string<Args...> format, Args&&... args) const {
-    detail::check_file(ok, detail::kSafetensors, path_, format, std::forward<Args>(args)...);
-  }
-
-  // For a token that may not stand here: says what should.
+  // Refuses a token that is not allowed here, and says what is.
   [[noreturn]] void refuse() const {
-    check(level_ == 2, "the value of {} must be an object", in_quotes(name_));
-    check(name_ != detail::kSafetensorsMetadata, "metadata {} must be a string", in_quotes(field_));
+    check_(level_ == 2, "the value of {} must be an object", in_quotes(name_));
+    check_(name_ != kSafetensorsMetadata, "metadata {} must be a string", in_quotes(field_));
     const auto wanted = field_ == "dtype"   ? "a string"
                         : field_ == "shape" ? "a list of at most 64 non-negative integers"
                                             : "a list of two non-negative integers";
-    detail::fail_file(detail::kSafetensors, path_, "{} of tensor {} must be {}", field_, in_quotes(name_), wanted);
+    check_.fail("{} of tensor {} must be {}", field_, in_quotes(name_), wanted);
   }
 
   template <typename T>
   void set(std::optional<T>& field, T value) const {
-    check(!field, "tensor {} has {} twice", in_quotes(name_), field_);
+    check_(!field, "tensor {} has {} twice", in_quotes(name_), field_);
     field = std::move(value);
   }
 
-  const std::string& path_;
+  FileCheck check_;
   bool has_metadata_ = false;
   int level_ = 0;               // of objects: 1 names, 2 fields
   std::string name_;            // at level 1
@@ -139,39 +131,36 @@ class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
   std::vector<uint64_t> list_;  // read so far
 };
 
-// The tensors of a file whose data these are. As the format demands, they fill the data exactly.
-std::map<std::string, detail::StoredTensor> laid_out(const std::string& path,
-                                                     const std::map<std::string, Record>& records,
-                                                     detail::Bytes data) {
-  const auto check = [&path]<typename... Args>(bool ok, fmt::format_string<Args...> format, Args&&... args) {
-    detail::check_file(ok, detail::kSafetensors, path, format, std::forward<Args>(args)...);
-  };
-
+// The tensors in the data of a file. As the format demands, they must fill the data exactly.
+std::map<std::string, StoredTensor> laid_out(const std::string& path,
+                                             const std::map<std::string, HeaderEntry>& records,
+                                             Bytes data) {
+  const FileCheck check(kSafetensors, path);
   struct Place {
     std::string_view name;
     uint64_t begin;
     uint64_t end;
   };
-  std::map<std::string, detail::StoredTensor> tensors;
+  std::map<std::string, StoredTensor> tensors;
   std::vector<Place> in_order;
   for (const auto& [name, record] : records) {
     const uint64_t begin = record.offsets->at(0);
     const uint64_t end = record.offsets->at(1);
-    const auto text = detail::formatted("[{}]", detail::joined(*record.shape));
+    const auto text = formatted("[{}]", joined(*record.shape));
     check(begin <= end, "tensor {} ends at {} before it begins at {}", in_quotes(name), end, begin);
     check(end <= data.size(), "tensor {} ends at {}, beyond the file's {} bytes of data; a download may have been cut off",
           in_quotes(name), end, data.size());
-    // Sizes from 2^63 on become negative, which cannot be counted either.
+    // Sizes from 2^63 on become negative, which count_elements refuses.
     std::vector<int64_t> shape(record.shape->begin(), record.shape->end());
-    const auto elements = detail::count_elements(shape);
+    const auto elements = count_elements(shape);
     uint64_t bytes = 0;
     const bool counted =
         elements && !__builtin_mul_overflow(static_cast<uint64_t>(*elements), c10::elementSize(*record.type), &bytes);
-    check(counted, "shape {} of tensor {} is more than can be counted", text, in_quotes(name));
+    check(counted, "shape {} of tensor {} has too many elements to count", text, in_quotes(name));
     check(bytes == end - begin, "tensor {} of type {} and shape {} takes {} bytes, but its data_offsets [{}, {}] hold {}",
-          in_quotes(name), detail::find_safetensors_type(*record.type)->name, text, bytes, begin, end, end - begin);
-    auto strides = detail::contiguous_strides(shape);
-    tensors.emplace(name, detail::StoredTensor{*record.type, std::move(shape), std::move(strides), data.subspan(begin, bytes)});
+          in_quotes(name), find_safetensors_type(*record.type)->name, text, bytes, begin, end, end - begin);
+    auto strides = contiguous_strides(shape);
+    tensors.emplace(name, StoredTensor{*record.type, std::move(shape), std::move(strides), data.subspan(begin, bytes)});
     in_order.push_back({name, begin, end});
   }
 
@@ -188,11 +177,8 @@ std::map<std::string, detail::StoredTensor> laid_out(const std::string& path,
 
 }  // namespace
 
-detail::Index detail::read_safetensors(const std::string& path, Bytes file) {
-  const auto check = [&path]<typename... Args>(bool ok, fmt::format_string<Args...> format, Args&&... args) {
-    check_file(ok, detail::kSafetensors, path, format, std::forward<Args>(args)...);
-  };
-
+Index read_safetensors(const std::string& path, Bytes file) {
+  const FileCheck check(kSafetensors, path);
   uint64_t header_size = 0;
   check(file.size() >= sizeof(header_size), "must begin with a header length of 8 bytes, but has {} bytes", file.size());
   std::memcpy(&header_size, file.data(), sizeof(header_size));
@@ -204,7 +190,7 @@ detail::Index detail::read_safetensors(const std::string& path, Bytes file) {
 
   const auto header = as_text(after_length.first(header_size));
   check(header.starts_with('{'), "header must begin with '{{'");
-  // The parser would take a zero byte for the end and ignore what follows.
+  // The parser treats a zero byte as the end and would ignore what follows.
   const size_t zero = header.find('\0');
   check(zero == std::string_view::npos, kHeaderNotJson, zero + 1);
 
@@ -213,4 +199,4 @@ detail::Index detail::read_safetensors(const std::string& path, Bytes file) {
   return {laid_out(path, parser.records, after_length.subspan(header_size)), std::move(parser.metadata)};
 }
 
-}  // namespace xattn
+}  // namespace xattn::detail

@@ -13,7 +13,7 @@ using namespace std::string_view_literals;
 
 constexpr std::string_view kShards = "shards";
 
-// Whether it can only mean a file in the same folder.
+// Whether the name is that of a file in the same folder.
 bool is_plain_name(const std::string& name) {
   return !name.empty() && name != "." && name != ".." && name.find_first_of("/\\\0"sv) == std::string::npos;
 }
@@ -21,10 +21,7 @@ bool is_plain_name(const std::string& name) {
 }  // namespace
 
 ShardIndex read_shard_index(const std::string& path, Bytes file) {
-  const auto check = [&path]<typename... Args>(bool ok, fmt::format_string<Args...> format, Args&&... args) {
-    check_file(ok, kShards, path, format, std::forward<Args>(args)...);
-  };
-
+  const FileCheck check(kShards, path);
   const auto json = parse_json(kShards, path, file);
   check(json.is_object() && json.contains("weight_map"),
         "must be the index of a sharded set, an object with the file of each tensor as weight_map, but has no weight_map");

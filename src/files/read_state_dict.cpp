@@ -15,24 +15,21 @@
 #include "files/pickled_tensors.h"
 #include "files/readers.h"
 
-namespace xattn {
+namespace xattn::detail {
 namespace {
-
-using detail::in_quotes;
-using detail::Pickle;
 
 constexpr char kChosen[] = "state_dict_key";  // metadata: where in a checkpoint the state dict is
 
-// Under which key programs save the model, beside its optimizer, its averages and more; the first that is there counts.
+// Keys under which programs save the model, beside its optimizer, its averages and more; the first one present counts.
 constexpr std::array<std::string_view, 7> kModelKeys{"state_dict", "model_state_dict", "model", "module",
                                                      "net",        "weights",          "params"};
 
-// A text, number or truth value as metadata; what is no text, as JSON.
+// A text, number or boolean as metadata; numbers and booleans as in JSON.
 std::optional<std::string> as_metadata(const Pickle& pickle, Pickle::Id value) {
   switch (pickle.kind(value)) {
     case Pickle::Kind::text: return std::string(pickle.text(value));
-    case Pickle::Kind::integer: return detail::formatted("{}", pickle.integer(value));
-    case Pickle::Kind::real: return detail::formatted("{}", pickle.real(value));
+    case Pickle::Kind::integer: return formatted("{}", pickle.integer(value));
+    case Pickle::Kind::real: return formatted("{}", pickle.real(value));
     case Pickle::Kind::boolean: return pickle.integer(value) != 0 ? "true" : "false";
     default: return {};
   }
@@ -40,17 +37,17 @@ std::optional<std::string> as_metadata(const Pickle& pickle, Pickle::Id value) {
 
 class Reader {
  public:
-  Reader(const std::string& path, const detail::ZipFile& zip)
-      : path_(path),
-        pickle_(detail::read_pickle(path, zip.bytes("data.pkl"), detail::PickleNames::state_dict)),
-        found_(detail::kStateDict, path, zip, pickle_, Pickle::Kind::dict) {}
+  Reader(const std::string& path, const ZipFile& zip)
+      : check_(kStateDict, path),
+        pickle_(read_pickle(path, zip.bytes("data.pkl"), PickleNames::state_dict)),
+        found_(kStateDict, path, zip, pickle_, Pickle::Kind::dict) {}
 
-  detail::Index read() {
+  Index read() {
     auto dict = pickle_.root;
-    check(pickle_.kind(dict) == Pickle::Kind::dict,
-          "must hold a dict of tensors by name, but holds {}; save it so in Python: torch.save({{'NAME': tensor}}, PATH)",
-          pickle_.kind(dict) == Pickle::Kind::tensor ? "one tensor" : "something else");
-    check(found_.holds_tensors(dict) || pickle_.items(dict).empty(), "holds no tensors by name");
+    check_(pickle_.kind(dict) == Pickle::Kind::dict,
+           "must hold a dict of tensors by name, but holds {}; save it so in Python: torch.save({{'NAME': tensor}}, PATH)",
+           pickle_.kind(dict) == Pickle::Kind::tensor ? "one tensor" : "something else");
+    check_(found_.holds_tensors(dict) || pickle_.items(dict).empty(), "holds no tensors by name");
     std::string chosen;
     add_metadata(dict);
     while (const auto entry = nested(dict)) {
@@ -69,12 +66,7 @@ class Reader {
  private:
   using Entry = std::pair<Pickle::Id, Pickle::Id>;
 
-  template <typename... Args>
-  void check(bool ok, fmt::format_string<Args...> format, Args&&... args) const {
-    detail::check_file(ok, detail::kStateDict, path_, format, std::forward<Args>(args)...);
-  }
-
-  // The entry of a checkpoint that is the model's state dict: under a key that is known, or the only one that holds tensors.
+  // The entry of a checkpoint that holds the model's state dict: the one under a known key, or the only one with tensors.
   std::optional<Entry> nested(Pickle::Id checkpoint) {
     const auto entries = found_.entries(checkpoint);
     std::vector<Entry> holders;
@@ -104,16 +96,16 @@ class Reader {
     }
   }
 
-  const std::string& path_;
+  FileCheck check_;
   Pickle pickle_;
-  detail::PickledTensors found_;
+  PickledTensors found_;
   std::map<std::string, std::string> metadata_;
 };
 
 }  // namespace
 
-detail::Index detail::read_state_dict(const std::string& path, const ZipFile& zip) {
+Index read_state_dict(const std::string& path, const ZipFile& zip) {
   return Reader(path, zip).read();
 }
 
-}  // namespace xattn
+}  // namespace xattn::detail

@@ -7,27 +7,27 @@
 #include "files/stored_tensor.h"
 #include "files/zip.h"
 
-// One function for each format, each in a source file of its own. `path` is only for messages: "[reader] path: reason".
+// One function for each format, in a source file of its name. `path` is only for messages: "[reader] path: reason".
 namespace xattn::detail {
 
-/// https://github.com/huggingface/safetensors (safetensors.cpp)
+/// https://github.com/huggingface/safetensors
 Index read_safetensors(const std::string& path, Bytes file);
 
-/// The index of a sharded set, "model.safetensors.index.json" (shards.cpp): the shard's file, a plain name in the same folder,
-/// for each tensor; and the metadata, values that are no strings as JSON.
+/// The index of a sharded set, "model.safetensors.index.json": for each tensor the file that holds it, a plain name in the same
+/// folder; and the metadata, where values other than strings are given as JSON.
 struct ShardIndex {
   std::map<std::string, std::string> file_of;
   std::map<std::string, std::string> metadata;
 };
 ShardIndex read_shard_index(const std::string& path, Bytes file);
 
-/// What `torch.save` wrote: a state dict, or a checkpoint that nests one (state_dict.cpp).
+/// Archives of `torch.save`: a state dict, or a checkpoint that contains one.
 Index read_state_dict(const std::string& path, const ZipFile& zip);
 
-/// What `torch.jit.save`, or `torch::save` of a C++ module, wrote: parameters and buffers by name (torchscript.cpp).
+/// Archives of `torch.jit.save`, or `torch::save` of a C++ module: parameters and buffers by name.
 Index read_torchscript(const std::string& path, const ZipFile& zip);
 
-/// What `torch.export.save` wrote: parameters, buffers and constants with raw weights (pt2.cpp).
+/// Archives of `torch.export.save`: parameters, buffers and constants with raw weights.
 Index read_pt2(const std::string& path, const ZipFile& zip);
 
 }  // namespace xattn::detail

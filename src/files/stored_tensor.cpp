@@ -42,8 +42,8 @@ std::optional<StoredTensor> view_of(Bytes storage,
   const bool sound = elements && strides.size() == shape.size() && offset >= 0 &&
                      std::ranges::all_of(strides, [](int64_t stride) { return stride >= 0; });
   if (!sound) {
-    *reason =
-        formatted("has shape [{}], strides [{}] and offset {}, which make no tensor", joined(shape), joined(strides), offset);
+    *reason = formatted("has shape [{}], strides [{}] and offset {}, which do not make a tensor", joined(shape),
+                        joined(strides), offset);
     return {};
   }
   if (*elements == 0) return StoredTensor{type, std::move(shape), std::move(strides), {}};

@@ -8,19 +8,20 @@
 
 #include "files/check_file.h"
 
-// What the writers of all formats do with tensors.
+// Shared by the writers of file formats.
 namespace xattn::detail {
 
-/// Tensors that can be written. Throws FileError for one that is not dense or has no data.
+/// Tensors for a writer. Throws FileError for a tensor that is not dense or has no data.
 inline LazyTensors writable(std::string_view reader, const std::string& path, const NamedTensors& tensors) {
+  const FileCheck check(reader, path);
   for (const auto& [name, tensor] : tensors) {
     const bool dense = tensor.defined() && tensor.layout() == at::kStrided && !tensor.is_meta();
-    check_file(dense, reader, path, "tensor {} must be dense and have data", in_quotes(name));
+    check(dense, "tensor {} must be dense and have data", in_quotes(name));
   }
   return lazy(tensors);
 }
 
-/// On the CPU, contiguous, and its values as they are in memory.
+/// The tensor on the CPU, contiguous, with its values in memory as they are: neither conjugate nor negative views.
 inline at::Tensor plain(const at::Tensor& tensor) {
   return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous();
 }

@@ -22,31 +22,29 @@
 namespace xattn::detail {
 namespace {
 
-std::string reason_of(int error) {
-  return std::generic_category().message(error);
-}
-
 class Descriptor {
  public:
-  explicit Descriptor(int number = -1) : number_(number) {}
-  Descriptor(Descriptor&& other) noexcept : number_(std::exchange(other.number_, -1)) {}
-  Descriptor& operator=(Descriptor&& other) noexcept {
-    std::swap(number_, other.number_);
-    return *this;
-  }
+  Descriptor() = default;
   ~Descriptor() { close(); }
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
 
   int number() const { return number_; }
-  bool is_open() const { return number_ >= 0; }
+
+  /// False with errno if the number is that of a failure.
+  bool open(int number) {
+    number_ = number;
+    return number_ >= 0;
+  }
 
   /// False with errno if the system reports only now that something was not written.
   bool close() { return number_ < 0 || ::close(std::exchange(number_, -1)) == 0; }
 
  private:
-  int number_;
+  int number_ = -1;
 };
 
-// Bytes on their way into a descriptor.
+// A buffered stream into a descriptor.
 class Buffer : public std::streambuf {
  public:
   explicit Buffer(int descriptor) : descriptor_(descriptor), bytes_(size_t{1} << 20) { clear(); }
@@ -98,7 +96,7 @@ class Buffer : public std::streambuf {
   std::vector<char> bytes_;
 };
 
-// Whether all that was written is on the disk, or the file system has none to put it on.
+// Whether everything written is on disk, or the file system has no disk to flush to.
 bool synced(int descriptor) {
   int result = 0;
   do {
@@ -107,24 +105,22 @@ bool synced(int descriptor) {
   return result == 0 || errno == EINVAL || errno == EROFS || errno == ENOTSUP || errno == EBADF;
 }
 
-// A new file in the folder of another, which it can replace; removed unless it has.
+// A new file in the folder of another, which it can replace; removed by the destructor unless it did.
 class NewFile {
  public:
-  NewFile(std::string_view reader, const std::string& path) : reader_(reader), path_(path) {
-    const auto place = behind_links();
+  NewFile(std::string_view reader, const std::string& path) : check_(reader, path) {
+    const auto place = behind_links(path);
     name_ = place.filename().string();
     check(!name_.empty() && name_ != "." && name_ != "..", EISDIR);
     const auto folder = place.has_parent_path() ? place.parent_path().string() : std::string(".");
-    folder_ = Descriptor(open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-    if (!folder_.is_open() && errno == EACCES) {  // may be written to all the same
-      folder_ = Descriptor(open(folder.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
-    }
-    check(folder_.is_open());
+    // A folder that may not be listed may still be writable.
+    const bool listed = folder_.open(open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    check(listed || (errno == EACCES && folder_.open(open(folder.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC))));
 
     struct stat there = {};
     const bool exists = fstatat(folder_.number(), name_.c_str(), &there, AT_SYMLINK_NOFOLLOW) == 0;
     check(exists || errno == ENOENT);
-    check_file(!exists || S_ISREG(there.st_mode), reader_, path_, "is there, but is not a regular file");
+    check_(!exists || S_ISREG(there.st_mode), "exists, but is not a regular file");
     create(exists ? S_IRUSR | S_IWUSR : 0666);
     if (exists) keep_permissions(there);
   }
@@ -145,14 +141,14 @@ class NewFile {
     check(synced(folder_.number()));
   }
 
-  void check(bool ok, int error) const { check_file(ok, reader_, path_, "cannot be written: {}", reason_of(error)); }
+  void check(bool ok, int error) const { check_(ok, "cannot be written: {}", system_reason(error)); }
   void check(bool ok) const { check(ok, errno); }  // REQUIRES: errno says why not
 
  private:
-  // What the path names, where that is a symbolic link.
-  std::filesystem::path behind_links() const {
-    constexpr int kMostLinks = 40;  // as the system has it
-    std::filesystem::path place(path_);
+  // The path with symbolic links resolved.
+  std::filesystem::path behind_links(const std::string& path) const {
+    constexpr int kMostLinks = 40;  // as in Linux
+    std::filesystem::path place(path);
     std::error_code error;
     for (int links = 0; std::filesystem::is_symlink(std::filesystem::symlink_status(place, error)); ++links) {
       check(links < kMostLinks, ELOOP);
@@ -163,22 +159,23 @@ class NewFile {
     return place;
   }
 
-  // Under a name that nothing has, and that is short whatever the file's own.
+  // Creates the new file under an unused name, which is short however long the file's own is.
   void create(mode_t mode) {
     constexpr int kAttempts = 100;
     constexpr int kFlags = O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
     std::random_device random;
-    int error = EEXIST;
-    for (int i = 0; i < kAttempts && error == EEXIST && !file_.is_open(); ++i) {
+    for (int i = 0; i < kAttempts; ++i) {
       const auto name = formatted(".{:08x}{:08x}.tmp", random(), random());
-      file_ = Descriptor(openat(folder_.number(), name.c_str(), kFlags, mode));
-      error = errno;
-      if (file_.is_open()) beside_ = name;
+      if (file_.open(openat(folder_.number(), name.c_str(), kFlags, mode))) {
+        beside_ = name;
+        return;
+      }
+      check(errno == EEXIST);
     }
-    check(file_.is_open(), error);
+    check(false, EEXIST);
   }
 
-  // Where the system refuses, the new file is its owner's alone, which is never more than the old one allowed.
+  // If the system refuses, only its owner may access the new file, which the old one allowed, too.
   void keep_permissions(const struct stat& old) const {
     struct stat made = {};
     bool owned = fstat(file_.number(), &made) == 0;
@@ -191,10 +188,9 @@ class NewFile {
     static_cast<void>(kept);
   }
 
-  std::string_view reader_;
-  const std::string& path_;
+  FileCheck check_;
   std::string name_;
-  std::string beside_;  // the name meanwhile
+  std::string beside_;  // its name until it replaces the other
   Descriptor folder_;
   Descriptor file_;
 };

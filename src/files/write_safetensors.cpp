@@ -15,11 +15,8 @@
 #include "files/write_beside.h"
 
 namespace xattn {
-namespace {
 
 using detail::in_quotes;
-
-}  // namespace
 
 void save_safetensors(const std::string& path,
                       const NamedTensors& tensors,
@@ -28,10 +25,7 @@ void save_safetensors(const std::string& path,
 }
 
 void save_safetensors(const std::string& path, const LazyTensors& tensors, const std::map<std::string, std::string>& metadata) {
-  const auto check = [&path]<typename... Args>(bool ok, fmt::format_string<Args...> format, Args&&... args) {
-    detail::check_file(ok, detail::kSafetensors, path, format, std::forward<Args>(args)...);
-  };
-
+  const detail::FileCheck check(detail::kSafetensors, path);
   struct Item {
     const detail::SafetensorsType* type;
     std::string name;
@@ -60,7 +54,7 @@ void save_safetensors(const std::string& path, const LazyTensors& tensors, const
       offset = end;
     }
   } catch (const nlohmann::json::type_error&) {
-    detail::fail_file(detail::kSafetensors, path, "names and metadata must be UTF-8");
+    check.fail("names and metadata must be UTF-8");
   }
   header += header.empty() ? "{}" : "}";
   header.resize((header.size() + 7) / 8 * 8, ' ');  // aligns the data
@@ -72,7 +66,7 @@ void save_safetensors(const std::string& path, const LazyTensors& tensors, const
     out.write(reinterpret_cast<const char*>(&header_size), sizeof(header_size));
     out.write(header.data(), static_cast<std::streamsize>(header_size));
     for (const auto& item : items) {
-      if (!out) return;  // the disk is full: the rest need not be made
+      if (!out) return;  // writing failed: the rest need not be made
       const auto plain = detail::plain(tensors.make(item.name));
       out.write(static_cast<const char*>(plain.const_data_ptr()), static_cast<std::streamsize>(plain.nbytes()));
     }

@@ -19,7 +19,7 @@ namespace {
 
 using detail::in_quotes;
 
-// Instructions of a pickle of protocol 2, as Python's pickletools explains them.
+// Instructions of a pickle of protocol 2; see Python's pickletools.
 template <typename T>
 void put_number(std::string& out, T value) {
   out.append(reinterpret_cast<const char*>(&value), sizeof(value));
@@ -90,13 +90,14 @@ void save_state_dict(const std::string& path, const NamedTensors& tensors) {
 }
 
 void save_state_dict(const std::string& path, const LazyTensors& tensors) {
+  const detail::FileCheck check(detail::kStateDict, path);
   for (const auto& [name, info] : tensors.infos) {
-    detail::check_file(is_utf8(name), detail::kStateDict, path, "names must be UTF-8");
-    detail::check_file(detail::find_pickled_type(info.type), detail::kStateDict, path, "tensor {} is {}, which is not saved so",
-                       in_quotes(name), c10::toString(info.type));
+    check(is_utf8(name), "names must be UTF-8");
+    check(detail::find_pickled_type(info.type), "tensor {} is {}, which cannot be saved", in_quotes(name),
+          c10::toString(info.type));
   }
   detail::write_beside(detail::kStateDict, path, [&](std::ostream& out) {
-    // Whether writing failed is asked of `out` at the end: PyTorch's writer must not be told, as it throws in its destructor.
+    // Errors are checked at the end, in `out`, and hidden from PyTorch's writer, whose destructor would throw.
     const auto write = [&out](const void* data, size_t size) {
       out.write(static_cast<const char*>(data), static_cast<std::streamsize>(size));
       return size;
@@ -107,7 +108,7 @@ void save_state_dict(const std::string& path, const LazyTensors& tensors) {
     archive.writeRecord("byteorder", "little", 6);
     int64_t key = 0;
     for (const auto& [name, info] : tensors.infos) {
-      if (!out) break;  // the disk is full: the rest need not be made
+      if (!out) break;  // writing failed: the rest need not be made
       const auto plain = detail::plain(tensors.make(name));
       archive.writeRecord(detail::formatted("data/{}", key++), plain.const_data_ptr(), plain.nbytes());
     }

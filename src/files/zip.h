@@ -9,14 +9,14 @@
 
 namespace xattn::detail {
 
-/// The directory of a zip archive, read and checked: each entry with its bytes, which are not looked at: their checksum is not
-/// compared. Stored entries and zip64; one disk; nothing encrypted. Names in the directory and in front of the data must agree,
-/// entries must not overlap, offsets and sizes must lie in the file. PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 and 4.5.
+/// The directory of a zip archive, read and checked: each entry and its bytes, whose checksum is not verified. Stored entries and
+/// zip64; one disk; no encryption. Names in the directory and before the data must agree, entries must not overlap, and offsets
+/// and sizes must lie in the file. PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 and 4.5.
 class ZipFile {
  public:
   struct Entry {
     Bytes bytes;              ///< as stored, compressed or not
-    bool compressed = false;  ///< by whatever method
+    bool compressed = false;  ///< by any method
   };
 
   /// Throws FileError with "[zip] path: reason" for each defect.
@@ -25,7 +25,7 @@ class ZipFile {
   /// By full name, as in "archive/data.pkl".
   const std::map<std::string, Entry>& entries() const { return entries_; }
 
-  /// The one folder in which all entries lie, as PyTorch writes its archives, as in "archive/"; empty if there is none.
+  /// The folder that contains all entries, as PyTorch writes its archives, "archive/"; empty if there is none.
   const std::string& folder() const { return folder_; }
 
   bool has(std::string_view name) const;  ///< in the folder, as in "data.pkl"

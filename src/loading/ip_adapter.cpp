@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <xattn/layouts.h>
-#include <xattn/load.h>
+#include <xattn/ip_adapter.h>
+
+#include <xattn/find_layers.h>
 
 #include <algorithm>
 #include <array>
@@ -9,7 +10,6 @@
 #include <utility>
 #include <vector>
 
-#include "base/check.h"
 #include "base/text.h"
 #include "files/check_file.h"
 
@@ -25,7 +25,7 @@ std::string with_point(const std::string& prefix) {
   return prefix.empty() || prefix.ends_with('.') ? prefix : prefix + ".";
 }
 
-// Sorts layers as diffusers counts them: down blocks, up blocks, mid block, which single files call otherwise; 2 before 10.
+// A key that sorts layers as diffusers counts them: down blocks, up blocks, mid block, or their names in single files; 2 before 10.
 std::pair<size_t, std::string> order_of(const std::string& prefix) {
   constexpr std::array kParts = {"down_blocks.",   "input_blocks.", "up_blocks.",
                                  "output_blocks.", "mid_block.",    "middle_block."};
@@ -36,18 +36,19 @@ std::pair<size_t, std::string> order_of(const std::string& prefix) {
   return {static_cast<size_t>(part - kParts.begin()) / 2, padded + prefix};  // "1" is not "01"
 }
 
-// The odd numbers count cross-attention layers; even ones are left to self-attention.
+// Odd numbers are those of cross-attention layers, even ones those of self-attention.
 Places places_by_order(const Checkpoint& base) {
   std::map<std::pair<size_t, std::string>, std::string> ordered;
-  for (const auto& layer : find_layers(base.tensors(), &layout_named("diffusers"))) {
-    const bool in_time = layer.prefix.find("motion_modules.") != std::string::npos;  // AnimateDiff's
+  for (const auto& layer : find_layers(base.tensors(), "diffusers")) {
+    const bool in_time = layer.prefix.find("motion_modules.") != std::string::npos;  // of AnimateDiff
     if (layer.kind == AttentionKind::cross && !in_time) ordered.emplace(order_of(layer.prefix), layer.prefix);
   }
-  detail::check_file(!ordered.empty(), kIpAdapter, base.path(),
-                     "must hold cross-attention layers that are spelled as in diffusers, but holds none");
+  detail::FileCheck(kIpAdapter, base.path())(
+      !ordered.empty(), "must hold cross-attention layers that are spelled as in diffusers, but holds none");
   Places places;
-  for (const auto& [order, prefix] : ordered)
+  for (const auto& [order, prefix] : ordered) {
     places.emplace(prefix, detail::formatted("{}{}.", kPlaces, 2 * places.size() + 1));
+  }
   return places;
 }
 
@@ -72,9 +73,9 @@ Checkpoint with_ip_adapter(const Checkpoint& base, const Checkpoint& adapter, co
   for (const auto& [name, info] : adapter.tensors()) {
     if (is_of_layers(name) && !names.contains(name)) unexpected.push_back(name);
   }
-  detail::check_file(missing.empty() && unexpected.empty(), kIpAdapter, adapter.path(),
-                     "must have to_k_ip and to_v_ip for the {} cross-attention layers of {}{}{}", names.size() / 2, base.path(),
-                     detail::list("missing", missing), detail::list("unexpected", unexpected));
+  detail::FileCheck(kIpAdapter, adapter.path())(
+      missing.empty() && unexpected.empty(), "must have to_k_ip and to_v_ip for the {} cross-attention layers of {}{}{}",
+      names.size() / 2, base.path(), detail::list("missing", missing), detail::list("unexpected", unexpected));
   return base.with(adapter, names);
 }
 

@@ -1,217 +1,191 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <xattn/layouts.h>
+#include "loading/layouts.h"
 
-#include <array>
+#include <algorithm>
 
-#include "base/check.h"
 #include "base/text.h"
 
-// The table, and nothing else; find_layers.cpp works with it.
-namespace xattn {
+namespace xattn::detail {
 namespace {
 
-constexpr auto kHeads = "decoder_attention_heads num_attention_heads num_heads n_head mask_decoder_config.num_attention_heads";
+using Names = std::vector<std::string>;
 
-constexpr auto kNormBehind = "output.LayerNorm.weight output.LayerNorm.bias output.LayerNorm.gamma output.LayerNorm.beta";
+LinearNames linear(const std::string& name) {
+  return {name + ".weight", name + ".bias"};
+}
 
-// Wan's image-to-video models; up to three IP-Adapters at once.
-constexpr std::array kDiffusersAdded = {
-    AddedNames{"add_k_proj", "add_v_proj", "norm_added_k"}, AddedNames{"processor.to_k_ip.0", "processor.to_v_ip.0", ""},
-    AddedNames{"processor.to_k_ip.1", "processor.to_v_ip.1", ""}, AddedNames{"processor.to_k_ip.2", "processor.to_v_ip.2", ""}};
+LinearNames without_bias(const std::string& name) {
+  return {name + ".weight", ""};
+}
 
-constexpr std::array kLayouts = {
-    Layout{.name = "reference",
-           .used_by = "this project, and the PyTorch reference that it mirrors",
-           .query = {"query_linear.weight", "query_linear.bias"},
-           .key = {"key_linear.weight", "key_linear.bias"},
-           .value = {"value_linear.weight", "value_linear.bias"},
-           .output = {"output_linear.weight", "output_linear.bias"},
-           .query_norm = "query_norm",
-           .key_norm = "key_norm",
-           .bias_k = "bias_k",
-           .bias_v = "bias_v",
-           .num_heads = kHeads},
-    Layout{.name = "torch",
-           .used_by = "torch.nn.MultiheadAttention, nn.TransformerDecoderLayer, the original DETR, SigLIP's head, OpenCLIP",
-           .query = {"in_proj_weight", "in_proj_bias", 0, 3, 3},
-           .key = {"in_proj_weight", "in_proj_bias", 1, 3, 3},
-           .value = {"in_proj_weight", "in_proj_bias", 2, 3, 3},
-           .output = {"out_proj.weight", "out_proj.bias"},
-           .bias_k = "bias_k",
-           .bias_v = "bias_v",
-           .num_heads = "vision_config.num_attention_heads num_attention_heads num_heads"},
-    Layout{.name = "torch_separate",
-           .used_by = "torch.nn.MultiheadAttention with kdim and vdim",
-           .query = {"q_proj_weight", "in_proj_bias", 0, 1, 3},
-           .key = {"k_proj_weight", "in_proj_bias", 1, 1, 3},
-           .value = {"v_proj_weight", "in_proj_bias", 2, 1, 3},
-           .output = {"out_proj.weight", "out_proj.bias"},
-           .bias_k = "bias_k",
-           .bias_v = "bias_v",
-           .num_heads = kHeads},
-    Layout{.name = "out_proj",
-           .used_by = "BART, mBART, M2M-100, Marian, Pegasus, fairseq, Whisper, DETR (Hugging Face), MusicGen, SAM",
-           .query = {"q_proj.weight", "q_proj.bias"},
-           .key = {"k_proj.weight", "k_proj.bias"},
-           .value = {"v_proj.weight", "v_proj.bias"},
-           .output = {"out_proj.weight", "out_proj.bias"},
-           .num_heads = kHeads},
-    Layout{.name = "o_proj",
-           .used_by = "Mllama, Moonshine, DETR (newer Hugging Face)",
-           .query = {"q_proj.weight", "q_proj.bias"},
-           .key = {"k_proj.weight", "k_proj.bias"},
-           .value = {"v_proj.weight", "v_proj.bias"},
-           .output = {"o_proj.weight", "o_proj.bias"},
-           .query_norm = "q_norm",
-           .key_norm = "k_norm",
-           .qk_norm_eps = 1e-5,
-           .qk_norm_eps_in_config = "rms_norm_eps",
-           .num_heads = "decoder_num_attention_heads decoder_attention_heads num_attention_heads",
-           .scale_root_in_config = "query_pre_attn_scalar"},
-    Layout{.name = "idefics",
-           .used_by = "Idefics with norms of queries and keys",
-           .query = {"q_proj.weight", "q_proj.bias"},
-           .key = {"k_proj.weight", "k_proj.bias"},
-           .value = {"v_proj.weight", "v_proj.bias"},
-           .output = {"o_proj.weight", "o_proj.bias"},
-           .query_norm = "q_layer_norm",
-           .key_norm = "k_layer_norm",
-           .qk_norm_eps_in_config = "rms_norm_eps",
-           .num_heads = "num_attention_heads"},
-    Layout{.name = "bert",
-           .used_by = "BERT, BLIP's text model, ALBEF",
-           .query = {"self.query.weight", "self.query.bias"},
-           .key = {"self.key.weight", "self.key.bias"},
-           .value = {"self.value.weight", "self.value.bias"},
-           .output = {"output.dense.weight", "output.dense.bias"},
-           .beside = kNormBehind,
-           .num_heads = "num_attention_heads"},
-    Layout{.name = "qformer",
-           .used_by = "Q-Former of BLIP-2 and InstructBLIP",
-           .query = {"attention.query.weight", "attention.query.bias"},
-           .key = {"attention.key.weight", "attention.key.bias"},
-           .value = {"attention.value.weight", "attention.value.bias"},
-           .output = {"output.dense.weight", "output.dense.bias"},
-           .beside = kNormBehind,
-           .num_heads = "qformer_config.num_attention_heads .num_attention_heads"},
-    Layout{.name = "perceiver",
-           .used_by = "Perceiver (Hugging Face)",
-           .query = {"self.query.weight", "self.query.bias"},
-           .key = {"self.key.weight", "self.key.bias"},
-           .value = {"self.value.weight", "self.value.bias"},
-           .output = {"output.dense.weight", "output.dense.bias"},
-           .query_input = "self.layernorm1",
-           .context_input = "self.layernorm2",
-           .num_heads = "num_cross_attention_heads",
-           .num_heads_untold = "decod"},  // decoders have numbers of their own, which are not in the config
-    Layout{.name = "perceiver_lucidrains",
-           .used_by = "perceiver-pytorch",
-           .query = {"fn.to_q.weight", ""},
-           .key = {"fn.to_kv.weight", "", 0, 2},
-           .value = {"fn.to_kv.weight", "", 1, 2},
-           .output = {"fn.to_out.weight", "fn.to_out.bias"},
-           .query_input = "norm",
-           .context_input = "norm_context"},
-    Layout{.name = "t5",
-           .used_by = "T5, mT5, UMT5, Flan-T5",
-           .query = {"q.weight", ""},
-           .key = {"k.weight", ""},
-           .value = {"v.weight", ""},
-           .output = {"o.weight", ""},
-           .scale = 1.0,
-           .beside_cross = "relative_attention_bias.weight",  // which T5 saves in its first block and never reads
-           .num_heads = "num_heads"},
-    Layout{.name = "wan",
-           .used_by = "Wan's original files",
-           .query = {"q.weight", "q.bias"},
-           .key = {"k.weight", "k.bias"},
-           .value = {"v.weight", "v.bias"},
-           .output = {"o.weight", "o.bias"},
-           .query_norm = "norm_q",
-           .key_norm = "norm_k",
-           .qk_norm_eps_in_config = "eps",
-           .added = {AddedNames{"k_img", "v_img", "norm_k_img"}},
-           .num_heads = "num_heads num_attention_heads"},
-    Layout{.name = "whisper",
-           .used_by = "Whisper (OpenAI)",
-           .query = {"query.weight", "query.bias"},
-           .key = {"key.weight", "key.bias"},
-           .value = {"value.weight", "value.bias"},
-           .output = {"out.weight", "out.bias"},
-           .num_heads = "n_text_head"},
-    Layout{.name = "gpt2",
-           .used_by = "GPT-2 with cross-attention",
-           .query = {"q_attn.weight", "q_attn.bias"},
-           .key = {"c_attn.weight", "c_attn.bias", 0, 2, 2},
-           .value = {"c_attn.weight", "c_attn.bias", 1, 2, 2},
-           .output = {"c_proj.weight", "c_proj.bias"},
-           .transposed = true,
-           .beside = "masked_bias",
-           .causal_mask = "bias",
-           .num_heads = "n_head",
-           .scaled_in_config = "scale_attn_weights",
-           .by_layer_in_config = "scale_attn_by_inverse_layer_idx"},
-    Layout{.name = "flamingo",
-           .used_by = "Flamingo (flamingo-pytorch, OpenFlamingo)",
-           .query = {"to_q.weight", ""},
-           .key = {"to_kv.weight", "", 0, 2},
-           .value = {"to_kv.weight", "", 1, 2},
-           .output = {"to_out.weight", ""},
-           .query_input = "norm"},
-    Layout{.name = "wan_diffusers",
-           .used_by = "Wan in diffusers",
-           .prefix_has = "blocks vace_blocks",
-           .query = {"to_q.weight", "to_q.bias"},
-           .key = {"to_k.weight", "to_k.bias"},
-           .value = {"to_v.weight", "to_v.bias"},
-           .output = {"to_out.0.weight", "to_out.0.bias"},
-           .query_norm = "norm_q",
-           .key_norm = "norm_k",
-           .layer_norms_are = "those of HunyuanDiT, whose queries have rotary embeddings, which are not computed",
-           .qk_norm_eps_in_config = "eps",
-           .added = kDiffusersAdded,
-           .num_heads = "num_attention_heads"},
-    Layout{.name = "diffusers",
-           .used_by = "Stable Diffusion in diffusers and in single files (LDM), SDXL, PixArt, Sana, LTX",
-           .query = {"to_q.weight", "to_q.bias"},
-           .key = {"to_k.weight", "to_k.bias"},
-           .value = {"to_v.weight", "to_v.bias"},
-           .output = {"to_out.0.weight", "to_out.0.bias"},
-           .query_norm = "norm_q",
-           .key_norm = "norm_k",
-           .qk_norm_eps = 1e-5,
-           .qk_norm_eps_in_config = "eps",
-           .added = kDiffusersAdded,
-           .num_heads = "num_cross_attention_heads num_attention_heads attention_head_dim"},
-    Layout{.name = "x_transformers",
-           .used_by = "x-transformers",
-           .query = {"to_q.weight", ""},
-           .key = {"to_k.weight", ""},
-           .value = {"to_v.weight", ""},
-           .output = {"to_out.weight", "to_out.bias"}},
-    Layout{.name = "mlx",
-           .used_by = "MLX",
-           .query = {"query_proj.weight", "query_proj.bias"},
-           .key = {"key_proj.weight", "key_proj.bias"},
-           .value = {"value_proj.weight", "value_proj.bias"},
-           .output = {"out_proj.weight", "out_proj.bias"},
-           .num_heads = kHeads},
-};
+std::array<LinearNames, 4> linears(const std::string& q, const std::string& k, const std::string& v, const std::string& out) {
+  return {linear(q), linear(k), linear(v), linear(out)};
+}
+
+// Query, then key and value in one weight; only the output may have a bias.
+std::array<LinearNames, 4> packed_key_value(const std::string& q, const std::string& kv, const LinearNames& out) {
+  return {without_bias(q), LinearNames{kv + ".weight", "", 0, 2}, LinearNames{kv + ".weight", "", 1, 2}, out};
+}
+
+std::vector<LayerLayout> make_layouts() {
+  const Names heads = {"decoder_attention_heads", "num_attention_heads", "num_heads", "n_head",
+                       "mask_decoder_config.num_attention_heads"};
+  const Names norm_behind = {"output.LayerNorm.weight", "output.LayerNorm.bias", "output.LayerNorm.gamma",
+                             "output.LayerNorm.beta"};
+  // Wan's image-to-video models; up to three IP-Adapters at once.
+  const std::vector<AddedNames> added_in_diffusers = {{"add_k_proj", "add_v_proj", "norm_added_k"},
+                                                      {"processor.to_k_ip.0", "processor.to_v_ip.0"},
+                                                      {"processor.to_k_ip.1", "processor.to_v_ip.1"},
+                                                      {"processor.to_k_ip.2", "processor.to_v_ip.2"}};
+  return {
+      {.name = "reference",
+       .used_by = "this project, and the PyTorch reference that it mirrors",
+       .projections = linears("query_linear", "key_linear", "value_linear", "output_linear"),
+       .qk_norm = {"query_norm", "key_norm"},
+       .bias_kv = {"bias_k", "bias_v"},
+       .num_heads = heads},
+      {.name = "torch",
+       .used_by = "torch.nn.MultiheadAttention, nn.TransformerDecoderLayer, the original DETR, SigLIP's head, OpenCLIP",
+       .projections = {LinearNames{"in_proj_weight", "in_proj_bias", 0, 3, 3},
+                       {"in_proj_weight", "in_proj_bias", 1, 3, 3},
+                       {"in_proj_weight", "in_proj_bias", 2, 3, 3},
+                       linear("out_proj")},
+       .bias_kv = {"bias_k", "bias_v"},
+       .num_heads = {"vision_config.num_attention_heads", "num_attention_heads", "num_heads"}},
+      {.name = "torch_separate",
+       .used_by = "torch.nn.MultiheadAttention with kdim and vdim",
+       .projections = {LinearNames{"q_proj_weight", "in_proj_bias", 0, 1, 3},
+                       {"k_proj_weight", "in_proj_bias", 1, 1, 3},
+                       {"v_proj_weight", "in_proj_bias", 2, 1, 3},
+                       linear("out_proj")},
+       .bias_kv = {"bias_k", "bias_v"},
+       .num_heads = heads},
+      {.name = "out_proj",
+       .used_by = "BART, mBART, M2M-100, Marian, Pegasus, fairseq, Whisper, DETR (Hugging Face), MusicGen, SAM",
+       .projections = linears("q_proj", "k_proj", "v_proj", "out_proj"),
+       .num_heads = heads},
+      {.name = "o_proj",
+       .used_by = "Mllama, Moonshine, DETR (newer Hugging Face)",
+       .projections = linears("q_proj", "k_proj", "v_proj", "o_proj"),
+       .qk_norm = {"q_norm", "k_norm", 1e-5, {"rms_norm_eps"}},
+       .num_heads = {"decoder_num_attention_heads", "decoder_attention_heads", "num_attention_heads"},
+       .scale_root_in_config = "query_pre_attn_scalar"},
+      {.name = "idefics",
+       .used_by = "Idefics with norms of queries and keys",
+       .projections = linears("q_proj", "k_proj", "v_proj", "o_proj"),
+       .qk_norm = {"q_layer_norm", "k_layer_norm", 1e-6, {"rms_norm_eps"}},
+       .num_heads = {"num_attention_heads"}},
+      {.name = "bert",
+       .used_by = "BERT, BLIP's text model, ALBEF",
+       .projections = linears("self.query", "self.key", "self.value", "output.dense"),
+       .beside = norm_behind,
+       .num_heads = {"num_attention_heads"}},
+      {.name = "qformer",
+       .used_by = "Q-Former of BLIP-2 and InstructBLIP",
+       .projections = linears("attention.query", "attention.key", "attention.value", "output.dense"),
+       .beside = norm_behind,
+       .num_heads = {"qformer_config.num_attention_heads", ".num_attention_heads"}},
+      {.name = "perceiver",
+       .used_by = "Perceiver (Hugging Face)",
+       .projections = linears("self.query", "self.key", "self.value", "output.dense"),
+       .input_norms = {"self.layernorm1", "self.layernorm2"},
+       .num_heads = {"num_cross_attention_heads"},
+       .num_heads_unknown = "decod"},  // the numbers of heads of decoders are not in the config
+      {.name = "perceiver_lucidrains",
+       .used_by = "perceiver-pytorch",
+       .projections = packed_key_value("fn.to_q", "fn.to_kv", linear("fn.to_out")),
+       .input_norms = {"norm", "norm_context"}},
+      {.name = "t5",
+       .used_by = "T5, mT5, UMT5, Flan-T5",
+       .projections = {without_bias("q"), without_bias("k"), without_bias("v"), without_bias("o")},
+       .scale = 1.0,
+       .beside_cross = {"relative_attention_bias.weight"},  // which T5 saves in its first block and never reads
+       .num_heads = {"num_heads"}},
+      {.name = "wan",
+       .used_by = "Wan's original files",
+       .projections = linears("q", "k", "v", "o"),
+       .qk_norm = {"norm_q", "norm_k", 1e-6, {"eps"}},
+       .added = {{"k_img", "v_img", "norm_k_img"}},
+       .num_heads = {"num_heads", "num_attention_heads"}},
+      {.name = "whisper",
+       .used_by = "Whisper (OpenAI)",
+       .projections = linears("query", "key", "value", "out"),
+       .num_heads = {"n_text_head"}},
+      {.name = "gpt2",
+       .used_by = "GPT-2 with cross-attention",
+       .projections = {linear("q_attn"),
+                       LinearNames{"c_attn.weight", "c_attn.bias", 0, 2, 2},
+                       {"c_attn.weight", "c_attn.bias", 1, 2, 2},
+                       linear("c_proj")},
+       .transposed = true,
+       .beside = {"masked_bias"},
+       .causal_mask = "bias",
+       .num_heads = {"n_head"},
+       .scaled_in_config = "scale_attn_weights",
+       .by_layer_in_config = "scale_attn_by_inverse_layer_idx"},
+      {.name = "flamingo",
+       .used_by = "Flamingo (flamingo-pytorch, OpenFlamingo)",
+       .projections = packed_key_value("to_q", "to_kv", without_bias("to_out")),
+       .input_norms = {"norm", ""}},
+      {.name = "wan_diffusers",
+       .used_by = "Wan in diffusers",
+       .prefix_has = {"blocks", "vace_blocks"},
+       .projections = linears("to_q", "to_k", "to_v", "to_out.0"),
+       .qk_norm = {"norm_q", "norm_k", 1e-6, {"eps"}},
+       .layer_norms_are = "those of HunyuanDiT, whose queries have rotary embeddings, which are not computed",
+       .added = added_in_diffusers,
+       .num_heads = {"num_attention_heads"}},
+      {.name = "diffusers",
+       .used_by = "Stable Diffusion in diffusers and in single files (LDM), SDXL, PixArt, Sana, LTX",
+       .projections = linears("to_q", "to_k", "to_v", "to_out.0"),
+       .qk_norm = {"norm_q", "norm_k", 1e-5, {"eps"}, {"transformer_blocks", "layers"}},
+       .added = added_in_diffusers,
+       .num_heads = {"num_cross_attention_heads", "num_attention_heads", "attention_head_dim"}},
+      {.name = "x_transformers",
+       .used_by = "x-transformers",
+       .projections = {without_bias("to_q"), without_bias("to_k"), without_bias("to_v"), linear("to_out")}},
+      {.name = "mlx",
+       .used_by = "MLX",
+       .projections = linears("query_proj", "key_proj", "value_proj", "out_proj"),
+       .num_heads = heads},
+  };
+}
 
 }  // namespace
 
-std::span<const Layout> layouts() {
-  return kLayouts;
+const std::vector<LayerLayout>& layer_layouts() {
+  static const auto layouts = make_layouts();
+  return layouts;
 }
 
-const Layout& layout_named(std::string_view name) {
-  std::vector<std::string_view> names;
-  for (const auto& layout : kLayouts) {
-    if (layout.name == name) return layout;
-    names.push_back(layout.name);
+const LayerLayout& layout_named(std::string_view name) {
+  return row_named(layer_layouts(), name);
+}
+
+bool has_component(const std::string& prefix, const std::vector<std::string>& words) {
+  const auto components = "." + prefix;
+  return std::ranges::any_of(words, [&](const auto& word) { return components.find("." + word + ".") != std::string::npos; });
+}
+
+std::vector<ParameterName> parameter_names(const LayerLayout& layout) {
+  constexpr std::array kProjections = {"query_linear", "key_linear", "value_linear", "output_linear"};
+  std::vector<ParameterName> names;
+  const auto add = [&](const std::string& parameter, const std::string& name, int part, int parts, bool transposed) {
+    if (!name.empty()) names.push_back({parameter, name, parts == 1 ? 0 : part, parts, transposed});
+  };
+  for (size_t i = 0; i < kProjections.size(); ++i) {
+    const auto& [weight, bias, part, parts, bias_parts] = layout.projections.at(i);
+    add(formatted("{}.weight", kProjections.at(i)), weight, part, parts, layout.transposed);
+    add(formatted("{}.bias", kProjections.at(i)), bias, part, bias_parts, false);
   }
-  detail::check_value(false, "layouts", "layout must be one of {}, but is {}.", detail::joined(names), name);
-  return kLayouts.front();
+  add("bias_k", layout.bias_kv[0], 0, 1, false);
+  add("bias_v", layout.bias_kv[1], 0, 1, false);
+  if (layout.qk_norm.query.empty()) return names;
+  for (const std::string ending : {".weight", ".bias"}) {
+    add("query_norm" + ending, layout.qk_norm.query + ending, 0, 1, false);
+    add("key_norm" + ending, layout.qk_norm.key + ending, 0, 1, false);
+  }
+  return names;
 }
 
-}  // namespace xattn
+}  // namespace xattn::detail

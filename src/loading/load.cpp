@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/load.h>
 
-#include <xattn/block_layouts.h>
+#include <torch/utils.h>
+#include <xattn/block.h>
+#include <xattn/decoupled.h>
+#include <xattn/find_blocks.h>
+#include <xattn/find_layers.h>
 #include <xattn/safetensors.h>
 
 #include <algorithm>
@@ -14,14 +18,22 @@
 #include "base/describe.h"
 #include "base/text.h"
 #include "files/check_file.h"
+#include "loading/block_layouts.h"
 #include "loading/choose.h"
-#include "loading/layout_names.h"
+#include "loading/layouts.h"
+#include "loading/recipes.h"
 #include "modules/option_names.h"
 
 namespace xattn {
 namespace {
 
+using detail::added_recipes;
+using detail::formatted;
 using detail::list;
+using detail::name_roles;
+using detail::NameRole;
+using detail::recipes;
+using detail::TensorRecipe;
 using Names = std::vector<std::string>;
 
 NamedTensors state_of(const torch::nn::Module& module) {
@@ -40,17 +52,25 @@ bool converts(torch::ScalarType from, torch::ScalarType to) {
 
 // Why a value from a file does not fit into a tensor of the module; empty if it does.
 std::string misfit(torch::ScalarType type, const std::vector<int64_t>& shape, const torch::Tensor& target) {
-  const auto type_name = [](torch::ScalarType scalar) { return c10::getDtypeNames(scalar).first; };
   if (target.sizes() != shape) {
-    return detail::formatted("must have shape {}, but has [{}]", detail::shape_of(target), detail::joined(shape));
+    return formatted("must have shape {}, but has [{}]", detail::shape_of(target), detail::joined(shape));
   }
   if (!converts(type, target.scalar_type())) {
-    return detail::formatted("must convert to {}, but is {}", type_name(target.scalar_type()), type_name(type));
+    return formatted("must convert to {}, but is {}", detail::type_of(target), c10::getDtypeNames(type).first);
   }
   return "";
 }
 
-// What a load will do, found out before anything changes.
+// The prefix of options, with the point at its end if names of the file have one there.
+std::string prefix_of(const LoadOptions& options, const detail::Infos& infos) {
+  auto prefix = options.prefix.value_or("");
+  if (prefix.empty() || prefix.ends_with('.')) return prefix;
+  const auto with_point = prefix + ".";
+  const auto first = infos.lower_bound(with_point);
+  return first != infos.end() && first->first.starts_with(with_point) ? with_point : prefix;
+}
+
+// Finds out what a load will do before anything changes.
 class Loader {
  public:
   // `name` of the file, for messages.
@@ -59,7 +79,7 @@ class Loader {
         name_(std::move(name)),
         source_(std::move(source)),
         options_(options),
-        prefix_(options.prefix),
+        prefix_(prefix_of(options, source_.infos)),
         state_(state_of(module)) {}
 
   LoadReport run() {
@@ -71,25 +91,25 @@ class Loader {
   }
 
  private:
-  // Blocks and attention layers of the module that the file spells in a layout: their parameters get recipes.
+  // Adds recipes for the parameters of blocks and attention layers of the module that the file spells in a layout.
   void find_layouts() {
     const auto own_blocks = modules_of<CrossAttentionBlockImpl>();
     const auto own_layers = modules_of<CrossAttentionImpl>();
-    if (own_layers.empty()) return;  // and so nothing that holds one
-    const auto* only = detail::layout_or_none(options_.layout);
-    const auto blocks = own_blocks.empty() ? std::vector<FoundBlock>() : find_blocks(source_.infos, only);
-    const auto layers = find_layers(source_.infos, only);
+    if (own_layers.empty()) return;  // blocks and decoupled layers hold one, too
+    const auto& infos = source_.infos;
+    const auto blocks = own_blocks.empty() ? std::vector<FoundBlock>() : find_blocks(infos, options_.layout);
+    const auto layers = find_layers(infos, options_.layout);
     std::vector<FoundLayer> decoupled;
     std::ranges::copy_if(layers, std::back_inserter(decoupled), [](const auto& layer) { return !layer.added.empty(); });
     choose_prefix<CrossAttentionBlockImpl>(blocks);
     choose_prefix<DecoupledCrossAttentionImpl>(decoupled);
     choose_prefix<CrossAttentionImpl>(layers);
     for (const auto& [path, own] : own_blocks) {
-      const auto found = std::ranges::find(blocks, prefix_ + path, &FoundBlock::prefix);
-      if (found == blocks.end()) continue;
+      const auto* found = at_prefix(blocks, path);
+      if (!found) continue;
       check_arithmetic(*found, path, *own);
-      add(recipes(*found, source_.infos), path);
-      add_surrounding(*found);
+      add(recipes(*found, infos), path);
+      add(name_roles(*found, infos), found->prefix);
       misshapen_.insert(misshapen_.end(), found->attention.misshapen.begin(), found->attention.misshapen.end());
       done_.insert(own->attention.get());
     }
@@ -102,35 +122,40 @@ class Loader {
   // If the module itself is one of these, and no prefix is given, the file's only one is meant.
   template <class Impl, class Found>
   void choose_prefix(const std::vector<Found>& found) {
-    if (prefix_.empty() && module_.as<Impl>() && !found.empty()) prefix_ = detail::choose(name_, found, std::nullopt).prefix;
+    if (!options_.prefix && module_.as<Impl>() && !found.empty()) prefix_ = detail::choose(name_, found, std::nullopt).prefix;
   }
 
-  // What the file has at `path` for an attention at `inner`, the same or the first part of a decoupled one.
+  template <class Found>
+  const Found* at_prefix(const std::vector<Found>& all, const std::string& path) const {
+    const auto found = std::ranges::find(all, prefix_ + path, &Found::prefix);
+    return found == all.end() ? nullptr : &*found;
+  }
+
+  // What the file has at `path` for an attention at `inner`, which is the same, or the first part of a decoupled one.
   void add_layer(const std::vector<FoundLayer>& layers,
                  const std::string& path,
                  const std::string& inner,
                  const CrossAttentionImpl& own) {
-    const auto found = std::ranges::find(layers, prefix_ + path, &FoundLayer::prefix);
-    if (found == layers.end() || !done_.insert(&own).second) return;
+    const auto* found = at_prefix(layers, path);
+    if (!found || !done_.insert(&own).second) return;
     check_arithmetic(*found, inner, own);
     misshapen_.insert(misshapen_.end(), found->misshapen.begin(), found->misshapen.end());
     add(recipes(*found, source_.infos), inner);
     add(added_recipes(*found, source_.infos), path);  // unexpected in a module without added contexts
-    for (const auto& [name, role] : name_roles(*found, source_.infos)) {
-      const bool known = role == NameRole::beside || (role == NameRole::input_norm && options_.without_input_norms);
-      if (known) surrounding_.insert(found->prefix + name);
-    }
+    add(name_roles(*found, source_.infos), found->prefix);
   }
 
-  // All behind the prefix of a block that its layout explains; those with recipes are used, and never looked up here.
-  void add_surrounding(const FoundBlock& found) {
-    const auto unexplained = unexplained_names(found, source_.infos);
-    const auto& infos = source_.infos;
-    for (auto item = infos.lower_bound(found.prefix); item != infos.end() && item->first.starts_with(found.prefix); ++item) {
-      const bool known = !std::ranges::binary_search(unexplained, item->first.substr(found.prefix.size()));
-      if (known) surrounding_.insert(item->first);
+  void add(const detail::Recipes& of_layer, const std::string& path) {
+    for (const auto& [parameter, recipe] : of_layer) recipes_.emplace(path + parameter, recipe);
+  }
+
+  // Names below the prefix of a layer or block that are not part of it, and names of it elsewhere.
+  void add(const std::map<std::string, NameRole>& roles, const std::string& prefix) {
+    for (const auto& [name, role] : roles) {
+      const bool known = role == NameRole::beside || (role == NameRole::input_norm && options_.without_input_norms);
+      if (known) surrounding_.insert(prefix + name);
+      if (role == NameRole::unexplained) unexplained_.insert(source_.infos.contains(prefix + name) ? prefix + name : name);
     }
-    for (const auto& [parameter, recipe] : recipes(found, infos)) surrounding_.erase(recipe.source);
   }
 
   // All of a kind in the module, itself included, with their paths: empty, or with a point at the end.
@@ -144,26 +169,21 @@ class Loader {
     return result;
   }
 
-  void add(const std::map<std::string, TensorRecipe>& of_layer, const std::string& path) {
-    for (const auto& [parameter, recipe] : of_layer) recipes_.emplace(path + parameter, recipe);
-  }
-
-  // What a layout computes, the module must compute, too; nothing in the tensors would show that it does not.
+  // The module must compute what the layout does; nothing in the tensors would show that it does not.
   void check_arithmetic(const FoundLayer& layer, const std::string& path, const CrossAttentionImpl& attention) {
-    if (layer.layout->scale) require(path, "scale", *layer.layout->scale, *attention.options.scale(), layer.layout->name);
+    const auto& scale = detail::layout_named(layer.layout).scale;
+    if (scale) require(path, "scale", *scale, *attention.options.scale(), layer.layout);
   }
 
   void check_arithmetic(const FoundBlock& found, const std::string& path, const CrossAttentionBlockImpl& block) {
     using detail::name_of;
-    const auto& layout = *found.layout;
     const auto &needed = found.options, &has = block.options;
+    const auto& placement = detail::block_layout_named(found.layout).norm_placement;
     check_arithmetic(found.attention, path + "attention.", *block.attention);
-    require(path, "norm", name_of(needed.norm()), name_of(has.norm()), layout.name);
-    if (layout.norm_placement) {
-      require(path, "norm_placement", name_of(*layout.norm_placement), name_of(has.norm_placement()), layout.name);
-    }
-    require(path, "gate", name_of(needed.gate()), name_of(has.gate()), layout.name);
-    require(path, "feed_forward_glu", needed.feed_forward_glu(), has.feed_forward_glu(), layout.name);
+    require(path, "norm", name_of(needed.norm()), name_of(has.norm()), found.layout);
+    if (placement) require(path, "norm_placement", name_of(*placement), name_of(has.norm_placement()), found.layout);
+    require(path, "gate", name_of(needed.gate()), name_of(has.gate()), found.layout);
+    require(path, "feed_forward_glu", needed.feed_forward_glu(), has.feed_forward_glu(), found.layout);
   }
 
   template <class T>
@@ -171,7 +191,7 @@ class Loader {
     if (needed == has) return;
     const auto which = path.empty() ? "the module" : path.substr(0, path.size() - 1);
     report_.misshapen.push_back(
-        detail::formatted("{} must have {} {}, as layout {} needs, but has {}", which, option, needed, layout, has));
+        formatted("{} must have {} {}, as layout {} needs, but has {}", which, option, needed, layout, has));
   }
 
   TensorRecipe recipe_of(const std::string& name) const {
@@ -179,7 +199,7 @@ class Loader {
     if (found != recipes_.end()) return found->second;
     auto recipe = detail::with_scale({prefix_ + name}, source_.infos);
     const auto scale = recipe.scale.substr(std::min(prefix_.size(), recipe.scale.size()));
-    return state_.contains(scale) ? TensorRecipe{prefix_ + name} : recipe;  // which has a use of its own for it
+    return state_.contains(scale) ? TensorRecipe{prefix_ + name} : recipe;  // the module may have a parameter of this name
   }
 
   void match() {
@@ -216,9 +236,10 @@ class Loader {
     }
     std::ranges::sort(report_.loaded);
     for (const auto& [full_name, info] : source_.infos) {
-      if (!full_name.starts_with(prefix_) || used.contains(full_name)) continue;
+      const bool below = full_name.starts_with(prefix_);
+      if (used.contains(full_name) || (!below && !unexplained_.contains(full_name))) continue;
       auto& list = surrounding_.contains(full_name) ? report_.surrounding : report_.unexpected;
-      list.push_back(full_name.substr(prefix_.size()));
+      list.push_back(below ? full_name.substr(prefix_.size()) : full_name);
     }
   }
 
@@ -227,22 +248,18 @@ class Loader {
                         (options_.allow_unexpected ? "" : list("unexpected", report_.unexpected)) +
                         list("misshapen", report_.misshapen);
     if (faults.empty()) return;
-    const auto advice = options_.allow_unexpected ? "" : advice_on(report_.unexpected);
-    const auto message = detail::formatted("[load_weights] {}: does not fit the module{}{}", name_, faults, advice);
+    const auto advice = options_.allow_unexpected ? "" : detail::advice_on(report_.unexpected);
+    const auto message = formatted("[load_weights] {}: does not fit the module{}{}", name_, faults, advice);
     throw LoadError(detail::one_line(message), std::move(report_));
   }
 
   void copy() {
-    struct Made {
-      torch::Tensor target;
-      torch::Tensor value;
-    };
     const torch::NoGradGuard no_grad;
-    std::vector<Made> made;  // reading may fail, and memory run out: before anything changes
+    std::vector<torch::Tensor> values;  // all of them before anything changes: reading may fail, and memory run out
     for (const auto& [target, recipe] : copies_) {
-      made.push_back({target, recipe.make(source_, target.scalar_type()).to(target.scalar_type())});
+      values.push_back(recipe.make(source_, target.scalar_type()).to(target.scalar_type()));
     }
-    for (auto& [target, value] : made) target.copy_(value);
+    for (size_t i = 0; i < values.size(); ++i) copies_[i].target.copy_(values[i]);
   }
 
   struct Copy {
@@ -256,10 +273,11 @@ class Loader {
   const LoadOptions& options_;
   std::string prefix_;
   NamedTensors state_;
-  std::map<std::string, TensorRecipe> recipes_;  // by name in the module
-  std::set<const CrossAttentionImpl*> done_;     // have recipes
-  std::set<std::string> surrounding_;            // names in the file, known not to be of a layer or block that has them
-  Names misshapen_;                              // what does not fit together in layers of the file, whatever the module has
+  detail::Recipes recipes_;                   // by name in the module
+  std::set<const CrossAttentionImpl*> done_;  // attention that has recipes
+  std::set<std::string> surrounding_;         // names in the file below the prefix of a layer or block, but not part of it
+  std::set<std::string> unexplained_;         // names in the file of a layer or block that its layout does not explain
+  Names misshapen_;                           // what does not fit together in layers of the file, whatever the module has
   std::vector<Copy> copies_;
   LoadReport report_;
 };
@@ -267,7 +285,7 @@ class Loader {
 }  // namespace
 
 std::string LoadReport::summary() const {
-  return detail::formatted("loaded {} tensors", loaded.size()) + list("missing", missing) + list("unexpected", unexpected) +
+  return formatted("loaded {} tensors", loaded.size()) + list("missing", missing) + list("unexpected", unexpected) +
          list("misshapen", misshapen) + list("of the block around the layer", surrounding);
 }
 

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "loading/choose.h"
+
+#include <iterator>
+
+#include "base/text.h"
+#include "loading/layouts.h"
+#include "loading/recipes.h"
+
+namespace xattn::detail {
+namespace {
+
+// What was found at `prefix`; without a prefix the only one.
+template <class Found>
+Found choose_one(const std::string& file, const std::vector<Found>& found, const std::optional<std::string>& prefix) {
+  if (!prefix && found.size() == 1) return found.front();
+  if (const auto* one = prefix ? find_at(found, *prefix) : nullptr) return *one;
+  std::vector<std::string> prefixes;
+  for (const auto& one : found) prefixes.push_back(in_quotes(one.prefix));
+  load_check(file).fail("prefix must be one of {}, but {}", joined(prefixes),
+                        prefix ? "is " + in_quotes(*prefix) : "was not given");
+}
+
+}  // namespace
+
+FoundLayer choose(const std::string& file, const std::vector<FoundLayer>& layers, const std::optional<std::string>& prefix) {
+  load_check(file)(!layers.empty(), "must hold an attention layer in a layout that is known, but holds none");
+  std::vector<FoundLayer> of_kind;
+  for (const auto kind : {AttentionKind::cross, AttentionKind::unknown, AttentionKind::self}) {
+    if (!of_kind.empty()) break;
+    std::ranges::copy_if(layers, std::back_inserter(of_kind), [kind](const auto& layer) { return layer.kind == kind; });
+  }
+  return choose_one(file, prefix ? layers : of_kind, prefix);
+}
+
+FoundBlock choose(const std::string& file, const std::vector<FoundBlock>& blocks, const std::optional<std::string>& prefix) {
+  load_check(file)(!blocks.empty(), "must hold a block around cross-attention in a layout that is known, but holds none");
+  return choose_one(file, blocks, prefix);
+}
+
+void explain_none(const Checkpoint& checkpoint, const std::string& prefix) {
+  std::vector<std::string> names;
+  for (const auto& [name, info] : checkpoint.tensors()) {
+    if (!name.starts_with(prefix)) continue;
+    names.push_back(name);
+    const auto is_weight = [&name = name](const auto& layout) { return name.ends_with(layout.projections[0].weight); };
+    constexpr std::string_view kPacked = "qweight";  // GPTQ's and AWQ's name for weights of four bits
+    if (std::ranges::any_of(layer_layouts(), is_weight) || name.ends_with(kPacked)) refuse_quantized(checkpoint, name);
+  }
+  const auto advice = advice_on(names);
+  load_check(checkpoint.path())(advice.empty(), "must hold an attention layer in a layout that is known, but holds none{}",
+                                advice);
+}
+
+void refuse_quantized(const Checkpoint& checkpoint, const std::string& name) {
+  const auto type = checkpoint.tensors().at(name).type;
+  const auto* advice = c10::isIntegralType(type, /*includeBool=*/false)
+                           ? "; quantized weights must first be dequantised in Python, and saved again"
+                           : "";
+  load_check(checkpoint.path())(c10::isFloatingType(type), "tensor {} must have a floating point type, but has {}{}",
+                                in_quotes(name), c10::getDtypeNames(type).first, advice);
+}
+
+}  // namespace xattn::detail

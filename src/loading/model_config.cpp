@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "loading/model_config.h"
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cmath>
+#include <filesystem>
+#include <sstream>
+#include <string_view>
+#include <system_error>
+#include <type_traits>
+
+#include "base/text.h"
+#include "files/json.h"
+#include "files/mapped_file.h"
+
+namespace xattn::detail {
+namespace {
+
+using Json = nlohmann::json;
+using Names = std::vector<std::string>;
+
+template <class T>
+bool is_a(const Json& value) {
+  if constexpr (std::is_same_v<T, int64_t>) return value.is_number_integer();
+  if constexpr (std::is_same_v<T, double>) return value.is_number();
+  if constexpr (std::is_same_v<T, bool>) return value.is_boolean();
+  if constexpr (std::is_same_v<T, std::string>) return value.is_string();
+}
+
+// Where a name of a layout may stand: "/name", "/text_config/name", "/decoder/name", or at the one place that it says.
+Names places_of(std::string name) {
+  if (name.empty()) return {};
+  std::ranges::replace(name, '.', '/');
+  if (name.starts_with('/')) return {name};
+  if (name.find('/') != std::string::npos) return {"/" + name};
+  return {"/" + name, "/text_config/" + name, "/decoder/" + name};
+}
+
+// The value at a place; null if there is none.
+const Json* find(const Json& json, const std::string& place) {
+  const Json::json_pointer pointer(place);
+  return json.contains(pointer) ? &json[pointer] : nullptr;
+}
+
+// The last number among the components of a prefix.
+std::optional<int64_t> layer_number(const std::string& prefix) {
+  std::optional<int64_t> last;
+  std::istringstream components(prefix);
+  for (std::string component; std::getline(components, component, '.');) {
+    int64_t number = 0;
+    const auto* end = component.data() + component.size();
+    const auto [parsed, error] = std::from_chars(component.data(), end, number);
+    if (error == std::errc() && parsed == end && number >= 0) last = number;
+  }
+  return last;
+}
+
+// As Hugging Face's ACT2FN spells them.
+std::optional<Activation> activation_named(std::string_view name) {
+  if (name == "gated-gelu") return Activation::gelu_tanh;  // T5's feed_forward_proj: it has always been the approximation
+  if (name.starts_with("gated-")) name.remove_prefix(std::string_view("gated-").size());
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_new" || name == "gelu_fast" || name == "gelu_pytorch_tanh") return Activation::gelu_tanh;
+  if (name == "silu" || name == "swish") return Activation::silu;
+  return {};
+}
+
+}  // namespace
+
+ModelConfig::ModelConfig(const Checkpoint& checkpoint) : check_(load_check(checkpoint.path())) {
+  constexpr size_t kMaxConfig = 8'000'000;  // bytes; a config that names ten thousands of classes has one million
+  const auto path = (std::filesystem::path(checkpoint.path()).parent_path() / "config.json").string();
+  std::error_code error;
+  if (std::filesystem::status(path, error).type() == std::filesystem::file_type::not_found) return;
+  const MappedFile file(path, kMaxConfig);
+  json_ = parse_json("load", path, file.bytes(), kMaxConfig);
+}
+
+template <class T>
+std::vector<T> ModelConfig::all(const Names& names) const {
+  std::vector<T> values;
+  for (const auto& name : names) {
+    for (const auto& place : places_of(name)) {
+      if (const auto* value = find(json_, place); value && is_a<T>(*value)) values.push_back(value->get<T>());
+    }
+  }
+  return values;
+}
+
+void ModelConfig::refuse_other_attention(const FoundLayer& layer) const {
+  struct Refused {
+    std::string_view name;
+    std::string_view value;  // what its text begins with
+    bool with_norms;         // only layers with norms of queries and keys
+    std::string_view reason;
+  };
+  constexpr std::array kRefused = {
+      Refused{"model_type", "t5gemma2", false, "attention to its own tokens and to the context in one softmax"},
+      Refused{"model_type", "gemma", true, "norms whose weights count from one"},
+      Refused{"model_type", "t5gemma", true, "norms whose weights count from one"},
+      Refused{"_class_name", "HunyuanDiT2D", false, "rotary embeddings of its queries"},
+      Refused{"qk_norm", "l2", false, "norms of queries and keys that have no weights"},
+      Refused{"qk_norm", "fp32_layer_norm", false, "norms of queries and keys that have no weights"},
+  };
+  if (layer.layout == "qformer") return;  // the config is that of the language model in the same file
+  const bool has_norms = layer.options.qk_norm() != NormKind::none;
+  for (const auto& [name, value, with_norms, reason] : kRefused) {
+    for (const auto& text : all<std::string>({std::string(name)})) {
+      const bool refused = text.starts_with(value) && (has_norms || !with_norms);
+      check_(!refused, "its config.json says {} {}, which has {}: not computed", name, in_quotes(text), reason);
+    }
+  }
+  refuse_soft_caps(layout_named(layer.layout).num_heads);
+}
+
+// Of logits, in the parts of the config in which numbers of heads are looked up.
+void ModelConfig::refuse_soft_caps(const Names& names) const {
+  Names parts = {"/text_config", "/decoder"};
+  for (const auto& name : names) {
+    const auto place = places_of(name).front();
+    parts.push_back(place.substr(0, place.rfind('/')));
+  }
+  for (const auto& part : parts) {
+    const auto* object = find(json_, part);
+    if (!object || !object->is_object()) continue;
+    for (const auto& [name, value] : object->items()) {
+      const auto has = [&name = name](const char* word) { return name.find(word) != std::string::npos; };
+      const bool is_cap = has("att") && (has("softcap") || has("soft_cap") || has("logit_cap"));
+      if (!is_cap || !value.is_number()) continue;
+      check_(value == 0, "its config.json caps logits softly, by {} of {}: not computed", in_quotes(name), value.get<double>());
+    }
+  }
+}
+
+std::optional<int64_t> ModelConfig::num_heads(const FoundLayer& layer) const {
+  // Of these classes of diffusers, attention_head_dim is the number of heads; of others it is the size of a head.
+  constexpr std::array kClasses = {"UNet2DCondition", "UNet3DCondition", "UNetMotion", "I2VGenXLUNet", "ControlNet"};
+  const auto& layout = layout_named(layer.layout);
+  if (!layout.num_heads_unknown.empty() && layer.prefix.find(layout.num_heads_unknown) != std::string::npos) return {};
+  const auto of_class = first<std::string>({"._class_name"});
+  const bool head_dim_counts_heads =
+      !of_class || std::ranges::any_of(kClasses, [&](const auto* name) { return of_class->find(name) != std::string::npos; });
+  for (const auto& name : layout.num_heads) {
+    if (name == "attention_head_dim" && !head_dim_counts_heads) continue;
+    if (const auto number = first<int64_t>({name})) return number;
+  }
+  return {};
+}
+
+std::optional<double> ModelConfig::qk_norm_eps(const FoundLayer& layer) const {
+  return first<double>(layout_named(layer.layout).qk_norm.eps_in_config);
+}
+
+std::optional<double> ModelConfig::scale(const FoundLayer& layer, int64_t head_dim) const {
+  const auto& layout = layout_named(layer.layout);
+  if (const auto root = first<double>({layout.scale_root_in_config})) {
+    check_(*root > 0, "{} in its config.json must be positive, but is {}", layout.scale_root_in_config, *root);
+    return 1 / std::sqrt(*root);
+  }
+  std::optional<double> scale;
+  if (first<bool>({layout.scaled_in_config}) == false) scale = 1;
+  if (first<bool>({layout.by_layer_in_config}) == true) {
+    const auto number = layer_number(layer.prefix);
+    check_(number.has_value(), "its config.json says {}, but prefix {} does not tell the number of the layer",
+           layout.by_layer_in_config, in_quotes(layer.prefix));
+    scale = scale.value_or(1 / std::sqrt(static_cast<double>(head_dim))) / static_cast<double>(*number + 1);
+  }
+  return scale;
+}
+
+std::optional<NormPlacement> ModelConfig::norm_placement(const BlockLayout& layout) const {
+  if (layout.norm_placement) return layout.norm_placement;
+  for (const auto& model : all<std::string>({"model_type"})) {
+    if (std::ranges::count(layout.models_before, model) > 0) return NormPlacement::before;
+    if (std::ranges::count(layout.models_after, model) > 0) return NormPlacement::after;
+  }
+  return {};
+}
+
+std::optional<double> ModelConfig::norm_eps(const BlockLayout& layout) const {
+  return first<double>(layout.norms.eps_in_config);
+}
+
+std::optional<Activation> ModelConfig::activation(const BlockLayout& layout) const {
+  const auto name = first<std::string>(layout.activation_in_config);
+  if (!name) return layout.activation;
+  const auto activation = activation_named(*name);
+  check_(activation.has_value(), "the activation in its config.json, {}, is not known; give one of {}", in_quotes(*name),
+         kActivations);
+  return activation;
+}
+
+}  // namespace xattn::detail

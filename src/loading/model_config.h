@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <xattn/block_options.h>
+#include <xattn/checkpoint.h>
+#include <xattn/find_layers.h>
+
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "files/check_file.h"
+#include "loading/block_layouts.h"
+#include "loading/choose.h"
+#include "loading/layouts.h"
+
+namespace xattn::detail {
+
+/// The config.json beside a file of weights, which may be absent: what it says of a layer or block that its weights do not tell.
+class ModelConfig {
+ public:
+  /// Reads it as the weights are read: throws FileError unless it is a regular file of JSON, of at most 8 MB.
+  explicit ModelConfig(const Checkpoint& checkpoint);
+
+  /// Throws FileError for a kind of attention that only a config tells, and that is not computed.
+  void refuse_other_attention(const FoundLayer& layer) const;
+
+  std::optional<int64_t> num_heads(const FoundLayer& layer) const;
+  std::optional<double> qk_norm_eps(const FoundLayer& layer) const;
+  std::optional<double> scale(const FoundLayer& layer, int64_t head_dim) const;  ///< of the logits
+
+  /// By the layout, else by the type of the model.
+  std::optional<NormPlacement> norm_placement(const BlockLayout& layout) const;
+  std::optional<double> norm_eps(const BlockLayout& layout) const;
+  /// By config.json, else by the layout. Throws FileError if config.json names an unknown one.
+  std::optional<Activation> activation(const BlockLayout& layout) const;
+
+ private:
+  /// All values of type T under these names; see LayerLayout for where they are looked up.
+  template <class T>
+  std::vector<T> all(const std::vector<std::string>& names) const;
+
+  template <class T>
+  std::optional<T> first(const std::vector<std::string>& names) const {
+    const auto values = all<T>(names);
+    return values.empty() ? std::nullopt : std::optional(values.front());
+  }
+
+  void refuse_soft_caps(const std::vector<std::string>& names) const;
+
+  FileCheck check_;
+  nlohmann::json json_;
+};
+
+inline constexpr std::string_view kActivations = "relu, gelu, gelu_tanh, silu";
+
+}  // namespace xattn::detail
