@@ -77,9 +77,9 @@ def main(arguments):
                 faults.append(f"{name} includes {own or public}, of a room ({other}) that {room} does not stand on")
     faults += [f"{stem} is a file's name in several rooms: {', '.join(sorted(rooms))}"
                for stem, rooms in places.items() if len(rooms) > 1]
-    for what, rooms, budget in table("budgets"):
+    for what, rooms, budget, goal in table("budgets"):
         total, most = sum(lines[room] for room in names(rooms)), int(budget.replace(",", ""))
-        print(f"{what}: {total:,} lines of {most:,}")
+        print(f"{what}: {total:,} lines of {most:,} (goal: {goal})")
         if total > most:
             faults.append(f"{what} has {total:,} lines of code, over its budget of {most:,}")
     if arguments:

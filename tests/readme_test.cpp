@@ -73,6 +73,15 @@ TEST(ReadmeTest, ContextParallel) {
   EXPECT_TRUE(attention->key_linear->weight.grad().defined());
 }
 
+TEST(ReadmeTest, SelfAttention) {
+  auto x = torch::randn({2, 5, 384});
+  xattn::CrossAttentionBlock layer(
+      xattn::CrossAttentionBlockOptions(xattn::CrossAttentionOptions(384, 384, 384, 384).num_heads(6)).norm_context(true));
+  auto [encoded, none] = layer->forward(x, x, x, {}, {.weights = xattn::AttentionWeights::none});
+  EXPECT_EQ(encoded.sizes(), x.sizes());
+  EXPECT_FALSE(none.defined());
+}
+
 TEST(ReadmeTest, Masks) {
   auto x = torch::randn({2, 77, 16});
   auto text_lengths = torch::tensor({12, 77});
