@@ -616,6 +616,30 @@ TEST(PlannedBlockTest, ForwardTakesTheCheapestOrderAndGivesTheSameResult) {
   expect_close(std::get<0>(block->attend(x, few)), std::get<0>(block->forward(x, y, y)), 1e-4, "with a raw context");
 }
 
+TEST(SelfAttentionBlockTest, AContextBelongsToTheNormThatItPassed) {
+  CrossAttentionBlock block(CrossAttentionBlockOptions(CrossAttentionOptions(8, 8, 8, 8)).norm_context(true));
+  const auto x = torch::randn({2, 3, 8});
+  const auto context = block->context(x, x);
+  block->attend(x, context);
+  const std::string error =
+      "[cross_attention_block] context must be made with the weights that attend to it, but they are another module's, or have "
+      "changed since. Make the context again.";
+  EXPECT_EQ(error_of<c10::ValueError>([&] { block->attend(x, block->attention->context(x, x)); }), error);
+  const torch::NoGradGuard no_grad;
+  block->attention_norm->weight.mul_(2);
+  EXPECT_EQ(error_of<c10::ValueError>([&] { block->attend(x, context); }), error);
+}
+
+TEST(GatedBlockTest, TheOutputHasTheTypeOfAHalfQueryUnderAutocast) {
+  CrossAttentionBlock block(CrossAttentionBlockOptions(CrossAttentionOptions(8, 12, 12, 8)).gate(BlockGate::scalar));
+  const auto x = torch::randn({2, 3, 8}).to(torch::kBFloat16), y = torch::randn({2, 5, 12});
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const auto output = std::get<0>(block->forward(x, y, y));
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  at::autocast::clear_cache();
+  EXPECT_EQ(output.scalar_type(), torch::kBFloat16);
+}
+
 TEST(BlockOptionsTest, OptionsOfTheAttentionAreThoseOfItsModule) {
   CrossAttentionBlock block(CrossAttentionOptions(8, 12, 12, 8));
   const auto x = torch::randn({2, 3, 8}), y = torch::randn({2, 5, 12});

@@ -75,7 +75,15 @@ TEST_F(CallOptionsTest, ACallReturnsTheWeightsThatItAsksFor) {
   }
 }
 
-TEST_F(CallOptionsTest, HeadsThatAreNotThereAreRefused) {
+TEST_F(CallOptionsTest, RejectsHeadsWithoutWeightsOfHeads) {
+  for_each_call(AttentionWeights::mean, [&](const char* name, const auto& weights_of) {
+    const auto error =
+        error_of<c10::ValueError>([&] { return weights_of(query_, key_, value_, {.weight_heads = std::vector<int64_t>{0}}); });
+    EXPECT_NE(error.find("weight_heads must come with weights per_head, but come with mean."), std::string::npos) << name;
+  });
+}
+
+TEST_F(CallOptionsTest, RejectsHeadsOutOfRange) {
   for_each_call(AttentionWeights::mean, [&](const char* name, const auto& weights_of) {
     const auto error = error_of<c10::ValueError>([&] {
       return weights_of(query_, key_, value_, {.weights = AttentionWeights::per_head, .weight_heads = std::vector<int64_t>{4}});

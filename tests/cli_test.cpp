@@ -660,7 +660,7 @@ TEST_F(CliTest, ExplainSaysWhatEveryOrderCostsAndWhy) {
   const auto json = nlohmann::json::parse(xattn("explain 1,12,1,1500,768,768,768 --qk-norm --threads 1 --json").out);
   EXPECT_EQ(json["chosen"]["logits"], "standard");
   EXPECT_EQ(json["chosen"]["values"], "fold_into_query");
-  EXPECT_EQ(json["logits"].size(), 5);
+  EXPECT_EQ(json["logits"].size(), 4);
   EXPECT_TRUE(json["logits"][0]["illegal"].is_null());
   EXPECT_EQ(json["logits"][1]["illegal"], "a norm of the key stands behind Wk");
   EXPECT_LT(json["chosen"]["operations"], json["standard"]["operations"]);

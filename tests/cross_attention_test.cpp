@@ -599,5 +599,83 @@ TEST(DeviceTest, SuitesRunOnCuda) {
   EXPECT_EQ(devices().size(), 2);
 }
 
+// ---- Contexts in other orders ------------------------------------------------------------------------------------------------
+
+class PlannedContextTest : public testing::Test {
+ protected:
+  PlannedContextTest() { torch::manual_seed(0); }
+
+  Context context_in(const Orders& orders) {
+    module_->options.plan(PlanMode::pin(orders));
+    const auto context = module_->context(key_, value_, {}, {.expected_queries = 3});
+    module_->options.plan(PlanMode::automatic);
+    EXPECT_EQ(context.orders(), orders);
+    return context;
+  }
+
+  CrossAttention module_{CrossAttentionOptions(8, 12, 10, 8).num_heads(2)};
+  Tensor query_ = torch::randn({2, 3, 8}), key_ = torch::randn({2, 5, 12}), value_ = torch::randn({2, 5, 10});
+};
+
+TEST_F(PlannedContextTest, EveryOrderGivesTheSameOutputAndGradients) {
+  const auto gradients_with = [&](const Context& context) {
+    module_->zero_grad();
+    const auto output = std::get<0>(module_->attend(query_, context));
+    output.square().sum().backward();
+    std::vector<Tensor> all = {output.detach()};
+    for (const auto& parameter : module_->parameters()) all.push_back(parameter.grad().clone());
+    return all;
+  };
+  const auto expected = gradients_with(module_->context(key_, value_));
+  for (const auto logits : kAllOrders) {
+    for (const auto values : kAllOrders) {
+      const auto context = context_in({logits, values});
+      EXPECT_EQ(context.length(), 5);
+      const auto found = gradients_with(context);
+      for (size_t i = 0; i < expected.size(); ++i) {
+        const auto what = std::string(name_of(logits)) + ", " + std::string(name_of(values)) + ", " + std::to_string(i);
+        expect_close(found[i], expected[i], 1e-4, what);
+      }
+    }
+  }
+}
+
+TEST_F(PlannedContextTest, BelongsToAllWeightsThatItHolds) {
+  const torch::NoGradGuard no_grad;
+  const auto is_refused_after = [&](const Orders& orders, const std::function<void()>& change) {
+    const auto context = context_in(orders);
+    module_->attend(query_, context);
+    change();
+    return !error_of<c10::ValueError>([&] { module_->attend(query_, context); }).empty();
+  };
+  const Orders folded{Order::fold_into_context, Order::fold_into_context};
+  EXPECT_TRUE(is_refused_after(folded, [&] { module_->query_linear->weight.mul_(2); }));
+  EXPECT_TRUE(is_refused_after(folded, [&] { module_->query_linear->bias.add_(1); }));
+  EXPECT_TRUE(is_refused_after(folded, [&] { module_->output_linear->weight.mul_(2); }));
+  EXPECT_TRUE(is_refused_after(folded, [&] { module_->options.scale(0.3); }));
+  EXPECT_FALSE(is_refused_after({}, [&] { module_->query_linear->weight.mul_(2); }));
+  EXPECT_FALSE(is_refused_after({}, [&] { module_->options.scale(0.2); }));
+}
+
+TEST_F(PlannedContextTest, DoesNotChangeWithTheTensorsItWasMadeOf) {
+  const torch::NoGradGuard no_grad;
+  const auto raw = context_in({Order::fold_into_query, Order::fold_into_query});
+  const auto expected = std::get<0>(module_->attend(query_, raw));
+  key_.zero_(), value_.zero_();
+  expect_close(std::get<0>(module_->attend(query_, raw)), expected, 0, "output");
+}
+
+TEST_F(PlannedContextTest, RefusesACallUnderAnotherAutocast) {
+  const auto context = module_->context(key_, value_);
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const auto error = error_of<c10::TypeError>([&] { module_->attend(query_, context); });
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  at::autocast::clear_cache();
+  EXPECT_EQ(
+      error,
+      "[cross_attention] context must be bfloat16, the type of this call's products, but is float32. Make it and attend to it "
+      "under the same autocast.");
+}
+
 }  // namespace
 }  // namespace xattn::test

@@ -383,7 +383,7 @@ TEST_P(DecoupledTest, RefusesBadInputByName) {
   EXPECT_EQ(type_error(query_, {image_key_.to(torch::kFloat), image_value_}),
             "[decoupled_cross_attention.added0] key must be float64, the type of the parameters, but is float32.");
   EXPECT_EQ(value_error(query_, {image_key_, image_value_, Mask::lengths(torch::tensor({3, 4}), 5).to(device_)}),
-            "[decoupled_cross_attention.added0] mask (lengths) must fit [B, H, Lq, Lk] = [2, 4, Lq, 3], but has [2, 1, 1, 5].");
+            "[decoupled_cross_attention.added0] mask (lengths) must fit [B, H, Lq, Lk] = [2, 4, 4, 3], but has [2, 1, 1, 5].");
   EXPECT_EQ(value_error(query_, {image_key_, image_value_, Mask::bias(random({2, 3}))}),
             "[decoupled_cross_attention.added0] mask (bias) must fit [B, H, Lq, Lk] = [2, 4, 4, 3], but has [1, 1, 2, 3].");
   EXPECT_EQ(error_of<c10::ValueError>([&] { module->forward(query_, key_, value_, {}); }),
@@ -695,6 +695,29 @@ TEST_F(IpAdapterTest, RefusesABaseThatHasNoPlaceForIt) {
   const auto has_one = saved("base", layer_with_adapters("a.attn2.", 1));
   EXPECT_EQ(error_of<FileError>([&] { return with_ip_adapter(has_one, one); }),
             "[checkpoint] " + has_one.path() + R"(: already has a tensor "a.attn2.processor.to_k_ip.0.weight")");
+}
+
+TEST(DecoupledContextTest, RefusesAContextWhoseValuesHaveBeenProjectedOut) {
+  DecoupledCrossAttention module(DecoupledCrossAttentionOptions(CrossAttentionOptions(8, 12, 12, 8)).added({{6, 6}}));
+  const auto x = torch::randn({2, 3, 8}), y = torch::randn({2, 5, 12}), z = torch::randn({2, 4, 6});
+  const auto added = module->added_context(0, z, z);
+  module->attention->options.plan(PlanMode::pin({Order::standard, Order::fold_into_context}));
+  const auto other = module->attention->context(y, y, {}, {.expected_queries = 3});
+  module->attention->options.plan(PlanMode::automatic);
+  EXPECT_EQ(error_of<c10::ValueError>([&] { module->attend(x, other, {added}); }),
+            "[decoupled_cross_attention] context must be made by this layer, for values that end in heads, but is in the order "
+            "fold_into_context.");
+}
+
+TEST(DecoupledContextTest, AScaleOfZeroLeavesAContextOut) {
+  DecoupledCrossAttention module(
+      DecoupledCrossAttentionOptions(CrossAttentionOptions(8, 12, 12, 8)).added({AddedContextOptions(6, 6).scale(0)}));
+  const auto x = torch::randn({2, 3, 8}), y = torch::randn({2, 5, 12});
+  const auto z = torch::full({2, 4, 6}, NAN);
+  const auto expected = std::get<0>(module->attention->forward(x, y, y));
+  expect_close(std::get<0>(module->forward(x, y, y, {{z, z}})), expected, 1e-6, "forward");
+  expect_close(std::get<0>(module->attend(x, module->context(y, y), {module->added_context(0, z, z)})), expected, 1e-6,
+               "attend");
 }
 
 TEST(DecoupledOptionsTest, OptionsOfTheAttentionAreThoseOfItsModule) {

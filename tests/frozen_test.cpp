@@ -716,5 +716,14 @@ TEST_F(FrozenTest, RefusesBadInputByName) {
             "[frozen] contexts must be batches of one Frozen, of one length and orders, but they differ.");
 }
 
+TEST(FrozenContextTest, KeepsKeysAndValuesThatAreOneTensorAsOne) {
+  const auto frozen = CrossAttention(CrossAttentionOptions(8, 12, 12, 8).num_heads(2))->freeze();
+  const auto x = torch::randn({2, 5, 12});
+  const auto context = frozen.context(x, x, {}, {.expected_queries = 1});
+  EXPECT_EQ(context.to(torch::kCPU).bytes(), context.bytes());
+  EXPECT_EQ(FrozenContext::cat({context, context}).bytes(), 2 * context.bytes());
+  EXPECT_EQ(context.slice(0, 1).bytes(), context.bytes() / 2);
+}
+
 }  // namespace
 }  // namespace xattn::test

@@ -17,6 +17,7 @@
 #include <functional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace xattn {
 
@@ -73,7 +74,7 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
                                                   const CallOptions& call = {});
 
   /// `CrossAttention::explain` of the attention that `forward` would run now.
-  std::string explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask = {}) const;
+  std::string explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask = {}, const CallOptions& call = {}) const;
 
   /// With every default resolved: feed_forward has a value. Those of the attention are read from `attention->options`; a call
   /// throws if `options.attention()` has been changed.
@@ -93,6 +94,7 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
   void check_input(const char* name, const torch::Tensor& x, const char* length) const;
   bool norms_before() const;
   torch::Tensor normalised_context(const char* name, const torch::Tensor& x);
+  std::vector<torch::Tensor> norm_tensors() const;
   std::tuple<torch::Tensor, torch::Tensor> add_branches(
       const torch::Tensor& query, const std::function<std::tuple<torch::Tensor, torch::Tensor>(const torch::Tensor&)>& attend);
   CrossAttentionOptions attention_options_;  // as they were given

@@ -14,7 +14,7 @@ namespace xattn {
 ///   auto [output, weights] = attention->forward(query, key, value, {}, {.weights = AttentionWeights::per_head});
 struct CallOptions {
   std::optional<AttentionWeights> weights = {};           ///< default: `attention_weights` of the module
-  std::optional<std::vector<int64_t>> weight_heads = {};  ///< default: `weight_heads` of the module
+  std::optional<std::vector<int64_t>> weight_heads = {};  ///< with per_head; default: `weight_heads` of the module
 };
 
 }  // namespace xattn

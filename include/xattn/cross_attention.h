@@ -86,7 +86,7 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
   [[nodiscard]] Frozen freeze(const FreezeOptions& options) const;
 
   /// What `forward` would do now with B x Lq queries and B x Lk keys: every order with its cost, and the choice. As text.
-  std::string explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask = {}) const;
+  std::string explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask = {}, const CallOptions& call = {}) const;
 
   /// With every default resolved: kv_heads, head_dim, value_head_dim and scale have values.
   CrossAttentionOptions options;

@@ -119,8 +119,11 @@ class XATTN_API Frozen {
   struct State;
   Frozen(const CrossAttentionImpl& module, const FreezeOptions& options);
   AttentionResult attend_with(const at::Tensor& query, const FrozenContext& context, const CallOptions& call) const;
-  std::tuple<at::Tensor, at::Tensor> forward_with(
-      const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const Mask& mask, const CallOptions& call) const;
+  std::tuple<at::Tensor, at::Tensor> forward_with(const std::optional<at::Tensor>& query,
+                                                  const at::Tensor& key,
+                                                  const at::Tensor& value,
+                                                  const Mask& mask,
+                                                  const CallOptions& call) const;
   std::shared_ptr<FrozenContext::State> make_context(
       const Orders& orders, const at::Tensor& key, const at::Tensor& value, const Mask& mask, bool batched, int64_t rows) const;
 

@@ -325,7 +325,7 @@ AttentionResult attention(const Tensor& q, const Tensor& k, const Tensor& v, con
   return attend({q, k, v, options}).result;
 }
 
-AttentionResult detail::attend_checked(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+AttentionResult detail::attend_unchecked(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   return xattn::attend({q, k, v, options}).result;
 }
 

@@ -51,7 +51,10 @@ SoftmaxResult softmax_over_keys(const at::Tensor& products,
                                 std::optional<LogSumExpBase> log_sum_exp);
 
 /// `attention` without its checks. REQUIRES: the caller has checked the arguments, the mask included (`check_mask`).
-AttentionResult attend_checked(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options);
+AttentionResult attend_unchecked(const at::Tensor& q,
+                                 const at::Tensor& k,
+                                 const at::Tensor& v,
+                                 const AttentionOptions& options);
 
 /// `attention`, checks included, with a log-sum-exp for merging: relative to `largest`, which is always defined. It is 0 for a
 /// row without keys, and wherever the log-sum-exp itself is as exact.

@@ -42,7 +42,7 @@ void check_options(const CrossAttentionImpl& module) {
   check_value(!module.options.bias_kv(), kContextParallel,
               "module must have no bias_kv, whose free key belongs to no rank, but has one.");
   const auto& plan = module.options.plan();
-  const bool ends_in_heads = detail::ends_in_heads(plan.orders.logits) && detail::ends_in_heads(plan.orders.values);
+  const bool ends_in_heads = detail::projects_query(plan.orders.logits) && detail::ends_in_heads(plan.orders.values);
   check_value(!plan.pinned || ends_in_heads, kContextParallel,
               "plan must be of orders that end in heads, standard and fold_into_query, but is {}, {}.",
               name_of(plan.orders.logits), name_of(plan.orders.values));
@@ -152,7 +152,8 @@ SharedContext ContextParallel::context(const Tensor& key,
   detail::check_mask(mask, kContextParallel, inputs.B(), o.num_heads(), std::nullopt, length, inputs.key.device());
 
   const bool inputs_train = key.requires_grad() || value.requires_grad();
-  auto request = detail::request_of(module, inputs.B(), 1, std::max<int64_t>(1, own), {}, o.attention_weights(), inputs_train);
+  auto request =
+      detail::request_of(module, weights, inputs.B(), 1, std::max<int64_t>(1, own), {}, o.attention_weights(), inputs_train);
   request.sums_heads = request.sums_ranks = true;
   if (!o.plan().pinned) request.pinned.reset();  // autocast pins the standard order, for which there is no need here
   const auto orders = detail::orders_of(detail::for_context(kContextParallel, request, options.expected_queries));
@@ -163,7 +164,7 @@ SharedContext ContextParallel::context(const Tensor& key,
     inputs.key = at::constant_pad_nd(inputs.key, {0, 0, 0, 1});
     inputs.value = one ? inputs.key : at::constant_pad_nd(inputs.value, {0, 0, 0, 1});
   }
-  const detail::WeightsStamp stamp(weights);
+  const auto stamp = detail::stamp_of(weights, orders);
   detail::sum_gradients(detail::context_tensors(weights), state_->ranks);
   detail::Layer layer(orders, std::move(weights));
   auto parts = detail::make_context(layer, inputs.key, inputs.value);
@@ -184,7 +185,7 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   const auto check = [&] {
     check_options(module);
     own = detail::query_input(kContextParallel, own_weights, query, c.is_batched, context.batch_size());
-    c.made_from.check(kContextParallel, own_weights);
+    c.made_from.check(kContextParallel, detail::stamp_of(own_weights, c.layer.orders));
   };
   const auto device = own_weights.query.device();
   std::vector<int64_t> lengths;
@@ -210,6 +211,7 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   layer.weights.query = own_weights.query;
   layer.weights.query_bias = own_weights.query_bias;
   layer.weights.query_norm = own_weights.query_norm;
+  layer.weights.scale = own_weights.scale;
 
   const auto mask = c.own > 0 ? detail::shard_of_keys(c.mask, c.first, c.own, Lq, c.length, device)
                               : Mask::key_padding(at::zeros({1, 1}, at::dtype(at::kBool).device(device)));

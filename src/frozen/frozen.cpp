@@ -29,7 +29,6 @@
 namespace xattn {
 
 using at::Tensor;
-using detail::batched;
 using detail::check_value;
 using detail::uses_product;
 
@@ -106,10 +105,9 @@ struct Frozen::State {
   std::array<Tensor, kOrders> folded_query = {};  // for each order of the logits
 
   PlanRequest request(int64_t B, int64_t Lq, int64_t Lk, AttentionWeights returned) const {
-    auto request = detail::request_of(options, B, Lq, Lk);
+    auto request = detail::request_of(weights, B, Lq, Lk);
     request.weights_are_frozen = true;
     request.query_is_constant = query.defined();
-    request.element = static_cast<int64_t>(weights.query.element_size());
     const int threads = at::get_num_threads();
     request.rates = plan.rates                ? *plan.rates
                     : engine                  ? Rates::kernels(threads)
@@ -156,9 +154,10 @@ struct FrozenContext::State {
   void change_tensors(const Change& change) {
     std::visit(
         [&change](auto& of) {
-          for (auto* x : {&of.keys, &of.key_bias, &of.values}) {
-            if (x->defined()) *x = change(*x);
-          }
+          const bool one = of.values.is_same(of.keys);
+          of.keys = change(of.keys);
+          of.values = one ? of.keys : change(of.values);
+          if (of.key_bias.defined()) of.key_bias = change(of.key_bias);
         },
         parts);
   }
@@ -237,6 +236,8 @@ FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
           for (const auto& context : contexts) all.push_back(std::get<Parts>(context.state_->parts).*part);
           if (all.front().defined()) parts.*part = at::cat(all);
         }
+        const auto& of_first = std::get<Parts>(first.parts);
+        if (of_first.values.is_same(of_first.keys)) parts.values = parts.keys;
         if constexpr (std::is_same_v<Parts, detail::EngineSide>) {
           parts.B = joined->B;
           parts.lengths.clear();
@@ -253,13 +254,12 @@ FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
 // ---- Frozen ----------------------------------------------------------------------------------------------------------------
 
 Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& freeze) {
-  const at::NoGradGuard no_grad;
+  const Inference inference;
   detail::check_module(kFrozen, module);
   const auto& o = module.options;
   const auto weights = copied(detail::weights_of(module));
   const auto plan = freeze.plan.value_or(o.plan());
-  const auto request = detail::request_of(o, 1, 1, 1);
-  detail::check_plan(kFrozen, plan, request);
+  detail::check_plan(kFrozen, plan, o);
   auto state = std::make_shared<State>(State{o, weights, plan});
   if (freeze.query.defined()) {
     check_value(freeze.query.dim() == 2 && freeze.query.size(1) == o.dim_query(), kFrozen,
@@ -282,12 +282,12 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& freeze) {
   const auto is_wanted = [&plan](Order pinned, std::string_view illegal) {
     return plan.pinned ? uses_product(pinned) : illegal.empty();
   };
-  auto frozen_request = request;
-  frozen_request.weights_are_frozen = true;
-  if (is_wanted(plan.orders.logits, illegal_for_logits(Order::prefold, frozen_request))) {
+  auto request = detail::request_of(weights, 1, 1, 1);
+  request.weights_are_frozen = true;
+  if (is_wanted(plan.orders.logits, illegal_for_logits(Order::prefold, request))) {
     state->products.logits = in_type_of(weights.query, detail::product_for_logits(exact));
   }
-  if (is_wanted(plan.orders.values, illegal_for_values(Order::prefold, frozen_request))) {
+  if (is_wanted(plan.orders.values, illegal_for_values(Order::prefold, request))) {
     state->products.values = in_type_of(weights.query, detail::product_for_values(exact));
   }
   if (kernels) {
@@ -302,37 +302,39 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& freeze) {
 
 std::tuple<Tensor, Tensor> Frozen::forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask, const CallOptions& call) const {
-  const Inference inference;
-  const bool is_batched = key.defined() && key.dim() == 3;
-  const auto Xq = detail::query_input(kFrozen, state_->weights, query, is_batched, is_batched ? key.size(0) : 1);
-  return forward_with(Xq, key, value, mask, call);
+  return forward_with(query, key, value, mask, call);
 }
 
 std::tuple<Tensor, Tensor> Frozen::forward(const Tensor& key,
                                            const Tensor& value,
                                            const Mask& mask,
                                            const CallOptions& call) const {
-  const Inference inference;
   check_value(state_->query.defined(), kFrozen, "query must be given to freeze or to forward, but is given to neither.");
-  return forward_with({}, key, value, mask, call);
+  return forward_with(std::nullopt, key, value, mask, call);
 }
 
-// query [B, Lq, Eq], or undefined for the constant one.
-std::tuple<Tensor, Tensor> Frozen::forward_with(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask, const CallOptions& call) const {
+// Without a query, the constant one attends.
+std::tuple<Tensor, Tensor> Frozen::forward_with(const std::optional<Tensor>& query,
+                                                const Tensor& key,
+                                                const Tensor& value,
+                                                const Mask& mask,
+                                                const CallOptions& call) const {
+  const Inference inference;
   auto inputs = detail::context_inputs(kFrozen, state_->weights, key, value, mask);
-  const auto B = inputs.B(), Lq = query.defined() ? query.size(1) : state_->query.size(0);
+  const auto B = inputs.B();
+  const auto Xq = query ? detail::query_input(kFrozen, state_->weights, *query, inputs.is_batched, B) : Tensor();
+  const auto Lq = query ? Xq.size(1) : state_->query.size(0);
   detail::check_mask(kFrozen, state_->weights, inputs, Lq);
   const auto returned = detail::returned_weights(options(), call);
   if (!state_->engine) {
     const auto dropped_keys = detail::drop_padding(state_->weights, inputs);
     const auto orders = detail::orders_of(state_->request(B, Lq, inputs.Lk(), returned));
     const FrozenContext context(make_context(orders, inputs.key, inputs.value, inputs.mask, inputs.is_batched, Lq));
-    return detail::results(attend_with(query, context, call), inputs.is_batched, dropped_keys);
+    return detail::results(attend_with(Xq, context, call), inputs.is_batched, dropped_keys);
   }
   const auto [lengths, rest] = split_lengths(mask, B, inputs.Lk());
   const auto orders = detail::orders_of(state_->request(B, Lq, mean_length(lengths), returned));
-  const auto engine_call = state_->call(orders, query, state_->attention_options(rest, call));
+  const auto engine_call = state_->call(orders, Xq, state_->attention_options(rest, call));
   return detail::results(detail::forward(orders, *state_->engine, inputs.key, inputs.value, lengths, engine_call),
                          inputs.is_batched);
 }
@@ -343,7 +345,7 @@ FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask
   auto inputs = detail::context_inputs(kFrozen, state_->weights, key, value, mask);
   detail::check_mask(kFrozen, state_->weights, inputs, std::nullopt);
   if (are_one(key, value)) inputs.value = inputs.key;
-  const auto keys = mean_length(split_lengths(mask, inputs.B(), inputs.Lk()).first);
+  const auto keys = state_->engine ? mean_length(split_lengths(mask, inputs.B(), inputs.Lk()).first) : inputs.Lk();
   const auto orders = detail::orders_of(state_->request_for_context(inputs.B(), keys, expected));
   const auto rows = expected == ContextOptions::kMany ? std::numeric_limits<int64_t>::max() : expected;
   auto context = make_context(orders, inputs.key, inputs.value, mask, inputs.is_batched, rows);

@@ -8,13 +8,14 @@
 #include <torch/nn/init.h>
 
 #include <functional>
-#include <sstream>
+#include <memory>
 #include <string>
 #include <string_view>
 
 #include "base/check.h"
 #include "base/describe.h"
 #include "base/text.h"
+#include "modules/context_state.h"
 #include "modules/option_names.h"
 #include "modules/options.h"
 
@@ -91,6 +92,9 @@ void CrossAttentionBlockImpl::check_options() const {
   check_value(o.feed_forward_glu() == !feed_forward_multiplier.is_empty(), kBlock,
               "options must fit the parameters, but say {} feed_forward_glu.", o.feed_forward_glu() ? "a" : "no");
   detail::check_projection(kBlock, "feed_forward_in", feed_forward_in, Eq, hidden, bias);
+  if (feed_forward_multiplier) {
+    detail::check_projection(kBlock, "feed_forward_multiplier", feed_forward_multiplier, Eq, hidden, bias);
+  }
   detail::check_projection(kBlock, "feed_forward_out", feed_forward_out, hidden, Eq, bias);
 }
 
@@ -148,13 +152,7 @@ void CrossAttentionBlockImpl::pretty_print(std::ostream& stream) const {
   add(!o.feed_forward_bias(), ".feed_forward_bias(false)");
   add(o.dropout() != 0, ".dropout({})", o.dropout());
 
-  // The arguments in "xattn::CrossAttention(...)": four sizes, or CrossAttentionOptions.
-  std::ostringstream inner;
-  attention->pretty_print(inner);
-  const auto text = inner.str();
-  const auto open = text.find('(');
-  auto arguments = text.substr(open + 1, text.size() - open - 2);
-  if (!arguments.starts_with("CrossAttentionOptions")) arguments = detail::formatted("CrossAttentionOptions({})", arguments);
+  const auto arguments = detail::printed(attention->options);
   stream << (named.empty()
                  ? detail::formatted("xattn::CrossAttentionBlock({})", arguments)
                  : detail::formatted("xattn::CrossAttentionBlock(CrossAttentionBlockOptions({}){})", arguments, named));
@@ -174,20 +172,34 @@ std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::forward(
 }
 
 Context CrossAttentionBlockImpl::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& how) {
-  if (!options.norm_context()) return attention->context(key, value, mask, how);
   check_options();
+  if (!options.norm_context()) return attention->context(key, value, mask, how);
   const auto Xk = normalised_context("key", key);
-  return attention->context(Xk, value.is_same(key) ? Xk : normalised_context("value", value), mask, how);
+  const auto context = attention->context(Xk, value.is_same(key) ? Xk : normalised_context("value", value), mask, how);
+  auto state = std::make_shared<Context::State>(context.state());
+  state->normalised_by = detail::WeightsStamp(norm_tensors());
+  return Context(std::move(state));
 }
 
 std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::attend(const Tensor& query,
                                                            const Context& context,
                                                            const CallOptions& call) {
-  return add_branches(query, [&](const Tensor& x) { return attention->attend(x, context, call); });
+  return add_branches(query, [&](const Tensor& x) {
+    context.state().normalised_by.check(kBlock, detail::WeightsStamp(norm_tensors()));
+    return attention->attend(x, context, call);
+  });
 }
 
-std::string CrossAttentionBlockImpl::explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask) const {
-  return attention->explain(B, Lq, Lk, mask);
+std::string CrossAttentionBlockImpl::explain(
+    int64_t B, int64_t Lq, int64_t Lk, const Mask& mask, const CallOptions& call) const {
+  check_options();
+  return attention->explain(B, Lq, Lk, mask, call);
+}
+
+// The parameters of the norm that keys and values pass; none if they pass none.
+std::vector<Tensor> CrossAttentionBlockImpl::norm_tensors() const {
+  if (!options.norm_context() || !norms_before()) return {};
+  return {attention_norm->weight, attention_norm->bias};
 }
 
 bool CrossAttentionBlockImpl::norms_before() const {
@@ -218,7 +230,7 @@ std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::add_branches(
   const auto entrance = [&](const Tensor& x, Norm& norm) { return before ? norm(x) : x; };
   const auto sum = [&](const Tensor& x, const Tensor& branch, const Tensor& gate, Norm& norm) {
     const auto dropped = at::dropout(branch, options.dropout(), is_training());
-    const auto y = x + (gate.defined() ? gate.tanh() * dropped : dropped);
+    const auto y = x + (gate.defined() ? (gate.tanh() * dropped).to(dropped.scalar_type()) : dropped);
     return before ? y : norm(y);
   };
   const auto [attended, weights] = attend(entrance(query, attention_norm));

@@ -4,8 +4,12 @@
 #include <memory>
 #include <utility>
 
+#include "attention/mask_parts.h"
 #include "base/check.h"
+#include "base/describe.h"
+#include "cpu/matrix_product.h"
 #include "modules/context_state.h"
+#include "plan/order_traits.h"
 
 namespace xattn {
 
@@ -30,17 +34,15 @@ int64_t Context::batch_size() const {
   return key().size(0);
 }
 int64_t Context::length() const {
-  return state_->orders.logits == Order::standard ? key().size(2) : state_->parts.Lk;
+  return state_->parts.Lk;
 }
 
 namespace detail {
 
-WeightsStamp::WeightsStamp(const LayerWeights& weights) {
-  auto copy = weights;
-  for (const auto* x : context_tensors(copy)) {
-    entries_.push_back(x->defined()
-                           ? Entry{*x, x->const_data_ptr(), x->is_inference() ? 0 : static_cast<uint32_t>(x->_version())}
-                           : Entry{*x, nullptr, 0});
+WeightsStamp::WeightsStamp(const std::vector<at::Tensor>& tensors, double scale) : scale_(scale) {
+  for (const auto& x : tensors) {
+    const bool has_counter = x.defined() && !x.is_inference();
+    entries_.push_back({x, x.defined() ? x.const_data_ptr() : nullptr, has_counter ? static_cast<uint32_t>(x._version()) : 0});
   }
 }
 
@@ -48,17 +50,36 @@ bool WeightsStamp::Entry::operator==(const Entry& other) const {
   return tensor.is_same(other.tensor) && data == other.data && version == other.version;
 }
 
-void WeightsStamp::check(std::string_view caller, const LayerWeights& weights) const {
-  check_value(entries_ == WeightsStamp(weights).entries_, caller,
+void WeightsStamp::check(std::string_view caller, const WeightsStamp& now) const {
+  check_value(entries_ == now.entries_ && scale_ == now.scale_, caller,
               "context must be made with the weights that attend to it, but they are another module's, or have changed "
               "since. Make the context again.");
+}
+
+WeightsStamp stamp_of(const LayerWeights& w, const Orders& orders) {
+  std::vector<at::Tensor> tensors;
+  for (const auto* x : context_tensors(w)) tensors.push_back(*x);
+  if (is_folded(orders.logits)) tensors.insert(tensors.end(), {w.query, w.query_bias});
+  if (is_folded(orders.values)) tensors.push_back(w.output);
+  return WeightsStamp(tensors, is_folded(orders.logits) ? w.scale : 0);
+}
+
+void check_context(std::string_view caller, const LayerWeights& w, const Context::State& context, const at::Tensor& query) {
+  const auto& [orders, parts, mask, is_batched, made_from, normalised_by] = context;
+  made_from.check(caller, stamp_of(w, orders));
+  check_mask(mask, caller, query.size(0), w.H, query.size(1), parts.Lk, query.device());
+  const auto type = product_type(query);
+  check_type(
+      is_raw(orders.logits) || parts.keys.scalar_type() == type, caller,
+      "context must be {}, the type of this call's products, but is {}. Make it and attend to it under the same autocast.",
+      c10::getDtypeNames(type).first, type_of(parts.keys));
 }
 
 Context keep_context(const Layer& layer, const ContextInputs& inputs) {
   auto parts = make_context(layer, inputs.key, inputs.value);
   copy_shared(parts, inputs.key, inputs.value);
   return Context(std::make_shared<Context::State>(
-      Context::State{layer.orders, std::move(parts), inputs.mask, inputs.is_batched, WeightsStamp(layer.weights)}));
+      Context::State{layer.orders, std::move(parts), inputs.mask, inputs.is_batched, stamp_of(layer.weights, layer.orders)}));
 }
 
 }  // namespace detail

@@ -15,13 +15,14 @@
 namespace xattn {
 namespace detail {
 
-/// The state of the weights that a context was made with.
+/// The state of tensors that a context was made with.
 class WeightsStamp {
  public:
-  explicit WeightsStamp(const LayerWeights& weights);
+  WeightsStamp() = default;
+  explicit WeightsStamp(const std::vector<at::Tensor>& tensors, double scale = 0);
 
-  /// Throws c10::ValueError unless these are the same weights, unchanged.
-  void check(std::string_view caller, const LayerWeights& weights) const;
+  /// Throws c10::ValueError unless `now` is of the same tensors, unchanged.
+  void check(std::string_view caller, const WeightsStamp& now) const;
 
  private:
   // The tensor is held so that no other one can get its address.
@@ -32,10 +33,20 @@ class WeightsStamp {
     bool operator==(const Entry& other) const;
   };
   std::vector<Entry> entries_;
+  double scale_ = 0;
 };
+
+/// Of all weights that a context in these orders holds.
+WeightsStamp stamp_of(const LayerWeights& weights, const Orders& orders);
 
 /// Makes a context of checked inputs. Tensors that it would share with the caller are copied.
 Context keep_context(const Layer& layer, const ContextInputs& inputs);
+
+/// Throws unless a module with these weights can attend to the context now, with query [B, Lq, Eq].
+void check_context(std::string_view caller,
+                   const LayerWeights& weights,
+                   const Context::State& context,
+                   const at::Tensor& query);
 
 }  // namespace detail
 
@@ -45,6 +56,7 @@ struct Context::State {
   Mask mask;
   bool is_batched;
   detail::WeightsStamp made_from;
+  detail::WeightsStamp normalised_by = {};  // the norm of a block that keys and values passed; empty if there was none
 };
 
 }  // namespace xattn

@@ -35,7 +35,7 @@ CrossAttentionOptions resolved(CrossAttentionOptions options) {
   check_value(*options.head_dim() >= 1, kCrossAttention, "head_dim must be at least 1, but is {}.", *options.head_dim());
   if (!options.value_head_dim()) options.value_head_dim(options.head_dim());
   if (!options.scale()) options.scale(1 / std::sqrt(static_cast<double>(*options.head_dim())));
-  detail::check_plan(kCrossAttention, options.plan(), detail::request_of(options, 1, 1, 1));
+  detail::check_plan(kCrossAttention, options.plan(), options);
   return options;
 }
 
@@ -85,8 +85,7 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::forward(
   const auto how = detail::attention_options(kCrossAttention, options, call, inputs.mask, is_training());
 
   const bool inputs_train = query.requires_grad() || key.requires_grad() || value.requires_grad();
-  const auto request = detail::request_of(*this, inputs.B(), Lq, inputs.Lk(), inputs.mask,
-                                          detail::returned_weights(options, call), inputs_train);
+  const auto request = detail::request_of(*this, weights, inputs.B(), Lq, inputs.Lk(), inputs.mask, how.weights, inputs_train);
   const detail::Layer layer(detail::orders_of(request), std::move(weights));
   const auto context = detail::make_context(layer, inputs.key, inputs.value);
   return detail::results(detail::attend(layer, Xq, context, how), inputs.is_batched, dropped_keys);
@@ -98,26 +97,29 @@ Context CrossAttentionImpl::context(const Tensor& key, const Tensor& value, cons
   const auto inputs = detail::context_inputs(kCrossAttention, weights, key, value, mask);
   detail::check_mask(kCrossAttention, weights, inputs, std::nullopt);
   const bool inputs_train = key.requires_grad() || value.requires_grad();
-  const auto request = detail::request_of(*this, inputs.B(), 1, inputs.Lk(), mask, options.attention_weights(), inputs_train);
+  const auto request =
+      detail::request_of(*this, weights, inputs.B(), 1, inputs.Lk(), mask, options.attention_weights(), inputs_train);
   const auto orders = detail::orders_of_context(kCrossAttention, request, how.expected_queries);
   return detail::keep_context(detail::Layer(orders, std::move(weights), {}), inputs);
 }
 
 std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Tensor& query, const Context& context, const CallOptions& call) {
   detail::check_module(kCrossAttention, *this);
-  const auto& [orders, parts, mask, is_batched, made_from] = context.state();
-  const detail::Layer layer(orders, detail::weights_of(*this));
-  const auto Xq = detail::query_input(kCrossAttention, layer.weights, query, is_batched, context.batch_size());
-  made_from.check(kCrossAttention, layer.weights);
-  detail::check_mask(mask, kCrossAttention, Xq.size(0), options.num_heads(), Xq.size(1), parts.Lk, Xq.device());
-  const auto how = detail::attention_options(kCrossAttention, options, call, mask, is_training());
-  return detail::results(detail::attend(layer, Xq, parts, how), is_batched);
+  auto weights = detail::weights_of(*this);
+  const auto& state = context.state();
+  const auto Xq = detail::query_input(kCrossAttention, weights, query, state.is_batched, context.batch_size());
+  detail::check_context(kCrossAttention, weights, state, Xq);
+  const auto how = detail::attention_options(kCrossAttention, options, call, state.mask, is_training());
+  return detail::results(detail::attend(detail::Layer(state.orders, std::move(weights)), Xq, state.parts, how),
+                         state.is_batched);
 }
 
-std::string CrossAttentionImpl::explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask) const {
+std::string CrossAttentionImpl::explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask, const CallOptions& call) const {
   detail::check_module(kCrossAttention, *this);
+  const auto weights = detail::weights_of(*this);
+  detail::check_mask(mask, kCrossAttention, B, weights.H, Lq, Lk, weights.query.device());
   const auto keys = options.bias_kv() ? Lk : detail::needed_keys(mask, Lk);
-  return xattn::explain(detail::request_of(*this, B, Lq, keys, mask, options.attention_weights(), false));
+  return xattn::explain(detail::request_of(*this, weights, B, Lq, keys, mask, detail::returned_weights(options, call), false));
 }
 
 void CrossAttentionImpl::pretty_print(std::ostream& stream) const {

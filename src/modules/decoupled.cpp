@@ -75,6 +75,7 @@ detail::LayerWeights weights_of(const DecoupledCrossAttentionImpl& module, size_
 
 // The request for one context. Its heads are added to those of the others, so its values end in heads.
 PlanRequest request(const DecoupledCrossAttentionImpl& module,
+                    const detail::LayerWeights& weights,
                     size_t context,
                     int64_t B,
                     int64_t Lq,
@@ -82,34 +83,25 @@ PlanRequest request(const DecoupledCrossAttentionImpl& module,
                     const Mask& mask,
                     const CallOptions& call,
                     bool inputs_train) {
-  const auto& o = module.attention->options;
-  const auto returned = context == 0 ? detail::returned_weights(o, call) : AttentionWeights::none;
-  auto request = detail::request_of(*module.attention, B, Lq, Lk, mask, returned, inputs_train);
+  const auto returned = context == 0 ? detail::returned_weights(module.attention->options, call) : AttentionWeights::none;
+  auto request = detail::request_of(*module.attention, weights, B, Lq, Lk, mask, returned, inputs_train);
   request.sums_heads = true;
-  if (context == 0) return request;
-  const auto& added = module.options.added()[context - 1];
-  request.Ek = added.dim_key();
-  request.Ev = added.dim_value();
-  request.bias_kv = false;
-  const auto& projections = *module.added_projections[context - 1];
-  request.training = request.training || (at::GradMode::is_enabled() && (projections.key_linear->weight.requires_grad() ||
-                                                                         projections.value_linear->weight.requires_grad()));
   return request;
 }
 
-Context keep(const DecoupledCrossAttentionImpl& module,
-             size_t context,
-             const Tensor& key,
-             const Tensor& value,
-             const Mask& mask,
-             const ContextOptions& how) {
+Context make_kept_context(const DecoupledCrossAttentionImpl& module,
+                          size_t context,
+                          const Tensor& key,
+                          const Tensor& value,
+                          const Mask& mask,
+                          const ContextOptions& how) {
   auto weights = weights_of(module, context);
   const auto caller = caller_of(context);
   const auto inputs = detail::context_inputs(caller, weights, key, value, mask);
   detail::check_mask(caller, weights, inputs, std::nullopt);
   const bool trains = key.requires_grad() || value.requires_grad();
-  const auto orders = detail::orders_of_context(caller, request(module, context, inputs.B(), 1, inputs.Lk(), mask, {}, trains),
-                                                how.expected_queries);
+  const auto request = xattn::request(module, weights, context, inputs.B(), 1, inputs.Lk(), mask, {}, trains);
+  const auto orders = detail::orders_of_context(caller, request, how.expected_queries);
   return detail::keep_context(detail::Layer(orders, std::move(weights), {}), inputs);
 }
 
@@ -118,6 +110,7 @@ struct Part {
   detail::Layer layer;
   detail::LayerContext context;
   Mask mask;
+  double scale;
 };
 
 // query [B, Lq, Eq] -> output [B, Lq, Eo], and the weights of the first context
@@ -133,11 +126,9 @@ AttentionResult attend_to(const DecoupledCrossAttentionImpl& module,
   auto result = detail::attend_heads(parts.front().layer, query, parts.front().context, how).result;  // [B, H, Lq, e]
   how.weights = AttentionWeights::none;
   for (size_t i = 1; i < parts.size(); ++i) {
-    const auto scale = module.options.added()[i - 1].scale();
-    if (scale == 0) continue;
     how.mask = parts[i].mask;
     const auto added = detail::attend_heads(parts[i].layer, query, parts[i].context, how).result;
-    result.output = result.output.add(added.output, scale);
+    result.output = result.output.add(added.output, parts[i].scale);
   }
   result.output = detail::project(detail::merge_heads(result.output), first.output, first.output_bias);
   return result;
@@ -242,27 +233,29 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::forward(const Tensor& qu
                                                                 const CallOptions& call) {
   check_options();
   check_count(added.size(), added_projections.size());
-  std::vector<Part> parts;
-  auto inputs = detail::context_inputs(kDecoupled, weights_of(*this, 0), key, value, mask);
+  auto weights = weights_of(*this, 0);
+  auto inputs = detail::context_inputs(kDecoupled, weights, key, value, mask);
   const bool is_batched = inputs.is_batched;
   const auto B = inputs.B();
-  const auto Xq = detail::query_input(kDecoupled, weights_of(*this, 0), query, is_batched, B);
-  int64_t dropped_keys = 0;
-  for (size_t i = 0; i <= added.size(); ++i) {
-    auto weights = weights_of(*this, i);
-    const auto caller = caller_of(i);
-    if (i > 0) {
-      inputs = detail::context_inputs(caller, weights, added[i - 1].key, added[i - 1].value, added[i - 1].mask);
-      check_batch(i, inputs.is_batched, inputs.B(), is_batched, B);
-    }
-    detail::check_mask(caller, weights, inputs, Xq.size(1));
+  const auto Xq = detail::query_input(kDecoupled, weights, query, is_batched, B);
+  const auto Lq = Xq.size(1);
+  std::vector<Part> parts;
+  const auto add_part = [&](size_t context, double scale) {
+    detail::check_mask(caller_of(context), weights, inputs, Lq);
     const auto dropped = detail::drop_padding(weights, inputs);
-    if (i == 0) dropped_keys = dropped;
     const bool trains = query.requires_grad() || inputs.key.requires_grad() || inputs.value.requires_grad();
-    const detail::Layer layer(
-        detail::orders_of(request(*this, i, inputs.B(), Xq.size(1), inputs.Lk(), inputs.mask, call, trains)),
-        std::move(weights));
-    parts.push_back({layer, detail::make_context(layer, inputs.key, inputs.value), inputs.mask});
+    const auto request = xattn::request(*this, weights, context, B, Lq, inputs.Lk(), inputs.mask, call, trains);
+    detail::Layer layer(detail::orders_of(request), std::move(weights));
+    auto tensors = detail::make_context(layer, inputs.key, inputs.value);
+    parts.push_back({std::move(layer), std::move(tensors), inputs.mask, scale});
+    return dropped;
+  };
+  const auto dropped_keys = add_part(0, 1);
+  for (size_t i = 0; i < added.size(); ++i) {
+    weights = weights_of(*this, i + 1);
+    inputs = detail::context_inputs(caller_of(i + 1), weights, added[i].key, added[i].value, added[i].mask);
+    check_batch(i + 1, inputs.is_batched, inputs.B(), is_batched, B);
+    if (const auto scale = options.added()[i].scale(); scale != 0) add_part(i + 1, scale);
   }
   return detail::results(attend_to(*this, Xq, parts, call), is_batched, dropped_keys);
 }
@@ -272,7 +265,7 @@ Context DecoupledCrossAttentionImpl::context(const Tensor& key,
                                              const Mask& mask,
                                              const ContextOptions& how) {
   check_options();
-  return keep(*this, 0, key, value, mask, how);
+  return make_kept_context(*this, 0, key, value, mask, how);
 }
 
 Context DecoupledCrossAttentionImpl::added_context(
@@ -280,7 +273,7 @@ Context DecoupledCrossAttentionImpl::added_context(
   check_value(index < added_projections.size(), kDecoupled, "index must be below the number of added contexts, {}, but is {}.",
               added_projections.size(), index);
   check_options();
-  return keep(*this, index + 1, key, value, mask, how);
+  return make_kept_context(*this, index + 1, key, value, mask, how);
 }
 
 std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& query,
@@ -288,17 +281,20 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& que
                                                                const std::vector<Context>& added,
                                                                const CallOptions& call) {
   check_options();
-  const auto first = weights_of(*this, 0);
-  const auto Xq = detail::query_input(kDecoupled, first, query, context.is_batched(), context.batch_size());
+  const auto Xq = detail::query_input(kDecoupled, weights_of(*this, 0), query, context.is_batched(), context.batch_size());
   check_count(added.size(), added_projections.size());
   std::vector<Part> parts;
   for (size_t i = 0; i <= added.size(); ++i) {
-    const auto& [orders, tensors, mask, is_batched, made_from] = (i == 0 ? context : added[i - 1]).state();
+    const auto& state = (i == 0 ? context : added[i - 1]).state();
+    const auto caller = caller_of(i);
+    if (i > 0) check_batch(i, state.is_batched, state.parts.keys.size(0), context.is_batched(), context.batch_size());
     auto weights = weights_of(*this, i);
-    if (i > 0) check_batch(i, is_batched, tensors.keys.size(0), context.is_batched(), context.batch_size());
-    made_from.check(caller_of(i), weights);
-    detail::check_mask(mask, caller_of(i), Xq.size(0), first.H, Xq.size(1), tensors.Lk, Xq.device());
-    parts.push_back({detail::Layer(orders, std::move(weights)), tensors, mask});
+    detail::check_context(caller, weights, state, Xq);
+    check_value(detail::ends_in_heads(state.orders.values), caller,
+                "context must be made by this layer, for values that end in heads, but is in the order {}.",
+                name_of(state.orders.values));
+    const auto scale = i == 0 ? 1 : options.added()[i - 1].scale();
+    if (scale != 0) parts.push_back({detail::Layer(state.orders, std::move(weights)), state.parts, state.mask, scale});
   }
   return detail::results(attend_to(*this, Xq, parts, call), context.is_batched());
 }
@@ -310,11 +306,13 @@ std::string DecoupledCrossAttentionImpl::explain(int64_t B,
   check_options();
   check_value(lengths.size() == added_projections.size() + 1, kDecoupled, "lengths must be those of {} contexts, but are {}.",
               added_projections.size() + 1, lengths.size());
+  detail::check_mask(mask, kDecoupled, B, attention->options.num_heads(), Lq, lengths[0],
+                     attention->query_linear->weight.device());
   std::string text;
   for (size_t i = 0; i < lengths.size(); ++i) {
     const auto keys = i == 0 && !attention->options.bias_kv() ? detail::needed_keys(mask, lengths[i]) : lengths[i];
     text += i == 0 ? "first context: " : detail::formatted("added context {}: ", i - 1);
-    text += xattn::explain(request(*this, i, B, Lq, keys, i == 0 ? mask : Mask(), {}, false));
+    text += xattn::explain(request(*this, weights_of(*this, i), i, B, Lq, keys, i == 0 ? mask : Mask(), {}, false));
   }
   return text;
 }

@@ -227,12 +227,31 @@ LayerWeights weights_of(const CrossAttentionImpl& m) {
           .scale = *m.options.scale()};
 }
 
-std::vector<Tensor*> query_tensors(LayerWeights& w) {
-  return {&w.query, &w.query_bias, &w.query_norm.weight, &w.query_norm.bias};
+namespace {
+
+template <class Weights>
+auto tensors_of_query(Weights& w) {
+  return std::vector{&w.query, &w.query_bias, &w.query_norm.weight, &w.query_norm.bias};
 }
 
+template <class Weights>
+auto tensors_of_context(Weights& w) {
+  return std::vector{&w.key, &w.key_bias, &w.value, &w.value_bias, &w.key_norm.weight, &w.key_norm.bias, &w.bias_k, &w.bias_v};
+}
+
+}  // namespace
+
+std::vector<Tensor*> query_tensors(LayerWeights& w) {
+  return tensors_of_query(w);
+}
 std::vector<Tensor*> context_tensors(LayerWeights& w) {
-  return {&w.key, &w.key_bias, &w.value, &w.value_bias, &w.key_norm.weight, &w.key_norm.bias, &w.bias_k, &w.bias_v};
+  return tensors_of_context(w);
+}
+std::vector<const Tensor*> query_tensors(const LayerWeights& w) {
+  return tensors_of_query(w);
+}
+std::vector<const Tensor*> context_tensors(const LayerWeights& w) {
+  return tensors_of_context(w);
 }
 
 WeightProduct product_for_logits(const LayerWeights& w) {
@@ -276,10 +295,11 @@ RelativeAttention attend_heads(const Layer& layer,
                                LogSumExpBase base) {
   if (layer.orders != Orders{}) return attend_in_steps(layer, query, context, options, base);
   auto how = options;
+  how.scale = layer.weights.scale;
   const auto& q = query.projected;
   if (layer.weights.bias_k.defined()) how.mask = with_bias_kv(options.mask, q.size(2), context.Lk, q.device());
   if (base == LogSumExpBase::largest_logit) return attention_by_largest(q, context.keys, context.values, how);
-  return {attend_checked(q, context.keys, context.values, how), {}};
+  return {attend_unchecked(q, context.keys, context.values, how), {}};
 }
 
 AttentionResult attend(const Layer& layer, const Tensor& x, const LayerContext& context, const AttentionOptions& options) {

@@ -41,6 +41,8 @@ LayerWeights weights_of(const CrossAttentionImpl& module);
 /// The tensors that a query is multiplied with, and those that a context is made with; some may be undefined.
 std::vector<at::Tensor*> query_tensors(LayerWeights& weights);
 std::vector<at::Tensor*> context_tensors(LayerWeights& weights);
+std::vector<const at::Tensor*> query_tensors(const LayerWeights& weights);
+std::vector<const at::Tensor*> context_tensors(const LayerWeights& weights);
 
 /// The product of two projections of each head, and the product of the second with the bias of the first.
 struct WeightProduct {
@@ -103,7 +105,8 @@ AttentionResult attend(const Layer& layer,
                        const LayerContext& context,
                        const AttentionOptions& options);
 
-/// The same without the output projection, for values in an order that ends in heads: output [B, H, Lq, e].
+/// The same without the output projection: output [B, H, Lq, e]. REQUIRES: the order of the values ends in heads, and
+/// `query.projected` is defined if the order of the logits reads it.
 RelativeAttention attend_heads(const Layer& layer,
                                const LayerQuery& query,
                                const LayerContext& context,

@@ -78,7 +78,7 @@ void check_module(std::string_view caller, const CrossAttentionImpl& module) {
   check_value(o.kv_heads() && o.head_dim() && o.value_head_dim() && o.scale(), caller,
               "kv_heads, head_dim, value_head_dim and scale must keep a value, but one of them has none.");
   check_options(caller, o);
-  check_plan(caller, {o.plan().pinned, o.plan().orders, {}}, request_of(o, 1, 1, 1));
+  check_plan(caller, {o.plan().pinned, o.plan().orders, {}}, o);
   const auto H = o.num_heads(), G = *o.kv_heads(), d = *o.head_dim(), e = *o.value_head_dim();
   check_projection(caller, "query_linear", module.query_linear, o.dim_query(), H * d, o.query_bias());
   check_projection(caller, "key_linear", module.key_linear, o.dim_key(), G * d, o.key_bias());
@@ -106,7 +106,12 @@ AttentionOptions attention_options(std::string_view caller,
                                    const CallOptions& call,
                                    const Mask& mask,
                                    bool is_training) {
-  if (call.weight_heads) check_weight_heads(caller, *call.weight_heads, options.num_heads());
+  if (call.weight_heads) {
+    const auto returned = returned_weights(options, call);
+    check_value(returned == AttentionWeights::per_head, caller,
+                "weight_heads must come with weights per_head, but come with {}.", name_of(returned));
+    check_weight_heads(caller, *call.weight_heads, options.num_heads());
+  }
   return {.mask = mask,
           .scale = options.scale(),
           .dropout = is_training ? options.dropout() : 0,

@@ -16,25 +16,28 @@ RunsOn runs_on(const at::Tensor& weight) {
   return run_on_kernels({weight}) ? RunsOn::module_kernels : weight.is_cpu() ? RunsOn::libtorch_cpu : RunsOn::libtorch_cuda;
 }
 
-PlanRequest request_of(const CrossAttentionOptions& o, int64_t B, int64_t Lq, int64_t Lk) {
+PlanRequest request_of(const LayerWeights& w, int64_t B, int64_t Lq, int64_t Lk) {
   PlanRequest request;
   request.B = B;
-  request.H = o.num_heads();
-  request.G = *o.kv_heads();
+  request.H = w.H;
+  request.G = w.G;
   request.Lq = Lq;
   request.Lk = Lk;
-  request.Eq = o.dim_query();
-  request.Ek = o.dim_key();
-  request.Ev = o.dim_value();
-  request.d = *o.head_dim();
-  request.e = *o.value_head_dim();
-  request.Eo = o.dim_output();
-  request.query_norm = request.key_norm = o.qk_norm() != NormKind::none;
-  request.bias_kv = o.bias_kv();
+  request.Eq = w.query.size(1);
+  request.Ek = w.key.size(1);
+  request.Ev = w.value.size(1);
+  request.d = w.d;
+  request.e = w.e;
+  request.Eo = w.output.size(0);
+  request.element = static_cast<int64_t>(w.query.element_size());
+  request.query_norm = w.query_norm.kind != NormKind::none;
+  request.key_norm = w.key_norm.kind != NormKind::none;
+  request.bias_kv = w.bias_k.defined();
   return request;
 }
 
 PlanRequest request_of(const CrossAttentionImpl& module,
+                       const LayerWeights& weights,
                        int64_t B,
                        int64_t Lq,
                        int64_t Lk,
@@ -42,19 +45,18 @@ PlanRequest request_of(const CrossAttentionImpl& module,
                        AttentionWeights returned,
                        bool inputs_train) {
   const auto& o = module.options;
-  const auto& weight = module.query_linear->weight;
-  auto request = request_of(o, B, Lq, Lk);
-  request.element = static_cast<int64_t>(weight.element_size());
+  auto request = request_of(weights, B, Lq, Lk);
   request.mask_is_learned = is_learned(mask);
+  const auto trains = [](const at::Tensor* x) { return x->defined() && x->requires_grad(); };
   const bool weights_train =
-      weight.requires_grad() || module.key_linear->weight.requires_grad() || module.value_linear->weight.requires_grad();
+      std::ranges::any_of(query_tensors(weights), trains) || std::ranges::any_of(context_tensors(weights), trains);
   request.training = at::GradMode::is_enabled() && (inputs_train || request.mask_is_learned || weights_train);
   request.gives_weights = returned != AttentionWeights::none;
   request.drops_weights = module.is_training() && o.dropout() > 0;
-  request.runs_on = runs_on(weight);
+  request.runs_on = runs_on(weights.query);
   if (o.plan().pinned) request.pinned = o.plan().orders;
-  if (at::autocast::is_autocast_enabled(weight.device().type())) request.pinned = Orders{};
-  request.rates = o.plan().rates.value_or(weight.is_cuda() ? Rates::cuda() : Rates::cpu(at::get_num_threads()));
+  if (at::autocast::is_autocast_enabled(weights.query.device().type())) request.pinned = Orders{};
+  request.rates = o.plan().rates.value_or(weights.query.is_cuda() ? Rates::cuda() : Rates::cpu(at::get_num_threads()));
   return request;
 }
 
@@ -75,7 +77,10 @@ PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t ex
   return request;
 }
 
-void check_plan(std::string_view caller, const PlanMode& plan, PlanRequest request) {
+void check_plan(std::string_view caller, const PlanMode& plan, const CrossAttentionOptions& options) {
+  PlanRequest request;
+  request.query_norm = request.key_norm = options.qk_norm() != NormKind::none;
+  request.bias_kv = options.bias_kv();
   const auto& [logits, values] = plan.orders;
   for (const auto reason : {illegal_for_logits(logits, request), illegal_for_values(values, request)}) {
     check_value(reason.empty(), caller, "plan must be of legal orders, but {}, {} is not: {}.", name_of(logits),

@@ -7,7 +7,10 @@
 #include <xattn/mask.h>
 #include <xattn/plan.h>
 
+#include <cstdint>
 #include <string_view>
+
+#include "modules/layer.h"
 
 // Requests to the planner, made from modules and frozen layers.
 namespace xattn::detail {
@@ -17,6 +20,7 @@ RunsOn runs_on(const at::Tensor& weight);
 
 /// The request for a call of a module in its current state. inputs_train: whether query, key or value require a gradient.
 PlanRequest request_of(const CrossAttentionImpl& module,
+                       const LayerWeights& weights,
                        int64_t B,
                        int64_t Lq,
                        int64_t Lk,
@@ -28,7 +32,7 @@ PlanRequest request_of(const CrossAttentionImpl& module,
 Orders orders_of(const PlanRequest& request);
 
 /// The sizes and norms of a layer; the caller adds rates, type and purpose.
-PlanRequest request_of(const CrossAttentionOptions& resolved, int64_t B, int64_t Lq, int64_t Lk);
+PlanRequest request_of(const LayerWeights& weights, int64_t B, int64_t Lq, int64_t Lk);
 
 /// The orders of a context that a module keeps: standard for an unknown number of query rows, else the cheapest.
 Orders orders_of_context(std::string_view caller, const PlanRequest& request, int64_t expected_queries);
@@ -37,6 +41,6 @@ Orders orders_of_context(std::string_view caller, const PlanRequest& request, in
 PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t expected_queries);
 
 /// Throws for orders that are illegal for such a layer, and for invalid rates.
-void check_plan(std::string_view caller, const PlanMode& plan, PlanRequest request);
+void check_plan(std::string_view caller, const PlanMode& plan, const CrossAttentionOptions& options);
 
 }  // namespace xattn::detail

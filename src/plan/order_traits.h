@@ -16,10 +16,10 @@ namespace xattn::detail {
 /// One row of the table of orders.
 struct OrderTraits {
   std::string_view name;
-  bool is_raw;         ///< it reads the context as it came
-  bool is_folded;      ///< it reads a context that all weights of its chain have been multiplied into
-  bool uses_product;   ///< it multiplies the two weights of a head with each other
-  bool ends_in_heads;  ///< the projection of the query, or of the output, is a product of its own
+  bool is_raw;                ///< it reads the context as it came
+  bool is_folded;             ///< it reads a context that all weights of its chain have been multiplied into
+  bool uses_product;          ///< it multiplies the two weights of a head with each other
+  bool has_outer_projection;  ///< the projection of the query, or of the output, is a product of its own
 };
 
 /// In the order of the enum.
@@ -43,10 +43,10 @@ constexpr bool uses_product(Order order) {
   return traits(order).uses_product;
 }
 constexpr bool projects_query(Order logits) {
-  return traits(logits).ends_in_heads;
+  return traits(logits).has_outer_projection;
 }
 constexpr bool ends_in_heads(Order values) {
-  return traits(values).ends_in_heads;
+  return traits(values).has_outer_projection;
 }
 
 /// How a frozen layer stores Xk and Xv in orders that keep them as they are.

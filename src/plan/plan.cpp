@@ -19,6 +19,8 @@ namespace {
 using detail::check_value;
 using detail::uses_product;
 
+constexpr std::string_view kNoProduct = "the product of weights is larger than both and was not made";
+
 // `count` products of [m, k] by [k, n]. A call is charged this share of their cost.
 struct Product {
   double count, m, k, n;
@@ -287,19 +289,12 @@ RunsOn detail::modules_run_on() {
   return detail::kernels().is_vectorised ? RunsOn::module_kernels : RunsOn::libtorch_cpu;
 }
 
-namespace {
-
-constexpr std::string_view kNoProduct = "the product of weights is larger than both and was not made";
-
-}  // namespace
-
 std::string_view illegal_for_logits(Order order, const PlanRequest& request) {
   if (order == Order::standard) return {};
   if (request.bias_kv) return "bias_kv adds a key that no projection made";
-  const bool projects_query = order == Order::fold_into_query;
-  const bool projects_key = order == Order::fold_into_context;
-  if (request.query_norm && !projects_query) return "a norm of the query stands behind Wq";
-  if (request.key_norm && !projects_key) return "a norm of the key stands behind Wk";
+  const bool keeps_query_projection = order == Order::fold_into_query, keeps_key_projection = order == Order::fold_into_context;
+  if (request.query_norm && !keeps_query_projection) return "a norm of the query stands behind Wq";
+  if (request.key_norm && !keeps_key_projection) return "a norm of the key stands behind Wk";
   if (request.sums_ranks && !detail::projects_query(order)) return "its log-sum-exp is not that of other orders";
   if (request.weights_are_frozen && uses_product(order) && !logits_product_pays(request)) return kNoProduct;
   return {};
