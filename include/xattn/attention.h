@@ -16,24 +16,24 @@
 
 namespace xattn {
 
-/// Which attention weights to return. They are the weights before dropout, so each row sums to one, or to zero without keys.
+/// Which attention weights to return. They are taken before dropout, so each row sums to one, or to zero if it has no keys.
 enum class AttentionWeights {
-  none,      ///< an undefined tensor. The fastest, and the only choice that need not hold B x H x Lq x Lk numbers in memory
+  none,      ///< an undefined tensor: the fastest choice, and the only one that can avoid storing B x H x Lq x Lk numbers
   mean,      ///< the mean over heads, [B, Lq, Lk]
-  per_head,  ///< [B, H, Lq, Lk], or of chosen heads
+  per_head,  ///< [B, H, Lq, Lk], or [B, n, Lq, Lk] of n chosen heads
 };
 
-/// Which implementation runs. Both give the same result, and every test compares them.
+/// Which implementation runs. The definition and the fused kernels give the same result, and every test compares them.
 enum class AttentionPath {
-  automatic,   ///< a fused kernel where there is one, otherwise the definition
+  automatic,   ///< a fused kernel if one supports the call, otherwise the definition
   definition,  ///< plain tensor operations
-  fused,  ///< a fused kernel; throws c10::ValueError with the reason where there is none (dropout, gradients of weights, ...)
+  fused,       ///< a fused kernel; throws c10::ValueError with the reason if there is none (dropout, gradients of weights, ...)
 };
 
 struct AttentionOptions {
   Mask mask = {};
   std::optional<double> scale = {};                   ///< multiplies the logits; default 1/sqrt(d)
-  double dropout = 0;                                 ///< probability of dropping a weight, applied whenever above 0
+  double dropout = 0;                                 ///< probability of dropping a weight; applied whenever it is above 0
   AttentionWeights weights = AttentionWeights::none;  ///< which weights to return
   std::vector<int64_t> weight_heads = {};             ///< with per_head: the heads to return, in this order; all if empty
   bool log_sum_exp = false;                           ///< whether to return the log-sum-exp
@@ -42,7 +42,7 @@ struct AttentionOptions {
 
 struct AttentionResult {
   at::Tensor output;       ///< [B, H, Lq, e]
-  at::Tensor weights;      ///< undefined, [B, Lq, Lk] or [B, H, Lq, Lk], by AttentionOptions::weights; differentiable
+  at::Tensor weights;      ///< undefined, [B, Lq, Lk] or [B, H, Lq, Lk], as AttentionOptions::weights; differentiable
   at::Tensor log_sum_exp;  ///< [B, H, Lq], at least float32, -inf for a row without keys; differentiable
 };
 
@@ -53,11 +53,12 @@ struct AttentionResult {
 /// Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762. With G < H key/value heads, H/G query
 /// heads share one: Ainslie et al., GQA, 2023, https://arxiv.org/abs/2305.13245.
 ///
-/// q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e], of one floating point type, on one device; any strides; axes may be 0.
+/// q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e], all of one floating point type and on one device. Strides are arbitrary,
+/// and axes may have size 0.
 ///
 /// For float32 on the CPU (with AVX2 or AVX-512) the fused kernel is this library's own, which returns weights from the same
-/// pass if no gradient is wanted; elsewhere it is LibTorch's. Twice differentiable in q, k, v and the mask's bias on both
-/// paths. The gradient of the log-sum-exp of a fused kernel is that of the definition and holds all logits in memory.
+/// pass if no gradient is needed; elsewhere it is LibTorch's. Both paths are twice differentiable in q, k, v and the mask's
+/// bias. The gradient of a fused kernel's log-sum-exp is computed by the definition and holds all logits in memory.
 ///
 /// Throws c10::ValueError or c10::TypeError on bad input. Has no state and is safe to call from several threads.
 XATTN_API AttentionResult attention(const at::Tensor& q,

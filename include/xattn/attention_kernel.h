@@ -7,12 +7,12 @@
 
 namespace xattn {
 
-/// The code that computes the logits, their softmax and the weighted values, as a `Plan` names it.
+/// The code that computes the logits, the softmax and the weighted values, as reported in a `Plan`.
 enum class AttentionKernel {
   tensor_operations,             ///< the definition: all logits are stored in memory
-  heads,                         ///< this library's: one head after another, so that its logits stay in the cache
-  heads_in_parts,                ///< the same for a long context, one part after another; returns no weights
-  chain,                         ///< this library's, in a `Frozen` whose orders are not the standard ones: a few rows at a time
+  heads,                         ///< this library's kernel, one head at a time, so that the logits stay in the cache
+  heads_in_parts,                ///< the same for a long context, one part of the keys at a time; returns no weights
+  chain,                         ///< this library's kernel in a `Frozen` with non-standard orders, a few rows at a time
   fused_cpu,                     ///< LibTorch's fused kernel for the CPU
   scaled_dot_product_attention,  ///< LibTorch's choice among its kernels, on other devices
 };

@@ -14,19 +14,19 @@
 //   auto weights = std::get<1>(attention->forward(query, context, context));         // [1, 4, 49]
 //   auto maps = xattn::attention_maps(weights, {.rows = 7, .columns = 7});           // [1, 4, 7, 7]
 //   auto strongest = maps.max().item<double>();                                      // one scale for all words
-//   auto picture = xattn::overlay_map(image, maps[0][2], {.maximum = strongest});    // [224, 224, 3]: where word 2 looks
-//   auto regions = xattn::attention_entropy(weights).exp();                          // [1, 4]: at how many regions each looks
+//   auto picture = xattn::overlay_map(image, maps[0][2], {.maximum = strongest});    // [224, 224, 3]: where word 2 attends
+//   auto regions = xattn::attention_entropy(weights).exp();                          // [1, 4]: regions each word attends to
 //
 // Pure functions, safe to call from several threads. Tensors may be on any device. Maps and pictures are returned on the CPU
 // and have no gradient. Bad input throws c10::ValueError or c10::TypeError.
 namespace xattn {
 
-/// How the keys lie in the image, and which heads and keys to show.
+/// How the keys are laid out in the image, and which heads and keys to show.
 struct MapOptions {
-  int64_t rows = 0;                 ///< of the grid of keys, which run row by row from the upper left; must be given
-  int64_t columns = 0;              ///< of that grid; must be given
+  int64_t rows = 0;                 ///< rows of the grid of keys, which is stored row by row from the upper left; required
+  int64_t columns = 0;              ///< columns of that grid; required
   std::vector<int64_t> heads = {};  ///< the map is the mean over these heads, or over all if empty
-  int64_t first_key = 0;  ///< number of leading keys to leave out: 1 for a class token. Maps then sum to less than one.
+  int64_t first_key = 0;  ///< number of leading keys to leave out, 1 for a class token; maps then sum to less than one
 };
 
 /// weights [B, H, Lq, Lk], or [B, Lq, Lk] if already averaged, of any floating point type, with Lk = first_key + rows * columns
@@ -39,8 +39,8 @@ enum class Interpolation {
 };
 
 struct OverlayOptions {
-  double opacity = 0.6;  ///< of the maximum, from 0 to 1, and of other weights in proportion; 0 leaves the image as is
-  std::optional<double> maximum = {};  ///< this weight and larger ones are drawn strongest; default: the largest of the map
+  double opacity = 0.6;  ///< opacity of the maximum, from 0 to 1; proportional for smaller weights; 0 leaves the image as is
+  std::optional<double> maximum = {};  ///< this weight and larger ones get that opacity; default: the largest in the map
   Interpolation interpolation = Interpolation::bilinear;
 };
 

@@ -29,9 +29,9 @@ namespace xattn {
 ///   feed_forward(x) = feed_forward_out(activation(feed_forward_in(x)))   gate = tanh(parameter), 1 without one
 ///   with glu:         feed_forward_out(activation(feed_forward_in(x)) * feed_forward_multiplier(x))
 ///
-/// Each branch has a norm and a gate of its own. Keys and values are not normalised, unless norm_context says that the norm of the
-/// query is theirs, too: a block with it is a layer of self-attention, `forward(x, x, x)`. With norms after the branches and relu, the
-/// block equals the second and third part of torch.nn.TransformerDecoderLayer.
+/// Each branch has its own norm and gate. Keys and values are not normalised unless norm_context applies the query's norm to
+/// them too, as in self-attention, `forward(x, x, x)`. With norms after the branches and relu, the block equals the second and
+/// third parts of torch.nn.TransformerDecoderLayer.
 ///
 ///   xattn::CrossAttentionBlock block(xattn::CrossAttentionOptions(128, 256, 256, 128).num_heads(4));
 ///   auto [output, weights] = block->forward(query, key, value);
@@ -42,7 +42,7 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
   explicit CrossAttentionBlockImpl(const CrossAttentionOptions& attention_)
       : CrossAttentionBlockImpl(CrossAttentionBlockOptions(attention_)) {}
 
-  /// Throws c10::ValueError, with the reason, for options that do not fit each other.
+  /// Throws c10::ValueError, with the reason, for options that are incompatible with each other.
   explicit CrossAttentionBlockImpl(const CrossAttentionBlockOptions& options_);
 
   void reset() override;
@@ -62,7 +62,7 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
                                                    const Mask& mask = {},
                                                    const CallOptions& call = {});
 
-  /// The context of later calls: key [B, Lk, Ek], value [B, Lk, Ev].
+  /// Makes a context for later calls from key [B, Lk, Ek] and value [B, Lk, Ev].
   [[nodiscard]] Context context(const torch::Tensor& key,
                                 const torch::Tensor& value,
                                 const Mask& mask = {},
@@ -73,11 +73,11 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
                                                   const Context& context,
                                                   const CallOptions& call = {});
 
-  /// `CrossAttention::explain` of the attention that `forward` would run now.
+  /// `CrossAttention::explain` for the attention that `forward` would run now.
   std::string explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask = {}, const CallOptions& call = {}) const;
 
-  /// With every default resolved: feed_forward has a value. Those of the attention are read from `attention->options`; a call
-  /// throws if `options.attention()` has been changed.
+  /// The options, with every default resolved: feed_forward has a value. Options of the attention are read from
+  /// `attention->options`; a call throws if `options.attention()` has been changed.
   CrossAttentionBlockOptions options;
 
   Norm attention_norm{nullptr};                ///< over Eq; the identity for NormKind::none
@@ -97,7 +97,7 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
   std::vector<torch::Tensor> norm_tensors() const;
   std::tuple<torch::Tensor, torch::Tensor> add_branches(
       const torch::Tensor& query, const std::function<std::tuple<torch::Tensor, torch::Tensor>(const torch::Tensor&)>& attend);
-  CrossAttentionOptions attention_options_;  // as they were given
+  CrossAttentionOptions attention_options_;  // as given to the constructor
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(Mask())}, {4, torch::nn::AnyValue(CallOptions())})

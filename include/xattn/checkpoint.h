@@ -14,12 +14,12 @@
 
 namespace xattn {
 
-/// Tensors by their names in a file.
+/// Tensors keyed by their names in a file.
 using NamedTensors = std::map<std::string, at::Tensor>;
 
 enum class FileFormat {
   safetensors,  ///< one file, or a sharded set through its index.json; https://github.com/huggingface/safetensors
-  state_dict,   ///< torch.save of a state dict, or of a checkpoint that nests one; a sharded set likewise
+  state_dict,   ///< torch.save of a state dict, or of a checkpoint that contains one; also a sharded set
   torchscript,  ///< torch.jit.save, or torch::save of a C++ module
   pt2,          ///< torch.export.save
 };
@@ -33,22 +33,22 @@ struct TensorInfo {
   std::vector<int64_t> shape;
 };
 
-/// The memory that the tensor takes, in bytes.
+/// The size of the tensor in memory, in bytes.
 XATTN_API int64_t byte_count(const TensorInfo& info);
 
-/// Tensors that are made one at a time, on demand: their types and shapes, and a function that makes the tensor of a name.
+/// Tensors that are created one at a time, on demand: their types and shapes, and a function from a name to its tensor.
 struct LazyTensors {
   std::map<std::string, TensorInfo> infos;
   std::function<at::Tensor(const std::string& name)> make;
 };
 
-/// Tensors that are in memory already. Throws c10::ValueError if one is undefined.
+/// Wraps tensors that are already in memory. Throws c10::ValueError if one is undefined.
 XATTN_API LazyTensors lazy(NamedTensors tensors);
 
-/// An open file of weights. Its names, types and shapes are known and checked; no tensor has been read. Files are mapped into
-/// memory and never executed, and pickles are read as plain data: opening is safe whatever the file holds, and its time and memory
-/// grow with the header, not with the file. A handle; copies share the file. Safe to share between threads. The file must not be
-/// written to while a Checkpoint of it exists; replacing it by renaming another file over it is fine.
+/// An open file of weights. Its names, types and shapes have been read and checked, the tensors' data has not. Files are mapped
+/// into memory and never executed, and pickles are read as plain data: opening is safe whatever the file contains, and its time
+/// and memory grow with the header, not with the file. Copies share the file. Safe to share between threads. The file must not
+/// be written to while a Checkpoint of it exists; replacing it by renaming another file over it is fine.
 ///
 ///   auto checkpoint = xattn::open_checkpoint("pytorch_model.bin");
 ///   at::Tensor weight = checkpoint.tensor("decoder.layers.0.encoder_attn.q_proj.weight");
@@ -66,28 +66,28 @@ class XATTN_API Checkpoint {
 
   bool contains(const std::string& name) const { return tensors().contains(name); }
 
-  /// A new CPU tensor with memory of its own, whatever device it was saved from; contiguous, unless it was saved as a view that
-  /// repeats elements (`expand`). Reads this tensor only. Throws FileError if there is no such tensor, or the file has changed.
+  /// Reads this tensor alone into a new CPU tensor with its own memory, whatever device it was saved from. Contiguous unless it
+  /// was saved as a view that repeats elements (`expand`). Throws FileError if there is no such tensor or the file has changed.
   at::Tensor tensor(const std::string& name) const;
 
-  /// This file with tensors of another file added: `names` maps names in the other file to names here. Path, format and metadata
-  /// stay. Throws FileError if the other file has no such tensor, or this file has it already.
+  /// Returns this file with tensors of another file added: `names` maps names in the other file to names here. Path, format and
+  /// metadata stay the same. Throws FileError if the other file has no such tensor, or this file already has it.
   Checkpoint with(const Checkpoint& other, const std::map<std::string, std::string>& names) const;
 
  private:
   std::shared_ptr<const Contents> contents_;
 };
 
-/// Opens a file in any of the formats, which is detected from its contents. Throws FileError, one line naming the defect, unless
-/// the descriptions of all tensors are valid, their data lies in the file, no tensor is larger than the file, and all together are
-/// at most 32 times as large (views may repeat elements). Files from before PyTorch 1.6, and objects other than tensors, are
-/// refused with the line of Python that saves them anew.
+/// Opens a file; its format is detected from its contents. Throws FileError, one line naming the defect, unless the
+/// descriptions of all tensors are valid, their data lies in the file, no tensor is larger than the file, and all tensors
+/// together are at most 32 times as large (views may repeat elements). For files from before PyTorch 1.6, and for objects other
+/// than tensors, the message has the line of Python that saves them again in a supported form.
 [[nodiscard]] XATTN_API Checkpoint open_checkpoint(const std::string& path);
 
 /// The tensors of a file, each read on demand.
 XATTN_API LazyTensors lazy(const Checkpoint& checkpoint);
 
-/// All tensors of a file.
+/// Reads all tensors of a file.
 XATTN_API NamedTensors load_tensors(const std::string& path);
 
 }  // namespace xattn

@@ -22,38 +22,39 @@ namespace xattn {
 
 class Frozen;
 struct FreezeOptions;
-/// Cross attention of a query to a context of keys and values.
+/// Cross attention from a query to a context of keys and values.
 ///
 ///   Q, K, V = query_linear(query), key_linear(key), value_linear(value), split into heads
 ///   weights = softmax(scale * Q K')                 [B, H, Lq, Lk]
 ///   output  = output_linear(weights V)              [B, Lq, Eo]
 ///
-/// Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762. With default options it equals the PyTorch
-/// reference of README.md: same parameter names, same initialisation from the same seed, same outputs and gradients.
+/// Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762. With default options it equals the
+/// PyTorch reference in README.md: same parameter names, same initialisation from the same seed, same outputs and gradients.
 ///
 ///   xattn::CrossAttention attention(128, 256, 256, 512);
 ///   auto [output, weights] = attention->forward(query, key, value);
 ///
-/// Self-attention is `forward(x, x, x)`. Inputs are batched, [B, L, E], or all unbatched, [L, E]; masks of unbatched calls are
-/// those of B = 1, and results have no batch axis. Lq and Lk may be 0. Types: float64, float32, bfloat16, float16; inputs have the parameters'
-/// type, unless autocast is on. Bad input throws c10::ValueError or c10::TypeError, naming the argument.
+/// Self-attention is `forward(x, x, x)`. Inputs are all batched, [B, L, E], or all unbatched, [L, E]; unbatched calls take
+/// masks of B = 1 and return no batch axis. Lq and Lk may be 0. Types: float64, float32, bfloat16, float16; inputs have the
+/// parameters' type unless autocast is on. Bad input throws c10::ValueError or c10::TypeError, naming the argument.
 ///
-/// `forward` multiplies in the cheapest order for its sizes, options and number of threads (plan.h). The choice never depends on
-/// values: the same call gives the same bits. Under autocast the order is the standard one, for which autocast chooses its types.
+/// `forward` multiplies in the cheapest order for its sizes, options and number of threads (plan.h). The choice never depends
+/// on values: the same call gives the same bits. Under autocast the order is always the standard one, because autocast chooses
+/// types for it.
 ///
 /// Thread safety: as for any torch::nn::Module. `context` and `attend` change nothing and may run in several threads at once as
-/// long as nobody trains, loads or moves the module. On CUDA no call waits for the device.
+/// long as the module is not being trained, loaded or moved. On CUDA no call waits for the device.
 class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionImpl> {
  public:
   CrossAttentionImpl(int64_t dim_query, int64_t dim_key, int64_t dim_value, int64_t dim_output)
       : CrossAttentionImpl(CrossAttentionOptions(dim_query, dim_key, dim_value, dim_output)) {}
 
-  /// Throws c10::ValueError, with the reason, for options that do not fit each other.
+  /// Throws c10::ValueError, with the reason, for options that are incompatible with each other.
   explicit CrossAttentionImpl(const CrossAttentionOptions& options_);
 
   void reset() override;
 
-  /// Initialises the projections as torch.nn.Linear does, the norms to one, bias_k and bias_v as torch.nn.MultiheadAttention.
+  /// Initialises the projections like torch.nn.Linear, the norms to one, bias_k and bias_v like torch.nn.MultiheadAttention.
   void reset_parameters();
 
   /// Prints what a user would type to build the module again.
@@ -68,8 +69,8 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
                                                    const Mask& mask = {},
                                                    const CallOptions& call = {});
 
-  /// The context of later calls: key [B, Lk, Ek], value [B, Lk, Ev]. It is projected, or, for a known number of expected queries, kept
-  /// as it is cheapest for them: as it came, projected or folded.
+  /// Makes a context for later calls from key [B, Lk, Ek] and value [B, Lk, Ev]. It is projected or, for a known number of
+  /// expected queries, kept in the form that is cheapest for them: as given, projected or folded.
   [[nodiscard]] Context context(const torch::Tensor& key,
                                 const torch::Tensor& value,
                                 const Mask& mask = {},
@@ -80,15 +81,15 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
                                                   const Context& context,
                                                   const CallOptions& call = {});
 
-  /// A copy for inference, as `torch.jit.freeze` makes one: immutable, with packed weights and planned calls, safe to share between
-  /// threads (frozen.h). The module itself does not change; to stop training it, call requires_grad_(false) on its parameters.
+  /// Returns a copy for inference, like `torch.jit.freeze`: immutable, with packed weights and planned calls, safe to share
+  /// between threads (frozen.h). The module does not change; to stop training it, call requires_grad_(false) on its parameters.
   [[nodiscard]] Frozen freeze() const;
   [[nodiscard]] Frozen freeze(const FreezeOptions& options) const;
 
-  /// What `forward` would do now with B x Lq queries and B x Lk keys: every order with its cost, and the choice. As text.
+  /// Describes what `forward` would do now with B x Lq queries and B x Lk keys: every order with its cost, and the choice.
   std::string explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask = {}, const CallOptions& call = {}) const;
 
-  /// With every default resolved: kv_heads, head_dim, value_head_dim and scale have values.
+  /// The options, with every default resolved: kv_heads, head_dim, value_head_dim and scale have values.
   CrossAttentionOptions options;
 
   torch::nn::Linear query_linear{nullptr};   ///< Eq -> H * d
@@ -98,13 +99,13 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
   Norm query_norm{nullptr};                  ///< empty without qk_norm
   Norm key_norm{nullptr};                    ///< empty without qk_norm
   torch::Tensor bias_k;                      ///< [1, 1, G * d]; undefined without bias_kv
-  torch::Tensor bias_v;                      ///< [1, 1, G * e]; likewise
+  torch::Tensor bias_v;                      ///< [1, 1, G * e]; undefined without bias_kv
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(Mask())}, {4, torch::nn::AnyValue(CallOptions())})
 };
 
-/// Holder of a CrossAttentionImpl with the semantics of a shared pointer; `CrossAttention attention = nullptr` is the empty one.
+/// Holder of a CrossAttentionImpl with the semantics of a shared pointer; `CrossAttention attention = nullptr` is empty.
 TORCH_MODULE(CrossAttention);
 
 }  // namespace xattn

@@ -30,15 +30,15 @@ struct XATTN_API AddedContextOptions {
   TORCH_ARG(int64_t, dim_key);
   /// Features of its value.
   TORCH_ARG(int64_t, dim_value);
-  /// Whether its projections have a bias. Default: those of the attention.
+  /// Whether its projections have a bias. Default: as in the attention.
   TORCH_ARG(std::optional<bool>, key_bias);
   TORCH_ARG(std::optional<bool>, value_bias);
-  /// Multiplies the attention to this context before it is added; with 0 the context is skipped. Each call reads the current value:
-  /// `module->options.added()[0].scale(0.6)` changes it. Default: 1.
+  /// Multiplies the attention to this context before it is added; with 0 the context is skipped. Each call reads the current
+  /// value: `module->options.added()[0].scale(0.6)` changes it. Default: 1.
   TORCH_ARG(double, scale) = 1;
 };
 
-/// Options of `DecoupledCrossAttention`: those of its attention, and of the contexts added to it.
+/// Options of `DecoupledCrossAttention`: those of its attention and of the added contexts.
 ///
 ///   DecoupledCrossAttentionOptions(CrossAttentionOptions(320, 768, 768, 320).num_heads(8)).added({{768, 768}})
 struct XATTN_API DecoupledCrossAttentionOptions {
@@ -46,7 +46,7 @@ struct XATTN_API DecoupledCrossAttentionOptions {
 
   /// The attention to the first context. Added contexts share its heads and norms, but not its bias_kv.
   TORCH_ARG(CrossAttentionOptions, attention);
-  /// The added contexts, in the order of the arguments of calls. Default: none.
+  /// The added contexts, in the order in which calls pass them. Default: none.
   TORCH_ARG(std::vector<AddedContextOptions>, added);
 };
 
@@ -82,21 +82,21 @@ TORCH_MODULE(AddedProjection);
 ///   output   = output_linear(attention(Q, K, V) + scale_0 * attention(Q, K_0, V_0) + ...)               [B, Lq, Eo]
 ///
 /// Ye et al., IP-Adapter, 2023, https://arxiv.org/abs/2308.06721; image-to-video models of Wan, 2025,
-/// https://arxiv.org/abs/2503.20314. Each context has a softmax of its own, so the weights of one do not depend on another, and a
-/// mask hides keys of its own context only.
+/// https://arxiv.org/abs/2503.20314. Each context has its own softmax, so the weights of one do not depend on another, and a
+/// mask hides only keys of its own context.
 ///
 ///   using namespace xattn;
 ///   DecoupledCrossAttention attention(
 ///       DecoupledCrossAttentionOptions(CrossAttentionOptions(320, 768, 768, 320).num_heads(8)).added({{768, 768}}));
 ///   auto [output, weights] = attention->forward(latent, text, text, {{image, image}});
 ///
-/// To adapt a trained CrossAttention, load its weights into the submodule `attention`, stop training it by
-/// requires_grad_(false) on its parameters, and train the rest. Shapes,
-/// types, errors and thread safety are those of `CrossAttention`; inputs are batched all or none.
+/// To adapt a trained CrossAttention, load its weights into the submodule `attention`, stop training it with
+/// requires_grad_(false) on its parameters, and train the rest. Shapes, types, errors and thread safety are those of
+/// `CrossAttention`; inputs are all batched or all unbatched.
 class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<DecoupledCrossAttentionImpl> {
  public:
-  /// Throws c10::ValueError, with the reason, for options that do not fit each other, and for a plan pinned to an order of the values
-  /// other than standard and fold_into_query: outputs are added before the output projection.
+  /// Throws c10::ValueError, with the reason, for options that are incompatible with each other, and for a plan pinned to an
+  /// order of the values other than standard and fold_into_query, because outputs are added before the output projection.
   explicit DecoupledCrossAttentionImpl(const DecoupledCrossAttentionOptions& options_);
 
   void reset() override;
@@ -117,13 +117,13 @@ class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<Decoup
                                                    const Mask& mask = {},
                                                    const CallOptions& call = {});
 
-  /// The first context of later calls: key [B, Lk, Ek], value [B, Lk, Ev].
+  /// Makes the first context for later calls from key [B, Lk, Ek] and value [B, Lk, Ev].
   [[nodiscard]] Context context(const torch::Tensor& key,
                                 const torch::Tensor& value,
                                 const Mask& mask = {},
                                 const ContextOptions& options = {});
 
-  /// The added context of this index.
+  /// Makes the added context with this index.
   [[nodiscard]] Context added_context(size_t index,
                                       const torch::Tensor& key,
                                       const torch::Tensor& value,
@@ -136,11 +136,11 @@ class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<Decoup
                                                   const std::vector<Context>& added,
                                                   const CallOptions& call = {});
 
-  /// What `forward` would do now with B x Lq queries, for contexts of these lengths, the first one first; the mask is that of the
-  /// first. As text.
+  /// Describes what `forward` would do now with B x Lq queries and contexts of these lengths, in order; the mask is the first
+  /// context's.
   std::string explain(int64_t B, int64_t Lq, const std::vector<int64_t>& lengths, const Mask& mask = {}) const;
 
-  /// With every default resolved: the biases of added contexts have values. Those of the attention are read from
+  /// The options, with every default resolved: the biases of added contexts have values. Options of the attention are read from
   /// `attention->options`; a call throws if `options.attention()` has been changed.
   DecoupledCrossAttentionOptions options;
 
@@ -149,7 +149,7 @@ class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<Decoup
 
  private:
   void check_options() const;
-  CrossAttentionOptions attention_options_;  // as they were given
+  CrossAttentionOptions attention_options_;  // as given to the constructor
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS({4, torch::nn::AnyValue(Mask())}, {5, torch::nn::AnyValue(CallOptions())})

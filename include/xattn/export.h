@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-/// Marks what a shared build of the library shows; everything else stays hidden, beside the many symbols that LibTorch exports.
+/// Marks the symbols that a shared build of the library exports; all others stay hidden, because LibTorch exports many already.
 #define XATTN_API __attribute__((visibility("default")))

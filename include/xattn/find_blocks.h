@@ -15,25 +15,25 @@ namespace xattn {
 
 /// A Transformer block with cross-attention found among the tensors of a file.
 struct XATTN_API FoundBlock {
-  std::string prefix;  ///< in front of its names; empty, or with a point at the end
-  std::string layout;  ///< of what is around the attention, by name
+  std::string prefix;  ///< prefix of its names; empty, or ending in a dot
+  std::string layout;  ///< name of the layout of everything around the attention
   FoundLayer attention;
-  /// What names, shapes and layout tell: the attention with the fewest heads that its widths allow, kinds of norms, whether they
-  /// have biases, gates, the feed-forward branch; placement, activation and eps if the layout has them.
+  /// Derived from names, shapes and layout: the attention with the fewest heads that its widths allow, kinds of norms, whether
+  /// they have biases, gates, the feed-forward branch; placement, activation and eps if the layout determines them.
   CrossAttentionBlockOptions options;
 };
 
-/// All blocks with cross-attention of a file, in order of prefix, found by names and shapes only; those with their attention in
-/// one layout if it is given.
+/// All blocks with cross-attention in a file, in order of prefix, found by names and shapes only. If `layout` is given, only
+/// those whose attention has it.
 [[nodiscard]] XATTN_API std::vector<FoundBlock> find_blocks(const std::map<std::string, TensorInfo>& tensors,
                                                             const std::string& layout = {});
 
-/// As for a layer: names that neither the block's layout nor that of its attention explains.
+/// Names that neither the block's layout nor that of its attention explains, as for a layer.
 [[nodiscard]] XATTN_API std::vector<std::string> unexplained_names(const FoundBlock& block,
                                                                    const std::map<std::string, TensorInfo>& tensors);
 
-/// The block of a file that is meant: the block at `prefix` (of the block, not of its attention; with or without the point at its
-/// end) if it is given, else the only one. Throws FileError, listing prefixes, if no block or several remain.
+/// Chooses a block of a file: the block at `prefix` (of the block, not of its attention; with or without the trailing dot) if
+/// it is given, else the only one. Throws FileError, listing prefixes, if no block or several remain.
 [[nodiscard]] XATTN_API FoundBlock choose_block(const Checkpoint& checkpoint,
                                                 const std::optional<std::string>& prefix = {},
                                                 const std::string& layout = {});

@@ -13,7 +13,7 @@
 
 namespace xattn {
 
-/// A spelling of attention layers that the library reads and writes.
+/// A naming scheme for attention layers that the library reads and writes.
 struct Layout {
   std::string name;     ///< "out_proj", as for LayerOptions::layout
   std::string used_by;  ///< "BART, mBART, M2M-100, ..."
@@ -25,39 +25,39 @@ struct Layout {
 enum class AttentionKind {
   cross,    ///< the layer's name says so, or its query and key widths differ
   self,     ///< the layer's name says so
-  unknown,  ///< neither name nor widths tell
+  unknown,  ///< neither name nor widths show it
 };
 
 /// An attention layer found among the tensors of a file.
 struct XATTN_API FoundLayer {
-  std::string prefix;  ///< in front of its names; empty, or with a point at the end
-  std::string layout;  ///< by name
+  std::string prefix;  ///< prefix of its names; empty, or ending in a dot
+  std::string layout;  ///< name of its layout
   AttentionKind kind;
   CrossAttentionOptions options;        ///< widths, biases and norms, with the fewest heads that the widths allow
-  bool heads_known;                     ///< whether options.num_heads() is right: norms of single heads tell their size
-  std::vector<std::string> added = {};  ///< key projections of contexts beside the first, as in "add_k_proj"; see decoupled.h
-  /// Biases and norms of other sizes than the weights beside them, as in "q_proj.bias must have shape [16], but has [7]"; the
+  bool heads_known;                     ///< whether options.num_heads() is certain: a norm per head has the size of a head
+  std::vector<std::string> added = {};  ///< key projections of further contexts, as in "add_k_proj"; see decoupled.h
+  /// Biases and norms whose sizes do not match their weights, as in "q_proj.bias must have shape [16], but has [7]"; the
   /// options are those of a layer without them.
   std::vector<std::string> misshapen = {};
 
-  /// The numbers of heads that the widths allow; the weights do not tell which of them the model has.
+  /// The numbers of heads that the widths allow; the weights do not determine which of them the model has.
   std::vector<int64_t> possible_heads() const;
 
-  /// The options with this many heads. Throws c10::ValueError, listing the numbers that are possible, for any other number.
+  /// The options with this many heads. Throws c10::ValueError, listing the possible numbers, if the widths do not allow it.
   CrossAttentionOptions with_heads(int64_t num_heads) const;
 };
 
-/// All attention layers of a file, in order of prefix, found by names and shapes only; those of one layout if it is given.
+/// All attention layers of a file, in order of prefix, found by names and shapes only. If `layout` is given, only layers in it.
 /// Throws c10::ValueError, listing the names, if there is no such layout.
 [[nodiscard]] XATTN_API std::vector<FoundLayer> find_layers(const std::map<std::string, TensorInfo>& tensors,
                                                             const std::string& layout = {});
 
 /// Names that may change what the layer computes and that its layout does not explain: names below the layer's prefix, without
-/// it, and low-rank weights for the layer in kohya's spelling ("lora_unet_..."), which stand at the top of a file.
+/// it, and low-rank weights for the layer in kohya's naming ("lora_unet_..."), which are at the top level of a file.
 [[nodiscard]] XATTN_API std::vector<std::string> unexplained_names(const FoundLayer& layer,
                                                                    const std::map<std::string, TensorInfo>& tensors);
 
-/// The layer of a file that is meant: the layer at `prefix` (with or without the point at its end) if it is given; else the only
+/// Chooses a layer of a file: the layer at `prefix` (with or without the trailing dot) if it is given; else the only
 /// cross-attention layer, or the only layer that is not known to be self-attention. Throws FileError, listing prefixes, if no
 /// layer or several remain.
 [[nodiscard]] XATTN_API FoundLayer choose_layer(const Checkpoint& checkpoint,

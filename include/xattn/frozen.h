@@ -19,8 +19,8 @@
 
 namespace xattn {
 
-/// Keys and values for a `Frozen`: projected, folded or as they came, whichever is the cheapest for the expected queries. A context
-/// belongs to the Frozen that made it. Immutable; copies share storage; safe to share between threads.
+/// Keys and values for a `Frozen`: projected, folded or as given, whichever is cheapest for the expected queries. A context is
+/// valid only with the Frozen that made it. Immutable; copies share storage; safe to share between threads.
 class XATTN_API FrozenContext {
  public:
   const Orders& orders() const;
@@ -28,16 +28,16 @@ class XATTN_API FrozenContext {
   int64_t batch_size() const;
   int64_t length() const;
   bool is_batched() const;
-  /// Size in memory.
+  /// Size in memory, in bytes.
   int64_t bytes() const;
 
   /// Batch entries [begin, end), without a copy. The mask must not differ between batch entries unless they are lengths.
   [[nodiscard]] FrozenContext slice(int64_t begin, int64_t end) const;
 
-  /// A copy on another device, for storage between uses: `attend` takes contexts on the device of the weights.
+  /// A copy on another device, for storage between uses: `attend` requires contexts on the device of the weights.
   [[nodiscard]] FrozenContext to(at::Device device) const;
 
-  /// Joins the batches of several contexts of one Frozen that have one length and the same orders.
+  /// Concatenates the batches of several contexts of one Frozen, which must have the same length and orders.
   [[nodiscard]] static FrozenContext cat(const std::vector<FrozenContext>& contexts);
 
  private:
@@ -48,32 +48,32 @@ class XATTN_API FrozenContext {
 };
 
 struct FreezeOptions {
-  /// A learned query [Lq, Eq], as in attention pooling. Its products with the weights are made now, and calls leave the query out.
+  /// A learned query [Lq, Eq], as in attention pooling. Its products with the weights are computed once; calls omit it.
   at::Tensor query = {};
   /// Replaces the module's own plan. Its rates are ignored when the library's own kernels run.
   std::optional<PlanMode> plan = {};
-  /// float32 (the default), or bfloat16 for packed weights and for projected or folded contexts: half the memory, and up to twice
-  /// the speed where reading memory takes most of the time, as with one query row a call. Inputs, sums and results stay float32;
-  /// each weight is rounded to 8 bits. Only for layers that run on the library's own kernels.
+  /// float32 (the default), or bfloat16 for packed weights and for projected or folded contexts: half the memory, and up to
+  /// twice the speed where reading memory takes most of the time, as with one query row per call. Inputs, sums and results stay
+  /// float32; each weight is rounded to 8 significant bits. Only for layers that run on the library's own kernels.
   std::optional<at::ScalarType> storage = {};
 };
 
-/// A CrossAttention for inference, made by `CrossAttention::freeze`: a copy of the weights, packed for the products that will run,
-/// with the products of weights that pay, made in float64, and a plan for every call.
+/// A CrossAttention for inference, made by `CrossAttention::freeze`: a copy of the weights, packed for the products that will
+/// run, with those products of weights that save time, computed in float64, and a plan for every call.
 ///
 ///   auto frozen = attention->freeze();
 ///   auto prepared = frozen.context(text, text, {}, {.expected_queries = 50 * 4096});   // once
 ///   auto [output, weights] = frozen.attend(latent, prepared);                          // for every step
 ///
 /// In float32 on the CPU it runs on this library's own kernels, unless the layer has bias_kv; elsewhere on LibTorch's
-/// operators. Nothing takes part in autograd; results are ordinary tensors. Types, shapes, masks and errors are those of
-/// CrossAttention. Equal bits for any number of threads with a pinned plan; an automatic plan may depend on their number.
+/// operators. Calls record no gradients; results are ordinary tensors. Types, shapes, masks and errors are those of
+/// CrossAttention. With a pinned plan, bits do not depend on the number of threads; with an automatic plan they may.
 ///
-/// Immutable: any number of threads may share one, without locks. Copies share everything.
+/// Immutable: any number of threads may share one without locks. Copies share storage.
 class XATTN_API Frozen {
  public:
-  /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev] -> output [B, Lq, Eo] and the requested weights. Keys that Mask::lengths
-  /// excludes, with lengths on the host, are dropped before any product.
+  /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev] -> output [B, Lq, Eo] and the requested weights. Keys that
+  /// Mask::lengths excludes, with lengths on the host, are dropped before any product.
   std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query,
                                              const at::Tensor& key,
                                              const at::Tensor& value,
@@ -86,7 +86,7 @@ class XATTN_API Frozen {
                                              const Mask& mask = {},
                                              const CallOptions& call = {}) const;
 
-  /// The context of later calls: key [B, Lk, Ek], value [B, Lk, Ev].
+  /// Makes a context for later calls from key [B, Lk, Ek] and value [B, Lk, Ev].
   [[nodiscard]] FrozenContext context(const at::Tensor& key,
                                       const at::Tensor& value,
                                       const Mask& mask = {},
@@ -100,8 +100,8 @@ class XATTN_API Frozen {
   /// The same with the constant query.
   std::tuple<at::Tensor, at::Tensor> attend(const FrozenContext& context, const CallOptions& call = {}) const;
 
-  /// What `forward` would do now with B x Lq queries and B x Lk keys; with `expected_queries`, what `context` and `attend` would do.
-  /// As text.
+  /// Describes what `forward` would do now with B x Lq queries and B x Lk keys; with `expected_queries`, what `context` and
+  /// `attend` would do.
   std::string explain(int64_t B, int64_t Lq, int64_t Lk, std::optional<int64_t> expected_queries = {}) const;
 
   /// The orders that `forward` would use.

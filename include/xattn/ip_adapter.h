@@ -9,13 +9,13 @@
 
 namespace xattn {
 
-/// A Stable Diffusion U-Net and an IP-Adapter's own file as one checkpoint, spelled as diffusers spells a U-Net into which the
-/// adapter was loaded: every cross-attention layer has the adapter's projections as an added context.
+/// Combines a Stable Diffusion U-Net and an IP-Adapter's own file into one checkpoint, with the names that diffusers uses once
+/// the adapter has been loaded into the U-Net: every cross-attention layer has the adapter's projections as an added context.
 ///
-/// The adapter calls them "ip_adapter.1.to_k_ip.weight", with odd numbers for the cross-attention layers in the order of down
-/// blocks, up blocks, mid block. For layers that these numbers do not identify, such as those of a file with one layer, `places`
-/// maps prefixes of layers in the base to prefixes in the adapter. Throws FileError, listing names, unless each of the layers has
-/// its projections and, without `places`, the adapter has no others.
+/// In the adapter these are named "ip_adapter.1.to_k_ip.weight", with odd numbers for the cross-attention layers in the order
+/// of down blocks, up blocks, mid block. For layers that these numbers do not identify, such as those of a file with one layer,
+/// `places` maps prefixes of layers in the base to prefixes in the adapter. Throws FileError, listing names, unless each layer
+/// has its projections and, without `places`, the adapter has no others.
 ///
 ///   auto unet = xattn::with_ip_adapter(xattn::open_checkpoint("unet/diffusion_pytorch_model.safetensors"),
 ///                                      xattn::open_checkpoint("ip-adapter_sd15.safetensors"));

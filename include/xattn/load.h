@@ -15,11 +15,11 @@
 namespace xattn {
 
 struct LoadOptions {
-  /// Load only names that start with this, without it, as in "decoder.layers.0.cross."; with or without the point at its end. If
-  /// not given, all names; for a module that is itself a layer or block, the file's only one.
+  /// Prefix of the names to load, as in "decoder.layers.0.cross.", with or without the trailing dot; it is removed from the
+  /// names. If not given, all names are loaded; for a module that is itself a layer or block, those of the file's only one.
   std::optional<std::string> prefix = {};
-  std::string layout = {};           ///< of attention layers; found by names if empty; see find_layers.h
-  bool allow_missing = false;        ///< leave parameters and buffers unchanged that the file does not have
+  std::string layout = {};           ///< of attention layers; detected from names if empty; see find_layers.h
+  bool allow_missing = false;        ///< leave parameters and buffers that the file does not have unchanged
   bool allow_unexpected = false;     ///< ignore names in the file that the module does not have
   bool without_input_norms = false;  ///< the caller applies the norms in front of layers: see `input_norms` in load_modules.h
 };
@@ -29,15 +29,15 @@ struct XATTN_API LoadReport {
   std::vector<std::string> loaded;
   std::vector<std::string> missing;     ///< in the module, not in the file
   std::vector<std::string> unexpected;  ///< in the file, not in the module
-  std::vector<std::string> misshapen;   ///< in both, with other shapes, types that do not convert, or for other options
+  std::vector<std::string> misshapen;   ///< in both, with other shapes, inconvertible types, or for other options
   /// Below the prefix of a layer or block, but known not to be part of it, such as the self-attention in front of a block.
   std::vector<std::string> surrounding;
   /// "loaded 8 tensors; missing: a, b; unexpected: c".
   std::string summary() const;
 };
 
-/// File and module do not fit: lists missing, unexpected and misshapen names that the options do not allow, up to a hundred of
-/// each; `report()` has all of them. Nothing was loaded, not even what `report().loaded` lists.
+/// Thrown if file and module do not match. Lists missing, unexpected and misshapen names that the options do not allow, up to a
+/// hundred of each; `report()` has all of them. Nothing was loaded, not even names in `report().loaded`.
 class XATTN_API LoadError : public FileError {
  public:
   LoadError(const std::string& message, LoadReport report) : FileError(message), report_(std::move(report)) {}
@@ -49,18 +49,18 @@ class XATTN_API LoadError : public FileError {
 
 /// Loads the parameters and buffers of any module by name, all or nothing: everything is checked before anything changes.
 /// Values are copied into the module's own tensors, and so into its types and devices. Floating point types convert to each
-/// other, complex types too; every other type must be the module's own. A tensor that the module has under two names (shared
-/// parameters) may be in the file under one. Throws LoadError if file and module do not fit.
+/// other, as do complex types; every other type must match the module's. A tensor that the module has under two names (shared
+/// parameters) may be in the file under only one. Throws LoadError if file and module do not match.
 ///
-/// A CrossAttention, DecoupledCrossAttention or CrossAttentionBlock anywhere in the module may be spelled in any layout. What a
-/// layout computes is checked, too: T5's scale of 1; the norms of a block, their placement if all files with these names agree,
-/// gates and glu. Activation and eps are not checked: nothing in a file tells them. Weights of a float8 type, in any module, are
-/// multiplied by the scales beside them (`scale_weight`, `weight_scale`, `weight_scale_inv`). Names below the prefix of a layer or
-/// block that its layout does not explain are unexpected: gates, norms and keys that the module does not have, and low-rank
-/// weights, which must first be merged in Python.
+/// A CrossAttention, DecoupledCrossAttention or CrossAttentionBlock anywhere in the module may have the names of any layout.
+/// The computation of a layout is checked too: T5's scale of 1; the norms of a block, their placement if all files with these
+/// names agree, gates and glu. Activation and eps are not checked, because no file contains them. Weights of a float8 type, in
+/// any module, are multiplied by the scales stored with them (`scale_weight`, `weight_scale`, `weight_scale_inv`). Names below
+/// the prefix of a layer or block that its layout does not explain are unexpected: gates, norms and keys that the module does
+/// not have, and low-rank weights, which must first be merged in Python.
 ///
-/// If the module itself is a layer or block and no prefix is given, the file's only one is loaded; a FileError lists them if there
-/// are several.
+/// If the module itself is a layer or block and no prefix is given, the file's only one is loaded; a FileError lists them if
+/// there are several.
 XATTN_API LoadReport load_weights(torch::nn::Module& module, const Checkpoint& checkpoint, const LoadOptions& options = {});
 
 /// The same from a file, opened by `open_checkpoint`.

@@ -16,8 +16,8 @@ struct MaskAccess;
 
 /// Where the diagonal of a causal mask lies when there are not as many keys as queries. With Lq = Lk both are the same.
 enum class CausalAlignment {
-  upper_left,   ///< query i sees keys 0..i: both sequences start together (torch's `is_causal`)
-  lower_right,  ///< query i sees keys 0..i + Lk - Lq: both sequences end together (decoding with a cache)
+  upper_left,   ///< query i attends to keys 0..i: both sequences start together (torch's `is_causal`)
+  lower_right,  ///< query i attends to keys 0..i + Lk - Lq: both sequences end together (decoding with a cache)
 };
 
 /// Which keys each query may attend to. One meaning everywhere: true = may attend.
@@ -29,9 +29,9 @@ enum class CausalAlignment {
 /// A bias is read in the type of the logits, which is the type of the projected queries (or autocast's). Biases are added up in
 /// float32, or in float64 for float64, and a sum that is -inf in the type of the logits forbids its key. So the lowest float64
 /// forbids a key of a float32 layer, and -1e9 forbids one of a float16 layer. A bias that stays finite, such as -1e9 in
-/// float32, does not forbid: a row of nothing else is an average over its keys.
+/// float32, does not forbid its key: a row with only such biases is an average over its keys.
 ///
-/// A masked key of finite content has no influence. NaN or infinity under a mask may spread, as in PyTorch, because zero times
+/// A masked key with finite values has no influence. NaN or infinity under a mask may spread, as in PyTorch, because zero times
 /// NaN is NaN. For unbatched inputs, build masks as for B = 1. A mask keeps the tensors that it was built from and never
 /// changes; it may be shared between threads.
 ///
@@ -46,7 +46,7 @@ class XATTN_API Mask {
   static Mask key_padding(const at::Tensor& valid);
 
   /// The first `lengths[b]` keys of batch entry b are real; the others, up to Lk, are padding.
-  /// lengths: an integer type, [B], each in [0, Lk]. This is checked on the CPU alone, because a check on another device would
+  /// lengths: an integer type, [B], each in [0, Lk]. This is checked only on the CPU, because a check on another device would
   /// wait for it; there, a length outside the range acts as the nearest end of the range.
   static Mask lengths(const at::Tensor& lengths, int64_t Lk);
 
@@ -57,7 +57,7 @@ class XATTN_API Mask {
   /// bias: a floating point type, same shapes as `dense`.
   static Mask bias(const at::Tensor& bias);
 
-  /// No key behind the query's own position. Never applied by default.
+  /// No key after the query's own position. Never applied by default.
   static Mask causal(CausalAlignment alignment);
 
   /// From the arguments of torch's MultiheadAttention, where a boolean true means IGNORED and a float is added to the logits.
@@ -69,7 +69,7 @@ class XATTN_API Mask {
   /// [H|1, Lq|1, Lk], unlike `dense`). is_causal aligns to the upper left, as there.
   static Mask from_scaled_dot_product_attention(const at::Tensor& attn_mask, bool is_causal = false);
 
-  /// From an additive mask that marks forbidden keys by a large negative number in place of -inf (finfo.min, -10000): an entry
+  /// From an additive mask that marks forbidden keys by a large negative number instead of -inf (finfo.min, -10000): an entry
   /// at or below -10000 forbids its key, so that a row of them gives zeros and not a uniform average; others are a bias.
   /// mask: a floating point type, same shapes as `dense`.
   static Mask from_additive(const at::Tensor& mask);
@@ -80,11 +80,11 @@ class XATTN_API Mask {
   /// True if nothing is restricted and nothing is added.
   bool is_none() const;
 
-  /// For batch entries [begin, end) alone. Throws c10::ValueError if the mask has no such entries.
+  /// The mask of batch entries [begin, end) alone. Throws c10::ValueError if the mask has no such entries.
   Mask slice(int64_t begin, int64_t end) const;
 
-  /// For the batches of several masks, one behind another; each mask comes with the size of its batch. Throws c10::ValueError
-  /// unless there is at least one mask, all have been built alike and for as many keys, and each fits its batch.
+  /// The mask of several batches concatenated; each mask is given with the size of its batch. Throws c10::ValueError unless
+  /// there is at least one mask, all were built in the same way for the same number of keys, and each fits its batch.
   static Mask cat(const std::vector<std::pair<Mask, int64_t>>& masks);
 
   /// The same mask with its tensors on another device.
@@ -101,13 +101,13 @@ class XATTN_API Mask {
   };
   struct Part {
     Kind kind;
-    const char* name;                   // of its builder, for messages
+    const char* name;                   // name of its builder, for messages
     at::Tensor tensor = {};             // [B|1, H|1, Lq|1, Lk]
-    std::vector<int64_t> lengths = {};  // the same restriction as lengths in host memory, if it was built from such: [B|1]
+    std::vector<int64_t> lengths = {};  // the same restriction as lengths in host memory, if it was built from these: [B|1]
   };
   explicit Mask(Part part);
 
-  std::vector<Part> parts_;  // by kind; those of one kind in the order in which they were combined, `causal` at most once
+  std::vector<Part> parts_;  // sorted by kind, then in the order in which they were combined; `causal` at most once
 };
 
 }  // namespace xattn

@@ -10,7 +10,7 @@
 namespace xattn {
 
 /// A normalisation over the last axis, equal to torch.nn.RMSNorm or torch.nn.LayerNorm. (LibTorch has no RMSNorm module.)
-/// Sums are made in float32 or wider, and the result has the input's type.
+/// Sums are computed in float32 or wider, and the result has the input's type.
 class XATTN_API NormImpl : public torch::nn::Cloneable<NormImpl> {
  public:
   NormImpl(NormKind kind, int64_t size) : NormImpl(NormOptions(kind, size)) {}

@@ -20,7 +20,7 @@ struct XATTN_API NormOptions {
   TORCH_ARG(NormKind, kind);
   /// Features of the last axis.
   TORCH_ARG(int64_t, size);
-  /// Added under the root. Default: 1e-6.
+  /// Added under the square root. Default: 1e-6.
   TORCH_ARG(double, eps) = 1e-6;
   /// Whether kind layer has a bias. Default: true.
   TORCH_ARG(bool, bias) = true;

@@ -10,14 +10,14 @@
 #include <string>
 #include <string_view>
 
-// In which order to multiply, decided from sizes alone. Nothing here depends on a tensor; every function is pure, takes about a
+// Chooses the order of multiplication from sizes alone. Nothing here depends on a tensor; every function is pure, takes about a
 // microsecond, reads no file and keeps no state. Symbols are those of attention.h.
 namespace xattn {
 
 /// The order of a chain of four matrices. Each head's logits are one chain and its part of the output is another; the softmax
 /// between them, P = softmax(S), does not constrain either. All orders give the same result, at different costs.
 ///
-///                         S = Xq Wq Wk' Xk'      Y = P Xv Wv Wo          made ahead, from
+///                         S = Xq Wq Wk' Xk'      Y = P Xv Wv Wo          computed ahead, from
 enum class Order {
   standard,           ///< (Xq Wq) (Wk' Xk')      (P (Xv Wv)) Wo          projected K and V, from the context
   fold_into_query,    ///< ((Xq Wq) Wk') Xk'      ((P Xv) Wv) Wo          nothing; all of Xq Wq Wk' if the query is constant
@@ -36,7 +36,7 @@ struct Orders {
   bool operator==(const Orders&) const = default;
 };
 
-/// How fast a machine works; the estimates of costs are made from these. Times are in seconds.
+/// The speed of a machine, from which costs are estimated. Times are in seconds.
 struct XATTN_API Rates {
   double flops = 0;           ///< operations a second in a large product
   double unit_flops = 0;      ///< the same on the processor's matrix unit (Intel AMX); 0 if there is none
@@ -59,7 +59,7 @@ struct XATTN_API Rates {
   static Rates cuda();
   /// Built-in values for the kernels that `Frozen` runs on the CPU.
   static Rates kernels(int threads);
-  /// Values for modules, measured on this machine with the current number of threads. This takes some seconds: keep the result.
+  /// Values for modules, measured on this machine with the current number of threads. This takes seconds: keep the result.
   static Rates measure();
 
   bool operator==(const Rates&) const = default;
@@ -99,29 +99,29 @@ struct PlanRequest {
   int64_t element = 4;             ///< bytes of a number
 
   bool query_norm = false;          ///< projected queries are normalised
-  bool key_norm = false;            ///< projected keys are
+  bool key_norm = false;            ///< projected keys are normalised
   bool bias_kv = false;             ///< a key and a value that bypass the projections
-  bool query_is_constant = false;   ///< a learned query: its products with weights are made once and cost nothing
+  bool query_is_constant = false;   ///< a learned query: its products with weights are computed once and cost nothing
   bool weights_are_frozen = false;  ///< products of weights cost nothing
   bool sums_heads = false;          ///< heads of several contexts or ranks are added before the one output projection
-  bool sums_ranks = false;          ///< those of several ranks, by their log-sum-exps
-  bool training = false;            ///< a backward pass follows, of as many products twice over
+  bool sums_ranks = false;          ///< heads of several ranks are merged by their log-sum-exps
+  bool training = false;            ///< a backward pass follows, with twice as many products
   bool gives_weights = false;       ///< attention weights are returned
   bool drops_weights = false;       ///< dropout is above 0
   bool mask_is_learned = false;     ///< the mask's bias requires a gradient; no other property of a mask changes the kernel
 
-  RunsOn runs_on = RunsOn::module_kernels;  ///< with `rates` to match
-  std::optional<Orders> pinned = {};        ///< in place of the cheapest
+  RunsOn runs_on = RunsOn::module_kernels;  ///< must match `rates`
+  std::optional<Orders> pinned = {};        ///< used instead of the cheapest
 
-  /// Query rows of one batch entry that the context serves over all calls; at least those of this call count. Products of the
-  /// context are charged in proportion to the rows of this call. kKept if they have been made already.
+  /// Query rows of one batch entry that attend to the context over all calls; at least those of this call are counted. Products
+  /// of the context are charged in proportion to the rows of this call. kKept if they have already been computed.
   int64_t context_rows = 0;
   static constexpr int64_t kKept = -1;
 
   Rates rates = {};
 };
 
-/// The cost of one order of one chain in a call; in training with its backward pass.
+/// The cost of one order of one chain in a call, including the backward pass in training.
 struct OrderCost {
   Order order = Order::standard;
   double operations = 0;
@@ -137,22 +137,23 @@ struct Plan {
   double seconds = 0;
   AttentionKernel kernel = AttentionKernel::tensor_operations;
   std::string_view kernel_reason = {};    ///< why this kernel runs
-  std::array<OrderCost, kOrders> logits;  ///< of every order, in the order of the enum
+  std::array<OrderCost, kOrders> logits;  ///< costs of all orders, in the order of the enum
   std::array<OrderCost, kOrders> values;
 };
 
-/// Why this order is illegal for the chain of the logits; empty if it is legal. Anything but a fixed matrix between a projection
-/// and the dot product forces that projection to be multiplied first.
+/// Why this order is illegal for the chain of the logits; empty if it is legal. Anything other than a fixed matrix between a
+/// projection and the dot product forces that projection to be multiplied first.
 XATTN_API std::string_view illegal_for_logits(Order order, const PlanRequest& request);
 /// The same for the chain of the values.
 XATTN_API std::string_view illegal_for_values(Order order, const PlanRequest& request);
 
-/// Whether the products Wq Wk' of all heads are no larger than Wq and Wk: they can pay only there, and are made ahead only there.
+/// Whether the products Wq Wk' of all heads are no larger than Wq and Wk. Only then can they save time, and only then are they
+/// computed ahead.
 XATTN_API bool logits_product_pays(const PlanRequest& request);
-/// The same of Wv Wo.
+/// The same for Wv Wo.
 XATTN_API bool values_product_pays(const PlanRequest& request);
 
-/// The pinned orders, or the cheapest legal ones; those of the reference if an axis is empty. Throws c10::ValueError for invalid
+/// The pinned orders, or the cheapest legal ones; the reference's if an axis is empty. Throws c10::ValueError for invalid
 /// sizes.
 XATTN_API Plan make_plan(const PlanRequest& request);
 

@@ -46,7 +46,7 @@ using torch::autograd::variable_list;
 
 namespace {
 
-// The arguments of one call, and what its log-sum-exp is relative to.
+// The arguments of one call, and the base of its log-sum-exp.
 struct AttentionCall {
   const Tensor &q, &k, &v;
   const AttentionOptions& options;
@@ -101,7 +101,7 @@ RelativeAttention define(const AttentionCall& call) {
   return {{values.view({B, H, Lq, e}), wanted, softmax.log_sum_exp}, softmax.largest};
 }
 
-// What `choose_kernel` reads of a call.
+// The properties of a call that `choose_kernel` reads.
 detail::KernelRequest kernel_request(const AttentionCall& call) {
   const auto& [q, k, v, options, base] = call;
   const bool is_learned = detail::is_learned(options.mask);
@@ -140,7 +140,7 @@ LibTorchMask libtorch_mask(const Mask& mask, const Tensor& q, const Tensor& k, d
   auto bias = detail::total_bias(mask, type);
   const bool has_bias = bias.defined();
   if (!has_bias) bias = at::zeros({}, q.options());
-  if (!q.is_cpu()) bias = bias.to(type);  // the kernels there take no other
+  if (!q.is_cpu()) bias = bias.to(type);  // kernels on other devices take no other type
   const auto all = allowed.defined() ? at::where(allowed, bias, kMinusInfinity) : bias;
   const auto opened = with_rows_filled(all, detail::rows_without_keys(mask, Lq, Lk, q.device(), type), 0);
   return {.has_bias = has_bias, .additive = with_unit_stride(opened)};
@@ -161,9 +161,9 @@ variable_list run_libtorch(const Tensor& q, const Tensor& k, const Tensor& v, co
 //   - from this library's backward pass for its own kernels;
 //   - from LibTorch's backward pass for its CPU kernel;
 //   - on other devices from the kernel's own graph, which this node holds.
-// The definition is differentiated in their place if the backward pass is itself recorded, or if the log-sum-exp has a
-// gradient; and for LibTorch's kernels under a bias, whose backward passes compute the weights from the log-sum-exp: beside a
-// bias of -1e9 it has lost the number of keys.
+// The definition is differentiated instead if the backward pass is itself recorded, or if the log-sum-exp has a gradient; and
+// for LibTorch's kernels under a bias, because they recompute the weights from the log-sum-exp, which loses the number of keys
+// beside a bias of -1e9.
 struct FusedKernel : torch::autograd::Function<FusedKernel> {
   struct State : torch::CustomClassHolder {
     explicit State(const AttentionOptions& options_) : options(options_) {}
@@ -246,7 +246,7 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
                                        variable_list& result) {
     const bool recorded = at::GradMode::is_enabled();
     const at::AutoGradMode record(true);
-    for (auto& x : inputs) {  // distinct tensors even if one was given twice: autograd then adds up its gradients
+    for (auto& x : inputs) {  // distinct tensors even if one was passed twice: autograd then adds up its gradients
       x = recorded ? x.view_as(x) : x.detach().requires_grad_(x.requires_grad());
     }
     const auto [output, weights, log_sum_exp] = define({inputs[0], inputs[1], inputs[2], state.options}).result;
@@ -279,7 +279,7 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
   }
 };
 
-// One call of a fused kernel: through FusedKernel if it is differentiated, otherwise of LibTorch's directly.
+// Calls a fused kernel: through FusedKernel if it is differentiated, otherwise LibTorch's directly.
 RelativeAttention fuse(const AttentionCall& call, const detail::KernelRequest& request) {
   const auto& [given_q, given_k, given_v, options, base] = call;
   const auto q = with_unit_stride(given_q), k = with_unit_stride(given_k), v = with_unit_stride(given_v);

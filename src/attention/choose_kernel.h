@@ -31,7 +31,7 @@ struct KernelChoice {
 /// The kernel for attention between projected heads: any but `chain`.
 KernelChoice choose_kernel(const KernelRequest& request);
 
-/// Keys in one part of a long context, so that the logits of a few rows stay in a core's cache.
+/// Number of keys in one part of a long context, chosen so that the logits of a few rows stay in a core's cache.
 inline constexpr int64_t kKeysOfAPart = 2048;
 
 /// This library's kernel for a context of this length.

@@ -37,7 +37,7 @@ Tensor for_picture(const Tensor& x) {
   return x.detach().to(at::kCPU, at::kFloat);
 }
 
-// The cell, of `from`, that contains the centre of each of `to` pixels. Integer arithmetic is exact for a centre on a border.
+// The one of `from` cells that contains the centre of each of `to` pixels. Integer arithmetic is exact for centres on borders.
 Tensor cell_of_pixel(int64_t from, int64_t to) {
   return (at::arange(1, 2 * to, 2) * from).floor_divide(2 * to);
 }

@@ -16,7 +16,7 @@ at::Tensor resize_map(const at::Tensor& map,
                       int64_t width,
                       Interpolation interpolation = Interpolation::bilinear);
 
-/// map [...] with values from 0 to 1 -> uint8 RGB [..., 3], from black over purple and orange to light yellow: "inferno" of
+/// map [...] with values from 0 to 1 -> uint8 RGB [..., 3], from black through purple and orange to light yellow: "inferno" of
 /// matplotlib (N. Smith and S. van der Walt, 2015, CC0, https://bids.github.io/colormap), in which equal steps look equal and
 /// lightness increases throughout, also when printed in grey. Values outside the range take the colour of its nearest end, NaN
 /// that of 0.

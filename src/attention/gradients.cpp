@@ -17,9 +17,9 @@ using namespace engine;
 namespace {
 
 constexpr int64_t kKeysOfABlock = 1024;
-// Logits and their gradients of one step, in floats. They fit into a core's cache beside the keys and values of a block.
+// Floats of one step's logits and their gradients, which fit into a core's cache beside the keys and values of a block.
 
-// An empty tensor of x's shape [B, n, L, size], stored as [B, L, n, size]: the gradient of what split_heads returns.
+// An empty tensor of x's shape [B, n, L, size], stored as [B, L, n, size]: the gradient of a result of split_heads.
 Tensor like_heads(const Tensor& x, bool is_wanted) {
   if (!is_wanted) return {};
   return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
@@ -35,7 +35,7 @@ struct Rows {
   const float* at(int64_t row) const { return data + row * stride; }
 };
 
-// Only the log-sum-exp of each row was kept. With the weights P of a block of rows and keys, computed anew:
+// The forward pass kept only the log-sum-exp of each row. With the recomputed weights P of a block of rows and keys:
 //   dV = P' dO,  dP = dO V',  dS = P * (dP - row sums of dO * O) * scale,  dQ = dS K,  dK = dS' Q
 // as in Dao et al., FlashAttention, 2022, https://arxiv.org/abs/2205.14135, appendix B.4.
 class Gradients {
@@ -156,7 +156,7 @@ class Gradients {
         {.sizes = {s.rows, s.keys, size}, .a = {a, a_stride}, .b = columns, .c = {c, s.keys}, .all_rows = s.rows});
   }
 
-  // Adds x' rows, of x [n, keys] and rows [n, size], to the rows of these keys in `into`.
+  // Adds the product x' rows, with x [n, keys] and rows [n, size], to the rows of these keys in `into`.
   void add_to_keys(const Segment& s,
                    const float* x,
                    const float* rows,
@@ -183,7 +183,7 @@ class Gradients {
     return {data(largest_)[at], data(log_sum_exp_)[at]};
   }
 
-  // Turns the logits of a block into weights: by a softmax over the block, scaled by the block's share of the whole row.
+  // Turns the logits of a block into weights by a softmax over the block, scaled by the block's share of the whole row.
   void recompute_weights(const Segment& s, int64_t h, float* logits, Scratch scratch) const {
     auto* largest = scratch.take(s.rows);
     const LogSumExps of_block{largest, scratch.take(s.rows)};

@@ -7,7 +7,7 @@
 // The backward pass of this library's kernels for heads.
 namespace xattn::detail {
 
-/// What the backward pass reads: arguments and results of `attend_on_kernels_by_largest`, and the gradient of its output.
+/// The inputs of the backward pass: arguments and results of `attend_on_kernels_by_largest`, and the gradient of its output.
 struct AttentionBackward {
   at::Tensor q;            ///< [B, H, Lq, d]
   at::Tensor k;            ///< [B, G, Lk, d]
@@ -23,7 +23,7 @@ struct AttentionBackward {
   bool wants_v = true;
 };
 
-/// Gradients of q, k and v; undefined where not wanted.
+/// Gradients of q, k and v; undefined where not requested.
 struct AttentionGradients {
   at::Tensor q, k, v;
 };

@@ -133,7 +133,7 @@ int64_t offset_of(const Tensor& x, const Heads& heads, int64_t context, int64_t 
   return context * x.stride(0) + h * heads.G / heads.H * x.stride(1);
 }
 
-// Weights times v of head h into rows of c, or added to them.
+// Writes weights times v of head h to rows of c, or adds the product to them.
 void multiply_by_values(const Heads& heads,
                         const Segment& s,
                         int64_t h,
@@ -160,8 +160,8 @@ void attend_head(const Heads& heads, const SoftmaxStage& softmax, const Segment&
   weighted_values_of_head(heads, s, h, logits, s.keys);
 }
 
-// One head, one part of its keys after another. `values` [rows, e] and `log_sum_exp` [rows] are those of the parts so far. A
-// part's weights sum to one over its own keys, so old values and new weights are scaled by their share of the new sum.
+// One head, one part of its keys at a time. `values` [rows, e] and `log_sum_exp` [rows] are those of the parts so far. A part's
+// weights sum to one over its own keys, so old values and new weights are scaled by their share of the new sum.
 void attend_head_in_parts(const Heads& heads, const SoftmaxStage& softmax, const Segment& s, int64_t h, float* scratch) {
   auto* logits = scratch;
   auto* values = logits + s.rows * kKeysOfAPart;

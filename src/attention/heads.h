@@ -11,7 +11,7 @@
 #include "attention/softmax.h"
 #include "cpu/threads.h"
 
-// Attention between projected heads on this library's kernels. For a few query rows of one head after another:
+// Attention between projected heads on this library's kernels. For a few query rows, one head at a time:
 //
 //   logits_of_head           S = q k'                                 [rows, keys], in scratch that stays in the cache
 //   SoftmaxStage             P = softmax(scale * S + bias, over the keys that the mask allows), in place
@@ -27,12 +27,12 @@ struct Segment {
   int64_t first_row;       ///< index of the first row among all B * n * Lq query rows of the call, n queries for each context
   int64_t rows;            ///< number of rows
   int64_t keys;            ///< number of keys: those of the context, or of a part of it
-  const float* queries;    ///< the left side of the logits: projected queries, or what the order of the logits makes of them
+  const float* queries;    ///< left side of the logits: projected queries, or their form in the order of the logits
   int64_t query_stride;    ///< from row to row
   int64_t head_stride;     ///< from head to head, if the rows are projected queries
-  float* weighted_values;  ///< [rows, H, e], or as the order of the values has them
-  LogSumExps log_sum_exp;  ///< output, [rows, H]; null if not wanted
-  int64_t context_rows;    ///< query rows of the whole context; these are some of them
+  float* weighted_values;  ///< [rows, H, e], or the shape that the order of the values uses
+  LogSumExps log_sum_exp;  ///< output, [rows, H]; null if not requested
+  int64_t context_rows;    ///< query rows of the whole context, of all its segments
   int64_t first_key = 0;
 };
 
@@ -60,14 +60,14 @@ struct MaskRows {
 at::Tensor empty_weights(
     AttentionWeights wanted, const std::vector<int64_t>& heads, int64_t B, int64_t H, int64_t Lq, int64_t Lk, bool all_keys);
 
-/// The softmax of one call: logits become weights, and the requested results of it are written to their buffers.
+/// The softmax of one call: it turns logits into weights and writes the requested results to their buffers.
 class SoftmaxStage {
  public:
   SoftmaxStage(
       const Mask& mask, int64_t H, int64_t Lq, int64_t Lk, float scale, AttentionWeights wanted, std::vector<int64_t> heads);
 
-  /// Buffers for weights, and for the log-sum-exp and the largest logit that it is relative to, both [B, H, Lq]. Nothing is
-  /// written to an undefined one.
+  /// Sets the buffers for weights, and for the log-sum-exp and the largest logit that it is relative to, both [B, H, Lq].
+  /// Undefined ones are skipped.
   void write_to(const at::Tensor& weights, const at::Tensor& log_sum_exp = {}, const at::Tensor& largest = {});
 
   /// True if the kind of the mask shows that every row has a key.
@@ -78,7 +78,7 @@ class SoftmaxStage {
   /// Softmax of one head's logits [rows, keys], `stride` apart, in place. Its log-sum-exp [rows] goes to `log_sum_exp`, or to
   /// the buffer of `write_to` by default.
   void softmax_head(const Segment& s, int64_t h, float* logits, int64_t stride, LogSumExps log_sum_exp = {}) const;
-  /// Softmax of rows [begin, end) of logits [rows * H, keys], `stride` apart, in place; the log-sum-exp goes to the segment's.
+  /// Softmax of rows [begin, end) of logits [rows * H, keys], `stride` apart, in place; writes the segment's log-sum-exp.
   void softmax_rows(const Segment& s, float* logits, int64_t stride, int64_t begin, int64_t end) const;
   /// Copies one head's log-sum-exp [rows] to the buffer.
   void write_log_sum_exp(const Segment& s, int64_t h, const LogSumExps& log_sum_exp) const;
@@ -86,7 +86,7 @@ class SoftmaxStage {
   void write_weights(const Segment& s, int64_t h, const float* weights, int64_t stride) const;
 
  private:
-  // Of n rows of head h that begin at row i of a query, or of n rows with the same mask.
+  // Softmax of n rows of head h that begin at row i of a query, or of n rows with the same mask.
   void softmax(
       const Segment& s, int64_t h, int64_t i, int64_t n, float* logits, int64_t stride, const LogSumExps& log_sum_exp) const;
   LogSumExps log_sum_exp_at(const Segment& s, int64_t h, int64_t row) const;

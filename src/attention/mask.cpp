@@ -49,7 +49,7 @@ using detail::MaskAccess;
 using MaskPart = MaskAccess::Part;
 using MaskKind = MaskAccess::Kind;
 
-// The largest of the numbers that additive masks use in place of -inf.
+// The largest of the numbers that additive masks use instead of -inf.
 constexpr double kForbidden = -10000;
 
 // [Lq, Lk], [B, Lq, Lk] or [B|1, H|1, Lq|1, Lk] -> [B|1, H|1, Lq|1, Lk]
@@ -86,7 +86,7 @@ std::vector<at::Tensor> biases_of(const Mask& mask) {
   return biases;
 }
 
-// The last key that query i sees is i + diagonal; nothing if no part is causal.
+// The last key that query i attends to is i + diagonal; no value if no part is causal.
 std::optional<int64_t> diagonal(const Mask& mask, int64_t Lq, int64_t Lk) {
   std::optional<int64_t> least;
   for (const auto& part : MaskAccess::parts(mask)) {
@@ -97,7 +97,7 @@ std::optional<int64_t> diagonal(const Mask& mask, int64_t Lq, int64_t Lk) {
   return least;
 }
 
-// The mask after `change` of every part that has a tensor.
+// The mask with `change` applied to every part that has a tensor.
 template <class F>
 Mask with_changed_tensors(Mask mask, const F& change) {
   for (auto& part : MaskAccess::parts(mask)) {
@@ -106,7 +106,7 @@ Mask with_changed_tensors(Mask mask, const F& change) {
   return mask;
 }
 
-// The mask without the parts that meet `condition`.
+// The mask without the parts that satisfy `condition`.
 template <class F>
 Mask without_parts(Mask mask, const F& condition) {
   std::erase_if(MaskAccess::parts(mask), condition);
@@ -406,7 +406,7 @@ Mask detail::shard_of_keys(const Mask& mask, int64_t first, int64_t n, int64_t L
     for (auto& length : part.lengths) length = std::clamp<int64_t>(length - first, 0, n);
   });
   const auto diagonal = xattn::diagonal(mask, Lq, Lk);
-  if (!diagonal || first + n - 1 <= *diagonal) return shard;  // every query sees all of these keys
+  if (!diagonal || first + n - 1 <= *diagonal) return shard;  // every query attends to all of these keys
   const auto options = at::dtype(at::kLong).device(device);
   const auto last = at::arange(*diagonal, *diagonal + Lq, options).unsqueeze(1);
   return shard & Mask::dense(at::le(at::arange(first, first + n, options), last));

@@ -10,8 +10,8 @@
 #include <string_view>
 #include <vector>
 
-// What the library itself asks of a mask. Each function walks the parts of the mask, so a new kind of mask changes mask.h and
-// mask.cpp alone.
+// Functions on masks for the rest of the library. Each loops over the parts of the mask, so a new kind of mask changes only
+// mask.h and mask.cpp.
 namespace xattn::detail {
 
 /// Throws, with `caller` in the message, c10::ValueError unless the mask fits these sizes (any Lq, if it is not known yet), and
@@ -19,7 +19,7 @@ namespace xattn::detail {
 void check_mask(
     const Mask& mask, std::string_view caller, int64_t B, int64_t H, std::optional<int64_t> Lq, int64_t Lk, at::Device device);
 
-/// All restrictions in one: bool, broadcastable to [B, H, Lq, Lk] with a full last axis; undefined if there is none.
+/// All restrictions combined: bool, broadcastable to [B, H, Lq, Lk] with a full last axis; undefined if there is none.
 at::Tensor allowed_keys(const Mask& mask, int64_t Lq, int64_t Lk, at::Device device);
 
 /// The sum of all biases, broadcastable to [B, H, Lq, Lk]; undefined if there is none. With the type of the logits, it is
@@ -42,11 +42,11 @@ bool may_have_empty_rows(const Mask& mask, int64_t Lq, int64_t Lk);
 at::Tensor rows_without_keys(
     const Mask& mask, int64_t Lq, int64_t Lk, at::Device device, std::optional<at::ScalarType> logits = {});
 
-/// The mask for a context with the key of bias_kv behind its last: every query may attend to it.
+/// The mask for a context with the key of bias_kv appended: every query may attend to that key.
 Mask with_bias_kv(const Mask& mask, int64_t Lq, int64_t Lk, at::Device device);
 
 /// The lengths of all batch entries, or one length for all, if the mask was built from lengths in host memory; else empty.
-/// Several lengths of an entry count as the least. Throws c10::ValueError if they are for several batch sizes.
+/// If an entry has several lengths, the least counts. Throws c10::ValueError if they are for several batch sizes.
 std::vector<int64_t> host_lengths(const Mask& mask);
 
 /// The mask without the parts that `host_lengths` returns.
@@ -56,7 +56,7 @@ Mask without_lengths(const Mask& mask);
 /// there are no such lengths, or if `causal` counts from the last key.
 int64_t needed_keys(const Mask& mask, int64_t Lk);
 
-/// The mask for a context that is cut behind its first Lk keys. Throws c10::ValueError if the mask has fewer.
+/// The mask for a context that is cut after its first Lk keys. Throws c10::ValueError if the mask has fewer.
 Mask first_keys(const Mask& mask, int64_t Lk);
 
 /// The mask for keys [first, first + n) of Lk alone, with `causal` counted over all Lk. Throws c10::ValueError if there are no

@@ -7,8 +7,8 @@
 #include <limits>
 
 // Merging the results over parts of a context by their log-sum-exp: Milakov and Gimelshein, Online normalizer calculation for
-// softmax, 2018, https://arxiv.org/abs/1805.02867. The largest logit is stored apart, because beside a logit of -1e9 a float32
-// loses log n of n keys.
+// softmax, 2018, https://arxiv.org/abs/1805.02867. The largest logit is stored separately, because beside a logit of -1e9 a
+// float32 loses log n of n keys.
 namespace xattn::detail::engine {
 
 /// The log-sum-exp of a part is largest + log_sum.

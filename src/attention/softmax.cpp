@@ -60,7 +60,7 @@ SoftmaxResult softmax_over_keys(const Tensor& products,
   if (bias.defined()) logits = logits + bias;
   if (allowed.defined()) logits = logits.masked_fill(at::logical_not(allowed), kMinusInfinity);
 
-  // The softmax of a row of -inf alone is NaN, and so is its gradient. Such a row is zero before the softmax and after it.
+  // The softmax of a row of -inf alone is NaN, and so is its gradient. Such a row is zeroed before and after the softmax.
   logits = with_rows_filled(logits, result.empty_rows, 0);
   result.weights = with_rows_filled(softmax_as_stored(logits), result.empty_rows, 0);
   if (!log_sum_exp) return result;

@@ -11,20 +11,20 @@
 #include <optional>
 #include <vector>
 
-// The softmax of attention in plain tensor operations, for logits that were computed in any order; and the entries to attention
-// for the rest of the library.
+// The softmax of attention in plain tensor operations, for logits that were computed in any order; and the entry points to
+// attention for the rest of the library.
 namespace xattn::detail {
 
 inline constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 
-/// What a row's log-sum-exp is relative to. Beside a large logit, float32 loses log n of n keys; parts of a context are
-/// therefore merged by a log-sum-exp relative to the largest logit.
+/// The base of a row's log-sum-exp. Beside a large logit, float32 loses log n of n keys; parts of a context are therefore
+/// merged by a log-sum-exp relative to the largest logit.
 enum class LogSumExpBase { zero, largest_logit };
 
 struct SoftmaxResult {
   at::Tensor weights;      ///< [B, H, Lq, Lk], at least float32; zeros in a row without keys; differentiable
-  at::Tensor log_sum_exp;  ///< [B, H, Lq], if wanted; -inf for a row without keys
-  at::Tensor largest;      ///< what it is relative to: undefined, or the largest logit, [B, H, Lq], 0 for a row without keys
+  at::Tensor log_sum_exp;  ///< [B, H, Lq], if requested; -inf for a row without keys
+  at::Tensor largest;      ///< the base of log_sum_exp: undefined, or the largest logit, [B, H, Lq], 0 for a row without keys
   at::Tensor empty_rows;   ///< rows without keys, [B|1, H|1, Lq|1, 1]; undefined if the kind of the mask rules them out
 };
 
@@ -44,7 +44,7 @@ inline double scale_of(const AttentionOptions& options, int64_t d) {
 }
 
 /// products: scaled, [B, H, Lq, Lk], any strides, which the weights keep. type: that of the logits, in which the mask is read;
-/// products of half types may be wider. log_sum_exp: what it is relative to; not computed without one.
+/// products of half types may be wider. log_sum_exp: its base; not computed without one.
 SoftmaxResult softmax_over_keys(const at::Tensor& products,
                                 at::ScalarType type,
                                 const Mask& mask,
@@ -63,7 +63,7 @@ RelativeAttention attention_by_largest(const at::Tensor& q,
                                        const at::Tensor& v,
                                        const AttentionOptions& options);
 
-/// Returns from weights [B, H, Lq, Lk] what the options ask for, in the type of the logits: nothing, the mean over heads, all
+/// The part of weights [B, H, Lq, Lk] that the options request, in the type of the logits: nothing, the mean over heads, all
 /// heads or chosen ones.
 at::Tensor wanted_weights(const at::Tensor& weights, const AttentionOptions& options, at::ScalarType type);
 

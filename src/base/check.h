@@ -8,7 +8,7 @@
 
 #include "base/text.h"
 
-// Refusal of invalid arguments. All messages have one form, "[caller] argument must be ..., but is ....", and are thrown as torch's
+// Checks of arguments. All messages have one form, "[caller] argument must be ..., but is ....", and are thrown as torch's
 // typed errors.
 namespace xattn::detail {
 

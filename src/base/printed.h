@@ -7,11 +7,11 @@
 #include <string>
 #include <string_view>
 
-// Printing of texts that come from files: names, metadata, words of a grammar, and errors that quote them. Printed texts are short,
-// stay on one line, and cannot control a terminal. Header only: programs use it without the library.
+// Printing of text that comes from files: names, metadata, words of a grammar, and errors that quote them. Printed text is
+// short, stays on one line, and cannot control a terminal. Header only: programs use it without the library.
 namespace xattn::detail {
 
-inline constexpr size_t kMostOfName = 200;        ///< bytes that are printed of a name or another text from a file
+inline constexpr size_t kMostOfName = 200;        ///< bytes that are printed of a name or other text from a file
 inline constexpr size_t kMostOfMessage = 20'000;  ///< bytes of a whole message, which may list names
 
 /// A character of a text in UTF-8. A byte that is not UTF-8 is an invalid character of one byte.
@@ -52,7 +52,7 @@ inline std::string hexadecimal(char32_t code, int digits) {
   return text;
 }
 
-/// The longest beginning of at most `most` bytes that ends with a whole character.
+/// The longest prefix of at most `most` bytes that ends with a whole character.
 inline std::string_view beginning(std::string_view text, size_t most) {
   if (text.size() <= most) return text;
   size_t size = most;

@@ -15,7 +15,7 @@ namespace xattn::detail {
 
 std::string vformatted(fmt::string_view format, fmt::format_args arguments);
 
-/// As fmt::format, and also for a format given as fmt::runtime.
+/// Like fmt::format, and also for a format given as fmt::runtime.
 template <typename... Args>
 std::string formatted(fmt::format_string<Args...> format, Args&&... args) {
   return vformatted(format, fmt::make_format_args(args...));

@@ -31,8 +31,8 @@ bool runs_on_kernels(const Tensor& x) {
          !at::isTensorSubclassLike(x) && !x._fw_grad(/*level=*/0).defined();
 }
 
-// The matrices of a tensor [..., rows, columns] of two to four axes; a view of each would take longer than a small product. Either
-// the elements of a row are consecutive or, if transposed, those of a column.
+// The matrices of a tensor [..., rows, columns] of two to four axes; creating a view of each would take longer than a small
+// product. Either the elements of a row are consecutive or, if transposed, those of a column.
 struct Matrices {
   Matrices(const Tensor& x, bool transposed)
       : x(transposed ? x : with_rows(x)),
@@ -52,7 +52,7 @@ struct Matrices {
   int64_t row_stride, column_stride, groups = 1, per_group = 1, group_stride = 0, stride = 0;
 };
 
-// Packs `terms` rows of the right side at a time to `packed`.
+// Packs `terms` rows of the right side at a time into `packed`.
 void multiply_packed(const Product& whole, bool b_is_transposed, bool has_many, float* packed, int64_t terms) {
   const auto& run = kernels();
   const auto stride = whole.b.row_stride;
@@ -110,7 +110,7 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   return result;
 }
 
-// The gradients are computed by `matrix_product`, and are therefore differentiable too.
+// The gradients are computed by `matrix_product` and are therefore differentiable too.
 struct MatrixProductFunction : torch::autograd::Function<MatrixProductFunction> {
   static Tensor forward(torch::autograd::AutogradContext* context,
                         const Tensor& a,

@@ -10,7 +10,7 @@
 // The memory of tensors as operands of the kernels.
 namespace xattn::detail {
 
-/// Packed right sides [k, n], one matrix behind the other; float32 or bfloat16.
+/// Packed right sides [k, n], one matrix after the other; float32 or bfloat16.
 struct Packed {
   at::Tensor data;
   int64_t k = 0, n = 0;
@@ -32,7 +32,7 @@ inline float* mutable_data(const at::Tensor& x) {
   return x.mutable_data_ptr<float>();
 }
 
-// x [..., n], its rows of consecutive numbers.
+// x [..., n] with rows of consecutive numbers, copied if necessary.
 inline at::Tensor with_rows(const at::Tensor& x) {
   return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }
@@ -50,7 +50,7 @@ inline RightSide packed(const Packed& p, int64_t which = 0) {
   return packed(p.data, which * kernels().packed_size(p.k, p.n), p.k);
 }
 
-// The same of plain rows.
+// The same for plain rows.
 inline RightSide plain_rows(const at::Tensor& x, int64_t offset, int64_t row_stride) {
   return kernels().rows(x.const_data_ptr(), row_stride, storage_of(x)).advanced(offset);
 }
@@ -65,7 +65,7 @@ inline Product projection(const float* x, int64_t n, const Packed& weight, const
           .all_rows = all_rows};
 }
 
-// Part of a product. has_many: of the whole, see `has_many_rows`.
+// Computes part of a product. has_many: `has_many_rows` of the whole product.
 inline void multiply_part(const Product& p, bool has_many) {
   (has_many ? kernels().product_of_many_rows : kernels().product)(p);
 }
@@ -79,13 +79,13 @@ inline void multiply_transposed(const Product& p) {
   kernels().product_transposed(p);
 }
 
-// Packs the transpose of b [n, k] to element `offset` of `to`.
+// Packs the transpose of b [n, k] into `to`, from element `offset` on.
 inline void pack_transposed(const float* b, int64_t stride, int64_t k, int64_t n, const at::Tensor& to, int64_t offset) {
   const auto place = static_cast<char*>(to.mutable_data_ptr()) + offset * to.element_size();
   kernels().pack_transposed(b, stride, k, n, place, storage_of(to));
 }
 
-// Pads the last panel of a matrix [n, columns] in panels with zeros.
+// Pads the last panel with zeros, for a matrix [n, columns] in panels.
 inline void pad_last_panel(float* panels, int64_t panel_stride, int64_t n, int64_t columns) {
   const auto panel = kernels().panel, used = columns % panel;
   if (used == 0) return;

@@ -8,14 +8,14 @@ namespace xattn::detail::engine {
 
 namespace {
 
-// Rows below which all threads work on the same rows, so that weights are read once and not by each thread.
+// Rows below which all threads work on the same rows, so that weights are read once rather than by each thread.
 int64_t rows_that_part_threads(const BytesRead& reads, int64_t threads, const Kernels& kernels) {
   const bool mostly_weights = reads.weights > kCoreCache && reads.context < reads.weights / 8;
   if (reads.weights + reads.context > kSharedCache) return kernels.tile_rows * threads;
   return (mostly_weights ? 2 : 1) * kRowsOfAThread * threads;
 }
 
-// Rows of a task with which its products run at full speed: the more, the more of what they read does not stay in the core's cache.
+// Rows with which the products of a task run at full speed; more are needed if less of their input stays in the core's cache.
 int64_t fast_rows(const RowWork& work, const Kernels& kernels) {
   const auto least = work.has_many_rows ? kRowsOfAThreadOnUnit : kernels.tile_rows;
   const auto most = work.has_many_rows ? kernels.many_block_rows : kernels.block_rows;
@@ -43,7 +43,7 @@ ProductShares plan_product(
   threads = std::clamp<int64_t>(2 * count * m * n * k / kOperationsOfATask, 1, threads);
   const auto terms = std::max<int64_t>(1, divided_up(k, std::max<int64_t>(1, divided_up(k, kPackedTerms))));
 
-  // Tasks are columns first, because each packs its own. If there are too few for all threads, rows are divided too.
+  // Columns are divided first, because each task packs its own. If there are too few for all threads, rows are divided too.
   const bool left_is_cached = 4 * m * k <= kCoreCache / 2 && !has_many_rows;
   const auto packed_bytes = left_is_cached ? kPackedBytes : kPackedBytesOnce;
   auto column_tasks = divided_up(panels, std::max<int64_t>(1, packed_bytes / (4 * kernels.panel * terms)));

@@ -6,7 +6,7 @@
 
 #include "kernels/kernels.h"
 
-// How work is divided into tasks: pure functions of its sizes. The division changes no bit of a result.
+// Divides work into tasks, by pure functions of its sizes. The division changes no bit of a result.
 namespace xattn::detail::engine {
 
 /// Bytes that a task reads besides its rows: weights, which are the same for all rows, and the context of one query.
@@ -14,7 +14,7 @@ struct BytesRead {
   int64_t weights, context;
 };
 
-/// Floats of scratch that a task needs: for each of its rows, and in addition for each of the rows whose logits it holds at a time.
+/// Floats of scratch that a task needs: for each of its rows, and also for each row whose logits it holds at a time.
 struct ScratchSize {
   int64_t row;
   int64_t logits = 0, rows_at_a_time = 0;
@@ -22,10 +22,10 @@ struct ScratchSize {
   int64_t of(int64_t rows) const { return rows * row + std::min(rows, rows_at_a_time) * logits; }
 };
 
-/// A computation on rows, as far as its division depends on it.
+/// The properties of a computation on rows that its division depends on.
 struct RowWork {
   int64_t rows;
-  bool has_many_rows;  ///< whether its products run on the unit for matrices
+  bool has_many_rows;  ///< whether its products run on the matrix unit
   BytesRead reads;
   ScratchSize apart, together;  ///< of a task that one thread computes, and of one that all threads compute together
 };

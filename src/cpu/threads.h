@@ -29,14 +29,14 @@ struct TaskThreads {
     });
   }
 
-  // f(begin, end) for parts of [0, n).
+  // Calls f(begin, end) for parts of [0, n).
   template <class F>
   void parts(int64_t n, const F& f) const {
     if (!all) return f(0, n);
     at::parallel_for(0, n, 1, f);
   }
 
-  // A product by ranges of whole panels, into plain rows.
+  // Computes a product by ranges of whole panels, into plain rows.
   void multiply(const Product& product) const {
     const auto panel = kernels().panel;
     const bool has_many = has_many_rows(product.all_rows, product.sizes.n, product.sizes.k);
@@ -51,26 +51,26 @@ struct TaskThreads {
   }
 };
 
-// f(i) for i in [0, n), on all threads.
+// Calls f(i) for i in [0, n), on all threads.
 template <class F>
 void each(int64_t n, const F& f) {
   TaskThreads{.all = true}.each(n, f);
 }
 
-// A piece of memory that is handed out from its front, in whole cache lines.
+// A block of memory that is handed out from the front, in whole cache lines.
 class Scratch {
  public:
   explicit Scratch(float* memory) : next_(memory) {}
   float* take(int64_t floats) { return std::exchange(next_, next_ + round_up(floats, kLine)); }
 
   static constexpr int64_t kLine = 16;             // floats
-  static constexpr int64_t kPadding = 16 * kLine;  // for the rounding up of as many pieces
+  static constexpr int64_t kPadding = 16 * kLine;  // for rounding up 16 pieces
 
  private:
   float* next_;
 };
 
-/// f(begin, end, scratch, threads) for shares of the rows [0, work.rows), as `plan_shares` divides them.
+/// Calls f(begin, end, scratch, threads) for shares of the rows [0, work.rows), as `plan_shares` divides them.
 template <class F>
 void each_share_of_rows(const RowWork& work, const F& f) {
   if (work.rows == 0) return;

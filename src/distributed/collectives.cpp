@@ -45,7 +45,7 @@ void check_first_derivative() {
 Tensor gather_rows(const Tensor& own, const std::vector<int64_t>& lengths, Ranks& ranks) {
   const auto most = *std::ranges::max_element(lengths);
   std::vector<int64_t> padding(static_cast<size_t>(2 * own.dim()), 0);
-  padding[static_cast<size_t>(2 * own.dim() - 3)] = most - own.size(1);  // behind the rows
+  padding[static_cast<size_t>(2 * own.dim() - 3)] = most - own.size(1);  // after the rows
   auto parts = ranks.gather(at::constant_pad_nd(own, padding).contiguous());
   for (size_t i = 0; i < parts.size(); ++i) parts[i] = parts[i].narrow(1, 0, lengths[i]);
   return at::cat(parts, 1);
@@ -89,7 +89,7 @@ std::vector<Tensor> Ranks::gather(const Tensor& x) {
   return found[0];
 }
 
-// ---- Gradients that add up ---------------------------------------------------------------------------------------------------
+// ---- Gradients that add up ------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -172,7 +172,7 @@ Tensor own_rows(const Tensor& x, const std::vector<int64_t>& lengths, const Rank
   return ranks->size() == 1 ? x : OwnRows::apply(x, lengths, ranks);
 }
 
-// ---- Merging -----------------------------------------------------------------------------------------------------------------
+// ---- Merging --------------------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -181,7 +181,7 @@ struct Merge : torch::autograd::Function<Merge> {
       AutogradContext* context, const Tensor& output, const Tensor& log_sum_exp, const Tensor& largest, const RanksPtr& ranks) {
     auto most = at::where(at::isneginf(log_sum_exp), log_sum_exp, largest).contiguous();
     ranks->max(most);
-    const auto anchor = most.masked_fill(at::isneginf(most), 0);  // -inf - -inf is no number
+    const auto anchor = most.masked_fill(at::isneginf(most), 0);  // -inf - -inf is NaN
     const auto mass = at::exp(log_sum_exp + (largest - anchor)).unsqueeze(-1);
     auto sums = at::cat({output * mass, mass}, -1);
     ranks->sum(sums);

@@ -21,11 +21,11 @@ class Ranks : public torch::CustomClassHolder {
   int64_t size() const { return group_->getSize(); }
   int64_t bytes() const { return bytes_; }
 
-  /// Reduces x, which is contiguous, over all ranks in place.
+  /// Reduces a contiguous x over all ranks in place.
   void sum(at::Tensor& x) { reduce(x, c10d::ReduceOp::SUM); }
   void max(at::Tensor& x) { reduce(x, c10d::ReduceOp::MAX); }
 
-  /// The tensors of all ranks, of one size.
+  /// The tensors of all ranks, which must have the same size.
   std::vector<at::Tensor> gather(const at::Tensor& x);
 
  private:
@@ -39,12 +39,12 @@ class Ranks : public torch::CustomClassHolder {
 
 using RanksPtr = c10::intrusive_ptr<Ranks>;
 
-/// Replaces tensors that are equal on all ranks by ones whose backward adds up the gradients of all ranks. Undefined tensors are
-/// skipped.
+/// Replaces tensors that are equal on all ranks by ones whose backward adds up the gradients of all ranks. Undefined tensors
+/// are skipped.
 void sum_gradients(const std::vector<at::Tensor*>& tensors, const RanksPtr& ranks);
 
-/// Concatenates the rows [B, L, ...] of all ranks, which have these `lengths`; backward keeps this rank's part of a gradient that
-/// is equal on all ranks.
+/// Concatenates the rows [B, L, ...] of all ranks, which have these `lengths`; backward keeps this rank's part of a gradient
+/// that is equal on all ranks.
 at::Tensor all_rows(const at::Tensor& own, const std::vector<int64_t>& lengths, const RanksPtr& ranks);
 
 /// This rank's rows of x [B, L, ...], which is equal on all ranks; backward gathers the gradients of all rows.

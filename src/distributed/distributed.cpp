@@ -36,7 +36,7 @@ namespace {
 
 constexpr auto kContextParallel = "context_parallel";
 
-// What the options must be for several ranks; they may have been changed since the module was made.
+// Checks the options for several ranks at each use, because they may have changed since the module was made.
 void check_options(const CrossAttentionImpl& module) {
   detail::check_module(kContextParallel, module);
   check_value(!module.options.bias_kv(), kContextParallel,
@@ -48,8 +48,8 @@ void check_options(const CrossAttentionImpl& module) {
               name_of(plan.orders.logits), name_of(plan.orders.values));
 }
 
-// Exchanges batch and length of x once `check` has passed on all ranks. An error that it throws on one rank alone is reported by
-// every rank: the others would wait for that rank.
+// Exchanges batch and length of x once `check` has passed on all ranks. An error that it throws on one rank is reported on
+// every rank, because the others would otherwise wait.
 std::vector<int64_t> exchange_lengths(
     const Tensor& x, const char* name, at::Device device, detail::Ranks& ranks, const std::function<void()>& check) {
   int64_t B = -1, length = -1;
@@ -155,10 +155,10 @@ SharedContext ContextParallel::context(const Tensor& key,
   auto request =
       detail::request_of(module, weights, inputs.B(), 1, std::max<int64_t>(1, own), {}, o.attention_weights(), inputs_train);
   request.sums_heads = request.sums_ranks = true;
-  if (!o.plan().pinned) request.pinned.reset();  // autocast pins the standard order, for which there is no need here
+  if (!o.plan().pinned) request.pinned.reset();  // autocast pins the standard order, which is not needed here
   const auto orders = detail::orders_of(detail::for_context(kContextParallel, request, options.expected_queries));
 
-  // A share without keys becomes one key that no query may attend to, so that its rank takes all steps of the others.
+  // A share without keys becomes one key that no query may attend to, so that its rank takes the same steps as the others.
   if (own == 0) {
     const bool one = inputs.key.is_same(inputs.value);
     inputs.key = at::constant_pad_nd(inputs.key, {0, 0, 0, 1});
@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   if (apart || device.is_cpu()) {
     lengths = exchange_lengths(query, "query", device, *ranks, check);
   } else {
-    check();  // exchanging the errors of others would wait for the device
+    check();  // exchanging errors would wait for the device
   }
   for (size_t rank = 0; rank < lengths.size() && !apart; ++rank) {
     check_value(lengths[rank] == own.size(1), kContextParallel,
@@ -218,7 +218,7 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   auto how = detail::attention_options(kContextParallel, o, call, mask, module.is_training());
   const auto returned = how.weights;
   if (returned != AttentionWeights::per_head) how.weight_heads.clear();
-  if (returned == AttentionWeights::mean) how.weights = AttentionWeights::per_head;  // the mean follows the merging
+  if (returned == AttentionWeights::mean) how.weights = AttentionWeights::per_head;  // the mean is taken after merging
   how.log_sum_exp = true;
   const auto query_of_all = detail::make_query(layer.weights, Xq, /*is_projected=*/true);
   const auto [part, largest] = detail::attend_heads(layer, query_of_all, c.parts, how, detail::LogSumExpBase::largest_logit);

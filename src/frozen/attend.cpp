@@ -24,7 +24,7 @@ int64_t bytes(const Tensor& x) {
   return static_cast<int64_t>(x.nbytes());
 }
 
-// Bytes of the weights that query rows are multiplied by; a constant query has been multiplied by those of the logits already.
+// Bytes of the weights that query rows are multiplied by; a constant query has already been multiplied by those of the logits.
 int64_t bytes_of_weights(const EngineWeights& w, const Orders& orders, bool query_is_given) {
   int64_t total = 0;
   if (query_is_given && !is_folded(orders.logits)) {
@@ -40,7 +40,7 @@ bool is_small(const EngineWeights& w, int64_t B, int64_t Lq, int64_t Lk) {
   return 2 * B * (Lq * w.H * (w.Eq * w.d + w.e * w.Eo) + Lk * w.G * (w.Ek * w.d + w.Ev * w.e)) < kOperationsOfACall;
 }
 
-// Xq Wq + bq, normalised, of n rows: [n, H * d].
+// Xq Wq + bq, normalised, for n rows: [n, H * d].
 void project_query(
     const EngineWeights& w, const float* query, int64_t n, float* projected, int64_t all_rows, const TaskThreads& threads) {
   const auto width = w.query.n;
@@ -61,8 +61,8 @@ void fold_into_query(
   });
 }
 
-// Divides the keys of a context that is read once into shares, whole panels that are merged by their log-sum-exps, and these into
-// blocks. The division does not depend on the threads, because the bits of the sums depend on it.
+// Divides the keys of a context that is read once into shares of whole panels, which are merged by their log-sum-exps, and the
+// shares into blocks. The division does not depend on the threads, because the bits of the sums depend on it.
 struct KeyShares {
   KeyShares(int64_t Lk, int64_t features) {
     const auto panel = kernels().panel;
@@ -130,7 +130,7 @@ class Attend {
   bool in_place() const { return by_heads() && w_.d == w_.e && query_.defined(); }
 
   // Whether logits and weighted values read the rows of one context together, each share of them once from memory. Merging the
-  // shares pays for few query rows, if a core's cache cannot hold the context between logits and weighted values.
+  // shares pays off for few query rows, if a core's cache cannot hold the context between logits and weighted values.
   bool reads_once() const {
     return is_raw(side_.orders.logits) && values_are_raw() && side_.layout == ContextLayout::unpacked && w_.Ek == w_.Ev &&
            side_.keys.const_data_ptr() == side_.values.const_data_ptr() && 4 * side_.Lk * w_.Ek > kCoreCache;
@@ -166,7 +166,7 @@ class Attend {
     auto* const output = output_ + begin * w_.Eo;
     auto* const weighted = values_are_folded() ? output : scratch.take(n * width);
     const auto left = left_rows(begin, n, weighted, scratch, threads);
-    // Rows without keys are found by their log-sum-exps, for they get no bias of the values.
+    // Rows without keys are found by their log-sum-exps, because they get no bias of the values.
     const bool needs_sums = values_are_raw() && !softmax_.all_have_keys();
     const auto sums = needs_sums ? take_sums(n * w_.H, scratch) : LogSumExps{};
     for (int64_t first = begin, last = begin; first < end; first = last) {  // one context after another
@@ -189,7 +189,7 @@ class Attend {
     if (values_are_raw() && !needs_sums) write_output_of_empty_contexts(begin, end);
   }
 
-  // The rows that are multiplied by the keys: those of a task, or a constant query's, the same for all contexts.
+  // The rows that are multiplied by the keys: those of a task, or of a constant query for all contexts.
   LeftRows left_rows(int64_t begin, int64_t n, float* weighted, Scratch& scratch, const TaskThreads& threads) const {
     const auto& w = w_;
     if (!query_.defined()) return {data(folded_), folded_.size(1)};
@@ -222,7 +222,7 @@ class Attend {
     write_weighted_values(s, logits, threads);
   }
 
-  // weights [n, H, keys], to the caller if wanted.
+  // Copies weights [n, H, keys] to the caller's buffer if requested.
   void write_weights(const Segment& s, const float* weights) const {
     for (int64_t h = 0; softmax_.returns_weights() && h < w_.H; ++h)
       softmax_.write_weights(s, h, weights + h * s.keys, w_.H * s.keys);
@@ -291,7 +291,7 @@ class Attend {
                       .all_rows = raw && !is_packed ? 0 : rows_ * heads_left});
   }
 
-  // The same as logits, softmax and weighted values in turn, for a context that is read once.
+  // Computes logits, softmax and weighted values for a context that is read once.
   void attend_once(const Segment& s, Scratch scratch, const TaskThreads& threads) const {
     const KeyShares shares(side_.Lk, w_.Ev);
     const auto count = shares.count(s.keys), rows = s.rows * w_.H, size = rows * w_.Ev;
@@ -330,7 +330,7 @@ class Attend {
     write_weights(s, logits);
   }
 
-  // One share, a block of keys after another. Replaces the logits of a block by weights among the keys of the share up to its end.
+  // Computes one share, one block of keys at a time. A block's logits become weights over the share's keys up to its end.
   void attend_share(const Segment& s, KeyShare share, int64_t keys_of_a_block, float* logits) const {
     const auto rows = s.rows * w_.H;
     for (auto key = share.first; key < share.last; key += keys_of_a_block, share.block_sums = share.block_sums + rows) {
@@ -405,7 +405,7 @@ class Attend {
     }
   }
 
-  // The weighted values of a context without keys.
+  // Writes the weighted values of a context without keys.
   void clear(const Segment& s) const {
     if (values_are_folded()) {
       for (int64_t i = 0; i < s.rows; ++i) std::copy_n(data(w_.output_bias), w_.Eo, s.weighted_values + i * w_.Eo);
@@ -429,7 +429,7 @@ int64_t rows_of(const EngineCall& call) {
   return call.query.defined() ? call.query.size(1) : call.folded_query.size(0);
 }
 
-// For B queries; the weights are zeros if some keys may be left out.
+// An uninitialised result for B queries; its weights are zeros if some keys may be left out.
 AttentionResult empty_result(
     const EngineWeights& w, int64_t B, int64_t Lk, const std::vector<int64_t>& lengths, const EngineCall& call) {
   const auto Lq = rows_of(call);

@@ -12,10 +12,10 @@
 #include "modules/layer.h"
 #include "plan/order_traits.h"
 
-// Attention in any order of its products, in float32 on the CPU, by this library's own kernels: `Frozen` runs it. A call computes
-// a few rows at a time from query to output, so that intermediate results stay in the cache. It allocates its results and one
-// scratch tensor (and, for some raw contexts, each thread a panel of keys). The bits of a row depend neither on the number of threads
-// nor on the contents of other rows. They depend on the number of rows where the processor has a unit for matrices.
+// Attention in any order of its products, in float32 on the CPU, by this library's own kernels, as used by `Frozen`. A call
+// computes a few rows at a time from query to output, so that intermediate results stay in the cache. It allocates its results
+// and one scratch tensor (and, for some raw contexts, a panel of keys per thread). The bits of a row depend neither on the
+// number of threads nor on the contents of other rows. They depend on the number of rows if the processor has a matrix unit.
 namespace xattn::detail {
 
 /// The packed weights of a layer. Immutable; safe to share between threads.
@@ -31,7 +31,7 @@ struct EngineWeights {
   NormWeights query_norm, key_norm;
 
   Packed query, key, value, output;  ///< [Eq, H * d], [Ek, G * d], [Ev, G * e], [H * e, Eo]
-  Packed query_fold, key_fold;       ///< Wq and Wk of each head, [d, Eq] and [d, Ek], one below the other
+  Packed query_fold, key_fold;       ///< Wq and Wk of each head, [d, Eq] and [d, Ek], stacked
   Packed value_fold;                 ///< Wv of each head, G times [Ev, e]
 
   Packed logits_product;           ///< Wq Wk' of all heads, [Eq, H * Ek]
@@ -44,14 +44,14 @@ struct EngineWeights {
 struct EngineSide {
   Orders orders;
   int64_t B = 0, Lk = 0;
-  std::vector<int64_t> lengths;  ///< keys of each batch entry; the keys behind them are not read
+  std::vector<int64_t> lengths;  ///< keys of each batch entry; later keys are not read
   at::Tensor keys;               ///< packed: K' of each head, [B, G, d x Lk]; Xk', [B, Ek x Lk]; folded, [B, Eq x H * Lk]
   at::Tensor key_bias;           ///< folded: added to the logits, [B, H * Lk]
   at::Tensor values;             ///< packed: V of each head, [B, G, Lk x e]; Xv, [B, Lk x Ev]; folded, [B, H * Lk x Eo]
   ContextLayout layout = ContextLayout::packed;  ///< of keys and values in orders that leave them as they are
 };
 
-/// key [B, Lk, Ek], value [B, Lk, Ev]; lengths as in EngineSide; query_rows: all rows that will be attended for one batch entry.
+/// key [B, Lk, Ek], value [B, Lk, Ev]; lengths as in EngineSide; query_rows: all rows that will attend to one batch entry.
 EngineSide make_side(const Orders& orders,
                      const EngineWeights& weights,
                      const at::Tensor& key,
@@ -65,15 +65,15 @@ at::Tensor fold_query(const Orders& orders, const EngineWeights& weights, const 
 struct EngineCall {
   at::Tensor query;         ///< [B * n, Lq, Eq]: n queries for each of B contexts; or undefined
   at::Tensor folded_query;  ///< from fold_query, if there is no query
-  Mask mask = {};           ///< without the lengths of the side
+  Mask mask = {};           ///< without the lengths of the context
   AttentionWeights weights = AttentionWeights::none;
   std::vector<int64_t> weight_heads = {};  ///< with per_head; all if empty
 };
 
-/// -> output [B * n, Lq, Eo] and weights as asked, [B * n, (H,) Lq, Lk].
+/// -> output [B * n, Lq, Eo] and weights as requested, [B * n, (H,) Lq, Lk].
 AttentionResult attend(const EngineWeights& weights, const EngineSide& side, const EngineCall& call);
 
-/// make_side and attend in one. In a small call each thread computes whole batch entries by itself.
+/// Calls make_side and attend. In a small call each thread computes whole batch entries by itself.
 AttentionResult forward(const Orders& orders,
                         const EngineWeights& weights,
                         const at::Tensor& key,

@@ -41,7 +41,7 @@ detail::WeightProduct in_type_of(const Tensor& weight, const detail::WeightProdu
   return {product.weight.to(type), product.bias.defined() ? product.bias.to(type) : Tensor()};
 }
 
-// The same weights in tensors that no one else can change.
+// Copies of the weights that share no memory with the module.
 detail::LayerWeights copied(detail::LayerWeights w) {
   for (auto* x : {&w.query, &w.query_bias, &w.key, &w.key_bias, &w.value, &w.value_bias, &w.output, &w.output_bias, &w.bias_k,
                   &w.bias_v, &w.query_norm.weight, &w.query_norm.bias, &w.key_norm.weight, &w.key_norm.bias}) {
@@ -57,7 +57,7 @@ detail::LayerWeights in_double(detail::LayerWeights w) {
   return w;
 }
 
-// The number of keys of each batch entry, as far as the host knows it from the mask, and the rest of the mask.
+// The number of keys of each batch entry, as far as the mask has it in host memory, and the rest of the mask.
 std::pair<std::vector<int64_t>, Mask> split_lengths(const Mask& mask, int64_t B, int64_t Lk) {
   auto lengths = detail::host_lengths(mask);
   if (lengths.empty()) return {std::vector<int64_t>(static_cast<size_t>(B), Lk), mask};
@@ -278,7 +278,7 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& freeze) {
   }
   auto exact = in_double(weights);
   if (kernels) exact.scale = 1;  // the kernels scale in the softmax
-  // An automatic plan may take a product of weights wherever it is legal and pays.
+  // An automatic plan may take a product of weights wherever it is legal and saves time.
   const auto is_wanted = [&plan](Order pinned, std::string_view illegal) {
     return plan.pinned ? uses_product(pinned) : illegal.empty();
   };
@@ -403,7 +403,7 @@ AttentionResult Frozen::attend_with(const Tensor& query, const FrozenContext& co
   if (const auto* parts = std::get_if<detail::EngineSide>(&c.parts)) {
     return detail::attend(*state_->engine, *parts, state_->call(c.orders, query, how));
   }
-  // The n queries of a context become one, of n * Lq rows.
+  // The n queries of a context become one query of n * Lq rows.
   const auto Xq = query.defined() ? query : state_->query.expand({c.B, -1, -1});
   const auto n = c.B > 0 ? Xq.size(0) / c.B : 1;
   how.mask = for_queries(c.mask, n, Lq, c.Lk, device, Xq.scalar_type());

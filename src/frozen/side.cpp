@@ -17,8 +17,8 @@ using namespace engine;
 
 namespace {
 
-// f(b, first key, keys) for blocks of the keys of all contexts. Blocks are whole panels except at the end of a context, and all
-// threads get equally many panels.
+// Calls f(b, first key, keys) for blocks of the keys of all contexts. Blocks are whole panels except at the end of a context,
+// and all threads get equal numbers of panels.
 template <class F>
 void each_block(const EngineSide& side, const F& f) {
   const auto& run = kernels();
@@ -115,14 +115,14 @@ Tensor pack_values(const EngineWeights& w, const EngineSide& side, const Tensor&
   return values;
 }
 
-// Wq (Wk' Xk') of all heads beside each other, packed: side.keys [B, Eq x H * length]; and bq (Wk' Xk'): side.key_bias [B, H * Lk].
+// Wq (Wk' Xk') of all heads side by side, packed: side.keys [B, Eq x H * length]; and bq (Wk' Xk'): side.key_bias [B, H * Lk].
 void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
   const auto& run = kernels();
   const auto projected = project_rows(side, key, w.key, w.key_bias);
   const auto features = w.G * w.d, columns = w.H * side.Lk;
   const auto rows = in_huge_pages(at::empty({side.B, columns, w.Eq}, key.options()));
   side.key_bias = at::empty({side.B, columns}, key.options());
-  each(w.H * side.B, [&](int64_t i) {  // all contexts by one head after another, whose weights then stay in the cache
+  each(w.H * side.B, [&](int64_t i) {  // all contexts for one head, whose weights stay in the cache
     const auto h = i / side.B, b = i % side.B, n = side.lengths[static_cast<size_t>(b)], first = b * columns + h * n;
     const auto* x = data(projected) + b * side.Lk * features + h * w.G / w.H * w.d;
     multiply({.sizes = {n, w.Eq, w.d},
@@ -146,7 +146,7 @@ void fold_keys(const EngineWeights& w, EngineSide& side, const Tensor& key) {
   });
 }
 
-// (Xv Wv) Wo of all heads below each other, packed: [B, H * length x Eo].
+// (Xv Wv) Wo of all heads stacked, packed: [B, H * length x Eo].
 Tensor fold_values(const EngineWeights& w, const EngineSide& side, const Tensor& value) {
   const auto& run = kernels();
   const auto projected = project_rows(side, value, w.value, w.value_bias);

@@ -24,7 +24,7 @@ Packed pack_weights(const Tensor& weights, at::ScalarType storage) {
   return result;
 }
 
-// Moves all into one piece of memory: in pieces of their own, few of them would fill a huge page.
+// Moves all into one allocation, because few of them would fill a huge page on their own.
 void put_together(std::initializer_list<Packed*> all) {
   int64_t size = 0;
   for (const auto* each : all) size += each->data.defined() ? each->data.numel() : 0;

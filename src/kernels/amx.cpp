@@ -7,11 +7,11 @@
 #include "kernels/shares.h"
 #include "kernels/vector.h"
 
-// Products on the matrix unit of Intel processors (AMX), which multiplies bfloat16 and adds in float32. A float32 is the exact sum
-// of three bfloat16, its parts. Two numbers have nine products of parts; the sum of the six largest is off by at most 2^-23 of the
-// product, no more than rounding. G. Henry, P. T. P. Tang, A. Heinecke, "Leveraging the bfloat16 Artificial Intelligence
-// Datatype For Higher-Precision Computations", 2019, https://arxiv.org/abs/1904.06376. The six products take 3/8 of the time of one
-// by vectors. Splitting the right side into parts takes time too, which pays only if many rows share it.
+// Products on the matrix unit of Intel processors (AMX), which multiplies bfloat16 and adds in float32. A float32 is the exact
+// sum of three bfloat16, its parts. Two numbers have nine products of parts; the sum of the six largest is off by at most 2^-23
+// of the product, no more than rounding. G. Henry, P. T. P. Tang, A. Heinecke, "Leveraging the bfloat16 Artificial Intelligence
+// Datatype For Higher-Precision Computations", 2019, https://arxiv.org/abs/1904.06376. The six products take 3/8 of the time of
+// one vector product. Splitting the right side into parts also takes time, which pays off only if many rows share it.
 namespace xattn::detail::amx {
 namespace {
 
@@ -25,7 +25,7 @@ constexpr int64_t kPanelColumns = 2 * kLanes;  // a step computes two tiles by t
 constexpr int64_t kMostRows = 320;
 constexpr int64_t kMostTerms = 512;
 
-// Splits x into three vectors whose upper halves sum to x. The lower halves are to be ignored.
+// Splits x into three vectors whose upper halves sum to x. The lower halves must be ignored.
 inline void divide(Vector x, Unsigned (&parts)[3]) {
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
@@ -186,7 +186,7 @@ struct Sums {
 #define XATTN_LEFT 6
 #define XATTN_RIGHT 7
 
-// Makes the compiler finish its stores here, as it does not see what tiles read.
+// Makes the compiler finish its stores here, because it cannot see the memory that tiles read.
 inline void will_be_read(const void* memory) {
   asm volatile("" : : "r"(memory) : "memory");
 }
@@ -220,8 +220,8 @@ inline void add_products() {
   _tile_dpbf16ps(XATTN_LOWER_RIGHT, XATTN_LOWER, XATTN_RIGHT);
 }
 
-// The sums of a block and a panel over `steps`. While the unit works, the core divides pairs of rows of the next panel and a step of
-// the next block.
+// Computes the sums of a block and a panel over `steps`. While the unit works, the core divides pairs of rows of the next panel
+// and a step of the next block.
 template <class Element>
 [[gnu::noinline]] void compute_sums(const uint16_t* a,
                                     const uint16_t* b,
@@ -296,7 +296,7 @@ struct Copy {
   }
 };
 
-// Rows [0, m) of c over the terms of p.a and b: each panel by one block of rows after another.
+// Computes rows [0, m) of c over the terms of p.a and b: for each panel, one block of rows after another.
 template <class Element>
 void multiply_parts(const Product& p, const Element* b, int64_t m, uint16_t* memory) {
   const int64_t blocks = divided_up(m, 2 * kRows), steps = divided_up(p.sizes.k, kTerms),
@@ -357,7 +357,7 @@ void multiply_parts(const Product& p, const Element* b, int64_t m, uint16_t* mem
   }
 }
 
-// The terms are divided in the same way for any rows and columns, so that the bits of a row do not depend on these.
+// The terms are divided in the same way for any rows and columns, so that the bits of a row do not depend on them.
 template <class Element>
 [[gnu::noinline]] void product_in_parts(const Product& p) {
   const int64_t blocks = divided_up(equal_part(p.sizes.m, kMostRows), 2 * kRows), height = blocks * 2 * kRows;
@@ -369,7 +369,7 @@ template <class Element>
     part.a.data += top * p.a.stride;
     part.c.data += top * p.c.stride;
     int64_t first = 0;
-    do {  // once where k is 0
+    do {  // once if k is 0
       part.sizes.k = p.sizes.k - first < depth ? p.sizes.k - first : depth;
       multiply_parts(part, static_cast<const Element*>(p.b.data) + first * p.b.row_stride,
                      p.sizes.m - top < height ? p.sizes.m - top : height, memory);

@@ -31,7 +31,7 @@ void product(const Product& p);
 
 namespace {
 
-// Whether the processor has the unit, and the system lets this process use its registers, 8 KB for each thread. arch_prctl fails if
+// Whether the processor has the unit, and the system lets this process use its registers, 8 KB per thread. arch_prctl fails if
 // a thread's sigaltstack is too small for them: https://docs.kernel.org/arch/x86/xstate.html.
 bool may_use_matrix_unit() {
   constexpr unsigned kBfloat16 = 1 << 22, kTiles = 1 << 24;  // of cpuid 7, edx

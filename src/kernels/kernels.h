@@ -7,7 +7,8 @@
 // One core's work on float32 memory. Nothing here depends on tensors or threads.
 namespace xattn::detail {
 
-/// The upper half of a float32. A right side stored so takes half the memory, which saves time where reading it is the bottleneck.
+/// The upper half of a float32. Storing a right side this way halves its memory, which saves time where reading is the
+/// bottleneck.
 struct Bfloat16 {
   uint16_t bits;
 };
@@ -52,10 +53,11 @@ struct ProductSizes {
   int64_t m = 0, n = 0, k = 0;
 };
 
-/// c [m, n] = a [m, k] b [k, n], plus `bias` in every row, plus the previous c if `accumulate`. All in float32, however b is stored.
+/// c [m, n] = a [m, k] b [k, n], plus `bias` in every row, plus the previous c if `accumulate`. All arithmetic is in float32,
+/// however b is stored.
 ///
-/// A row of c depends on its own row of a alone: its bits do not depend on m, on the rows beside it, or on how the columns are
-/// divided at panels. No memory outside of the matrices is touched. c overlaps nothing else.
+/// A row of c depends only on its own row of a: its bits do not depend on m, on the rows beside it, or on how the columns are
+/// divided at panels. No memory outside the matrices is touched. c must not overlap the other operands.
 struct Product {
   ProductSizes sizes;
   LeftSide a = {};
@@ -63,12 +65,12 @@ struct Product {
   ProductResult c = {};
   const float* bias = nullptr;  ///< [n]; none if null
   bool accumulate = false;
-  int64_t all_rows = 0;  ///< rows of the product that this is a part of, for callers that choose a kernel by `has_many_rows`
+  int64_t all_rows = 0;  ///< rows of the whole product, for callers that choose a kernel by `has_many_rows`
 };
 
-/// Softmax in place, on the rows of x [rows, n]: x = exp(y - max y) / sum exp(y - max y) with y = scale * x + bias, over the keys
-/// that are kept; 0 for the others. A row becomes zeros if none of its kept keys is above -inf, and NaN if one of them is NaN.
-/// The bits of a row do not depend on the other rows.
+/// Softmax in place, on the rows of x [rows, n]: x = exp(y - max y) / sum exp(y - max y) with y = scale * x + bias, over the
+/// keys that are kept; 0 for the others. A row becomes zeros if none of its kept keys is above -inf, and NaN if one of them is
+/// NaN. The bits of a row do not depend on the other rows.
 struct Softmax {
   int64_t rows = 0, n = 0;
   float* x = nullptr;
@@ -89,23 +91,24 @@ struct Kernels {
   int64_t panel;                 ///< columns of a panel of a RightSide
   int64_t tile_rows;             ///< rows of c that `product` computes at a time: fewer do not use all registers
   int64_t block_rows;            ///< rows of a that `product` multiplies by one panel after another: a core's cache holds them
-  int64_t many_block_rows;       ///< the same of `product_of_many_rows`
+  int64_t many_block_rows;       ///< the same for `product_of_many_rows`
   double flops;                  ///< operations a second of one core, on right sides packed ahead
-  double flops_of_modules;       ///< the same of products of modules, which pack in each call or run on LibTorch's operators
+  double flops_of_modules;       ///< the same for products of modules, which pack in each call or run on LibTorch's operators
   bool has_matrix_unit = false;  ///< whether `product_of_many_rows` is another kernel than `product`
 
   void (*product)(const Product&);
 
-  /// The same, on the processor's unit for matrices if it has one: faster where `has_many_rows` returns true, see amx.cpp.
-  /// On that unit, sums have another order and so other last bits, infinities and numbers above 3.39e38 give NaN, and terms below
-  /// 2e-31 count with fewer digits.
+  /// The same, on the processor's matrix unit if it has one: faster where `has_many_rows` returns true, see amx.cpp.
+  /// On that unit, sums have another order and so other last bits, infinities and numbers above 3.39e38 give NaN, and terms
+  /// below 2e-31 count with fewer digits.
   void (*product_of_many_rows)(const Product&);
 
-  /// The same as `product` for a transposed b, as weights and keys are: element (i, j) at data[j * row_stride + i]. a lies in rows.
-  /// For few rows m, as packing b takes as long as a product with about 8. The sums have another order than those of `product`.
+  /// The same as `product` for a transposed b, as weights and keys are: element (i, j) at data[j * row_stride + i]. a lies in
+  /// rows. For few rows m, because packing b takes as long as a product of about 8 rows. Sums have another order than in
+  /// `product`.
   void (*product_transposed)(const Product&);
 
-  /// The numbers that packing writes: k for each column of whole panels.
+  /// Number of elements that packing writes: k for each column of whole panels.
   int64_t packed_size(int64_t k, int64_t n) const { return (n + panel - 1) / panel * panel * k; }
   RightSide packed(const void* data, int64_t k, Storage storage = Storage::float32) const {
     return {data, storage, panel, k * panel};
@@ -122,21 +125,21 @@ struct Kernels {
   void (*softmax)(const Softmax&);
 };
 
-/// Memory of this thread for at least so many floats, valid until the thread's next call: for the kernels' own copies.
+/// Memory of this thread for at least this many floats, valid until the thread's next call. The kernels keep copies there.
 float* thread_memory(int64_t floats);
 
-/// The fastest kernels that this processor runs. Chosen at the first call; thread-safe.
+/// The fastest kernels that this processor can run. Chosen at the first call; thread-safe.
 const Kernels& kernels();
 
-/// Whether `product_of_many_rows` is the kernel for a product of so many rows by so many columns, each a sum of `depth` terms. It is
-/// where there is a unit for matrices, terms fill most of the 32 that it adds at a time, and each of the processor's cores would
-/// get enough rows. The threads in use do not count, as bits must not depend on them; for the same reason, a caller that divides a
-/// product passes the sizes of the whole.
+/// Whether `product_of_many_rows` should compute a product of this many rows and columns, each element a sum of `depth` terms.
+/// It should if there is a matrix unit, the terms fill most of the 32 that it adds at a time, and each of the processor's cores
+/// would get enough rows. The number of threads does not count, because bits must not depend on it; for the same reason, a
+/// caller that divides a product passes the sizes of the whole.
 bool has_many_rows(int64_t rows, int64_t columns, int64_t depth);
 int64_t least_many_rows();
 constexpr int64_t kLeastManyColumns = 96, kLeastManyDepth = 24;
 
-/// All kernels that this processor runs, the fastest first: for tests.
+/// All kernels that this processor can run, the fastest first; for tests.
 std::span<const Kernels* const> all_kernels();
 
 }  // namespace xattn::detail

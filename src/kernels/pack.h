@@ -7,7 +7,7 @@
 namespace xattn::detail::XATTN_KERNELS {
 namespace {
 
-// Row by row, as b comes from memory and the packed panels stay in the cache.
+// Packs row by row, because b comes from memory and the packed panels stay in the cache.
 template <class Element>
 void pack_as(const float* b, int64_t stride, int64_t k, int64_t n, Element* packed) {
   for (int64_t i = 0; i < k; ++i, b += stride, packed += kPanel) {
@@ -24,7 +24,7 @@ void pack_as(const float* b, int64_t stride, int64_t k, int64_t n, Element* pack
   }
 }
 
-// A block of kLanes by kLanes at a time.
+// Packs a block of kLanes by kLanes at a time.
 template <class Element>
 void pack_transposed_as(const float* b, int64_t stride, int64_t k, int64_t n, Element* packed) {
   for (int64_t j = 0; j < (n + kPanel - 1) / kPanel * kPanel; j += kLanes) {

@@ -7,8 +7,8 @@
 namespace xattn::detail::XATTN_KERNELS {
 namespace {
 
-// The part of c for kRows rows of a and the first `count` of kLanes / kRows rows of b: kLanes sums. In each sum, lane l adds the terms
-// l, l + kLanes, ... of k; then the lanes are added.
+// Computes the part of c for kRows rows of a and the first `count` of kLanes / kRows rows of b: kLanes sums. In each sum, lane
+// l adds the terms l, l + kLanes, ... of k; then the lanes are added.
 template <int kRows, class Element>
 void compute_transposed_tile(const Product& p, int64_t top, int64_t left, int64_t count) {
   constexpr int kColumns = kLanes / kRows;
@@ -53,7 +53,7 @@ void compute_transposed_tile(const Product& p, int64_t top, int64_t left, int64_
   }
 }
 
-// Columns [left, right) of kRows rows of c.
+// Computes columns [left, right) of kRows rows of c.
 template <int kRows, class Element>
 void compute_transposed_rows(const Product& p, int64_t top, int64_t left, int64_t right) {
   constexpr int64_t kColumns = kLanes / kRows;

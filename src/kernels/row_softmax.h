@@ -11,8 +11,8 @@ constexpr float kInfinity = __builtin_inff();
 
 // exp(x) for x <= 0, to 2 units in the last place; 0 for -inf. Results below the smallest normal number may be 0.
 //
-// exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2. Among polynomials 1 + r + ... of this degree, this one has the
-// smallest relative error on that range, 3e-9.
+// exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2. Among polynomials 1 + r + ... of this degree, this one has
+// the smallest relative error on that range, 3e-9.
 inline Vector exp_of_negative(Vector x) {
   constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: adding it rounds to an integer
   constexpr float kLog2High = 0.693359375f;  // it has few bits, so that its product with n is exact
@@ -47,7 +47,7 @@ inline Row row_of(const Softmax& s, int64_t i) {
   return {s.x + i * s.x_stride, s.bias ? s.bias + i * s.bias_stride : nullptr, s.keep ? s.keep + i * s.keep_stride : nullptr};
 }
 
-// y of the keys j to j + count - 1, and -inf for those that the mask excludes. The other lanes are arbitrary.
+// y of the keys j to j + count - 1, with -inf for keys that the mask excludes. The other lanes are arbitrary.
 template <bool kMasked>
 inline Vector logits(const Row& row, float scale, int64_t j, int64_t count = kLanes) {
   Vector y = load_first(row.x + j, count) * scale;
@@ -58,7 +58,7 @@ inline Vector logits(const Row& row, float scale, int64_t j, int64_t count = kLa
   return y;
 }
 
-// y of the last kLanes keys, with -inf for those that the whole vectors before have covered: so the end of a row needs no masked
+// y of the last kLanes keys, with -inf for keys that earlier whole vectors have covered. The end of a row then needs no masked
 // store, which would delay the loads of the next row.
 template <bool kMasked>
 inline Vector logits_at_end(const Row& row, float scale, int64_t n) {
@@ -81,8 +81,8 @@ inline void write_log_sum_exp(const Softmax& s, int64_t row, Vector shift, Vecto
   if (s.largest) s.largest[row] = shift[0];
 }
 
-// Up to kRows rows of kVectors vectors each. Each step runs over all rows before the next one, because within one row it would wait
-// for the step before; and masked stores come last, because they delay later loads. Where kWidth is less than kLanes, a vector
+// Up to kRows rows of kVectors vectors each. Each step runs over all rows before the next step, because within one row it would
+// wait for the previous step; masked stores come last, because they delay later loads. If kWidth is less than kLanes, a vector
 // holds several rows of kWidth keys.
 constexpr int64_t kRows = 16;
 
@@ -122,8 +122,8 @@ void softmax_short(const Softmax& s, int64_t first, int64_t rows) {
   }
 }
 
-// A row of at least kLanes keys. The first pass finds the largest y and stores y if there is a bias or a mask; the second stores
-// exp(y - largest) and sums it; the third divides. The last vector stays in a register.
+// A row of at least kLanes keys. The first pass finds the largest y and stores y if there is a bias or a mask; the second
+// stores exp(y - largest) and sums it; the third divides. The last vector stays in a register.
 template <bool kMasked>
 void softmax_long(const Softmax& s, int64_t i) {
   const Row row = row_of(s, i);

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-// Divisions of a number of rows, columns or terms. See vector.h for why each instruction set has its own.
+// Divisions of a number of rows, columns or terms. vector.h explains why each instruction set has its own.
 namespace xattn::detail::XATTN_KERNELS {
 namespace {
 

@@ -12,15 +12,15 @@ namespace {
 
 constexpr int kPanel = 2 * kLanes;
 
-// The largest block of a that is multiplied by one panel of b after another, [kHeight, kDepth], and the columns of c of one such
-// pass: with AVX-512 these blocks of a and c and two panels take 450, 110 and 2 x 130 KB of an L2 cache.
+// The largest block of a that is multiplied by one panel of b after another, [kHeight, kDepth], and the columns of c of one
+// such pass: with AVX-512 these blocks of a and c and two panels take 450, 110 and 2 x 130 KB of an L2 cache.
 constexpr int64_t kDepth = 1024;
 constexpr int64_t kHeight = 8 * kTileRows;
 constexpr int64_t kWidth = 8 * kPanel;
 
 // A tile of c, a few rows by a few vectors. Its sums stay in registers over all of k.
 //
-// The two flags are together: another order of the fields, and so of their copies, makes small products 2 % slower.
+// The two flags are adjacent because another order of the fields, and so of their copies, makes small products 2 % slower.
 template <class Element>
 struct Tile {
   int64_t k;
@@ -32,14 +32,14 @@ struct Tile {
   int64_t c_stride, c_panel_stride;
   const float* bias;
   bool accumulate;
-  bool a_is_gathered;           // whether gather_columns has copied a, and so a_step is the tile's number of rows
+  bool a_is_gathered;           // whether gather_columns has copied a; a_step is then the tile's number of rows
   int64_t last;                 // lanes of the last vector, where it is partial
   const char* ahead = nullptr;  // memory to prefetch meanwhile
   int64_t ahead_step = 0;       // bytes of it for each term
 };
 
-// The number of tiles of m rows of c. Their heights differ by at most one row: 16 rows are 8 + 8 rather than 14 + 2, as tiles of few
-// rows are slow.
+// The number of tiles of m rows of c. Their heights differ by at most one row: 16 rows are 8 + 8 rather than 14 + 2, because
+// tiles of few rows are slow.
 inline int64_t tiles_of(int64_t m) {
   return divided_up(m, kTileRows);
 }
@@ -147,8 +147,9 @@ constexpr Tiles<Element> kTiles = [] {
   return tiles;
 }();
 
-// All rows of a block of c by the columns of one tile. Several tiles prefetch the next panels in equal shares, as a core can wait for
-// few cache lines at a time. A single tile is bound by reading b, and prefetching other lines would only slow it down.
+// Computes all rows of a block of c for the columns of one tile. Several tiles prefetch the next panels in equal shares,
+// because a core can wait for only a few cache lines at a time. A single tile is bound by reading b, and prefetching other
+// lines would only slow it down.
 template <class Element>
 void compute_column(Tile<Element> tile, int64_t m, int64_t tiles, int64_t panels, const ComputeTile<Element>* compute) {
   const bool fetches = tile.b_row_stride == kPanel && tiles > 1;
@@ -164,7 +165,7 @@ void compute_column(Tile<Element> tile, int64_t m, int64_t tiles, int64_t panels
   }
 }
 
-// A block of c over a block of k: all tiles of the rows by one panel of b, or a few of them, after another.
+// Computes a block of c over a block of k: all row tiles for one panel of b, or a few panels, at a time.
 template <class Element>
 void compute_block(Tile<Element> tile, int64_t m, int64_t n) {
   const int64_t tiles = tiles_of(m);
@@ -186,7 +187,7 @@ void compute_block(Tile<Element> tile, int64_t m, int64_t n) {
   }
 }
 
-// Whether rows of a tile of a, a whole number of pages apart, need more lines of one set of the L1 cache than it has ways (8 and up).
+// Whether rows of a tile of a, a whole number of pages apart, need more lines of one L1 cache set than it has ways (8 and up).
 inline bool share_a_set(int64_t rows, int64_t stride) {
   constexpr int64_t kPage = 1024;  // floats
   return kTileRows > 8 && rows > 8 && stride % kPage == 0;
@@ -206,7 +207,7 @@ inline int64_t gather(const float* a, int64_t stride, int64_t m, int64_t k, floa
   return to_stride;
 }
 
-// Copies a block of an a that is transposed, its terms `step` apart, tile by tile: in a tile the rows of one term are consecutive.
+// Copies a block of a transposed a, with terms `step` apart, tile by tile: in a tile the rows of one term are consecutive.
 inline void gather_columns(const float* a, int64_t step, int64_t m, int64_t k, float* to) {
   constexpr int64_t kAhead = 8;  // rows
   const int64_t tiles = tiles_of(m);
@@ -226,8 +227,8 @@ inline void gather_columns(const float* a, int64_t step, int64_t m, int64_t k, f
   }
 }
 
-// Each sum runs from the first term to the last, however tiles and blocks divide it: storing a sum between two blocks and loading it
-// again changes no bit. Not inlined: both types in one function would make each slower.
+// Each sum runs from the first term to the last, however tiles and blocks divide it: storing a sum between two blocks and
+// loading it again changes no bit. Not inlined, because both types in one function would make each slower.
 template <class Element>
 [[gnu::noinline]] void product_of(const Product& p) {
   constexpr int64_t kFewSteps = 32;  // terms of a transposed a whose cache lines fit into the L1 cache without a copy
@@ -241,7 +242,7 @@ template <class Element>
   for (int64_t top = 0; top < p.sizes.m; top += height) {
     const int64_t m = p.sizes.m - top < height ? p.sizes.m - top : height;
     int64_t first = 0;
-    do {  // once where k is 0
+    do {  // once if k is 0
       const int64_t k = p.sizes.k - first < depth ? p.sizes.k - first : depth;
       const float* a = p.a.data + top * p.a.stride + first * p.a.step;
       const int64_t a_stride = by_rows ? gather(a, p.a.stride, m, k, gathered) : p.a.stride;

@@ -11,9 +11,10 @@
 #include <immintrin.h>
 #endif
 
-// A register of floats in the instruction set that this file is compiled for. Each set has a namespace of its own, XATTN_KERNELS:
-// otherwise the linker would keep one copy of each inline function, perhaps one that older processors cannot run. For the same
-// reason no file of this folder that is compiled for a set calls inline functions of the standard library or of kernels.h.
+// A register of floats in the instruction set that this file is compiled for. Each set has a namespace of its own,
+// XATTN_KERNELS: otherwise the linker would keep one copy of each inline function, perhaps one that older processors cannot
+// run. For the same reason, no file in this folder that is compiled for a set calls inline functions of the standard library or
+// of kernels.h.
 namespace xattn::detail::XATTN_KERNELS {
 namespace {
 
@@ -68,7 +69,7 @@ inline Vector larger(Vector x, Vector y) {
   return x > y ? x : y;
 }
 
-// Loads `count` numbers, 0 to kLanes; the other lanes are 0, and no memory behind these numbers is touched.
+// Loads `count` numbers, 0 to kLanes; the other lanes are 0, and no memory beyond these numbers is touched.
 inline Vector load_first(const float* from, int64_t count) {
   if (count == kLanes) return load(from);
 #if defined(__AVX512F__)
@@ -129,7 +130,7 @@ inline void load_apart(const Bfloat16* from, Vector& even, Vector& odd) {
 inline void store(Bfloat16* to, Vector x) {
   const auto bits = reinterpret_cast<Unsigned>(x);
   const Unsigned rounded = bits + 0x7fff + (bits >> 16 & 1);
-  const Unsigned stored = x != x ? bits | 0x400000 : rounded;  // a NaN stays one, whatever bits it has
+  const Unsigned stored = x != x ? bits | 0x400000 : rounded;  // a NaN stays a NaN, whatever its bits
   for (int i = 0; i < kLanes; ++i) to[i].bits = static_cast<uint16_t>(stored[i] >> 16);
 }
 
@@ -149,7 +150,7 @@ inline Integers load_first(const bool* from, int64_t count) {
 #endif
 }
 
-// Swaps the lanes of x whose index has the bit kBit with the lanes of y whose index has not.
+// Swaps the lanes of x whose index has the bit kBit with the lanes of y whose index does not.
 template <int kBit, int... kLane>
 inline void swap_halves(Vector& x, Vector& y, std::integer_sequence<int, kLane...>) {
   const Vector low = __builtin_shufflevector(x, y, (kLane & kBit ? kLanes + kLane - kBit : kLane)...);

@@ -206,7 +206,7 @@ bool CrossAttentionBlockImpl::norms_before() const {
   return options.norm_placement() == NormPlacement::before;
 }
 
-// A norm reads its input before the attention checks it. Type and batch are left to the attention.
+// Checks an input that a norm reads before the attention does. Type and batch are left to the attention.
 void CrossAttentionBlockImpl::check_input(const char* name, const Tensor& x, const char* length) const {
   const auto Eq = options.attention().dim_query();
   const auto device = attention->query_linear->weight.device();
@@ -221,7 +221,7 @@ Tensor CrossAttentionBlockImpl::normalised_context(const char* name, const Tenso
   return norms_before() ? attention_norm(x) : x;
 }
 
-// query [B, Lq, Eq]; attend: from the query, normalised if norms stand before, to the output [B, Lq, Eq] and weights.
+// query [B, Lq, Eq]; attend: from the query, normalised if norms are applied before, to the output [B, Lq, Eq] and weights.
 std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::add_branches(
     const Tensor& query, const std::function<std::tuple<Tensor, Tensor>(const Tensor&)>& attend) {
   check_options();

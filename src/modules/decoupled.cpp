@@ -40,7 +40,7 @@ DecoupledCrossAttentionOptions resolved(DecoupledCrossAttentionOptions options) 
   return options;
 }
 
-// The caller in messages about a context: that of an added one is "decoupled_cross_attention.added0".
+// The caller named in messages about a context; that of an added one is "decoupled_cross_attention.added0".
 std::string caller_of(size_t context) {
   return context == 0 ? kDecoupled : detail::formatted("{}.added{}", kDecoupled, context - 1);
 }

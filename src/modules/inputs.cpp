@@ -64,8 +64,8 @@ int64_t drop_padding(const LayerWeights& layer, ContextInputs& context) {
   return Lk - needed;
 }
 
-// An axis of one entry also gets its natural stride: `transpose().contiguous()` may leave a huge one, with which products take ten
-// times as long.
+// An axis of one entry also gets its natural stride: `transpose().contiguous()` may leave a huge one, with which products take
+// ten times as long.
 Tensor batched(const Tensor& x) {
   if (x.dim() == 2) return x.unsqueeze(0);
   return x.size(0) == 1 ? x.select(0, 0).unsqueeze(0) : x;

@@ -12,8 +12,8 @@
 
 #include "modules/layer.h"
 
-// The arguments of a call, checked and brought to one form, and its results as the caller expects them. `caller` begins a message:
-// "[caller] key must have ...".
+// The arguments of a call, checked and brought to one form, and its results as the caller expects them. `caller` begins a
+// message: "[caller] key must have ...".
 namespace xattn::detail {
 
 /// Keys and values with a batch axis, [B, Lk, Ek] and [B, Lk, Ev].
@@ -36,14 +36,14 @@ void check_mask(std::string_view caller, const LayerWeights& layer, const Contex
 /// query [B, Lq, Eq] or, unless `is_batched`, [Lq, Eq] -> [B, Lq, Eq]. Throws unless it fits the layer and its context.
 at::Tensor query_input(std::string_view caller, const LayerWeights& layer, const at::Tensor& query, bool is_batched, int64_t B);
 
-/// Drops the keys behind those that any batch entry needs, as far as the host knows; none where bias_kv adds a key behind them.
-/// Returns how many it dropped: returned weights get as many columns of zeros.
+/// Drops the keys after the last that any batch entry needs, by lengths in host memory; none if bias_kv appends a key. Returns
+/// the number of dropped keys: returned weights get as many columns of zeros.
 int64_t drop_padding(const LayerWeights& layer, ContextInputs& context);
 
 /// [L, E] -> [1, L, E]; three axes stay.
 at::Tensor batched(const at::Tensor& x);
 
-/// The results of a call for a caller whose inputs had a batch axis or not, with columns of zeros for keys that were dropped.
+/// The results of a call, with a batch axis if the inputs had one, and with columns of zeros for dropped keys.
 std::tuple<at::Tensor, at::Tensor> results(const AttentionResult& result, bool is_batched, int64_t dropped_keys = 0);
 
 }  // namespace xattn::detail

@@ -41,7 +41,7 @@ Tensor times_shared(const Tensor& x, const Tensor& y, Tensor (*multiply)(const T
   return multiply(rows_first.flatten(1, 2), y).unflatten(1, {Lq, H}).transpose(1, 2);
 }
 
-// x, with the parameter in its graph: a parameter that x does not depend on then receives a gradient of zeros in place of none.
+// Returns x with the parameter in its graph: a parameter that x does not depend on then receives a gradient of zeros, not none.
 // Optimizers treat the two differently. The sum is empty and costs nothing.
 Tensor with_zero_gradient(const Tensor& x, const Tensor& parameter) {
   return parameter.defined() && parameter.requires_grad() ? x + parameter.narrow(0, 0, 0).sum() : x;
@@ -66,7 +66,7 @@ Tensor value_bias_heads(const LayerWeights& w) {
 
 // ---- Logits ----------------------------------------------------------------------------------------------------------------
 
-// x [B, L, n * size] -> [B, n, L, size], normalised on the way.
+// x [B, L, n * size] -> [B, n, L, size], and normalised.
 Tensor normalised_heads(const Tensor& x, int64_t n, int64_t size, NormScope scope, const NormWeights& norm) {
   if (scope == NormScope::across_heads) return split_heads(normalised(x, norm), n, size);
   return normalised(x.view({x.size(0), x.size(1), n, size}), norm).transpose(1, 2);
@@ -169,7 +169,7 @@ Tensor output_of(const Layer& layer, const Tensor& weights, const Tensor& sums, 
   return w.output_bias.defined() ? output + w.output_bias : output;
 }
 
-// q bk of each head and row, [B, H, Lq]: what a fold into the query leaves out of all logits of a row.
+// q bk of each head and row, [B, H, Lq]: the term that a fold into the query omits from all logits of a row.
 Tensor logits_of_key_bias(const LayerWeights& w, const LayerQuery& query) {
   const auto bias = for_every_head(w.key_bias.view({w.G, 1, w.d}), w.H);  // [H, 1, d]
   return (query.projected * bias).sum(-1) * w.scale;

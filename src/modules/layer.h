@@ -13,9 +13,9 @@
 #include "attention/softmax.h"
 #include "modules/norm_weights.h"
 
-// A layer of attention in any order of its products, in plain tensor operations: one short function for each entry of the table in
-// plan.h, all of them differentiable, for all types and devices. What depends on the weights alone and what depends on the context
-// alone are computed by functions of their own, so that callers can keep their results.
+// A layer of attention in any order of its products, in plain tensor operations: one short function for each entry of the table
+// in plan.h, all of them differentiable, for all types and devices. Results that depend on the weights alone or on the context
+// alone have their own functions, so that callers can keep them.
 namespace xattn::detail {
 
 /// x [B, L, n * size] -> [B, n, L, size].
@@ -30,7 +30,7 @@ struct LayerWeights {
   at::Tensor key, key_bias;        ///< [G * d, Ek], [G * d]
   at::Tensor value, value_bias;    ///< [G * e, Ev], [G * e]
   at::Tensor output, output_bias;  ///< [Eo, H * e], [Eo]
-  at::Tensor bias_k, bias_v;  ///< [1, 1, G * d], [1, 1, G * e]: a key and a value behind the last; undefined if there is none
+  at::Tensor bias_k, bias_v;       ///< [1, 1, G * d], [1, 1, G * e]: the key and value of bias_kv; undefined without
   NormWeights query_norm, key_norm;
   NormScope norm_scope;
   int64_t H, G, d, e;
@@ -38,7 +38,7 @@ struct LayerWeights {
 };
 LayerWeights weights_of(const CrossAttentionImpl& module);
 
-/// The tensors that a query is multiplied with, and those that a context is made with; some may be undefined.
+/// The tensors that a query is multiplied by, and the tensors that a context is made with; some may be undefined.
 std::vector<at::Tensor*> query_tensors(LayerWeights& weights);
 std::vector<at::Tensor*> context_tensors(LayerWeights& weights);
 std::vector<const at::Tensor*> query_tensors(const LayerWeights& weights);
@@ -57,9 +57,9 @@ struct WeightProducts {
   WeightProduct logits, values;
 };
 
-/// Everything that a call needs of a layer.
+/// Everything that a call needs from a layer.
 struct Layer {
-  /// Multiplies the products of weights that these orders use.
+  /// Computes the products of weights that these orders use.
   Layer(const Orders& orders, LayerWeights weights);
   Layer(const Orders& orders, LayerWeights weights, WeightProducts products)
       : orders(orders), weights(std::move(weights)), products(std::move(products)) {}
@@ -74,9 +74,9 @@ struct LayerContext {
   at::Tensor keys;      ///< standard: K, [B, G, Lk, d]; raw: Xk; folded: [B, H * Lk, Eq]
   at::Tensor key_bias;  ///< added to the logits, [B, 1, H * Lk]; undefined where there is none
   at::Tensor values;    ///< standard: V, [B, G, Lk, e]; raw: Xv; folded: [B, H * Lk, Eo]
-  int64_t Lk;           ///< without the key of bias_k
+  int64_t Lk;           ///< without the key of bias_kv
 };
-/// Copies what a context would share with the caller's tensors, so that later changes of these do not change it.
+/// Copies the tensors that a context would share with the caller, so that the caller's later changes do not affect it.
 template <class AnyContext>
 void copy_shared(AnyContext& context, const at::Tensor& key, const at::Tensor& value) {
   const bool one = context.values.is_same(context.keys);
@@ -91,7 +91,7 @@ void copy_shared(AnyContext& context, const at::Tensor& key, const at::Tensor& v
 /// key [B, Lk, Ek], value [B, Lk, Ev].
 LayerContext make_context(const Layer& layer, const at::Tensor& key, const at::Tensor& value);
 
-/// A query, and what layers that share its projection read of it.
+/// A query and its projection, for all layers that share the projection.
 struct LayerQuery {
   at::Tensor x;          ///< [B, Lq, Eq]
   at::Tensor projected;  ///< Q, [B, H, Lq, d]; undefined if the orders of no layer read it

@@ -8,7 +8,7 @@
 
 namespace xattn::detail {
 
-/// A norm as plain data: what a layer needs of a `Norm` to compute, without its module.
+/// A norm as plain data, without its module.
 struct NormWeights {
   NormKind kind = NormKind::none;
   int64_t size = 0;  ///< of the normalised axis
@@ -16,7 +16,7 @@ struct NormWeights {
   at::Tensor weight, bias;  ///< [size]; undefined where there is none
 };
 
-/// Of a norm that may be empty.
+/// The data of a norm, which may be empty.
 NormWeights norm_weights(const Norm& norm);
 
 /// x [..., size], normalised over its last axis; x itself for NormKind::none. Sums are made in the weight's type or wider.

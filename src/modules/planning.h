@@ -15,7 +15,7 @@
 // Requests to the planner, made from modules and frozen layers.
 namespace xattn::detail {
 
-/// What a module with this weight runs on.
+/// The code that a module with this weight runs on.
 RunsOn runs_on(const at::Tensor& weight);
 
 /// The request for a call of a module in its current state. inputs_train: whether query, key or value require a gradient.
@@ -37,7 +37,7 @@ PlanRequest request_of(const LayerWeights& weights, int64_t B, int64_t Lq, int64
 /// The orders of a context that a module keeps: standard for an unknown number of query rows, else the cheapest.
 Orders orders_of_context(std::string_view caller, const PlanRequest& request, int64_t expected_queries);
 
-/// The request for a context that serves this many query rows over all calls (ContextOptions::expected_queries). Throws if negative.
+/// The request for a context that serves this many query rows over all calls (ContextOptions::expected_queries). Throws if < 0.
 PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t expected_queries);
 
 /// Throws for orders that are illegal for such a layer, and for invalid rates.

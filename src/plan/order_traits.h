@@ -10,13 +10,13 @@
 
 #include "cpu/tuning.h"
 
-// What distinguishes the orders of products (plan.h): the one table that the planner, modules and frozen layers read.
+// The properties of the orders of products (plan.h), in the one table that the planner, modules and frozen layers read.
 namespace xattn::detail {
 
 /// One row of the table of orders.
 struct OrderTraits {
   std::string_view name;
-  bool is_raw;                ///< it reads the context as it came
+  bool is_raw;                ///< it reads the context as given
   bool is_folded;             ///< it reads a context that all weights of its chain have been multiplied into
   bool uses_product;          ///< it multiplies the two weights of a head with each other
   bool has_outer_projection;  ///< the projection of the query, or of the output, is a product of its own
@@ -56,7 +56,7 @@ enum class ContextLayout {
   unpacked,      ///< in rows, for so few query rows that packing takes longer than it saves
 };
 
-/// The layout for so many query rows of H heads, which are multiplied by the keys in one product.
+/// The layout for this many query rows of H heads, which are multiplied by the keys in one product.
 constexpr ContextLayout context_layout(int64_t query_rows, int64_t H) {
   return query_rows <= kMostRowsUnpacked / H     ? ContextLayout::unpacked
          : query_rows <= kMostRowsPackOnRead / H ? ContextLayout::pack_on_read

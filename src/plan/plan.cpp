@@ -21,7 +21,7 @@ using detail::uses_product;
 
 constexpr std::string_view kNoProduct = "the product of weights is larger than both and was not made";
 
-// `count` products of [m, k] by [k, n]. A call is charged this share of their cost.
+// `count` products of [m, k] by [k, n]. A call is charged `share` of their cost.
 struct Product {
   double count, m, k, n;
   double share = 1;
@@ -38,7 +38,7 @@ struct Cost {
   }
 };
 
-// Seconds that an operation takes before its first element. With autograd it takes longer, to create a node and to visit it.
+// Seconds that an operation takes before its first element. Autograd adds the time to create and visit a node.
 double start_of_operation(const PlanRequest& request) {
   constexpr double kRecorded = 3;
   return (request.training ? kRecorded : 1) * request.rates.start_product;
@@ -114,7 +114,7 @@ Product product_of_heads(const Chain& c, const Sizes& s) {
 
 Cost cost_of_chain(Order order, const Chain& c, const PlanRequest& request) {
   const Sizes s(request);
-  const auto of_query = c.is_logits ? s.of_query : 1;  // what follows the softmax is paid by every call
+  const auto of_query = c.is_logits ? s.of_query : 1;  // products after the softmax are charged to every call
   const auto outer_projection = c.product(1, s.B * s.Lq, c.outer, s.H * c.head, of_query);
   const Product context_projection{1, s.B * s.Lk, c.context, s.G * c.head, s.of_context};
   const auto with_raw_context = c.product(s.B, s.H * s.Lq, c.context, s.Lk);
@@ -181,7 +181,7 @@ detail::KernelChoice kernel_of(const Orders& orders, const PlanRequest& r) {
                                 .mask_is_learned = r.mask_is_learned});
 }
 
-// Whose kernel it is, and where it keeps the logits.
+// The owner of the kernel, and where it keeps the logits.
 std::string_view description_of(AttentionKernel kernel) {
   switch (kernel) {
     case AttentionKernel::tensor_operations: return "all logits in memory";

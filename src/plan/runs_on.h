@@ -6,8 +6,8 @@
 
 namespace xattn::detail {
 
-/// What float32 modules run on with this processor and without autocast: `module_kernels` or `libtorch_cpu`. Exported for the
-/// programs.
+/// The code that float32 modules run on with this processor and without autocast: `module_kernels` or `libtorch_cpu`. Exported
+/// for the programs.
 XATTN_API RunsOn modules_run_on();
 
 }  // namespace xattn::detail
