@@ -2,7 +2,7 @@
 #
 # Finds LibTorch and gives its imported target `torch`. Serves the build and, installed beside xattn-config.cmake, the package.
 
-cmake_policy(VERSION 3.25)  # of this file alone: a project that calls find_package may ask for older ones
+cmake_policy(VERSION 3.25)  # for this file alone: a project that calls find_package may have older ones
 
 set(XATTN_TORCH_OLDEST 2.7)   # wheels before it use the old string ABI
 set(XATTN_TORCH_TESTED 2.12 2.13)  # a list: the minors on which the suite has run
@@ -12,7 +12,7 @@ set(XATTN_TORCH_TESTED 2.12 2.13)  # a list: the minors on which the suite has r
 #   2. the torch of the active Python, `python3`
 #   3. the torch of the virtual environment VENV; where there is none, the command INSTALLER may make it
 #   4. the folder HINT
-# A place that will not do is passed over with a line saying why. A package was BUILT_WITH one version and takes no other
+# An unsuitable place is skipped with a line that gives the reason. A package was BUILT_WITH one version and accepts no other
 # major.minor; there a wrong LibTorch of the user's own choice (1.) is an error.
 #
 # Sets XATTN_TORCH_VERSION, XATTN_TORCH_KIND (CPU or CUDA) and XATTN_TORCH_DIR (which holds TorchConfig.cmake), or else
@@ -25,7 +25,7 @@ function(xattn_find_torch)
   if(TARGET torch)
     _xattn_try("the project's own find_package(Torch)" "${Torch_DIR}")
   else()
-    if(Torch_DIR AND NOT Torch_DIR STREQUAL "$CACHE{XATTN_TORCH_FOUND}")  # else it is what an earlier run found
+    if(Torch_DIR AND NOT Torch_DIR STREQUAL "$CACHE{XATTN_TORCH_FOUND}")  # otherwise an earlier run found it
       _xattn_try("Torch_DIR" "${Torch_DIR}")
     endif()
     if(DEFINED ENV{Torch_DIR})
@@ -88,7 +88,7 @@ function(xattn_find_torch)
       _xattn_import_torch("${root}")
     else()
       list(PREPEND CMAKE_PREFIX_PATH "${root}/share/cmake" "${root}")  # the root too, else a libc10 of the distribution wins
-      set(kineto_LIBRARY "unused")  # TorchConfig.cmake warns when the wheel has none, and nobody needs it
+      set(kineto_LIBRARY "unused")  # TorchConfig.cmake warns when the wheel has none, and it is not needed
       find_package(Torch REQUIRED GLOBAL PATHS "${dir}" NO_DEFAULT_PATH)
     endif()
     set(Torch_DIR "${dir}" CACHE PATH "The folder that holds TorchConfig.cmake" FORCE)
@@ -146,10 +146,10 @@ macro(_xattn_try_python name python)
   endif()
 endmacro()
 
-# Makes the imported targets of LibTorch from its own list of libraries. find_package(Torch) does that too, but with a CUDA build
-# it first asks for a CUDA toolkit, and stops without one, though only CUDA sources need it. What the list takes from elsewhere
-# (the toolkit, MKL) is inside the wheel's libraries or found by them, so empty targets of these names will do. A project that
-# wants the real ones calls find_package(Torch) before it comes to xattn, or sets XATTN_TORCH_FROM_WHEEL to OFF.
+# Makes the imported targets of LibTorch from its own list of libraries. find_package(Torch) does that too, but with a CUDA
+# build it first looks for a CUDA toolkit and stops without one, though only CUDA sources need it. The other targets in the list
+# (the toolkit, MKL) are inside the wheel's libraries or found by them, so empty targets of these names suffice. A project that
+# needs the real ones calls find_package(Torch) before it adds xattn, or sets XATTN_TORCH_FROM_WHEEL to OFF.
 function(_xattn_import_torch root)
   set(targets_file "${root}/share/cmake/Caffe2/Caffe2Targets.cmake")
   file(STRINGS "${targets_file}" lines REGEX "INTERFACE_LINK_LIBRARIES|foreach\\(_target ")

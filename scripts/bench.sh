@@ -53,7 +53,7 @@ if [[ $device == cuda ]] && ! nvidia-smi --list-gpus 2> /dev/null | grep -q GPU;
 fi
 
 venv=.venv-bench folder=build
-if [[ $device == cuda ]]; then venv=.venv-bench-cuda folder=build-cuda; fi  # of another build of PyTorch
+if [[ $device == cuda ]]; then venv=.venv-bench-cuda folder=build-cuda; fi  # for another build of PyTorch
 python=$venv/bin/python
 read -ra packages < <(python3 scripts/bench_peers.py --packages --runtime "${runtimes[@]}")
 stamp=$venv/installed

@@ -144,7 +144,7 @@ def main():
             environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
             process = subprocess.run(command, stdout=subprocess.PIPE, env=environment)
             if process.returncode != 0:
-                sys.exit(process.returncode)  # it has said why
+                sys.exit(process.returncode)  # it has printed the reason
             part = json.loads(process.stdout.splitlines()[-1])
             merged["versions"] |= part["versions"]
             merged["results"] += part["results"]

@@ -48,7 +48,7 @@ needs_venv() {
   [[ ! -e .venv ]] && ! python3 -c 'import ensurepip, venv' 2> /dev/null
 }
 
-# The Debian packages of the tools and headers that are not there.
+# The Debian packages of the tools and headers that are missing.
 missing_packages() {
   command -v cmake > /dev/null || echo cmake
   command -v ninja > /dev/null || echo ninja-build

@@ -35,7 +35,7 @@ const opacity = context.getImageData(0, 0, width, height).data.filter((_, i) => 
 return Array.from({length: height}, (_, y) => [...opacity.slice(y * width, (y + 1) * width)]);
 """
 
-# The places of the picture and of what is drawn over it, in pixels of the window.
+# The places of the picture and of its overlay, in pixels of the window.
 READ_PLACES = """
 return [...arguments[0].querySelectorAll("img, canvas")].map(element => {
   const {x, y, width, height} = element.getBoundingClientRect();
@@ -45,7 +45,7 @@ return [...arguments[0].querySelectorAll("img, canvas")].map(element => {
 
 
 class Failure(Exception):
-    """What the page does wrong, in one line."""
+    """A defect of the page, in one line."""
 
 
 def check(ok, message):
@@ -73,7 +73,7 @@ def open_browser():
 
 
 class Example:
-    """An example of the report: what the data say, and its place on the page."""
+    """An example of the report: its data, and its place on the page."""
 
     def __init__(self, browser, number, data, article):
         self.browser = browser
@@ -92,7 +92,7 @@ class Example:
             check(of_picture == of_map, f"{self.name}: the map does not lie on the picture")
 
     def check_shows(self, wanted, when):
-        """That `wanted`, a map or None, is drawn over the picture, each weight as strong as its share of the largest."""
+        """Checks that `wanted`, a map or None, is drawn over the picture, each weight as strong as its share of the largest."""
         shown = self.browser.execute_script(READ_OVERLAY, self.article.find_element(By.TAG_NAME, "canvas"))
         message = f"{self.name}: {when}, another map is shown"
         check((shown is None) == (wanted is None), message)
@@ -120,7 +120,7 @@ class Example:
         self.check_shows(word["map"], f"after a tap on \"{word['text']}\"")
 
     def check_keyboard(self):
-        """Goes through the words by the tab key, from the first on."""
+        """Goes through the words by the tab key, from the first one."""
         self.browser.execute_script("arguments[0].focus()", self.buttons[0])
         for word in self.words:
             self.check_shows(word["map"], f"when \"{word['text']}\" has the focus")
@@ -129,7 +129,7 @@ class Example:
 
 
 def check_quiet(browser, page):
-    """That the console is empty and nothing was asked of the network."""
+    """Checks that the console is empty and that the page made no network request."""
     for entry in browser.get_log("browser"):
         raise Failure(f"the console says: {entry['message']}")
     for entry in browser.get_log("performance"):
@@ -140,7 +140,7 @@ def check_quiet(browser, page):
 
 
 def check_page(browser, page):
-    """Returns how many examples and words were looked at."""
+    """Returns the numbers of examples and words that were checked."""
     browser.get(page)
     data = json.loads(browser.find_element(By.ID, "data").get_attribute("textContent"))
     check(browser.title == data["title"], "it does not have the title of its data")
@@ -163,7 +163,7 @@ def check_page(browser, page):
 
 
 def save_screenshot(browser, path):
-    """The whole page, as it is when it is opened."""
+    """Checks the whole page as it is when it is opened."""
     browser.refresh()
     picture = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
     pathlib.Path(path).write_bytes(base64.b64decode(picture["data"]))

@@ -39,7 +39,7 @@ def read_rooms():
     for room, stands_on, headers, _ in table("rooms"):
         below[room] = {room}
         for name in names(stands_on):
-            below[room] |= below[name]  # KeyError: a room stands on one that is above it in the table
+            below[room] |= below[name]  # KeyError: a room includes from one above it in the table
         for header in names(headers):
             room_of_header[header + ".h"] = room
     return below, room_of_header

@@ -37,7 +37,7 @@ folder=build-fuzz
 scripts/build.sh -B "$folder" -DXATTN_FUZZ=ON -DXATTN_TOOLS=OFF -DXATTN_BENCH=OFF -DXATTN_EXAMPLES=OFF -DXATTN_INSTALL=OFF \
   -DCMAKE_CXX_COMPILER=clang++
 
-# What a run finds stays in the build folder, for the next one to start from.
+# A run's findings stay in the build folder, as seeds for the next one.
 failed=()
 for target in "${targets[@]}"; do
   seeds=tests/data/fuzz/$target

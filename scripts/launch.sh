@@ -31,7 +31,7 @@ export WORLD_SIZE=$count MASTER_ADDR=127.0.0.1 MASTER_PORT=$port
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > count ? cores / count : 1))}
 processes=()
 stop() { kill "${processes[@]}" 2> /dev/null || true; }
-trap 'stop; wait; exit 130' INT TERM  # a training saves before it ends
+trap 'stop; wait; exit 130' INT TERM  # a training saves its state before it ends
 for ((rank = 0; rank < count; ++rank)); do
   RANK=$rank LOCAL_RANK=$rank "$@" &
   processes+=($!)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes tests/data/layouts: cross-attention weights as other libraries spell them, and what their own classes compute.
+"""Writes tests/data/layouts: cross-attention weights as other libraries name them, and the results of their own classes.
 
     python3 scripts/layout_fixtures.py                          write all families
     python3 scripts/layout_fixtures.py --output FOLDER t5 wan   write two of them elsewhere
@@ -11,24 +11,24 @@ missing is named and skipped, and the script then fails. For each FAMILY it writ
 
     FAMILY.safetensors                the weights of a tiny model under the names that such files have: a cross-attention layer
                                       with its neighbours, all of them redrawn, so that no bias is zero and no norm is one
-    FAMILY.expect.safetensors         what the attention layer alone does: query [B, Lq, Eq], context [B, Lk, Ec] or key and
+    FAMILY.expect.safetensors         of the attention layer alone: query [B, Lq, Eq], context [B, Lk, Ec] or key and
                                       value, maybe mask (bool, true = may attend), output [B, Lq, Eo] of its output projection,
                                       maybe weights [B, H, Lq, Lk]
-    FAMILY.block.expect.safetensors   for some, what the layer of the Transformer does around it: query enters the branch of
+    FAMILY.block.expect.safetensors   for some, the same of the Transformer layer around it: query enters the branch of
                                       the cross-attention, output leaves the feed-forward branch
 
-`query` is what the layer takes, in front of norms of its own (metadata `input_norm`). A second context that shares the query is
+`query` is the input of the layer, before norms of its own (metadata `input_norm`). A second context that shares the query is
 ip_context. Metadata, all text:
 
-    family, class, versions           whence
-    layout, prefix                    a row of LAYOUTS below, and what stands in front of its names
+    family, class, versions           the origin
+    layout, prefix                    a row of LAYOUTS below, and the prefix of its names
     num_heads, kv_heads, scale        kv_heads if fewer; scale if not the square root of 1 / size of a head
     qk_norm, qk_norm_eps              "rms per_head", "rms across_heads"
     input_norm, input_norm_eps        "query NAME, context NAME"
     ip_scale                          factor of the second context
-    base, base_prefix                 another family, which has the rest of the layer, and where
+    base, base_prefix                 another family that has the rest of the layer, and its prefix there
     block                             JSON: names of tensors as in the file, the rest by the names of CrossAttentionBlockOptions
-    note                              what else one must know
+    note                              anything else of importance
 
 Each output is computed a second time, from LAYOUTS and the weights as written, and must agree: that proves the table.
 """
@@ -75,12 +75,12 @@ class Linear:
     bias: str
     part: int = 0
     parts: int = 1
-    bias_parts: int = 0  # where they differ from those of the weight
+    bias_parts: int = 0  # where they differ from the parts of the weight
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a family spells a layer. Which biases, norms and second contexts a layer has is told by the names in its file."""
+    """How a family names the parts of a layer. The names in its file show which biases, norms and second contexts a layer has."""
 
     query: Linear
     key: Linear
@@ -91,8 +91,8 @@ class Layout:
     qk_norms: tuple[tuple[str, str], ...] = ()  # pairs of names that norms of queries and keys may have
     input_norms: tuple[str, str] = ("", "")  # norms of the layer itself, of the query and of the context
     second: tuple[tuple[str, str, str], ...] = ()  # key, value and key norm of a second context
-    bias_kv: bool = False  # bias_k and bias_v are one more key and value, which no mask hides
-    ignored: Names = ()  # may be beside the layer's own under its prefix
+    bias_kv: bool = False  # the layer has bias_k and bias_v, which no mask hides
+    ignored: Names = ()  # may follow the layer's prefix, too
 
 
 def linear(name: str) -> Linear:
@@ -152,12 +152,12 @@ LAYOUTS = {
 }
 
 
-# ----------------------------------------------------------------------------------------- what a family makes, and its drawing
+# ---------------------------------------------------------------------------------------- the data of a family, and its drawing
 
 
 @dataclass
 class Block:
-    """Names are those of the file, in front of ".weight" and ".bias"; gates are tensors themselves."""
+    """Names as in the file, in front of ".weight" and ".bias"; gates are tensors themselves."""
 
     query: Tensor
     output: Tensor
@@ -190,7 +190,7 @@ class Block:
 
 @dataclass
 class Made:
-    """What a family gives: a file, one layer of it, and what the layer took and gave."""
+    """The data of a family: a file, one layer of it, and that layer's inputs and outputs."""
 
     layout: str
     file: Tensors
@@ -225,7 +225,7 @@ class Draw:
         return torch.randn(shape, generator=self.generator)
 
     def weight(self, name: str, x: Tensor) -> Tensor:
-        """Like a trained one: norms about one, gates neither zero nor one, linears that keep the size of what they map."""
+        """As after training: norms about one, gates neither zero nor one, linears that keep the size of their inputs."""
         is_norm = x.dim() == 1 and name.endswith(("weight", "gamma"))
         if "gate" in name.rsplit(".", 1)[-1] or "alpha" in name.rsplit(".", 1)[-1]:
             return 0.6 + 0.3 * self.normal(*x.shape)
@@ -265,7 +265,7 @@ def additive(mask: Tensor, lowest: float = torch.finfo(torch.float32).min) -> Te
 
 @dataclass
 class Call:
-    """What a module was called with, and what it gave."""
+    """The inputs and outputs of one call of a module."""
 
     args: tuple = ()
     kwargs: dict = field(default_factory=dict)
@@ -396,7 +396,7 @@ def torch_decoder_layer(draw: Draw, bias: bool) -> Made:
 
 @family("detr_original")
 def detr_original(draw: Draw) -> Made:
-    """The modules of the original DETR, whose decoder layer has the spelling of torch's, called as it calls them."""
+    """The modules of the original DETR, whose decoder layer has the names of torch's, called as it calls them."""
     parts = {"transformer": nn.Transformer(16, 4, 1, 1, 24), "input_proj": nn.Conv2d(8, 16, 1)}
     model = draw.fill(nn.ModuleDict(parts | {"query_embed": nn.Embedding(LQ, 16), "class_embed": nn.Linear(16, 4)}))
     target, position, memory = draw.normal(B, LQ, 16), draw.normal(B, LK, 16), draw.normal(B, LK, 16)
@@ -434,7 +434,7 @@ def hugging_face(name: str, config: object, draw: Draw) -> nn.Module:
 
 
 def saved(model: nn.Module) -> Tensors:
-    """As save_pretrained spells them, which is not always as the module does."""
+    """Tensors by the names that save_pretrained writes, which may differ from the module's."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return load_file(Path(folder) / "model.safetensors")
@@ -493,7 +493,7 @@ def bart_like(draw: Draw, config_name: str, model_name: str, placement: str) -> 
 
 
 def activation(function: object) -> str:
-    """By what it does."""
+    """The name of an activation, found by its values."""
     x = torch.linspace(-3, 3, 50)
     given = function(x)
     (name,) = (name for name, f in ACTIVATIONS.items() if torch.allclose(f(x), given, atol=1e-6))
@@ -561,7 +561,7 @@ def bert(draw: Draw, is_old: bool) -> Made:
     inputs, name = {"query": call.args[0], "context": context, "mask": mask}, "bert.encoder.layer.0."
     more = {"packages": HF, "block": bert_block(name, call.args[0], result.output, layer)}
     prefix, file = f"{name}crossattention.", saved(model)
-    if is_old:  # as those that were converted from TensorFlow
+    if is_old:  # as in files converted from TensorFlow
         file = renamed(file, ("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
         more["note"] = "by renaming"
     return Made("bert", file, prefix, cross.self, inputs, dense.output, 4, call.result[1], **more)
@@ -578,7 +578,7 @@ def blip(draw: Draw, depth: int) -> Made:
     model = hugging_face("BlipForConditionalGeneration", config, draw)
     layer, context = model.text_decoder.bert.encoder.layer[depth - 1], draw.normal(B, LK, 24)
     cross = layer.crossattention
-    options = {"encoder_hidden_states": context}  # no mask: this version of the class forgets it on its way to the attention
+    options = {"encoder_hidden_states": context}  # no mask: this version of the class does not pass it to the attention
     call, dense, result = watch(lambda: layer(draw.normal(B, LQ, 16), **options), cross.self, cross.output.dense)
     inputs, file, outer, note = {"query": call.args[0], "context": context}, saved(model), "text_decoder.", ""
     if depth == 2:
@@ -813,7 +813,7 @@ def unet_family(draw: Draw) -> Made:
 
 @family("ldm")
 def ldm(draw: Draw) -> Made:
-    """The single file of Stable Diffusion, by renaming; of the U-Net only the transformer and what is beside it."""
+    """The single file of Stable Diffusion, by renaming; of the U-Net only the transformer and its neighbours."""
     made, outer = unet_family(draw), "model.diffusion_model."
     pairs = (("down_blocks.0.attentions.0.", f"{outer}input_blocks.1.1."), ("conv_in.", f"{outer}input_blocks.0.0."))
     made.file = {name: x for name, x in made.file.items() if name.startswith(("down_blocks.0.attentions.", "conv_in."))}
@@ -961,7 +961,7 @@ def wan_original(draw: Draw, make: Callable) -> Made:
 
 
 def part_of(package: str, file: str) -> ModuleType:
-    """One file of a package, without what its __init__ imports."""
+    """Imports one file of a package without running its __init__."""
     folder = importlib.util.find_spec(package)
     if folder is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
@@ -1211,7 +1211,7 @@ def compute_block(made: Made) -> Tensor:
 
 
 def check(name: str, made: Made) -> None:
-    """That LAYOUTS and the metadata tell all there is to tell."""
+    """Checks that LAYOUTS and the metadata describe the layer completely."""
     layout = LAYOUTS[made.layout]
     output, weights, used = compute(made, made.inputs["query"])
     agree(f"{name}: output", made.output, output)

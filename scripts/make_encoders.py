@@ -194,7 +194,7 @@ class TextEncoder(nn.Module):
 
 
 def draw_boards(digits, count, jitter, generator):
-    """-> boards [count, 1, 24, 24] of 2 to 6 digits, and what is in each cell [count, 9]: a digit or EMPTY."""
+    """-> boards [count, 1, 24, 24] of 2 to 6 digits, and the content of each cell [count, 9]: a digit or EMPTY."""
     images, labels = digits
     drawn = torch.randint(len(labels), (count, 9), generator=generator)
     filled = torch.randint(2, 7, (count, 1), generator=generator)
@@ -291,7 +291,7 @@ def make_text_encoder(grammar, steps, rng):
 
 
 def save(module, path, example, extra_files=None):
-    """As TorchScript; then compares what the file makes of `example` with what the module does."""
+    """Saves `module` as TorchScript, then compares the file's results for `example` with the module's."""
     torch.jit.script(module.eval()).save(str(path), _extra_files=extra_files or {})
     with torch.no_grad():
         check(torch.equal(torch.jit.load(str(path))(example), module(example)), f"{path}: does not give what was trained")

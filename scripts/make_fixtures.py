@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes tests/data: what PyTorch computes, for the C++ tests to compare with.
+"""Writes tests/data: results of PyTorch, for the C++ tests to compare with.
 
     python3 scripts/make_fixtures.py            write all files
     python3 scripts/make_fixtures.py --check    compute all again and compare with the files that are there
@@ -22,7 +22,7 @@ and these metadata, some only where they apply:
     causal                       "upper_left" or "lower_right"
     dtypes, dtype                the types to run in; the type of inputs and weights in the file
     weights, prefix              if they are not in the file: "seed", or a TorchScript file and the prefix of their names there
-    truth, shows, seed           the PyTorch code that computed the results; what the case is for; what its numbers come from
+    truth, shows, seed           the PyTorch code that computed the results; the purpose of the case; the seed of its numbers
     autocast, output_dtype ...   the type of autocast, and the types that PyTorch returns under it
     largest_logit                where logits are large
     script, torch, numpy         what made the file
@@ -31,7 +31,7 @@ The cases of BLOCK_CASES, in tests/data/block, are the same for CrossAttentionBl
 CrossAttentionBlockOptions, and `options` those of its attention.
 
 Inputs and weights are stored in a type that holds them exactly. Results are computed from these values in float64 and stored in
-float64, so that a run in any type is judged by the exact answer. Most cases lie on a coarse grid of numbers that bfloat16 and
+float64, so that a run in any type is compared with the exact answer. Most cases lie on a coarse grid of numbers that bfloat16 and
 float16 hold exactly too: one file then serves all four types.
 """
 
@@ -200,7 +200,7 @@ def decoder_layer(case: "BlockCase", weights: Tensors, query: Tensor, key: Tenso
         parameters[f"multihead_attn.in_proj_{x}"] = torch.cat([weights[f"attention.{linear}.{x}"] for linear in LINEARS[:3]])
     ignored = ~masks["key_padding"] if "key_padding" in masks else None
 
-    # With a self-attention that adds nothing, the whole layer is this half.
+    # If its self-attention adds nothing, the whole layer is this half.
     with torch.no_grad():
         half.self_attn.out_proj.weight.zero_()
         half.self_attn.out_proj.bias.zero_()
@@ -262,7 +262,7 @@ class Case:
     B: int = 2
     Lq: int = 4
     Lk: int = 6
-    options: dict = field(default_factory=dict)  # those that are not at their default
+    options: dict = field(default_factory=dict)  # options that are not at their default
     masks: dict[str, str] = field(default_factory=dict)  # builder -> axes; "-": a bias with some -inf; "!": rows without keys
     causal: str = ""
     dtypes: tuple[str, ...] = ALL_TYPES
@@ -436,7 +436,7 @@ def make_inputs(case: Case) -> Tensors:
 
 
 def make_block_inputs(case: BlockCase) -> Tensors:
-    """The same for a block: what the attention of such a case has, and the block's own weights."""
+    """The same for a block: the tensors of such a case's attention, and the block's own weights."""
     tensors = {name.replace("weights.", "weights.attention."): x for name, x in make_inputs(case).items()}
     random = torch.Generator().manual_seed(case.seed + 1)
 
@@ -458,7 +458,7 @@ def make_block_inputs(case: BlockCase) -> Tensors:
 
 
 def unseen(tensors: Tensors, x: Tensor) -> Tensor:
-    """x [B, n, Ek] without what the queries of one head see of it, but for a five-hundredth."""
+    """x [B, n, Ek] with its part that the queries of one head see reduced to a five-hundredth."""
     q = F.linear(tensors["query"], tensors["weights.query_linear.weight"], tensors["weights.query_linear.bias"]).double()
     seen_by = torch.matmul(q, tensors["weights.key_linear.weight"].double())  # [B, Lq, Ek]; logits are its products with keys
     seen = x.double() @ torch.linalg.pinv(seen_by) @ seen_by
@@ -515,7 +515,7 @@ def describe(case: Case, tensors: Tensors) -> dict[str, str]:
 
 
 def largest_logit(case: Case, tensors: Tensors) -> float:
-    """How large the logits of one head are: to judge rounding by, not to compare with."""
+    """The size of the logits of one head: to judge rounding by, not to compare with."""
     x = {name: tensor.double() for name, tensor in tensors.items()}
     q, k = (F.linear(x[s], x[f"weights.{s}_linear.weight"], x[f"weights.{s}_linear.bias"]) for s in ("query", "key"))
     return torch.matmul(q, k.mT).abs().max().item() / math.sqrt(case.head_dim)
@@ -606,7 +606,7 @@ class AnswerModel(nn.Module):
 
 
 def write_torchscript(folder: Path) -> None:
-    """reference.pt, a scripted reference, inputs as `xattn run` takes them, and what it gives."""
+    """reference.pt, a scripted reference, inputs as `xattn run` takes them, and its results."""
     sizes = (8, 12, 12, 16)
     torch.manual_seed(1)
     module = CrossAttention(*sizes)
@@ -621,7 +621,7 @@ def write_torchscript(folder: Path) -> None:
 
 
 def write_torchscript_model(folder: Path) -> None:
-    """reference_in_model.pt, a traced larger model that holds the reference as `fusion`, and what both give."""
+    """reference_in_model.pt, a traced larger model that holds the reference as `fusion`, and the results of both."""
     torch.manual_seed(2)
     model = AnswerModel()
     tokens, features = torch.randint(20, (2, 4)), torch.randn(2, 6, 12)
@@ -729,7 +729,7 @@ def copy_archive(source: io.BytesIO, path: Path, changes: dict[str, Callable[[by
     reader, writer = torch._C.PyTorchFileReader(source), torch._C.PyTorchFileWriter(str(path))
     writer.set_min_version(6)
     for record in reader.get_all_records():
-        if record not in ("byteorder", ".data/serialization_id", ".data/version"):  # which the writer adds
+        if record not in ("byteorder", ".data/serialization_id", ".data/version"):  # the writer adds these
             data = changes.get(record, bytes)(reader.get_record(record))
             writer.write_record(record, data, len(data))
     writer.write_end_of_file()
@@ -794,7 +794,7 @@ def write_saved(folder: Path) -> list[str]:
 
 
 def write_seeds(folder: Path) -> None:
-    """fuzz/TARGET/*, from what is in `folder`: inputs from which the fuzzers of scripts/fuzz.sh make up others."""
+    """fuzz/TARGET/*, from the files in `folder`: inputs from which the fuzzers of scripts/fuzz.sh derive others."""
 
     def keep(target: str, name: str, data: bytes) -> None:
         path = folder / "fuzz" / target / name
@@ -811,7 +811,7 @@ def write_seeds(folder: Path) -> None:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 keep("pickle", path.stem, archive.read(f"{path.stem}/data.pkl"))
-    # Their storages have other sizes than those that the fuzzer puts beside: 64 bytes each. Those of the next three have not.
+    # These storages differ in size from the fuzzer's own, of 64 bytes each; the storages of the next three do not.
     flat = torch.zeros(16)
     model = {"weight": flat, "view": flat[2:].view(2, 7).t(), "wide": torch.zeros(8, dtype=torch.float64)}
     model |= {"flags": nn.Parameter(torch.zeros(64, dtype=torch.bool), False), "new": torch.zeros(32, dtype=torch.uint16)}
@@ -901,7 +901,7 @@ def read(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def same_bytes(a: Tensor, b: Tensor, *_) -> bool:
-    return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))  # it has not all types
+    return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))  # it does not support all types
 
 
 def differences(old_path: Path, new_path: Path) -> list[str]:

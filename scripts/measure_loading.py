@@ -23,7 +23,7 @@ LAYER = 4 * (4 * WIDTH * WIDTH + 4 * WIDTH)  # bytes
 
 
 def write(path, layers):
-    """Weights of `layers` layers, one after the other; numbers that are no zeros."""
+    """Weights of `layers` layers, one after the other; all numbers are nonzero."""
     header, offset = {}, 0
     for layer in range(layers):
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):

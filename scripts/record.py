@@ -26,7 +26,7 @@ def four_axes(mask, name, heads):
 
 
 def mask_tensors(masks, is_torch):
-    """All of them in one: true = may attend; numbers are added to the logits, those near the lowest forbid."""
+    """All masks in one: true = may attend; numbers are added to the logits, and those near the lowest forbid."""
     tensors = {}
     for mask in masks:
         is_bool = mask.dtype == torch.bool
@@ -39,7 +39,7 @@ def mask_tensors(masks, is_torch):
 
 @torch.no_grad()
 def record(model, name, path, run):
-    """Runs `run()`, which must call the layer `name` of `model` once, and writes what it took and gave to `path`."""
+    """Runs `run()`, which must call the layer `name` of `model` once, and writes its inputs and outputs to `path`."""
     layer, calls, masks = model.get_submodule(name), [], []
     is_torch = isinstance(layer, torch.nn.MultiheadAttention)
     projections = [m for m in layer.modules() if getattr(m, "weight", torch.empty(0)).dim() == 2 and not list(m.children())]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# To be sourced: long work in steps, each of which says what it does and how long it took.
+# To be sourced: long work in steps. Each step prints its description and how long it took.
 
 steps_done=()
 

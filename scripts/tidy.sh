@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-version=23.1.4  # of clang-tidy, so that every machine agrees; from 21 on it passes over LibTorch's headers
+version=23.1.4  # of clang-tidy, so that every machine agrees; from 21 on it skips LibTorch's headers
 
 usage() {
   cat <<'END'

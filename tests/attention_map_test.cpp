@@ -54,7 +54,7 @@ TEST_P(AttentionMapTest, ExampleOfTheHeader) {
   EXPECT_TRUE(regions.gt(1).logical_and(regions.lt(49.001)).all().item<bool>());
 }
 
-// ---- attention_maps -----------------------------------------------------------------------------------------------------------
+// ---- attention_maps ---------------------------------------------------------------------------------------------------------
 
 TEST_P(AttentionMapTest, FoldsKeysRowByRow) {
   const auto maps =
@@ -132,7 +132,7 @@ TEST_P(AttentionMapTest, MapsThrowOnWeightsThatDoNotFitTheGrid) {
             "[attention_maps] heads must lie in [0, 4), but hold -1.");
 }
 
-// ---- resize_map ---------------------------------------------------------------------------------------------------------------
+// ---- resize_map -------------------------------------------------------------------------------------------------------------
 
 TEST_P(AttentionMapTest, NearestRepeatsEachCell) {
   const auto map = torch::tensor({{1.f, 2.f}, {3.f, 4.f}}).to(device_);
@@ -172,7 +172,7 @@ TEST_P(AttentionMapTest, ResizingThrowsOnBadInput) {
   EXPECT_EQ(error_of<c10::ValueError>([&] { resize_map(map, 3, -1); }), "[resize_map] width must be at least 1, but is -1.");
 }
 
-// ---- color_map ----------------------------------------------------------------------------------------------------------------
+// ---- color_map --------------------------------------------------------------------------------------------------------------
 
 TEST_P(AttentionMapTest, ColorsAreThoseOfInferno) {
   // Rows 0, 51, 128 and 255 of the published table, times 255. The third lies between two control points.
@@ -207,7 +207,7 @@ TEST_P(AttentionMapTest, ColoringThrowsOnIntegers) {
             "[color_map] map must be of a floating point type, but is int64.");
 }
 
-// ---- overlay_map --------------------------------------------------------------------------------------------------------------
+// ---- overlay_map ------------------------------------------------------------------------------------------------------------
 
 TEST_P(AttentionMapTest, OpacityZeroAndAMapOfZerosReturnTheImage) {
   const auto image = torch::randint(256, {8, 12, 3}, torch::dtype(torch::kByte).device(device_));
@@ -275,7 +275,7 @@ TEST_P(AttentionMapTest, OverlayThrowsOnBadInput) {
             "[overlay_map] maximum must be above 0, but is 0.");
 }
 
-// ---- attention_entropy --------------------------------------------------------------------------------------------------------
+// ---- attention_entropy ------------------------------------------------------------------------------------------------------
 
 TEST_P(AttentionMapTest, EntropyOfUniformWeightsIsLogN) {
   for (const int64_t n : {1, 2, 7, 64}) {

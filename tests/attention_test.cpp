@@ -56,8 +56,8 @@ class AttentionTest : public testing::TestWithParam<torch::Device> {
   torch::Device device_ = GetParam();
 };
 
-// Attention written out number by number, for one batch entry and head: q [Lq, d], k [Lk, d], v [Lk, e], allowed and added [Lq, Lk].
-// Returns weights [Lq, Lk], output [Lq, e] and log-sum-exp [Lq].
+// Attention written out number by number, for one batch entry and head: q [Lq, d], k [Lk, d], v [Lk, e], allowed and added [Lq,
+// Lk]. Returns weights [Lq, Lk], output [Lq, e] and log-sum-exp [Lq].
 std::tuple<torch::Tensor, torch::Tensor, torch::Tensor> loop(const torch::Tensor& q,
                                                              const torch::Tensor& k,
                                                              const torch::Tensor& v,
@@ -148,7 +148,7 @@ TEST_P(AttentionTest, FusedEqualsDefinitionInOutputLogSumExpAndGradients) {
   }
 }
 
-// The context is read in parts, and there are enough rows for it to be packed. Value heads have another size on our own kernels.
+// The context is read in parts and has enough query rows to be packed. On our own kernels value heads have another size.
 TEST_P(AttentionTest, GradientsOverALongContextAreExactAndOfEqualBitsForAnyThreads) {
   const int64_t Lq = 50, Lk = 2300, d = 20, e = device_.is_cpu() && detail::modules_run_on() == RunsOn::module_kernels ? 13 : d;
   const auto q = random({2, 4, Lq, d}, torch::kFloat), k = random({2, 2, Lk, d}, torch::kFloat),
@@ -288,7 +288,7 @@ TEST_P(AttentionTest, ABiasOfMinusInfinityInTheTypeOfTheLogitsForbidsItsKey) {
   }
 }
 
-// Beside such a bias, a log-sum-exp loses the number of keys. A part of a context has 2,048 keys, or 1,024 in backward.
+// Next to such a bias, a log-sum-exp loses the number of keys. A part of a context has 2,048 keys, or 1,024 in backward.
 TEST_P(AttentionTest, RowsOfVeryNegativeFiniteBiasesAreAveragesWithTheirGradients) {
   for (const auto type : {torch::kDouble, torch::kFloat, torch::kBFloat16}) {
     for (const int64_t Lk : {70, 2500, 8192}) {
@@ -509,7 +509,7 @@ TEST_P(AttentionTest, RefusesBadInputByName) {
   }
 }
 
-// ---- The library's own kernels -----------------------------------------------------------------------------------------------
+// ---- The library's own kernels ----------------------------------------------------------------------------------------------
 
 class AttentionOnKernelsTest : public testing::Test {
  protected:

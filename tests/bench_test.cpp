@@ -57,7 +57,7 @@ TEST(ShapesTest, ANameOrAPartOfIt) {
   EXPECT_TRUE(shapes::matching("no such layer").empty());
 }
 
-// What the program prints; it must succeed.
+// Runs the program, which must succeed, and returns its output.
 std::string bench(const std::string& arguments) {
   auto* pipe = popen((XATTN_BENCH_PATH " " + arguments + " 2> /dev/null").c_str(), "r");
   std::string text;

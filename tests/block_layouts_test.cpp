@@ -42,7 +42,7 @@ struct BlockFamily {
   Checkpoint expected = open_checkpoint(data_path("layouts/" + name + ".block.expect.safetensors"));
   json told = json::parse(expected.metadata().at("block"));
 
-  // The prefix of the block: what its attention and its feed-forward branch share.
+  // The prefix of the block, which its attention and its feed-forward branch share.
   std::string prefix() const {
     const auto& attention = expected.metadata().at("prefix");
     const auto& feed_forward = told.at("feed_forward_norm").get_ref<const std::string&>();
@@ -190,7 +190,7 @@ INSTANTIATE_TEST_SUITE_P(Families, BlockLayoutsTest, testing::ValuesIn(block_fam
   return info.param;
 });
 
-// ---- What a file does not tell ----------------------------------------------------------------------------------------------
+// ---- Settings that a file lacks ---------------------------------------------------------------------------------------------
 
 // A copy of a family's weights in a folder of its own, beside a config.json.
 struct Folder {
@@ -319,9 +319,9 @@ TEST(BlockConfigTest, RefusesAPlacementThatTheLayoutExcludes) {
                 "after");
 }
 
-// ---- Which block ------------------------------------------------------------------------------------------------------------
+// ---- Choosing a block -------------------------------------------------------------------------------------------------------
 
-// What nn.TransformerDecoderLayer saves, with 8 features, and 12 in its feed-forward branch.
+// The tensors that nn.TransformerDecoderLayer saves, with 8 features, and 12 in its feed-forward branch.
 NamedTensors decoder_layer(const std::string& prefix) {
   NamedTensors tensors;
   const auto add = [&](const std::string& name, at::IntArrayRef shape) { tensors[prefix + name] = torch::randn(shape); };

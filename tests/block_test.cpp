@@ -24,7 +24,7 @@ namespace {
 
 using torch::Tensor;
 
-// ---- What PyTorch computed, from tests/data/block -----------------------------------------------------------------------------
+// ---- Results of PyTorch, from tests/data/block ------------------------------------------------------------------------------
 
 std::vector<std::string> block_fixtures() {
   std::vector<std::string> names;
@@ -52,8 +52,8 @@ CrossAttentionBlockOptions block_options(const Fixture& fixture) {
   return options;
 }
 
-// The lengths of all sums that a gradient passes through, put into `tolerance` of compare.h. The half types store a result at
-// the end of either branch and of either sum: twice as often as attention alone, which `tolerance` has in mind.
+// `tolerance` of compare.h for the lengths of all sums that a gradient passes through. The half types store a result at the end
+// of each branch and of each sum: twice as often as attention alone, for which `tolerance` is derived.
 double block_tolerance(const Fixture& fixture, at::ScalarType type) {
   const auto options = CrossAttentionBlock(block_options(fixture))->options;
   const auto& inner = options.attention();
@@ -64,7 +64,7 @@ double block_tolerance(const Fixture& fixture, at::ScalarType type) {
   return (half ? 2 : 1) * tolerance(type, features + heads + rows);
 }
 
-// Weight and bias of a layer are judged as one tensor, because a bias is the weight of an input that is always one.
+// Weight and bias of a layer are compared as one tensor, because a bias is the weight of an input that is always one.
 NamedTensors by_layer(const NamedTensors& gradients) {
   std::map<std::string, std::vector<Tensor>> parts;
   for (const auto& [name, gradient] : gradients) {
@@ -119,7 +119,7 @@ TEST_P(BlockFixtureTest, MatchesPyTorch) {
 
 INSTANTIATE_TEST_SUITE_P(, BlockFixtureTest, testing::ValuesIn(block_fixtures()), [](const auto& info) { return info.param; });
 
-// ---- What always holds ----------------------------------------------------------------------------------------------------------
+// ---- Properties -------------------------------------------------------------------------------------------------------------
 
 class CrossAttentionBlockTest : public testing::TestWithParam<torch::Device> {
  protected:
@@ -329,7 +329,7 @@ TEST_P(CrossAttentionBlockTest, RunsInEveryTypeAndUnderAutocast) {
   const auto output = run(torch::kFloat);
   at::autocast::clear_cache();
   at::autocast::set_autocast_enabled(device_.type(), false);
-  EXPECT_EQ(output.scalar_type(), torch::kFloat);  // the query's: only the branches are narrow
+  EXPECT_EQ(output.scalar_type(), torch::kFloat);  // the query's: only the branches have the narrow type
   expect_close(output, expected, 2 * tolerance(torch::kBFloat16, 0), "autocast");
 }
 
@@ -341,7 +341,7 @@ TEST_P(CrossAttentionBlockTest, TrainsBetweenFrozenLayers) {
   }
   auto block = make(options().gate(BlockGate::scalar));
   torch::optim::Adam optimizer(block->parameters(), 1e-2);
-  const auto target = value_.sum({1, 2}).view({kB, 1, 1}).expand({kB, kLq, 1});  // what only the context knows
+  const auto target = value_.sum({1, 2}).view({kB, 1, 1}).expand({kB, kLq, 1});  // a function of the context alone
   double first = 0, last = 0;
   for (int step = 0; step < 100; ++step) {
     optimizer.zero_grad();
@@ -563,7 +563,7 @@ TEST(CrossAttentionBlockOptionsTest, ResetParametersStartsAfresh) {
   EXPECT_TRUE(block->attention_norm->weight.eq(1).all().item<bool>());
 }
 
-// Norms, branches and feed-forward in plain operations, around a layer of self-attention that a function gives.
+// Norms, branches and feed-forward in plain operations, around self-attention that a function computes.
 TEST(SelfAttentionBlockTest, NormalisesKeysAndValuesAsItDoesTheQuery) {
   torch::manual_seed(0);
   const auto options = CrossAttentionOptions(16, 16, 16, 16).num_heads(4).attention_weights(AttentionWeights::per_head);

@@ -27,7 +27,7 @@ const DigitSets& digits() {
   return sets;
 }
 
-// Where each of a [N, 8, 8] is found among b [M, 8, 8]: bool [N, M].
+// Whether each image of a [N, 8, 8] equals each of b [M, 8, 8]: bool [N, M].
 torch::Tensor same_images(const torch::Tensor& a, const torch::Tensor& b) {
   return a.flatten(1).unsqueeze(1).eq(b.flatten(1).unsqueeze(0)).all(-1);
 }

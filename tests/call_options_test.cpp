@@ -26,7 +26,7 @@ class CallOptionsTest : public testing::Test {
     return CrossAttentionOptions(8, 12, 10, 8).num_heads(4).attention_weights(weights);
   }
 
-  // The calls of a module whose options ask for `own` weights, by (query, key, value, options of the call) -> weights.
+  // The calls of a module whose options return `own` weights, by (query, key, value, options of the call) -> weights.
   template <class F>
   void for_each_call(AttentionWeights own, const F& check) {
     using T = const Tensor&;
@@ -66,7 +66,7 @@ TEST_F(CallOptionsTest, ACallReturnsTheWeightsThatItAsksFor) {
       expect_close(call({.weights = AttentionWeights::mean}), all.mean(1), 1e-6, "mean");
       const auto chosen = call({.weights = AttentionWeights::per_head, .weight_heads = std::vector<int64_t>{2, 0}});
       expect_close(chosen, torch::stack({all.select(1, 2), all.select(1, 0)}, 1), 1e-6, "chosen heads");
-      // Without options, those of the module hold; and a call changes nothing for the next one.
+      // Without options a call uses the module's, and no call affects the next one.
       const auto default_weights = call({});
       EXPECT_EQ(default_weights.defined(), own != AttentionWeights::none);
       if (own == AttentionWeights::mean) expect_close(default_weights, all.mean(1), 1e-6, "mean, of the module");

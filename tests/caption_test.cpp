@@ -87,7 +87,7 @@ TEST(CaptionsTest, LongestCaptionIsOfTheLongestPhrases) {
             3 + 6 * (2 + 2 + 2) + 5 * 1);  // "the board shows", "a one", "in the", "top left", "and"
 }
 
-// A grammar whose items can be said in thousands of millions of ways.
+// A grammar whose items can be said in billions of ways.
 TEST(CaptionsTest, NotEveryWayToSayAnItemIsListed) {
   std::string text = "caption: {items}\nitem: {digit} {cell}\nbetween: ,\nbefore_last: and\n";
   for (const auto& [slot, values] : {std::pair("digit", 10), {"cell", 9}}) {
@@ -182,13 +182,13 @@ TEST(CaptionTaskTest, OverfitsOneBatch) {
   trainer.run([&](Random&) { return learn_from(model, batch); },
               [&](const examples::Progress& progress) { loss = progress.loss; }, [] { return false; });
   EXPECT_LT(loss, 0.01);
-  // In training mode, as the norms have learned this batch alone.
+  // In training mode, because the norms have seen this batch alone.
   const auto decoded = decode(model, model->contexts(model->encode(batch.boards)), /*beams=*/1);
   for (size_t b = 0; b < captions.size(); ++b)
     EXPECT_EQ(vocabulary.decode(decoded.words[static_cast<int64_t>(b)]), captions[b]);
 }
 
-// A model that has learned little: its search meets endings of all kinds.
+// A model trained for a few steps only, so that its search finds endings of all kinds.
 Model half_trained() {
   torch::manual_seed(6);
   auto model = make();
@@ -203,7 +203,7 @@ torch::Tensor log_probability(Model& model, const torch::Tensor& words, const st
   const auto begin = torch::full({words.size(0), 1}, Vocabulary::kEnd, torch::kInt64);
   const auto given = torch::cat({begin, words.slice(1, 0, -1)}, 1).unsqueeze(1);  // [B, 1, T]
   auto next = std::get<0>(model->predict(given, images)).squeeze(1);              // [B, T, vocabulary]
-  next.select(2, Vocabulary::kPadding).fill_(-1e9);                               // the search never says it
+  next.select(2, Vocabulary::kPadding).fill_(-1e9);                               // the search never emits it
   const auto of_words = next.log_softmax(-1).gather(2, words.unsqueeze(2)).squeeze(2);
   return (of_words * words.ne(Vocabulary::kPadding)).sum(1);
 }
@@ -257,7 +257,7 @@ TEST(CaptionDecodeTest, ContextsDoNotGrowWithTheNumberOfBeams) {
     decode(model, images, beams);
     EXPECT_EQ(bytes(), once) << beams << " beams";
   }
-  // All beams of an image are queries of its one batch entry: more of them meet the same keys.
+  // All beams of an image are queries of its one batch entry, so more beams attend to the same keys.
   const auto words = torch::full({3, 16, 2}, Vocabulary::kEnd, torch::kInt64);
   EXPECT_EQ(std::get<1>(model->predict(words, images)).sizes(), (std::vector<int64_t>{3, 16, 2, 9}));
   EXPECT_EQ(images.at(0).batch_size(), 3);

@@ -70,7 +70,7 @@ class CliTest : public testing::Test {
   const torch::Tensor value = torch::rand({2, 5, 6});
 };
 
-// ---- run ---------------------------------------------------------------------------------------------------------------------
+// ---- run --------------------------------------------------------------------------------------------------------------------
 
 TEST_F(CliTest, RunEqualsTheModule) {
   expect_same(CrossAttention(4, 6, 6, 8), {{"query", query}, {"key", key}, {"value", value}}, {}, "--weights mean");
@@ -217,7 +217,7 @@ TEST_F(CliTest, RunDefaultsToCudaWhereThereIsOne) {
   EXPECT_EQ(test::read_bytes(dir.file("by_default")), test::read_bytes(dir.file("on_cuda")));
 }
 
-// ---- inspect -----------------------------------------------------------------------------------------------------------------
+// ---- inspect ----------------------------------------------------------------------------------------------------------------
 
 TEST_F(CliTest, InspectPrintsDocumentedJson) {
   const CrossAttention attention(CrossAttentionOptions(4, 5, 6, 8).num_heads(4).kv_heads(2).qkv_bias(false));
@@ -303,11 +303,11 @@ TEST_F(CliTest, ErrorsAreShortWhateverTheFileHolds) {
   EXPECT_TRUE(message.ends_with("(10000000 bytes)")) << message;
 }
 
-// What a shell says of the whole program, whose standard output goes elsewhere.
+// A shell runs the program with its standard output elsewhere.
 TEST_F(CliTest, OutputThatIsLostIsAFailure) {
   save_safetensors(dir.file("x"), NamedTensors{{"a", torch::ones({2})}});
   for (const std::string arguments : {"inspect x", "inspect x --json", "--help", "--version", "explain 1,1,1,1,8,8,8"}) {
-    const auto reason = [&](const std::string& text) {  // which is known no more where CLI11 has flushed
+    const auto reason = [&](const std::string& text) {  // the reason is lost if CLI11 has already flushed
       return arguments == "--version" ? std::string("\n") : ": " + text + "\n";
     };
     const auto full = test::run_process("sh -c '" XATTN_CLI_PATH " " + arguments + " > /dev/full'", dir);
@@ -363,7 +363,7 @@ TEST_F(CliTest, InspectListsTheBlocksAroundLayers) {
       << text;
 }
 
-// ---- What a layout does not explain --------------------------------------------------------------------------------------------
+// ---- Names that a layout does not explain -----------------------------------------------------------------------------------
 
 // The weights of a layer of 4 and 6 features, and a name beside them.
 NamedTensors layer_and(const std::string& name, const torch::Tensor& tensor = torch::ones({1})) {
@@ -495,7 +495,7 @@ TEST_F(CliTest, ConvertRefusesALayoutThatComputesOtherwise) {
   EXPECT_NE(wan.find("unexpected: k_img.bias, k_img.weight"), std::string::npos) << wan;
 }
 
-// ---- verify ------------------------------------------------------------------------------------------------------------------
+// ---- verify -----------------------------------------------------------------------------------------------------------------
 
 TEST_F(CliTest, VerifyFindsTheLayerAndSaysHowFarItsOutputIs) {
   const auto fixture = data_path("layouts/bert");
@@ -545,7 +545,7 @@ TEST_F(CliTest, VerifyWantsAnOutputToCompareWith) {
   }
 }
 
-// ---- convert -----------------------------------------------------------------------------------------------------------------
+// ---- convert ----------------------------------------------------------------------------------------------------------------
 
 TEST_F(CliTest, ConvertGoesFromFormatToFormatAndBack) {
   const NamedTensors tensors = {{"a", torch::rand({2, 3})}, {"b.c", torch::tensor({1, 2}, torch::kByte)}};
@@ -566,7 +566,7 @@ TEST_F(CliTest, ConvertRefusesToWriteTwoTensorsUnderOneName) {
   tensors[taken] = torch::ones({1});
   save_safetensors(dir.file("x.safetensors"), tensors);
   std::filesystem::remove(dir.file("y.safetensors"));
-  error(1, "convert x.safetensors y.safetensors --to reference");  // refuses the name that the layout does not explain
+  error(1, "convert x.safetensors y.safetensors --to reference");  // fails: the layout does not explain one name
   const auto message = error(1, "convert x.safetensors y.safetensors --to reference --allow-unexpected");
   EXPECT_NE(message.find("would have two tensors \"" + taken + "\""), std::string::npos) << message;
   EXPECT_FALSE(std::filesystem::exists(dir.file("y.safetensors")));
@@ -575,7 +575,7 @@ TEST_F(CliTest, ConvertRefusesToWriteTwoTensorsUnderOneName) {
 TEST_F(CliTest, ConvertLeavesNothingBehindWhenItIsStopped) {
   std::string header;
   constexpr uint64_t kTensors = 200;
-  constexpr uint64_t kBytes = uint64_t{1} << 25;  // 6.7 GB in all, sparse: it takes no disk, and more than a moment to write
+  constexpr uint64_t kBytes = uint64_t{1} << 25;  // 6.7 GB in all, sparse: no space on disk, and more than a moment to write
   for (uint64_t i = 0; i < kTensors; ++i) {
     header += (i == 0 ? "{\"t" : ",\"t") + std::to_string(i) + R"(":{"dtype":"U8","shape":[)" + std::to_string(kBytes) +
               R"(],"data_offsets":[)" + std::to_string(i * kBytes) + "," + std::to_string((i + 1) * kBytes) + "]}";
@@ -651,7 +651,7 @@ TEST_F(CliTest, ConvertRefusesToOverwriteItsInputAndLeavesNothingBehind) {
   EXPECT_FALSE(std::filesystem::exists(dir.file("z.pt")));
 }
 
-// ---- explain -----------------------------------------------------------------------------------------------------------------
+// ---- explain ----------------------------------------------------------------------------------------------------------------
 
 TEST_F(CliTest, ExplainSaysWhatEveryOrderCostsAndWhy) {
   const auto text = xattn("explain 1,12,1,1500,768,768,768 --threads 1");
@@ -705,7 +705,7 @@ TEST_F(CliTest, ExplainAnswersForEveryLayerOfTheBenchmark) {
   EXPECT_NE(error(2, "explain --shape nothing").find("must name one row of reference example"), std::string::npos);
 }
 
-// ---- usage -------------------------------------------------------------------------------------------------------------------
+// ---- usage ------------------------------------------------------------------------------------------------------------------
 
 TEST_F(CliTest, WrongUsageIsOneLineAndStatusTwo) {
   EXPECT_EQ(error(2, ""), "expected inspect, run, verify, convert or explain, but none came");

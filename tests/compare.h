@@ -19,7 +19,7 @@ inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 inline constexpr Order kAllOrders[] = {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context};
 
-/// Every device that is there. Suites that touch values run once on each.
+/// Every device of this machine. Suites that compute values run once on each.
 inline std::vector<torch::Device> devices() {
   std::vector<torch::Device> all = {torch::kCPU};
   if (torch::cuda::is_available()) all.emplace_back(torch::kCUDA, 0);
@@ -41,9 +41,9 @@ inline NamedTensors copy_of(const torch::nn::Module& module) {
 
 /// The difference from the exact result that rounding allows, relative to the largest element.
 ///
-/// A sum of n products in a type with unit roundoff eps is off by at most n eps sum |a_i b_i|, so a chain of sums by at most the
-/// sum of their lengths (`terms`: features + head size + keys ...) times eps. float16 and bfloat16 add up in float32 and round
-/// when they store: there the stores count, one for each of about two that meet in an element. No bound exceeds the limits below.
+/// A sum of n products in a type with unit roundoff eps is off by at most n eps sum |a_i b_i|, so a chain of sums by at most
+/// the sum of their lengths (`terms`: features + head size + keys ...) times eps. float16 and bfloat16 add up in float32 and
+/// round when they store: there the stores count, about two for each element. No bound exceeds the limits below.
 inline double tolerance(at::ScalarType type, int64_t terms) {
   switch (type) {
     case at::kDouble: return std::min(1e-12, static_cast<double>(terms) * std::numeric_limits<double>::epsilon());
@@ -54,7 +54,7 @@ inline double tolerance(at::ScalarType type, int64_t terms) {
   }
 }
 
-/// Expects |actual - expected| <= tolerance * max |expected| everywhere; says what, where and by how much otherwise.
+/// Expects |actual - expected| <= tolerance * max |expected| everywhere; otherwise reports what differs, where and by how much.
 inline void expect_close(const torch::Tensor& actual,
                          const torch::Tensor& expected,
                          double tolerance,

@@ -593,7 +593,7 @@ TEST(CrossAttentionOptionsTest, ResetParametersStartsAfresh) {
   EXPECT_LE(module->query_linear->weight.abs().max().item<double>(), 1 / std::sqrt(8.0));
 }
 
-// On a machine with a GPU every suite above runs there too; this one says so where there is none.
+// On a machine with a GPU every suite above runs on it too; without one this test is skipped with that reason.
 TEST(DeviceTest, SuitesRunOnCuda) {
   if (!torch::cuda::is_available()) GTEST_SKIP() << "no CUDA device: the suites ran on the CPU alone";
   EXPECT_EQ(devices().size(), 2);

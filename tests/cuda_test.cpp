@@ -9,8 +9,8 @@
 
 #include "compare.h"
 
-// What the suites over devices() do not see: that calls never wait for the device, which stream they use, and frozen layers there.
-// Built with a CUDA build of LibTorch where the headers of a CUDA toolkit are.
+// Tests beyond the suites over devices(): calls never wait for the device, they use the right stream, and frozen layers on
+// CUDA. Built with a CUDA build of LibTorch if the headers of a CUDA toolkit are present.
 namespace xattn::test {
 namespace {
 
@@ -63,7 +63,7 @@ std::vector<Mask> masks() {
           Mask::bias(torch::randn({1, 4, kLq, kLk})).to(torch::kCUDA) & Mask::causal(CausalAlignment::lower_right)};
 }
 
-// Makes a call that waits for the device an error.
+// Turns a call that waits for the device into an error.
 class NoWaiting {
  public:
   NoWaiting() { c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_ERROR); }

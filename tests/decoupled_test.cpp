@@ -112,7 +112,7 @@ TEST_P(DecoupledTest, EqualsTheDefinitionWithItsGradients) {
       const auto actual_gradients = torch::autograd::grad({output.sin().sum()}, inputs);
       const auto expected_gradients = torch::autograd::grad({expected.sin().sum()}, inputs);
       for (size_t i = 0; i < inputs.size(); ++i) {
-        // A bias of keys has no influence without a norm: its gradient is nothing but rounding.
+        // A bias of keys has no influence without a norm: its gradient is only rounding.
         if (expected_gradients[i].abs().max().item<double>() < 1e-14) continue;
         expect_close(actual_gradients[i], expected_gradients[i], 1e-12, "gradient " + std::to_string(i));
       }
@@ -176,7 +176,7 @@ TEST_P(DecoupledTest, LearnedKeyBelongsToTheFirstContext) {
   auto module = make(DecoupledCrossAttentionOptions(options_.bias_kv(true)).added({{9, 7}}));
   const auto [output, weights] = module->forward(query_, key_, value_, {image_});
   EXPECT_EQ(weights.sizes(), (std::vector<int64_t>{kB, kLq, kLk + 1}));
-  // Without keys of its own, what the added context gives is zero, and the rest is the attention with its learned key.
+  // Without keys of its own the added context contributes zero, and the rest is the attention with its learned key.
   const auto alone =
       std::get<0>(module->forward(query_, key_, value_, {{image_key_.slice(1, 0, 0), image_value_.slice(1, 0, 0)}}));
   EXPECT_TRUE(alone.equal(std::get<0>(module->attention->forward(query_, key_, value_))));
@@ -449,14 +449,14 @@ TEST(DecoupledOptionsTest, ResetParametersStartsAfresh) {
   EXPECT_FALSE(module->added_projections[0]->key_linear->weight.equal(before));
 }
 
-// ---- What diffusers computed, from tests/data/layouts ---------------------------------------------------------------------
+// ---- Results of diffusers, from tests/data/layouts ------------------------------------------------------------------------
 
 struct DecoupledFamily {
   explicit DecoupledFamily(const std::string& name_) : name(name_) {}
 
   std::string name;
   Checkpoint expected = open(name + ".expect");
-  // An adapter's own file has the added projections alone: the rest is in its base.
+  // An adapter's own file has only the added projections; the rest is in its base.
   bool has_base = expected.metadata().contains("base");
   Checkpoint weights = has_base ? with_ip_adapter(open(about("base")), open(name)) : open(name);
   std::string prefix = about(has_base ? "base_prefix" : "prefix");
@@ -542,7 +542,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 // ---- Loading --------------------------------------------------------------------------------------------------------------
 
-// Of a layer of 4 -> 4 as diffusers spells it, with so many IP-Adapters.
+// The tensors of a layer of 4 -> 4 by the names of diffusers, with this many IP-Adapters.
 NamedTensors layer_with_adapters(const std::string& prefix, int adapters) {
   NamedTensors tensors = {{prefix + "to_q.weight", torch::randn({4, 4})},
                           {prefix + "to_k.weight", torch::randn({4, 6})},
@@ -616,7 +616,7 @@ class IpAdapterTest : public testing::Test {
     }
     return saved("base", tensors);
   }
-  // Projections for so many layers, filled with their numbers.
+  // Projections for this many layers, filled with their numbers.
   NamedTensors adapter(int layers) const {
     NamedTensors tensors = {{"image_proj.proj.weight", torch::ones({2, 2})}};
     for (int i = 1; i < 2 * layers; i += 2) {
@@ -626,7 +626,7 @@ class IpAdapterTest : public testing::Test {
     }
     return tensors;
   }
-  // Which of the adapter's numbers the layer of this transformer got.
+  // The adapter's number that the layer of this transformer got.
   static int number_of(const Checkpoint& both, const std::string& transformer) {
     return both.tensor(transformer + "attn2.processor.to_k_ip.0.weight")[0][0].item<int>();
   }

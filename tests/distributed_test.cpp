@@ -17,7 +17,7 @@
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <vector>
 
-// Several processes on loopback, each of which compares what it gets with one process alone: see ranks/rank.cpp.
+// Several processes on loopback; each compares its results with those of one process alone: see ranks/rank.cpp.
 namespace xattn::test {
 namespace {
 
@@ -37,8 +37,8 @@ class DistributedTest : public testing::TestWithParam<int> {
     start_all({XATTN_TESTS_PATH, "rank", scenario}, size, limit, last_stops);
   }
 
-  // The processes find a store that is there already, as torchrun's agent has one, so that no port can be taken. A last rank that
-  // stops is killed when the others have ended.
+  // The processes use a store that is already running, as torchrun's agent has one, so that no port can be taken. A last rank
+  // that stops is killed when the others have ended.
   void start_all(const std::vector<std::string>& command, int size, std::chrono::seconds limit, bool last_stops = false) {
     c10d::TCPStoreOptions options;
     options.port = 0;
@@ -133,7 +133,7 @@ TEST_P(DistributedTest, ARankThatFallsSilentMakesTheOthersFailInTime) {
 }
 
 #ifdef XATTN_VQA_PATH
-// A program that trains: started as several processes it goes through the same losses as one, and comes to the same model.
+// A program that trains: several processes go through the same losses as one, and reach the same model.
 TEST_P(DistributedTest, ProcessesTrainAsOne) {
   const auto train = [this](int size) {
     const auto file = folder_ / ("trained." + std::to_string(size));
@@ -141,13 +141,13 @@ TEST_P(DistributedTest, ProcessesTrainAsOne) {
               std::chrono::seconds(200));
     return load_tensors(file.string());
   };
-  if (GetParam() == 1) return;  // that is the other side
+  if (GetParam() == 1) return;  // the single process that others are compared with
   const auto alone = train(1), together = train(GetParam());
   ASSERT_EQ(alone.size(), together.size());
   for (const auto& [name, expected] : alone) {
     ASSERT_TRUE(together.contains(name)) << name;
     const auto a = together.at(name).to(torch::kDouble), b = expected.to(torch::kDouble);
-    // Adam divides gradients by their size: one that is all rounding still moves its parameter by a step, 8 of at most 2e-3.
+    // Adam divides gradients by their size, so one that is all rounding still moves its parameter by a step, 8 of at most 2e-3.
     const bool follows_rounding = name.starts_with("model.") && (a - b).abs().max().item<double>() < 1e-3;
     EXPECT_TRUE(torch::allclose(a, b, 1e-3, 1e-4) || follows_rounding) << name << ": off by " << (a - b).abs().max();
   }
@@ -158,7 +158,7 @@ TEST_P(DistributedTest, ATrainingThatLosesAProcessSaysSo) {
     start_all({XATTN_TESTS_PATH, "trainee", (folder_ / "lost").string(), "5", "dies"}, GetParam(), std::chrono::seconds(60));
 }
 
-// A training that stopped goes on with any number of processes: its losses are those of one that never stopped, and its state is.
+// A stopped training continues with any number of processes, with the losses and the state of one that never stopped.
 TEST_P(DistributedTest, ATrainingGoesOnWithAnotherNumberOfProcesses) {
   const auto train = [this](const std::string& name, int size, int last) {
     start_all({XATTN_TESTS_PATH, "trainee", (folder_ / name).string(), std::to_string(last)}, size, std::chrono::seconds(60));

@@ -20,7 +20,7 @@ namespace {
 
 class ExamplesTest : public testing::Test {
  protected:
-  // Runs a program in the temporary directory: vqa and caption without a process of their own.
+  // Runs a program in the temporary directory; vqa and caption run in this process.
   test::ProgramResult run(const std::string& program, const std::string& arguments) const {
     const auto line = program + " " + arguments;
     if (line.starts_with("vqa ")) return test::run_here(vqa::run, line, dir.path());
@@ -133,7 +133,7 @@ TEST_F(ExamplesTest, EvaluateJsonIsOneObject) {
   EXPECT_EQ(captions.at("boards").get<int>(), 100);
 }
 
-// Ctrl-C, once the first steps are reported. ($! is the training; should it end before, nothing waits.)
+// Ctrl-C, once the first steps are reported. ($! is the training; if it ends earlier, nothing waits.)
 constexpr auto kInterrupted =
     R"(sh -c '"$0" "$@" & until grep -q "^step" .out; do kill -0 $! || break; sleep 0.05; done; kill -INT $!; wait $!' )";
 

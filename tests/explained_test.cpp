@@ -20,7 +20,7 @@
 #include "loading/recipes.h"
 #include "test_util.h"
 
-// What changes the result of a layer is computed, or refused by name.
+// Everything that changes the result of a layer is computed, or rejected by name.
 namespace xattn {
 namespace {
 
@@ -50,7 +50,7 @@ struct SavedLayer {
   TempDir dir;
 };
 
-// A layer of 8 features and a context of 12, spelled as in BART.
+// A layer of 8 features and a context of 12, by the names of BART.
 NamedTensors bart_layer(const std::string& prefix) {
   NamedTensors tensors;
   for (const auto& [name, width] : {std::pair("q_proj", 8), {"k_proj", 12}, {"v_proj", 12}, {"out_proj", 8}}) {
@@ -69,7 +69,7 @@ NamedTensors diffusers_layer(const std::string& prefix) {
   return tensors;
 }
 
-// A layer spelled as in Gemma, without biases.
+// A layer by the names of Gemma, without biases.
 NamedTensors gemma_layer(const std::string& prefix) {
   auto tensors = bart_layer(prefix);
   for (const auto* name : {"q_proj.bias", "k_proj.bias", "v_proj.bias", "out_proj.bias"}) tensors.erase(prefix + name);
@@ -83,7 +83,7 @@ NamedTensors with(NamedTensors tensors, const std::string& name, const Tensor& t
   return tensors;
 }
 
-// ---- Names that the layout does not explain ----------------------------------------------------------------------------------
+// ---- Names that the layout does not explain ---------------------------------------------------------------------------------
 
 struct Example {
   std::string name;
@@ -356,7 +356,7 @@ TEST(UnexplainedTest, HarmlessNamesStayHarmlessInEveryLayout) {
   expect_part(SavedLayer(tensors).error(), "unexpected: bias");
 }
 
-// ---- Sizes and norms in front --------------------------------------------------------------------------------------------------
+// ---- Sizes and norms in front -----------------------------------------------------------------------------------------------
 
 TEST(MisshapenTest, BiasesOfOtherSizesAreNamed) {
   for (const auto& [name, parameter] :
@@ -409,7 +409,7 @@ TEST(InputNormsTest, AreNotDropped) {
   }
 }
 
-// ---- float8 --------------------------------------------------------------------------------------------------------------------
+// ---- float8 -----------------------------------------------------------------------------------------------------------------
 
 // Every element by definition, in float64; blocks are rows and columns that share a scale.
 Tensor scaled(const Tensor& weight, const Tensor& scale, int64_t block_rows, int64_t block_columns) {
@@ -500,7 +500,7 @@ TEST(Float8Test, PackedAndTransposedWeightsHaveTheirScalesToo) {
   gpt2["c_attn.scale_weight"] = torch::rand({2, 4}) + 0.5;
   const auto upright = scaled(gpt2.at("c_attn.weight"), gpt2.at("c_attn.scale_weight"), 4, 4).to(torch::kFloat).t();
   EXPECT_TRUE(SavedLayer(gpt2).made()->value_linear->weight.equal(upright.slice(0, 8, 16)));
-  gpt2["c_attn.scale_weight"] = torch::ones({8});  // for rows, which are inputs here, or for outputs: the shape does not tell
+  gpt2["c_attn.scale_weight"] = torch::ones({8});  // for rows, which are inputs here, or for outputs: the shape is ambiguous
   expect_part(SavedLayer(gpt2).error(), "c_attn.scale_weight must be one number, one for each row or one for each block");
 }
 
@@ -559,7 +559,7 @@ TEST(Float8Test, UnknownScalesAreRefused) {
   expect_part(error("weight_scale_inv", torch::ones({})), "unexpected: k_proj.weight_scale_inv");  // one of both
 }
 
-// ---- config.json ---------------------------------------------------------------------------------------------------------------
+// ---- config.json ------------------------------------------------------------------------------------------------------------
 
 TEST(LayerConfigTest, SanasCrossAttentionHasHeadsOfItsOwn) {
   const json config = {{"num_attention_heads", 4}, {"attention_head_dim", 2}, {"num_cross_attention_heads", 2}};
@@ -698,7 +698,7 @@ TEST(LayerConfigTest, EpsOfQueryAndKeyNormsIsRead) {
   EXPECT_EQ(SavedLayer(mllama.tensors(), {{"rms_norm_eps", 1e-3}}).made(options)->options.qk_norm_eps(), 0.5);
 }
 
-// ---- Types ---------------------------------------------------------------------------------------------------------------------
+// ---- Types ------------------------------------------------------------------------------------------------------------------
 
 TEST(LayerTypeTest, IsTheWidestOfItsTensorsButAtLeastHalf) {
   const auto type_of_layer = [](at::ScalarType weights, at::ScalarType biases, std::optional<at::ScalarType> wanted = {}) {

@@ -19,7 +19,7 @@
 #include "compare.h"
 #include "test_util.h"
 
-// What PyTorch computed, from tests/data. scripts/make_fixtures.py writes these files and describes them.
+// Results of PyTorch, in tests/data. scripts/make_fixtures.py writes these files and describes them.
 namespace xattn::test {
 
 inline at::ScalarType type_of_name(const std::string& name) {
@@ -35,10 +35,10 @@ struct Fixture {
 
   bool has(const std::string& tensor) const { return tensors.contains(tensor); }
 
-  /// Metadata, or nothing.
+  /// The metadata of this key; empty if absent.
   std::string about(const std::string& key) const { return metadata.contains(key) ? metadata.at(key) : ""; }
 
-  /// How many rows of features an input has, over all batch entries; 0 if it is not there.
+  /// The number of rows of features that an input has, over all batch entries; 0 if it is absent.
   int64_t rows(const std::string& input) const {
     return has(input) ? tensors.at(input).numel() / tensors.at(input).size(-1) : 0;
   }
@@ -98,7 +98,7 @@ struct Fixture {
     return module;
   }
 
-  /// The mask, for all batch entries or as one entry alone has it. `bias` takes the place of the file's.
+  /// The mask for all batch entries or for one entry alone. `bias` replaces the file's.
   Mask mask(at::Device device, const at::Tensor& bias = {}, std::optional<int64_t> entry = {}) const {
     const auto part = [&](const std::string& name) {
       const auto tensor = (name == "mask.bias" && bias.defined() ? bias : tensors.at(name)).to(device);

@@ -29,23 +29,22 @@ std::vector<std::string> fixture_names() {
       const auto fixture = open_checkpoint(file.path());
       if (fixture.contains("query") && fixture.contains("cotangent.output")) names.push_back(file.path().stem());
     } catch (const FileError&) {
-      names.push_back(file.path().stem());  // its test will say what is wrong
+      names.push_back(file.path().stem());  // its own test reports the error
     }
   }
   std::sort(names.begin(), names.end());
   return names;
 }
 
-// For messages: where the truth is from, and how to make it again.
+// For messages: the origin of the expected results, and how to make them again.
 std::string origin(const Fixture& fixture) {
   return fixture.name + ".safetensors, made by " + fixture.about("truth") + " (stale? python3 " + fixture.about("script") + ")";
 }
 
-// How far a run in `type` may be from the exact result, relative to the largest element: the lengths of all sums that a
-// gradient passes through, put into `tolerance` of compare.h.
-//
-// Large logits are stated apart. An error of the logits is a relative error of the weights, and rounding makes one of eps times
-// the logit for each of the terms that it is a chain of; independent ones add up like a random walk.
+// The error that a run in `type` may have, relative to the largest element: `tolerance` of compare.h for the lengths of all
+// sums that a gradient passes through. Large logits have a bound of their own. An error of a logit is a relative error of its
+// weight, and each term of the chain of sums behind it rounds by eps times the logit; independent errors add up like a
+// random walk.
 double tolerance_of(const Fixture& fixture, at::ScalarType type) {
   const auto options = fixture.module(fixture.options())->options;
   const auto inner = options.num_heads() * (*options.head_dim() + *options.value_head_dim());
@@ -59,7 +58,7 @@ double tolerance_of(const Fixture& fixture, at::ScalarType type) {
   return tolerance(type, features + inner + rows);
 }
 
-// One run of a case: what went in, and came out.
+// One run of a case: its inputs and results.
 struct Run {
   CrossAttention module = nullptr;
   std::map<std::string, Tensor> leaves;  // inputs and bias, by their names in the file
@@ -106,7 +105,7 @@ void backward(const Run& run, const Fixture& fixture) {
   torch::autograd::backward(results, cotangents);
 }
 
-// A bias is the weight of an input that is always one: the two are judged as one tensor [weight | bias].
+// A bias is the weight of an input that is always one, so the two are compared as one tensor [weight | bias].
 NamedTensors with_joined_biases(NamedTensors gradients) {
   for (auto item = gradients.begin(); item != gradients.end();) {
     const auto [name, bias] = *item;
@@ -122,7 +121,7 @@ NamedTensors with_joined_biases(NamedTensors gradients) {
   return gradients;
 }
 
-// What the file has: "grad.NAME", or of large weights the sums over each axis, "grad_sum_0.NAME" and "grad_sum_1.NAME".
+// The file's gradients: "grad.NAME" or, for large weights, the sums over each axis, "grad_sum_0.NAME" and "grad_sum_1.NAME".
 NamedTensors expected_gradients(const Fixture& fixture) {
   NamedTensors gradients;
   for (const auto& [name, tensor] : fixture.tensors) {
@@ -132,7 +131,7 @@ NamedTensors expected_gradients(const Fixture& fixture) {
   return with_joined_biases(gradients);
 }
 
-// The same of a run.
+// The gradients of a run, in the same form.
 NamedTensors actual_gradients(const Run& run, const Fixture& fixture) {
   NamedTensors gradients;
   const auto add = [&](const std::string& name, const Tensor& gradient) {
@@ -158,7 +157,7 @@ void expect_gradients(const NamedTensors& actual, const NamedTensors& expected, 
     if (gradient.abs().max().item<double>() > 1e-12 * largest) {
       expect_close(actual.at(name), gradient, allowed, "gradient of " + name + " of " + what);
     } else {
-      // Zero in mathematics, as where there is only one key to choose: what is left is the rounding of terms that cancel.
+      // Zero in mathematics, as with a single key: only the rounding of cancelling terms remains.
       EXPECT_LE(actual.at(name).abs().max().item<double>(), allowed * largest) << "gradient of " << name << " of " << what;
     }
   }
@@ -183,7 +182,7 @@ void expect_types(const Fixture& fixture, at::ScalarType type, at::Device device
   const bool autocast = !fixture.about("autocast").empty();
   EXPECT_EQ(computed.output.scalar_type(), autocast ? type_of_name(fixture.about("output_dtype")) : type);
   if (!computed.weights.defined()) return;
-  // The file knows the CPU; on CUDA autocast makes every softmax float32.
+  // The file records the CPU; on CUDA, autocast computes every softmax in float32.
   const auto under_autocast = device.is_cpu() ? fixture.about("attention_weights_dtype") : "float32";
   EXPECT_EQ(computed.weights.scalar_type(), autocast ? type_of_name(under_autocast) : type);
 }
@@ -223,7 +222,7 @@ TEST_P(FixtureTest, MatchesPyTorchInEveryOrder) {
 
 INSTANTIATE_TEST_SUITE_P(, FixtureTest, testing::ValuesIn(fixture_names()), [](const auto& info) { return info.param; });
 
-// The tests below take each fixture for one more promise.
+// Each of the tests below checks one more property of every fixture.
 template <class F>
 void for_each_fixture(F check) {
   for (const auto device : devices()) {
@@ -314,7 +313,7 @@ TEST(FixturesTest, ATorchScriptFileLoadsByNameIntoALargerModel) {
   expect_close(logits, fixture.tensors.at("logits"), tolerance_of(fixture, at::kFloat), "logits of " + origin(fixture));
 }
 
-// What the comparison is worth: it notices a weight that is a little wrong, in every type.
+// The comparison is sharp: it notices a slightly wrong weight, in every type.
 TEST(FixturesTest, TheToleranceNoticesAWrongWeight) {
   const auto fixture = load_fixture("reference");
   for (const auto type : fixture.types()) {

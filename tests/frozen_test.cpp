@@ -15,7 +15,7 @@ namespace {
 
 using torch::Tensor;
 
-// Sizes of which none is a multiple of what vectors hold, with heads that share keys.
+// Sizes that are not multiples of a vector's, with heads that share keys.
 struct Layer {
   int64_t H, G, d, e, Eq, Ek, Ev, Eo;
 };
@@ -54,7 +54,7 @@ double allowed(const Layer& l) {
   return tolerance(torch::kFloat, l.Eq + l.Ek + l.Ev + l.H * (l.d + l.e));
 }
 
-// By a call, and from a context that is kept. A query that is undefined is the constant one.
+// Results of a call, and of a context that is kept. An undefined query stands for the constant one.
 std::vector<Tensor> results_of(const Frozen& frozen, const Inputs& x, const Mask& mask = {}) {
   const bool given = x.query.defined();
   const auto context = frozen.context(x.key, x.value, mask);
@@ -63,7 +63,7 @@ std::vector<Tensor> results_of(const Frozen& frozen, const Inputs& x, const Mask
   return {output, weights, again, its_weights};
 }
 
-// Expects of `results_of` the bits that one thread gives, with any number of threads.
+// Expects `results_of` to have the same bits with any number of threads as with one.
 void expect_equal_bits_with_more_threads(const Frozen& frozen, const Inputs& x, const Mask& mask = {}) {
   const OneThread one_thread;
   const auto expected = results_of(frozen, x, mask);
@@ -152,8 +152,8 @@ TEST_F(FrozenTest, EqualsTheDefinitionAtManyLengths) {
 }
 
 TEST_F(FrozenTest, OneThreadAndSeveralGiveEqualBits) {
-  // Few batch entries for the threads, or many operations (40 rows for 3 entries), are done by all threads together; else each
-  // does whole entries.
+  // With few batch entries for the threads, or many operations (40 rows for 3 entries), all threads share each entry; otherwise
+  // each thread computes whole entries.
   const auto& layer = kLayers[2];
   auto module = make(layer);
   for (const int64_t B : {1, 3}) {
@@ -227,7 +227,7 @@ TEST_F(FrozenTest, TheOutputIsTheSameWhateverWeightsAreWanted) {
   auto module = make(layer);
   const std::vector<int64_t> chosen = {3, 1};
   for (const int64_t Lk : {77, 5000}) {
-    auto valid = torch::ones({3, Lk}, torch::kBool);  // what is left out is whole parts of the long context; or all of it
+    auto valid = torch::ones({3, Lk}, torch::kBool);  // masks whole parts of the long context; or all of it
     valid[0].narrow(0, 0, Lk / 2).fill_(false);
     valid[1].narrow(0, Lk / 3, Lk / 2).fill_(false);
     valid[2].fill_(false);
@@ -319,7 +319,7 @@ TEST_F(FrozenTest, Bfloat16StorageRoundsWeightsAndNothingElse) {
     expect_close(z, output, bound, "output from a context");
     expect_close(q, weights, bound, "weights from a context");
     const auto in_float = module->freeze({.plan = PlanMode::pin({order, order})}).context(x.key, x.value).bytes();
-    const auto key_bias = order == Order::fold_into_context ? 4 * 2 * layer.H * 77 : 0;  // of folded keys: stays as it is
+    const auto key_bias = order == Order::fold_into_context ? 4 * 2 * layer.H * 77 : 0;  // of folded keys: not rounded
     EXPECT_EQ(context.bytes(), raw ? in_float : (in_float + key_bias) / 2);
   }
   EXPECT_EQ(error_of<c10::ValueError>([&] { return module->freeze({.storage = torch::kHalf}); }),
@@ -441,8 +441,8 @@ TEST_F(FrozenTest, AContextDoesNotFollowTheTensorsItWasMadeOf) {
   }
 }
 
-// For the rows of one task its keys are packed as they are read, for many beforehand: the same products, and so the same bits. For
-// a few rows they are not packed at all.
+// For the rows of one task, keys are packed as they are read; for many rows, beforehand. The products are the same, and so are
+// the bits. For a few rows keys are not packed at all.
 TEST_F(FrozenTest, AContextThatStaysAsItCameGivesTheSameHoweverItIsLaidOut) {
   const Layer& l = kLayers[1];
   for (const auto order : {Order::fold_into_query, Order::prefold}) {
@@ -467,7 +467,7 @@ TEST_F(FrozenTest, AContextThatStaysAsItCameGivesTheSameHoweverItIsLaidOut) {
   }
 }
 
-// Of few query rows and several megabytes, block by block with both chains; with all biases where rows may be empty.
+// A context of several megabytes and few query rows: both chains read it block by block. All biases; rows may be empty.
 TEST_F(FrozenTest, ALargeContextWhoseValuesAreItsKeysIsReadOnceAndGivesTheSame) {
   const Layer l{4, 2, 6, 5, 9, 600, 600, 22};
   const int64_t B = 2, Lq = 3, Lk = 1000;
@@ -594,7 +594,7 @@ TEST_F(FrozenTest, NegatedViewsAreReadWithTheirSign) {
       for (size_t i = 0; i < expected.size(); ++i) EXPECT_TRUE(found[i].equal(expected[i])) << i;
     });
   }
-  // A key and its negated view share their memory, and are not one tensor.
+  // A key and its negated view share their memory, but are not one tensor.
   CrossAttention module(CrossAttentionOptions(8, 12, 12, 16));
   const auto frozen = module->freeze({.plan = PlanMode::pin({Order::fold_into_query, Order::fold_into_query})});
   const auto query = torch::randn({2, 3, 8}), key = torch::randn({2, 5, 12});
@@ -603,7 +603,7 @@ TEST_F(FrozenTest, NegatedViewsAreReadWithTheirSign) {
 }
 
 TEST_F(FrozenTest, RowsOfVeryNegativeFiniteBiasesAreAverages) {
-  for (const int64_t Lk : {70, 5000}) {  // a long context is gone through in parts, or is read once, share by share
+  for (const int64_t Lk : {70, 5000}) {  // a long context is read in parts, or once, share by share
     for (const int64_t Lq : {1, 40}) {
       CrossAttention module(CrossAttentionOptions(8, 200, 200, 200).num_heads(2).attention_weights(AttentionWeights::none));
       const auto query = torch::randn({1, Lq, 8}), context = torch::randn({1, Lk, 200});
@@ -612,7 +612,7 @@ TEST_F(FrozenTest, RowsOfVeryNegativeFiniteBiasesAreAverages) {
         const torch::NoGradGuard no_grad;
         const auto mean = module->output_linear(module->value_linear(context.mean(1, /*keepdim=*/true))).expand({1, Lq, 200});
         for_each_pair([&](const Orders& orders) {
-          if (least == -1e9 && Lk * Lq > 5000) return;  // one of two will do
+          if (least == -1e9 && Lk * Lq > 5000) return;  // one of the two is enough
           const auto frozen = module->freeze({.plan = PlanMode::pin(orders)});
           expect_close(std::get<0>(frozen.forward(query, context, context, mask)), mean, 1e-5, std::to_string(Lk) + " keys");
         });
@@ -712,7 +712,7 @@ TEST_F(FrozenTest, RefusesBadInputByName) {
             "[frozen] slice must lie in [0, 2], but is [1, 3).");
   const auto raw = module->freeze({.plan = PlanMode::pin({Order::fold_into_query, Order::fold_into_query})});
   const auto for_few = raw.context(x.key, x.value, {}, {.expected_queries = 1}), for_many = raw.context(x.key, x.value);
-  EXPECT_EQ(error_of<c10::ValueError>([&] { return FrozenContext::cat({for_few, for_many}); }),  // which lie differently
+  EXPECT_EQ(error_of<c10::ValueError>([&] { return FrozenContext::cat({for_few, for_many}); }),  // their layouts differ
             "[frozen] contexts must be batches of one Frozen, of one length and orders, but they differ.");
 }
 

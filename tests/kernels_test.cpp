@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-// What the sanitizers see here: every matrix lies in memory of exactly its size, so that no kernel reads or writes beside it.
+// Every matrix lies in memory of exactly its size, so that the sanitizers notice a kernel that reads or writes beside it.
 namespace xattn::detail {
 namespace {
 
@@ -24,7 +24,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr double kRoundoff = std::numeric_limits<float>::epsilon() / 2;
 
-// A matrix whose rows lie `stride` apart; the last one ends where the memory ends. Between the rows lie NaN.
+// A matrix whose rows lie `stride` apart; the last one ends where the memory ends. The gaps between rows hold NaN.
 struct Matrix {
   Matrix(int64_t rows, int64_t columns, int64_t gap = 0)
       : rows(rows),
@@ -122,12 +122,12 @@ class KernelsTest : public testing::TestWithParam<const Kernels*> {
   const Kernels& kernels_ = *GetParam();
 };
 
-// What a product is made of, and its result by a kernel.
+// The operands of a product, and its result by a kernel.
 struct Problem {
   Matrix a, b, c, bias;
   bool has_bias, accumulate;
 
-  // From a in rows, or as `by_columns` has it.
+  // Reads a by rows or, if given, from `by_columns`.
   Matrix compute(void (*kernel)(const Product&), const RightSide& right, const Matrix* by_columns = nullptr) const {
     Matrix result(c.rows, c.columns, c.stride - c.columns);
     for (int64_t i = 0; i < c.rows; ++i) {
@@ -143,8 +143,8 @@ struct Problem {
     return result;
   }
 
-  // Expects the sums in float64: each of the k + 2 roundings is off by at most kRoundoff of the sum of absolute values, where every
-  // term is added in so many parts of it, k * parts + 2; and what these leave out of a term is less than three roundoffs of it.
+  // Expects the sums in float64. Each of the k + 2 roundings (k * parts + 2 if every term is added in parts) is off by at most
+  // kRoundoff of the sum of absolute values, and the parts of a term omit less than three roundoffs of it.
   void expect_sums(const Matrix& actual, int64_t parts = 1) const {
     const auto roundings = static_cast<double>(parts == 1 ? a.columns + 2 : a.columns * parts + 5);
     for (int64_t i = 0; i < a.rows; ++i) {
@@ -175,7 +175,7 @@ Problem plain_problem(int64_t m, int64_t n, int64_t k) {
           .accumulate = false};
 }
 
-// Every remainder of rows and columns, with strides, bias and sums of all kinds; then long ones.
+// Calls `check` for every remainder of rows and columns, with strides, bias and sums of all kinds; then for long ones.
 void for_each_problem(const std::function<void(const Problem&)>& check) {
   const auto problem = [](int64_t m, int64_t n, int64_t k, int kind) {
     return Problem{.a = random_matrix(m, k, kind % 3),
@@ -218,7 +218,7 @@ TEST_P(KernelsProductTest, EqualsSums) {
   });
 }
 
-// Sums of few terms show what each one is.
+// In sums of few terms each term is visible.
 TEST_P(KernelsProductTest, KeepsAllDigitsOfNumbersOfEverySize) {
   for (const float size : {1e-24f, 1e-12f, 1.0f, 1e12f, 1e18f}) {
     auto p = plain_problem(64, 64, 2);
@@ -310,7 +310,7 @@ TEST_P(KernelsProductTest, WritesTheSameBitsIntoPanels) {
                       .b = kernels_.packed(packed_b.data(), k),
                       .c = {c.data.get(), c_stride, in_panels, m * panel}});
       };
-      Matrix plain(m, n), panels(14 * m, panel);  // of which the last one is not filled
+      Matrix plain(m, n), panels(14 * m, panel);  // the last panel is not full
       compute(plain, n, /*in_panels=*/false);
       compute(panels, panel, /*in_panels=*/true);
       Matrix back(m, n);
@@ -469,7 +469,7 @@ TEST_P(KernelsSoftmaxTest, EqualsItsDefinitionWithAndWithoutBiasAndMask) {
           const int64_t own = one_for_all ? 0 : i;
           const auto expected = softmax_of(original, i, scale, has_bias ? bias.data.get() + own * n : nullptr,
                                            has_keep ? keep.get() + own * n : nullptr);
-          // y is up to 8 and so off by 8 roundoffs, twice in a quotient; exp, the sum of n positive terms and the division add theirs.
+          // y is up to 8, so off by 8 roundoffs, twice in a quotient; exp, the sum of n positive terms and division add more.
           const double relative = (2 * 3 * 8 + 8 + static_cast<double>(n)) * kRoundoff;
           for (int64_t j = 0; j < n; ++j) {
             const double wanted = expected.weights[static_cast<size_t>(j)];
@@ -510,8 +510,8 @@ TEST_P(KernelsSoftmaxTest, MakesEmptyRowsZerosAndRowsWithNaNNaN) {
     for (int64_t j = 0; j < n; ++j) {
       x.at(0, j) = -kInfinity;                  // empty by its values
       x.at(1, j) = j == 0 ? kNaN : -kInfinity;  // NaN and nothing else
-      x.at(2, j) = kNaN;                        // empty by its mask: what is left out has no influence
-      x.at(3, j) = j == n - 1 ? kNaN : 1;       // one NaN, left out
+      x.at(2, j) = kNaN;                        // empty by its mask: masked values have no influence
+      x.at(3, j) = j == n - 1 ? kNaN : 1;       // one NaN, masked
       keep[static_cast<size_t>(j)] = keep[static_cast<size_t>(n + j)] = true;
       keep[static_cast<size_t>(3 * n + j)] = j != n - 1;
     }

@@ -29,7 +29,7 @@ namespace {
 
 using Variables = std::map<std::string, std::string>;
 
-// The environment of programs that start others, and nothing of what started this one.
+// Sets the environment that a launcher of processes would set, without that of this process's own launcher.
 class LaunchTest : public testing::Test {
  protected:
   LaunchTest() {
@@ -129,7 +129,7 @@ TEST_F(LaunchTest, NamesTheVariableThatIsMissingOrMakesNoSense) {
   EXPECT_EQ(with("MASTER_PORT", "29500x"), "MASTER_PORT must be a number from 1 to 65535, but is '29500x'");
 }
 
-// The local addresses of sockets of this port that listen, as the system writes them: hexadecimal, in the machine's byte order.
+// The local addresses at which sockets of this port listen, in the system's form: hexadecimal, in the machine's byte order.
 std::set<std::string> listening_at(uint16_t port) {
   std::set<std::string> addresses;
   for (const auto* table : {"/proc/net/tcp", "/proc/net/tcp6"}) {
@@ -149,7 +149,7 @@ std::set<std::string> listening_at(uint16_t port) {
   return addresses;
 }
 
-// Addresses of IPv4 of this machine, beside loopback.
+// The IPv4 addresses of this machine other than loopback.
 std::vector<std::string> own_addresses() {
   std::vector<std::string> addresses;
   ifaddrs* all = nullptr;

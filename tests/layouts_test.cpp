@@ -21,8 +21,8 @@ using test::data_path;
 using test::error_of;
 using test::TempDir;
 
-// Made by scripts/layout_fixtures.py from the classes that write such files: weights with their neighbours, and inputs and outputs
-// of the attention layer alone.
+// Made by scripts/layout_fixtures.py from the classes that write such files: weights with their neighbours, and inputs and
+// outputs of the attention layer alone.
 struct Family {
   std::string name;
   Checkpoint weights = open_checkpoint(data_path("layouts/" + name + ".safetensors"));

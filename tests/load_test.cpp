@@ -63,7 +63,7 @@ struct TiedImpl : torch::nn::Module {
   torch::Tensor encoder = register_parameter("encoder", torch::zeros({2}));
 };
 
-// ---- Loading -----------------------------------------------------------------------------------------------------------------
+// ---- Loading ----------------------------------------------------------------------------------------------------------------
 
 TEST(LoadTest, LoadsTheReferenceFromTorchScript) {
   CrossAttention attention(8, 12, 12, 16);
@@ -232,7 +232,7 @@ TEST(LoadTest, IgnoresUnexpectedTensorsIfAllowed) {
   EXPECT_TRUE(equal(copy_of(*attention), tensors));
 }
 
-// ---- Refusing ----------------------------------------------------------------------------------------------------------------
+// ---- Errors -----------------------------------------------------------------------------------------------------------------
 
 TEST(LoadTest, RefusesMissingNames) {
   auto attention = small();
@@ -326,7 +326,7 @@ TEST(LoadTest, NamesTheFile) {
             "[load_weights] " + dir.file("x") + ": does not fit the module; missing: bias");
 }
 
-// ---- Finding layers ----------------------------------------------------------------------------------------------------------
+// ---- Finding layers ---------------------------------------------------------------------------------------------------------
 
 std::vector<FoundLayer> layers_of(const NamedTensors& tensors) {
   return find_layers(lazy(tensors).infos);
@@ -388,7 +388,7 @@ TEST(FindLayersTest, ListsTheHeadsInOrder) {
   EXPECT_EQ(layer.possible_heads(), (std::vector<int64_t>{1, 2, 3, 4, 6, 9, 12, 18, 36}));
 }
 
-// ---- config.json -------------------------------------------------------------------------------------------------------------
+// ---- config.json ------------------------------------------------------------------------------------------------------------
 
 // The message of the error for a config.json that `make` writes beside weights without a number of heads.
 std::string config_refusal(const std::function<void(const std::string& path)>& make) {

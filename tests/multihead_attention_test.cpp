@@ -22,7 +22,7 @@ using torch::Tensor;
 using torch::nn::MultiheadAttention;
 using torch::nn::MultiheadAttentionOptions;
 
-// Their axes for ours and back: [B, L, E] <-> [L, B, E].
+// PyTorch's axes to ours and back: [B, L, E] <-> [L, B, E].
 Tensor turned(const Tensor& x) {
   return x.transpose(0, 1);
 }
@@ -33,7 +33,7 @@ class MultiheadAttentionTest : public testing::TestWithParam<torch::Device> {
 
   MultiheadAttentionTest() { torch::manual_seed(0); }
 
-  // float64, with biases that are not zero, as theirs are at first.
+  // float64, with biases that are not zero, as PyTorch's are at first.
   MultiheadAttention make(const MultiheadAttentionOptions& options) const {
     MultiheadAttention module(options);
     module->to(GetParam(), torch::kDouble);
@@ -46,7 +46,7 @@ class MultiheadAttentionTest : public testing::TestWithParam<torch::Device> {
   }
   Tensor random(at::IntArrayRef shape) const { return torch::randn(shape, torch::dtype(torch::kDouble).device(GetParam())); }
 
-  // Both, on the same inputs and masks, with weights of each head.
+  // Compares both on the same inputs and masks, with weights of each head.
   void expect_same(MultiheadAttention& theirs,
                    const Tensor& query,
                    const Tensor& key,
@@ -74,7 +74,7 @@ class MultiheadAttentionTest : public testing::TestWithParam<torch::Device> {
   MultiheadAttentionOptions options_{kE, kHeads};
 };
 
-// ---- Where they are right, both agree -------------------------------------------------------------------------------------
+// ---- Cases in which both agree --------------------------------------------------------------------------------------------
 
 TEST_P(MultiheadAttentionTest, AgreesInSelfAndCrossAttention) {
   for (const bool bias : {true, false}) {
@@ -118,7 +118,7 @@ TEST_P(MultiheadAttentionTest, AgreesInGradients) {
   expect_close(ours->output_linear->weight.grad(), theirs->out_proj->weight.grad(), 1e-12, "gradient of out_proj.weight");
 }
 
-// ---- What carries over ----------------------------------------------------------------------------------------------------
+// ---- Conversion -----------------------------------------------------------------------------------------------------------
 
 TEST_P(MultiheadAttentionTest, CarriesSizesDropoutTypeAndModeOver) {
   auto theirs = make(MultiheadAttentionOptions(options_).kdim(5).vdim(3).dropout(0.25));
@@ -157,7 +157,7 @@ TEST_P(MultiheadAttentionTest, RefusesWhatHasNoCounterpart) {
             "[from_multihead_attention] module must hold a MultiheadAttention, but is empty.");
 }
 
-// ---- Where both differ. When PyTorch changes one of these, its test fails: then the header wants a new line. --------------
+// ---- Where both differ. If PyTorch changes one of these, its test fails: then update the header. --------------------------
 
 TEST_P(MultiheadAttentionTest, TheirsReturnsWeightsAfterDropoutOursBefore) {
   auto theirs = make(MultiheadAttentionOptions(options_).dropout(0.5));
@@ -232,11 +232,11 @@ TEST_P(MultiheadAttentionTest, TheirsTakesNoMaskOfEachBatchEntryAndHeadOursDoes)
   EXPECT_TRUE(output.isfinite().all().item<bool>());
 }
 
-// (Unbatched inputs are not for theirs: it reads the third of two axes.)
+// (PyTorch's module does not take unbatched inputs: it reads the third of two axes.)
 TEST_P(MultiheadAttentionTest, TheirsTakesSequencesFirstOursBatchesFirstOrNone) {
   auto theirs = make(options_);
   auto ours = from_multihead_attention(theirs);
-  const auto output = std::get<0>(theirs->forward(query_, query_, query_));  // attends over what is the batch here
+  const auto output = std::get<0>(theirs->forward(query_, query_, query_));  // attends over what is our batch axis
   expect_close(output, turned(std::get<0>(ours->forward(turned(query_), turned(query_), turned(query_)))), 1e-12, "turned");
   const auto unbatched = std::get<0>(ours->forward(query_[0], key_[0], value_[0]));
   expect_close(unbatched, std::get<0>(ours->forward(query_, key_, value_))[0], 1e-12, "unbatched");

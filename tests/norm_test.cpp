@@ -38,7 +38,7 @@ TEST(NormTest, LayerMayLeaveItsBiasOut) {
   without->weight.set_data(with->weight.detach());
   EXPECT_EQ(without->parameters().size(), 1U);
   const auto x = torch::randn({2, 6});
-  EXPECT_TRUE(without(x).equal(with(x)));  // whose bias is zero
+  EXPECT_TRUE(without(x).equal(with(x)));  // its bias is zero
 }
 
 TEST(NormTest, NoneIsTheIdentityWithoutParameters) {

@@ -5,7 +5,7 @@
 
 namespace xattn::test {
 
-/// One thread while it lives: for equal bits, and because small products on many threads crawl on a busy machine.
+/// Uses one thread while it exists: for equal bits, and because small products on many threads are slow on a busy machine.
 class OneThread {
  public:
   OneThread() { at::set_num_threads(1); }

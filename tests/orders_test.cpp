@@ -11,7 +11,7 @@
 #include "modules/layer.h"
 #include "test_util.h"
 
-// fixture_test.cpp runs every order on every fixture; here are the promises that no fixture knows.
+// fixture_test.cpp runs every order on every fixture; these tests cover properties that no fixture shows.
 namespace xattn::test {
 namespace {
 
@@ -32,7 +32,7 @@ std::string kernel_in(const std::string& explanation) {
   return explanation.substr(begin, explanation.find(':', begin) - begin);
 }
 
-// The one that a call runs, by the operators of LibTorch that it calls; "own" if by none that attends.
+// The attention kernel that a call runs, by the operators of LibTorch that it calls; "own" if none of them attends.
 template <class F>
 std::string kernel_of(const F& call) {
   static std::set<std::string> called;
@@ -62,7 +62,7 @@ class OrdersTest : public testing::TestWithParam<torch::Device> {
   }
   Tensor random(at::IntArrayRef shape) const { return torch::randn(shape, torch::dtype(torch::kDouble).device(GetParam())); }
 
-  // Every pair of orders by its parts, with what they made ahead.
+  // Every pair of orders by its parts, with the products made ahead.
   template <class F>
   void for_each_pair(const CrossAttention& module, const AttentionOptions& how, const F& check) const {
     for (const auto logits : kAllOrders) {
@@ -112,7 +112,7 @@ TEST_P(OrdersTest, LogSumExpHoldsTheBiasOfTheKeysUnlessProductsWereMadeAhead) {
 }
 
 TEST_P(OrdersTest, DroppedWeightsCarryTheBiasOfTheValuesByWhatIsLeftOfThem) {
-  // With one head and V = [1, 0] + bv, bv = [0 ... 0, 1], the output shows the weights that were left, and in its last column bv.
+  // With one head and V = [1, 0] + bv, bv = [0 ... 0, 1], the output shows the weights after dropout, and bv last.
   auto module = make(CrossAttentionOptions(8, 12, kLk, kLk + 1).output_bias(false));
   const torch::NoGradGuard no_grad;
   module->value_linear->weight.copy_(torch::eye(kLk + 1, kLk));
@@ -199,7 +199,7 @@ TEST_P(OrdersTest, ABiasThatTheResultDoesNotDependOnHasADefinedGradientOfZero) {
     ASSERT_TRUE(gradient.defined()) << name_of(logits);
     EXPECT_TRUE(gradient.eq(0).all().item<bool>()) << name_of(logits);
 
-    // As in the standard order, it decays: an optimizer would leave alone what has no gradient.
+    // It decays as in the standard order: an optimizer would skip a parameter without a gradient.
     const auto before = module->key_linear->bias.detach().clone();
     torch::optim::SGD(module->parameters(), torch::optim::SGDOptions(0.1).weight_decay(0.5)).step();
     expect_close(module->key_linear->bias, 0.95 * before, tolerance(torch::kDouble, 4), std::string(name_of(logits)));
@@ -258,7 +258,7 @@ TEST_P(OrdersTest, ExplainNamesTheAttentionKernelThatRuns) {
         const auto bias = random({Lq, Lk}).to(type).requires_grad_(c.learned_mask);
         const auto mask = c.learned_mask ? Mask::bias(bias) : Mask();
         const at::AutoGradMode record(c.training);
-        // With a free key the mask is made anew, without gradients one that asks for none: no matter for a plan.
+        // With bias_kv the mask is made anew; without gradients the new one requires none. Plans do not depend on this.
         if (c.bias_kv && c.learned_mask && !c.training) continue;
         expect_kernel(module->explain(1, Lq, Lk, mask), [&] { module->forward(query, key, key, mask); });
         if (c.training || c.learned_mask || c.dropout || Lq * Lk == 0) continue;
@@ -286,7 +286,7 @@ TEST_P(OrdersTest, ExplainKnowsAutocast) {
 }
 
 TEST_P(OrdersTest, APlanByGivenRatesIsWeighedByThem) {
-  // Where starting a product is all that costs, the standard order is the best: a fused kernel does two of its products.
+  // If starting a product is the only cost, the standard order is the best: a fused kernel does two of its products.
   const Rates starting{.flops = 1e18, .memory = 1e18, .start_product = 1, .softmax = 1e18, .fused = 1e18};
   const auto by_starting = PlanMode::by(starting);
   const auto options =

@@ -74,7 +74,7 @@ std::string shown(const std::string& instructions, PickleNames names = kStateDic
   return show(pickle, pickle.root);
 }
 
-// ---- What is read -----------------------------------------------------------------------------------------------------------
+// ---- Reading ----------------------------------------------------------------------------------------------------------------
 
 TEST(PickleTest, ReadsNumbersOfEachLength) {
   EXPECT_EQ(shown("N"), "None");
@@ -234,7 +234,7 @@ TEST(PickleTest, ReadsObjectsOfTorchScriptAsRecords) {
   EXPECT_EQ(shown(global("torch.jit._pickle", "restore_type_tag") + "]" + text("List[str]") + "\x86R", kTorchScript), "[]");
 }
 
-// ---- What is refused --------------------------------------------------------------------------------------------------------
+// ---- Errors -----------------------------------------------------------------------------------------------------------------
 
 TEST(PickleTest, RefusesObjectsByTheNameOfTheirClass) {
   const auto message = [](const std::string& name, const std::string& part) {

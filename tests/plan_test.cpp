@@ -29,14 +29,14 @@ PlanRequest request(int64_t B, int64_t H, int64_t Lq, int64_t Lk, int64_t Eq, in
   return r;
 }
 
-// Machines on which an operation costs the same wherever it stands, so that the cheapest plan is the one of fewest operations.
+// Machines on which every operation costs the same, so that the cheapest plan is the one of fewest operations.
 PlanRequest by_operations(PlanRequest r) {
   r.rates = {.flops = 1e9, .memory = 1e18, .softmax = 1e18};
   return r;
 }
 
 TEST(PlanTest, OperationsAreThoseOfTheProductsThatRun) {
-  // Counted by hand for B = 1, H = 2, Lq = 3, Lk = 5, Eq = 7, Ek = Ev = 11, d = e = 4, Eo = 8; a product [m, k] [k, n] takes 2 m k n.
+  // Counted by hand: B = 1, H = 2, Lq = 3, Lk = 5, Eq = 7, Ek = Ev = 11, d = e = 4, Eo = 8; [m, k] [k, n] takes 2 m k n.
   const auto r = request(1, 2, 3, 5, 7, 11, 8);
   const auto plan = cost_of({}, r);
   const double project_q = 2 * 3 * 7 * 8, project_k = 2 * 5 * 11 * 8;
@@ -95,7 +95,7 @@ TEST(PlanTest, SharedHeadsAndBackwardCountAsTheyShould) {
   for (size_t i = 0; i < kOrders; ++i) EXPECT_EQ(trained.logits[i].operations, 3 * apart.logits[i].operations);
   EXPECT_EQ(trained.operations, trained.logits[0].operations + trained.values[0].operations);
   r.training = false;
-  auto started = r;  // in a forward pass whose operations take as long to start as those that are recorded
+  auto started = r;  // in a forward pass whose operations cost as much to start as recorded ones
   started.rates.start_product *= 3;
   EXPECT_DOUBLE_EQ(trained.seconds, 3 * cost_of({}, started).seconds);
   r.G = 2;  // keys of a quarter of the heads are projected
@@ -125,7 +125,7 @@ TEST(PlanTest, WhatHasAnEmptyAxisCostsNothing) {
 TEST(PlanTest, ProductsOfWeightsAreChargedUntilTheyAreFrozen) {
   auto r = by_operations(request(2, 1, 4, 6, 128, 256, 512));
   EXPECT_NE(make_plan(r).orders.logits, Order::prefold);
-  r.B = 10000;  // at very many rows they pay all the same
+  r.B = 10000;  // with very many rows, products of weights pay off all the same
   EXPECT_EQ(make_plan(r).orders.values, Order::prefold);
 }
 
@@ -191,7 +191,7 @@ TEST(LegalityTest, AKeyThatNoProjectionMadeForbidsEveryFold) {
   expect_illegal(r, {Order::standard});
   for (const auto order : kAllOrders) EXPECT_EQ(illegal_for_values(order, r).empty(), order == Order::standard);
 
-  // Folds know the keys and values that Wk and Wv made, and share among them what the free one takes of a row's weights.
+  // Folds cover only keys and values made by Wk and Wv, and would give them the share of a row's weights that bias_kv takes.
   torch::manual_seed(0);
   const torch::NoGradGuard no_grad;
   CrossAttention module(CrossAttentionOptions(4, 6, 6, 8).bias_kv(true).qkv_bias(false).output_bias(false));
@@ -220,7 +220,7 @@ TEST(LegalityTest, InTrainingAProductOfWeightsIsMadeAndChargedInEachCall) {
   EXPECT_EQ(cost_of({}, r).logits[2].operations, 3 * (kept.logits[2].operations + of_product));
   EXPECT_NE(make_plan(by_operations(r)).orders.logits, Order::prefold);
 
-  // A product that was kept does not know what a step made of the weights.
+  // A stored product would miss the changes of an optimizer's step.
   torch::manual_seed(0);
   const RandomLayer x;
   const auto product = torch::matmul(x.Wq, x.Wk.t()), stepped = x.Wq - 0.1 * torch::randn({4, 8}, torch::kDouble);
@@ -247,7 +247,7 @@ TEST(LegalityTest, AProductThatIsLargerThanBothWeightsIsNotMadeAndCannotBeChosen
   EXPECT_TRUE(logits_product_pays(request(2, 1, 4, 6, 128, 256, 512)));
 }
 
-// ---- The attention kernel: orders_test.cpp compares with what runs -----------------------------------------------------------
+// ---- The attention kernel: orders_test.cpp compares with what runs ----------------------------------------------------------
 
 TEST(KernelTest, DependsOnOrdersGradientsWeightsAndWhatALayerRunsOn) {
   using enum AttentionKernel;
@@ -311,7 +311,7 @@ TEST(KernelTest, GoesThroughAContextInPartsWhereTheEngineDoes) {
 
 TEST(RatesTest, MeasuredRatesServeAPlan) {
   auto r = request(1, 12, 1, 1500, 768, 768, 768);
-  r.rates = Rates::measure();  // whatever else the machine does meanwhile
+  r.rates = Rates::measure();  // whatever other load the machine has
   for (const auto rate : {r.rates.flops, r.rates.memory, r.rates.cache, r.rates.softmax, r.rates.fused}) {
     EXPECT_TRUE(std::isfinite(rate) && rate > 0) << rate;
   }

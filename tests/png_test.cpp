@@ -24,7 +24,7 @@ using xattn::test::read_bytes;
 using xattn::test::TempDir;
 using xattn::test::write_bytes;
 
-// What libpng can write and `write_png` does not.
+// A kind of PNG that libpng can write and `write_png` does not.
 struct Kind {
   int color_type;
   int bit_depth;
@@ -32,7 +32,7 @@ struct Kind {
   int height;
 };
 
-// Only the rows that are given, so that a file may claim more than it has. Palettes have the colours blue and yellow.
+// Writes only the given rows, so that a file may claim more than it has. Palettes have the colours blue and yellow.
 void write_kind(const std::string& path, const Kind& kind, std::vector<std::vector<png_byte>> rows) {
   auto* file = std::fopen(path.c_str(), "wb");
   auto* png = png_create_write_struct(PNG_LIBPNG_VER_STRING, nullptr, nullptr, nullptr);
@@ -44,7 +44,7 @@ void write_kind(const std::string& path, const Kind& kind, std::vector<std::vect
   if (kind.color_type == PNG_COLOR_TYPE_PALETTE) {
     png_set_PLTE(png, info, palette, 2);
   }
-  png_set_compression_level(png, 0);  // else rows may wait in memory for the end
+  png_set_compression_level(png, 0);  // otherwise rows may stay buffered until the end
   png_write_info(png, info);
   for (auto& row : rows) {
     png_write_row(png, row.data());
@@ -58,7 +58,7 @@ void write_kind(const std::string& path, const Kind& kind, std::vector<std::vect
 
 using Colors = std::vector<std::vector<int>>;
 
-// Of a picture of one row.
+// The colours of a picture of one row.
 Colors colors(const torch::Tensor& picture) {
   EXPECT_EQ(picture.scalar_type(), torch::kUInt8);
   EXPECT_EQ(picture.size(0), 1);
@@ -132,7 +132,7 @@ TEST_F(PngTest, RefusesWhatIsNoPng) {
 
 TEST_F(PngTest, RefusesATruncatedFile) {
   const auto bytes = encode_png(torch::randint(256, {16, 16, 3}, torch::kUInt8));
-  constexpr size_t kEnd = 12;  // bytes of the last chunk, which holds nothing
+  constexpr size_t kEnd = 12;  // bytes of the last chunk, which is empty
   for (size_t size = 1; size < bytes.size() - kEnd; size += 37) {
     write_bytes(path, bytes.substr(0, size));
     EXPECT_EQ(error_of_reading().find("cannot read " + path + ": "), 0U) << size;

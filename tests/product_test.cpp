@@ -24,8 +24,8 @@ class ProductTest : public testing::Test {
   int threads_ = at::get_num_threads();
 };
 
-// Rows around those of a tile and those from which right sides are packed, columns around a panel's, depths from none to several
-// of a block's.
+// Rows around a tile's and around the number from which right sides are packed, columns around a panel's, depths from none to
+// several of a block's.
 TEST_F(ProductTest, EqualsMatmulForAllSizesAndLayouts) {
   for (const int64_t m : {0, 1, 3, 14, 24, 25, 61}) {
     for (const int64_t k : {0, 1, 7, 300, 2100}) {

@@ -90,7 +90,7 @@ std::map<std::string, at::Tensor> tensors_of(const Index& index) {
   return tensors;
 }
 
-// ---- What is read -----------------------------------------------------------------------------------------------------------
+// ---- Reading ----------------------------------------------------------------------------------------------------------------
 
 // Files of scripts/make_fixtures.py, with what PyTorch reads from them.
 class Pt2FixtureTest : public testing::TestWithParam<std::string> {};
@@ -155,7 +155,7 @@ TEST(Pt2Test, ReadsAModelOfAnotherName) {
   EXPECT_TRUE(read_archive(records).tensors.contains("a"));
 }
 
-// ---- What is refused --------------------------------------------------------------------------------------------------------
+// ---- Errors -----------------------------------------------------------------------------------------------------------------
 
 TEST(Pt2Test, RefusesOtherZipFiles) {
   EXPECT_EQ(pt2_refusal(Records{}), kNoArchive);

@@ -21,14 +21,14 @@
 #include "one_thread.h"
 #include "plan/order_traits.h"
 
-// Random layers, masks, types, orders and paths, the same in every run, each against a definition in float64 that is written out
-// here: a path that forgets an option has no chance to agree with it.
+// Random layers, masks, types, orders and paths, the same in every run, each against a definition in float64 that is written
+// out here: a path that forgets an option has no chance to agree with it.
 namespace xattn::test {
 namespace {
 
 using torch::Tensor;
 
-// What a case is made of follows from its number.
+// Draws the parts of a case from its number.
 class Draw {
  public:
   explicit Draw(unsigned number) : engine_(number) { torch::manual_seed(number); }
@@ -48,14 +48,14 @@ struct Sizes {
   int64_t B, H, Lq, Lk;
 };
 
-// A mask, and what it says written out: which keys are allowed, and the biases.
+// A mask, and its meaning written out: the allowed keys, and the biases.
 struct Restrictions {
   Mask mask;
   Tensor allowed;              // bool [B, H, Lq, Lk]
   std::vector<Tensor> biases;  // four axes each
-  Tensor learned;              // the one among them that asks for its gradient
+  Tensor learned;              // the bias among them that requires a gradient
 
-  // The biases for logits of a type, in float64: added up in float32 at least; what is -inf in that type forbids.
+  // The sum of the biases for logits of a type, in float64: added in float32 at least; -inf in that type forbids.
   Tensor added(at::ScalarType type, const Sizes& s) const {
     const auto wide = type == torch::kDouble ? torch::kDouble : torch::kFloat;
     auto sum = torch::zeros({s.B, s.H, s.Lq, s.Lk}, wide);
@@ -117,7 +117,7 @@ Tensor softmax_by_definition(const Tensor& logits, const Tensor& allowed) {
 }
 
 struct Result {
-  Tensor output, weights;  // weights of all heads, or as the options ask
+  Tensor output, weights;  // weights of all heads, or as requested
 };
 
 // q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e], all in float64.
@@ -184,8 +184,8 @@ Tensor wide(const Tensor& x) {
   return x.detach().to(torch::kDouble).clone().requires_grad_();
 }
 
-// The gradients of one number in one row, zeros where there is none, behind a one: what is zero but for rounding is compared on the
-// scale of all, or of inputs and cotangents.
+// All gradients of one number as one row, zeros where there is none, after a one: gradients that are zero but for rounding are
+// then compared on the scale of all, or of inputs and cotangents.
 Tensor gradients_of(const std::vector<Tensor>& outputs,
                     const std::vector<Tensor>& cotangents,
                     const std::vector<Tensor>& inputs) {
@@ -214,11 +214,11 @@ class AgreementTest : public testing::Test {
  protected:
   const OneThread one_thread_;  // sizes are small
 
-  // Relative: to the sums of a chain, of which gradients have two.
+  // Relative to the sums of a chain; gradients have two chains.
   static double limit(at::ScalarType type, int64_t terms, int chains = 1) { return chains * tolerance(type, terms); }
 };
 
-// ---- Layers ------------------------------------------------------------------------------------------------------------------
+// ---- Layers -----------------------------------------------------------------------------------------------------------------
 
 CrossAttentionOptions draw_options(Draw& draw) {
   const auto H = draw.of<int64_t>({1, 2, 4}),
@@ -305,7 +305,7 @@ class LayerCase {
   }
   double allowed(int chains = 1) const { return chains * tolerance(type_, terms()); }
 
-  // Of inputs and parameters in float64.
+  // The results for inputs and parameters in float64.
   Result expected(const std::vector<Tensor>& inputs, const NamedTensors& parameters) const {
     return layer_by_definition(options_, parameters, inputs[0], inputs[1], inputs.size() > 2 ? inputs[2] : inputs[1],
                                restrictions_.allowed, restrictions_.added(type_, sizes_));
@@ -333,7 +333,7 @@ class LayerCase {
     compare(module_->attend(query_, context), exact, "context and attend");
   }
 
-  // Output, weights, and the gradients of both in inputs, parameters and a bias.
+  // Compares output, weights, and the gradients of both in inputs, parameters and a bias.
   void train() {
     const auto leaf = [](const Tensor& x) { return x.detach().clone().requires_grad_(); };
     std::vector<Tensor> inputs = {leaf(query_), leaf(key_)}, exact_inputs = {wide(query_), wide(key_)};
@@ -373,7 +373,7 @@ class LayerCase {
     compare(constant ? frozen.attend(context) : frozen.attend(query_, context), result, "frozen context and attend");
   }
 
-  // With one added context: the sum of two layers, of which the added one has no output bias.
+  // Compares one added context with the sum of two layers, the added one without output bias.
   void decouple() {
     auto pinned = options_.plan();
     if (pinned.pinned && !detail::ends_in_heads(pinned.orders.values)) pinned = PlanMode::automatic;
@@ -461,7 +461,7 @@ TEST_F(AgreementTest, EveryPathOfALayerGivesWhatTheDefinitionGives) {
   for (unsigned number = 0; number < kCases; ++number) {
     SCOPED_TRACE("case " + std::to_string(number));
     LayerCase(number).run();
-    if (HasFailure()) return;  // one case says enough
+    if (HasFailure()) return;  // one failed case is enough
   }
 }
 
@@ -480,7 +480,7 @@ TEST_F(AgreementTest, SeveralProcessesGiveTheGradientOfValuesThatAskAlone) {
   }
 }
 
-// ---- attention() -------------------------------------------------------------------------------------------------------------
+// ---- attention() ------------------------------------------------------------------------------------------------------------
 
 TEST_F(AgreementTest, EveryPathOfAttentionGivesWhatTheDefinitionGives) {
   constexpr unsigned kCases = 400;
@@ -540,7 +540,7 @@ TEST_F(AgreementTest, EveryPathOfAttentionGivesWhatTheDefinitionGives) {
     expect_close(gradients_of({result.output, result.weights}, cotangents, inputs),
                  gradients_of({exact.output, exact.weights}, cotangents, exact_inputs), 4 * allowed, "gradients");
 
-    // The gradient of the gradient, where rounding leaves something to compare.
+    // The second derivative, where rounding leaves something to compare.
     if (type == torch::kDouble) {
       const auto second = [&](const Tensor& output, const std::vector<Tensor>& of) {
         const auto first =

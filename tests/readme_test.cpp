@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C++ of the project's pages, compiled and run. Each ```cpp block of a page must stand here, word by word.
+// The C++ of the project's pages, compiled and run. Each ```cpp block of a page must occur here, word by word.
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <xattn/xattn.h>

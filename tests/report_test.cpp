@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// What stands in the page. That pointing works is for scripts/check_report.sh, which needs a browser.
+// The contents of the page. Pointing is tested by scripts/check_report.sh, which needs a browser.
 #include "common/report.h"
 
 #include <c10/util/Exception.h>
@@ -36,7 +36,7 @@ Example example(bool right, const std::string& title) {
           .map = torch::tensor({{0.125F, 0.125F, 0.75F}})};
 }
 
-// A report that has something of everything.
+// A report with every kind of content.
 Report full_report() {
   return {.title = "Questions",
           .summary = "All is well.",
@@ -117,7 +117,7 @@ TEST_F(ReportTest, HoldsTheData) {
 }
 
 TEST_F(ReportTest, HoldsThePictures) {
-  for (int64_t width = 1; width < 9; ++width) {  // of lengths that base64 has to fill up and of others
+  for (int64_t width = 1; width < 9; ++width) {  // with and without base64's padding
     Report report;
     report.examples = {example(true, "one")};
     report.examples[0].picture = torch::randint(256, {2, width, 3}, torch::kUInt8);

@@ -21,8 +21,8 @@ struct ProgramResult {
   std::string out, err;
 };
 
-/// A program's `main` without its process, to load LibTorch once and not at every call, in this directory. `line` is what a user
-/// would type: words apart by spaces, or in quotes of one kind.
+/// Runs a program's `main` in this process, so that LibTorch is loaded once and not at every call, and in this directory.
+/// `line` is the command that a user would type: words separated by spaces, or in quotes of one kind.
 inline ProgramResult run_here(int (*program)(int, char**), const std::string& line, const std::string& directory) {
   std::vector<std::string> words;
   char quote = 0;
@@ -64,7 +64,7 @@ inline ProgramResult run_here(int (*program)(int, char**), const std::string& li
   return {status, out.str(), err.str()};
 }
 
-/// The program as a user starts it, in this directory.
+/// Runs the program as a user starts it, in this directory.
 inline ProgramResult run_process(const std::string& line, const TempDir& dir) {
   const int status = std::system(("cd " + dir.path() + " && " + line + " > .out 2> .err").c_str());
   return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_bytes(dir.file(".out")), read_bytes(dir.file(".err"))};

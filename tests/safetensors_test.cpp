@@ -43,7 +43,7 @@ at::Tensor round_trip(const at::Tensor& tensor) {
   return open_checkpoint(dir.file("one.safetensors")).tensor("one");
 }
 
-// ---- What is kept ------------------------------------------------------------------------------------------------------------
+// ---- Round trips ------------------------------------------------------------------------------------------------------------
 
 TEST(SafetensorsTest, KeepsEveryTypeOfTheFormat) {
   for (auto type : {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16, at::kLong, at::kInt, at::kShort, at::kChar, at::kByte,
@@ -116,7 +116,7 @@ TEST(SafetensorsTest, ReadsTensorsInAnyOrderOfTheHeader) {
   EXPECT_TRUE(torch::equal(file.tensor("a"), torch::ones({}, at::kChar)));
 }
 
-// ---- How it is written -------------------------------------------------------------------------------------------------------
+// ---- Writing ----------------------------------------------------------------------------------------------------------------
 
 TEST(SafetensorsTest, WritesAsTheOfficialWriterDoes) {
   // Made by: safetensors.torch.save({"b": torch.tensor([1., 2.]), "a": torch.tensor([3.]), "c": torch.tensor([4]),
@@ -180,7 +180,7 @@ TEST(SafetensorsTest, RefusesPathsThatCannotBeWritten) {
   EXPECT_EQ(refused("/dev/null"), "[safetensors] /dev/null: exists, but is not a regular file");
 }
 
-// ---- What is refused ---------------------------------------------------------------------------------------------------------
+// ---- Errors -----------------------------------------------------------------------------------------------------------------
 
 TEST(SafetensorsTest, RefusesAFileShorterThanItsHeaderLength) {
   EXPECT_EQ(safetensors_refusal(""), "must begin with a header length of 8 bytes, but has 0 bytes");
@@ -361,7 +361,7 @@ TEST(SafetensorsTest, KeepsMessagesOnOneLineWhateverTheNames) {
             "the value of \"\\n\\u001b[31m\\u007f\" must be an object");
 }
 
-// Damages every byte of a good file in turn: each result is either read or refused, and nothing else happens.
+// Damages every byte of a good file in turn: each result is either read or rejected, and nothing else happens.
 TEST(SafetensorsTest, SurvivesADamagedByteAnywhere) {
   const TempDir dir;
   save_safetensors(dir.file("x"), {{"a", torch::ones({2, 2})}, {"b", torch::ones({3}, at::kBool)}}, {{"k", "v"}});

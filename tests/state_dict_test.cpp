@@ -81,7 +81,7 @@ std::string one(const std::string& tensor) {
   return dict(text("a") + tensor);
 }
 
-// ---- What Python wrote ------------------------------------------------------------------------------------------------------
+// ---- Files written by Python ------------------------------------------------------------------------------------------------
 
 TEST(StateDictTest, ReadsTheStateDictOfAModel) {
   const auto checkpoint = open_checkpoint(data_path("files/state_dict.pt"));
@@ -128,7 +128,7 @@ TEST(StateDictTest, SaysHowToConvertFilesThatItDoesNotRead) {
           "torch.save(torch.load(PATH, map_location='cpu'), NEW_PATH)");
 }
 
-// ---- Where the state dict is ------------------------------------------------------------------------------------------------
+// ---- Finding the state dict -------------------------------------------------------------------------------------------------
 
 using Names = std::vector<std::string>;
 
@@ -177,7 +177,7 @@ TEST(StateDictTest, IgnoresOtherValues) {
   EXPECT_EQ(names_in(value), Names({"a"}));
 }
 
-// ---- What is written --------------------------------------------------------------------------------------------------------
+// ---- Writing ----------------------------------------------------------------------------------------------------------------
 
 NamedTensors through_state_dict(const NamedTensors& tensors) {
   const TempDir dir;
@@ -258,7 +258,7 @@ TEST(StateDictTest, RefusesPathsThatCannotBeWritten) {
   EXPECT_EQ(refused(dir.path()), "[state dict] " + dir.path() + ": exists, but is not a regular file");
 }
 
-// ---- What is refused --------------------------------------------------------------------------------------------------------
+// ---- Errors -----------------------------------------------------------------------------------------------------------------
 
 TEST(StateDictTest, RefusesAnythingButADictOfTensors) {
   const std::string cure = "; save it so in Python: torch.save({'NAME': tensor}, PATH)";

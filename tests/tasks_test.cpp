@@ -10,7 +10,7 @@
 namespace xattn::detail::engine {
 namespace {
 
-// Those of AVX-512 with a unit for matrices, as far as the division reads them.
+// The sizes of AVX-512 kernels with a matrix unit, as far as the division into tasks reads them.
 Kernels sizes() {
   Kernels kernels{};
   kernels.panel = 32;

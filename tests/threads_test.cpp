@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What several threads may share. Built also as a program of its own, as the thread sanitizer needs nothing else.
+// Objects that several threads may share. Also built as a program of its own, which is all the thread sanitizer needs.
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randn.h>
@@ -44,7 +44,7 @@ bool are_equal(const Results& a, const Results& b) {
   return std::ranges::equal(a, b, equal);
 }
 
-// What `call` gives to one thread it gives to each of several at once.
+// Expects `call` to return on each of several threads at once what it returns on one.
 void expect_equal_bits_on_all_threads(const std::function<Results()>& call) {
   const OneThread one_thread;
   const auto guarded = [&call] {

@@ -48,7 +48,7 @@ std::string torchscript_refusal(const std::string& bytes, const std::string& rea
   return test::refusal_by(reader, dir.file("x.pt"), [&] { return open_checkpoint(dir.file("x.pt")); });
 }
 
-// ---- What is read -----------------------------------------------------------------------------------------------------------
+// ---- Reading ----------------------------------------------------------------------------------------------------------------
 
 TEST(TorchScriptTest, ReadsTheReferenceByName) {
   const auto checkpoint = open_checkpoint(data_path("reference.pt"));
@@ -172,7 +172,7 @@ TEST(TorchScriptTest, ReadsAModuleWithoutTensors) {
   EXPECT_TRUE(load_bytes(module_archive(object(text("training") + "\x88"))).empty());
 }
 
-// ---- What is refused --------------------------------------------------------------------------------------------------------
+// ---- Errors -----------------------------------------------------------------------------------------------------------------
 
 TEST(TorchScriptTest, RefusesAFrozenModule) {
   EXPECT_EQ(

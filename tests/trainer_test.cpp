@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Training that stops and goes on.
+// Training that stops and continues.
 #include "common/trainer.h"
 
 #include <gtest/gtest.h>
@@ -139,11 +139,11 @@ TEST(TrainerTest, RefusesAStateThatIsDamagedAndKeepsItsOwn) {
   EXPECT_EQ(refused("curve.loss", torch::zeros({2, 3})), "must hold curve.loss, float64 [2, N]");
 }
 
-// ---- Files that cannot be written --------------------------------------------------------------------------------------------
+// ---- Files that cannot be written -------------------------------------------------------------------------------------------
 
 class TrainingRunTest : public testing::Test {
  protected:
-  // Trains to the end; what is printed on standard error meanwhile.
+  // Trains to the end. Returns what is printed on standard error meanwhile.
   std::string train(const TrainingRun& run) {
     auto model = make_model();
     Trainer trainer(model.ptr(), kOptions);
@@ -180,7 +180,7 @@ TEST_F(TrainingRunTest, AStateThatCannotBeSavedIsAWarningAndTheTrainingGoesOn) {
   EXPECT_EQ(xattn::load_tensors(run_.output).count("model.0.weight"), 1U);
 }
 
-// A file that may not grow stands for a disk that is full: the old state is kept meanwhile.
+// A file that may not grow stands for a full disk: the old state must be kept.
 TEST_F(TrainingRunTest, AFullDiskKeepsTheStateThatWasSavedBefore) {
   xattn::test::write_bytes(run_.state_path(), "the old state");
   rlimit before{};

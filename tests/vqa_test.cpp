@@ -223,7 +223,7 @@ TEST_P(VqaModelTest, LearnsFromNewBoardsInAFewSteps) {
   examples::Trainer trainer(model.ptr(), {.steps = 40, .warm_up = 10});
   trainer.run(training_step(model, digits().training, grammar(), torch::kCPU), [](const auto&) {}, [] { return false; });
   const auto& losses = trainer.curves().at(0).values;
-  EXPECT_LT(losses.back(), losses.front() - 0.5);  // from ln 13 = 2.56, the loss of knowing nothing, or above
+  EXPECT_LT(losses.back(), losses.front() - 0.5);  // from ln 13 = 2.56, the loss of a uniform guess, or above
 }
 
 TEST(VqaMeanPoolingTest, GivesEveryPlaceTheSameWeight) {
@@ -297,7 +297,7 @@ TEST(VqaPretrainedTest, GoesIntoTheCheckpoint) {
   EXPECT_TRUE(trained.model->forward(batch.boards, batch.words).scores.equal(model->forward(batch.boards, batch.words).scores));
   EXPECT_FALSE(std::filesystem::exists(run.state_path()));
 
-  // The same by the program, on every way to a checkpoint.
+  // The same with the program, for every way to name a checkpoint.
   std::filesystem::copy(run.output, dir.file("x.training"));
   Random random(0);
   const auto board = examples::board_of("7.3...1..", digits().held_out, random);
@@ -401,7 +401,7 @@ TEST(VqaShippedTest, ReproducesItsPublishedAccuracy) {
   auto trained = load_trained(XATTN_EXAMPLE_DATA "/vqa.safetensors", torch::kCPU);
   const auto score = evaluate(trained.model, digits().held_out, trained.grammar, torch::kCPU, /*boards=*/1000, /*seed=*/12345);
   EXPECT_NEAR(score.accuracy(), kPublishedAccuracy,
-              0.002);  // src/examples/README.md; other instructions may turn a few of 14,000 answers
+              0.002);  // src/examples/README.md; other instruction sets may change a few of 14,000 answers
   EXPECT_GE(score.accuracy(), 0.97);
   for (size_t kind = 0; kind < score.kinds.size(); ++kind) {
     const auto& [name, right, total] = score.kinds[kind];
@@ -411,7 +411,7 @@ TEST(VqaShippedTest, ReproducesItsPublishedAccuracy) {
 }
 
 TEST(VqaShippedTest, LooksWhereTheAnswerIs) {
-  // No loss has seen the attention; still the asked cell gets the most of it for nearly all questions of place.
+  // No loss depends on the attention, yet the cell in question gets the most of it for nearly all questions of place.
   auto trained = load_trained(XATTN_EXAMPLE_DATA "/vqa.safetensors", torch::kCPU);
   Random random(13);
   const auto batch = draw_batch(digits().held_out, trained.grammar, 50, random);

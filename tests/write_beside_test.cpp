@@ -24,7 +24,7 @@ std::function<void(int descriptor)> on_fsync;
 
 }  // namespace
 
-// Replaces the system's fsync, so that tests see when it is called: nothing else shows what is on disk.
+// Replaces the system's fsync to record its calls: nothing else shows whether data is on disk.
 extern "C" int fsync(int descriptor) {
   if (on_fsync) on_fsync(descriptor);
   return static_cast<int>(syscall(SYS_fsync, descriptor));

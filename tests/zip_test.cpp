@@ -61,7 +61,7 @@ const std::string kField = little_endian(0xcafe, 2) + little_endian(1, 2) + "x" 
                            little_endian(1, 2) + little_endian(24, 2) + little_endian(4, 8) + little_endian(4, 8) +
                            little_endian(0, 8);
 
-// ---- What is read -----------------------------------------------------------------------------------------------------------
+// ---- Reading ----------------------------------------------------------------------------------------------------------------
 
 TEST(ZipTest, ReadsEntriesInPlace) {
   const auto file = zip_of({{"archive/data.pkl", "pickle"}, {"archive/data/0", ""}, {"archive/data/1", "xyz"}});
@@ -127,7 +127,7 @@ TEST(ZipTest, RefusesAMissingEntry) {
   EXPECT_EQ(test::error_of<FileError>([&] { zip.bytes("c\n"); }), "[zip] x.zip: has no entry \"c\\n\"");
 }
 
-// ---- What is refused --------------------------------------------------------------------------------------------------------
+// ---- Errors -----------------------------------------------------------------------------------------------------------------
 
 TEST(ZipTest, RefusesAFileWithoutADirectory) {
   for (const auto& file : {std::string(), kOne.substr(0, kEnd), kOne + "x", std::string(100, 'x')}) {

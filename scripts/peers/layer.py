@@ -27,7 +27,7 @@ def read_shapes():
 
 
 def gflop(row):
-    """The operations of what is timed, in the standard order, in 1e9; a multiplication and an addition are two."""
+    """The operations of the timed part, in the standard order, in 1e9; a multiplication and an addition are two."""
     inner = row["inner_qk"] + row["inner_v"]
     context = row["Lk"] * row["Ek"] * inner * row["G"] // row["H"] if row["timed"] != "attend" else 0
     query = row["Lq"] * (row["Eq"] * row["inner_qk"] + row["Lk"] * inner + row["inner_v"] * row["Eo"])

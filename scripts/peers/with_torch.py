@@ -69,8 +69,8 @@ class Steps:
 
 
 def exact(layer, wanted):
-    """Places of queries, and what every candidate must give there, in float64."""
-    most = 128  # as many as do not take long
+    """Places of queries, and the results that every candidate must reproduce there, in float64."""
+    most = 128  # few enough to be quick
     places = torch.arange(layer.Lq) if layer.Lq <= most else torch.arange(most) * (layer.Lq - 1) // (most - 1)
     part = copy.copy(layer)
     part.query = layer.query[:, places.numpy()]

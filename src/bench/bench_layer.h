@@ -15,7 +15,7 @@ namespace bench {
 /// Output [B, Lq, Eo] and attention weights: [B, Lq, Lk], [B, H, Lq, Lk] or undefined.
 using Outputs = std::tuple<torch::Tensor, torch::Tensor>;
 
-/// A row with random numbers: the weights, in a module, and the inputs.
+/// One row with random numbers: the weights of a module, and the inputs.
 struct BenchLayer {
   shapes::Shape shape;
   xattn::CrossAttention module = nullptr;
@@ -35,7 +35,7 @@ struct BenchLayer {
 
 BenchLayer make_layer(const shapes::Shape& shape, const torch::TensorOptions& options, xattn::AttentionWeights weights);
 
-/// An upper bound on the memory of a candidate, in 1e9 bytes; `logits`: whether it keeps the logits of all heads in memory.
+/// An upper bound on a candidate's memory, in 1e9 bytes; `logits`: whether it keeps the logits of all heads in memory.
 double gigabytes_needed(const shapes::Shape& shape, bool logits, double element);
 
 /// The mask of the row's padding.

@@ -27,7 +27,7 @@ std::string value_of(const char* path, const std::string& key) {
   return {};
 }
 
-// With family and model: on virtual machines the name alone says little.
+// The name with family and model, because on virtual machines the name alone says little.
 std::string processor() {
   const auto* const path = "/proc/cpuinfo";
   const auto name = value_of(path, "model name");

@@ -15,7 +15,7 @@ class BenchReport {
  public:
   BenchReport(bool json, const std::string& device);
 
-  void threads(int count);  ///< the number of threads from here on; measures the processor's peak
+  void threads(int count);  ///< sets the number of threads from here on, and measures the processor's peak
   void row(const shapes::Shape& shape, const std::string& weights);
   void result(const Candidate& candidate, double error, const Times& times);
   void skipped(const std::string& candidate, const std::string& reason);
@@ -27,13 +27,13 @@ class BenchReport {
   bool as_json_;
   bool cpu_;
   nlohmann::ordered_json json_;
-  nlohmann::ordered_json where_;  // what the results of a row have in common
-  double gflop_ = 0;              // of the row in the standard order
+  nlohmann::ordered_json where_;  // fields shared by the results of a row
+  double gflop_ = 0;              // the row's operations in the standard order
   int threads_ = 0;
   double peak_ = 0;  // 1e9 operations a second; 0 if unknown
 };
 
-/// Memory that is free on the host, in 1e9 bytes.
+/// Free memory of the host, in 1e9 bytes.
 double gigabytes_free();
 
 }  // namespace bench

@@ -30,7 +30,7 @@ AttentionWeights weights_of(const BenchLayer& layer) {
   return layer.module->options.attention_weights();
 }
 
-// Calls `attend` with a context, which is made now if the row keeps it.
+// Calls `attend` with a context. If the row keeps the context, it is made now.
 template <class Attend>
 std::function<Outputs()> with_context(const Eager& eager, Attend attend) {
   if (eager.layer.shape.timed != Timed::attend) return [eager, attend] { return attend(eager.context()); };
@@ -82,7 +82,7 @@ Candidate mha(const BenchLayer& layer) {
   module->out_proj->bias.copy_(from->output_linear->bias);
   for (auto& parameter : module->parameters()) parameter.requires_grad_(train);
 
-  // The module expects the sequence first: transposed ahead of what is timed.
+  // The module expects the sequence first; the transposition is not timed.
   const auto first = [train](const Tensor& x) {
     return x.detach().transpose(0, 1).clone(at::MemoryFormat::Contiguous).requires_grad_(train);
   };
@@ -128,7 +128,7 @@ Candidate folded(const BenchLayer& layer) {
   const auto orders = shapes::count_operations(layer.shape).orders;
   if (orders == xattn::Orders{}) return without("folded", "the standard order is the cheapest");
   Candidate candidate{.name = "folded", .call = {}, .leaves = layer.leaves(), .holds_logits = true};
-  if (layer.shape.timed == Timed::backward) {  // products of weights are part of a call
+  if (layer.shape.timed == Timed::backward) {  // each call makes the products of weights
     candidate.call = [&layer, orders] {
       const Folded folded(layer, orders);
       return folded.attend(folded.context());
@@ -153,7 +153,7 @@ Candidate frozen(const BenchLayer& layer) {
   return {.name = "frozen", .call = call_of(layer, layer.module->freeze(freeze_options(layer)))};
 }
 
-// Where a context is kept, nearly all of a call is reading, and half the memory shows.
+// With a kept context nearly all of a call is reading memory, so halving the memory shows.
 Candidate stored_in_bfloat16(const BenchLayer& layer) {
   auto options = freeze_options(layer);
   options.storage = at::kBFloat16;

@@ -119,7 +119,7 @@ double check(const Candidate& candidate, const BenchLayer& layer, const Exact& e
   const auto grads = gradients(outputs, candidate.leaves, layer.grad);
   for (size_t i = 0; candidate.leaves_of_layer && i < grads.size(); ++i) {
     const auto& leaf = candidate.leaves[i];
-    if (leaf.is_same(layer.module->key_linear->bias)) continue;  // it has no influence: its gradient is rounding errors
+    if (leaf.is_same(layer.module->key_linear->bias)) continue;  // it has no influence, so its gradient is only rounding
     compare("a gradient", grads[i].defined() ? grads[i] : torch::zeros_like(leaf), exact.grads[i]);
   }
   return error;

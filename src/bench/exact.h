@@ -12,10 +12,10 @@
 
 namespace bench {
 
-/// What a row returns of weights [B, H, Lq, Lk].
+/// The weights that a row returns, from those of all heads, [B, H, Lq, Lk].
 torch::Tensor returned_weights(const BenchLayer& layer, const torch::Tensor& weights);
 
-/// Attention in plain tensor operations, as a good user writes it: the candidate `eager`, and in float64 the definition.
+/// Attention in plain tensor operations, as a careful user writes it: the candidate `eager` and, in float64, the definition.
 struct Eager {
   const BenchLayer& layer;
   using Context = std::tuple<torch::Tensor, torch::Tensor>;  ///< k, v [B, G, Lk, d]
@@ -25,12 +25,12 @@ struct Eager {
   Outputs attend(const Context& context) const;
 };
 
-/// The results that every candidate must reproduce, in float64; of a long query at some places only.
+/// The results that every candidate must reproduce, in float64; for a long query at some places only.
 struct Exact {
   torch::Tensor places;  ///< int64, the places of `output` and `weights` in the query
   torch::Tensor output;
   torch::Tensor weights;
-  std::vector<torch::Tensor> grads;  ///< of layer.leaves(); empty unless gradients are timed
+  std::vector<torch::Tensor> grads;  ///< gradients of layer.leaves(); empty unless gradients are timed
 };
 Exact exact(const BenchLayer& layer);
 
@@ -38,7 +38,7 @@ Exact exact(const BenchLayer& layer);
 /// Throws std::runtime_error if it is more than rounding explains.
 double check(const Candidate& candidate, const BenchLayer& layer, const Exact& exact);
 
-/// What is timed: the call, with the gradients if the row asks for them.
+/// The timed function: the call, with the gradients if the row includes them.
 std::function<void()> timed(const Candidate& candidate, const BenchLayer& layer);
 
 }  // namespace bench

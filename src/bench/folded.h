@@ -7,8 +7,8 @@
 
 namespace bench {
 
-/// The orders of xattn written by hand in plain tensor operations, with all heads in as few and as large products as can be:
-/// what a user could write without this library. The orders are those of fewest operations.
+/// The orders of xattn in plain tensor operations, with all heads in as few and as large products as possible: code that a user
+/// could write without this library. The orders used are those of fewest operations.
 ///
 ///                      logits                     values                  made ahead
 ///   standard           (Xq Wq)(Wk' Xk')        (P (Xv Wv)) Wo
@@ -17,13 +17,13 @@ namespace bench {
 ///   fold_into_context  Xq (Wq (Wk' Xk'))       P ((Xv Wv) Wo)
 class Folded {
  public:
-  /// Makes products of weights ahead; in training all is made by each call, differentiable.
+  /// Makes products of weights ahead of calls; in training each call makes them, differentiably.
   Folded(const BenchLayer& layer, const xattn::Orders& orders);
 
-  /// What depends on the context alone.
+  /// The tensors that depend on the context alone.
   struct Context {
     torch::Tensor keys;    ///< S [B, H, Lk, d]; F, P [B, Lk, Ek]; C [B, Eq, H * Lk]
-    torch::Tensor bias;    ///< C: what the query's bias adds to the logits, [B, 1, H * Lk]
+    torch::Tensor bias;    ///< C: the part of the logits from the query's bias, [B, 1, H * Lk]
     torch::Tensor values;  ///< S [B, H, Lk, e]; F, P [B, Lk, Ek]; C [B, H * Lk, Eo]
   };
   Context context() const;
@@ -38,8 +38,8 @@ class Folded {
   xattn::Orders orders_;
   torch::Tensor q_, q_bias_;    // [Eq, H * d], [H * d]; scaled unless a norm follows
   torch::Tensor k_, v_;         // [Ek, G * d], [Ek, G * e]
-  torch::Tensor k_bias_;        // [G * d]; undefined where it changes nothing: it adds the same to a whole row of logits
-  torch::Tensor o_, o_bias_;    // [H * e, Eo], [Eo]; the bias has that of the values in it
+  torch::Tensor k_bias_;        // [G * d]; undefined where it has no effect: it adds the same to a whole row of logits
+  torch::Tensor o_, o_bias_;    // [H * e, Eo], [Eo]; the bias includes that of the values
   torch::Tensor k_heads_;       // [H, d, Ek]
   torch::Tensor v_heads_;       // [H, Ek, e]
   torch::Tensor qk_, qk_bias_;  // P [Eq, H * Ek], [H * Ek]

@@ -70,7 +70,7 @@ std::vector<Shape> chosen_rows(const Arguments& arguments) {
   return rows;
 }
 
-// Why there is not enough memory for it; empty if there is.
+// The reason why the row does not fit into memory; empty if it fits.
 std::string too_large(const Shape& shape, bool logits, c10::Device device) {
   const auto needed = gigabytes_needed(shape, logits, /*element=*/4);
   const auto free = gigabytes_free();
@@ -78,7 +78,7 @@ std::string too_large(const Shape& shape, bool logits, c10::Device device) {
   return fmt::format("needs {:.1f} GB of memory, and {:.1f} are free", needed, free);
 }
 
-// The error of a candidate, called once; nothing, with a reason in `absent`, if it cannot run this row.
+// Calls a candidate once and returns its error; returns nothing, with a reason in `absent`, if it cannot run this row.
 std::optional<double> try_once(Candidate& candidate, const BenchLayer& layer, const Exact& truth) {
   const auto device = layer.key.device();
   if (candidate.absent.empty() && candidate.holds_logits) candidate.absent = too_large(layer.shape, true, device);

@@ -118,7 +118,7 @@ double measure_peak(int threads) {
   }
 #endif
   const auto work = [run] {
-    volatile float result = run(kSteps);  // keeps the compiler from leaving the work out
+    volatile float result = run(kSteps);  // keeps the compiler from removing the work
     (void)result;
   };
   double best = 0;

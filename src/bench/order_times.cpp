@@ -35,7 +35,7 @@ Orders chosen_by(const xattn::Frozen& frozen, const BenchLayer& layer) {
   return frozen.orders(s.B, s.Lq, s.valid);
 }
 
-// is_tried: whether these orders are to be pinned beside the chosen ones.
+// is_tried: whether these orders are pinned and timed beside the chosen ones.
 OrderTimes time_orders(const Shape& shape,
                        const std::function<bool(const Orders& orders, const Orders& chosen)>& is_tried,
                        double seconds) {

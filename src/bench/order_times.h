@@ -5,12 +5,12 @@
 
 #include "programs/shapes.h"
 
-// How well a frozen layer chooses its orders of products, in float32 on the CPU: its own choice is timed beside pinned orders.
+// Measures a frozen layer's choice of orders of products, in float32 on the CPU: the choice is timed beside pinned orders.
 // In all results `chosen` and `best` name the orders of the logits and of the values, and times are medians in microseconds.
 namespace bench {
 
-/// Where one order overtakes another: a layer of 8 heads of 64 over 512 features, over a grid of lengths. A list of {Lq, Lk,
-/// chosen, us}: `us` holds the times by order, and that of the choice under `automatic`.
+/// Shows where one order overtakes another, for a layer of 8 heads of 64 over 512 features and a grid of lengths. Returns a
+/// list of {Lq, Lk, chosen, us}: `us` holds the times by order, and the time of the choice under `automatic`.
 nlohmann::ordered_json measure_crossover(double seconds);
 
 /// The choice for a row beside the fastest of all pairs of orders: {row, chosen, us, best, best_us, left_out}. Pairs that need

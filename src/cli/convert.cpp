@@ -134,7 +134,7 @@ LazyTensors with_progress(LazyTensors tensors) {
           }};
 }
 
-// Stops before the next tensor when a signal asks for it; the unfinished file is then removed.
+// Stops before the next tensor after a signal; the unfinished file is then removed.
 LazyTensors stoppable(LazyTensors tensors, const program::Interrupt& interrupt, const std::string& output) {
   return {tensors.infos, [tensors, &interrupt, output](const std::string& name) {
             interrupt.check(fmt::format("stopped; {} was not written", output));

@@ -116,7 +116,7 @@ Json as_json(const Checkpoint& file, const Found& found) {
 // Text from the file is printed as shortened JSON strings, which cannot control the terminal.
 void print(const Checkpoint& file, const Found& found) {
   using detail::in_quotes;
-  constexpr size_t kWidest = 100;  // of the first column; longer names exceed it, so that one does not widen every line
+  constexpr size_t kWidest = 100;  // of the first column; longer names exceed it instead of widening every line
   std::cout << fmt::format("{}, {} tensors\n", to_string(file.format()), file.tensors().size());
   size_t width = 0;
   for (const auto& [name, info] : file.tensors()) {

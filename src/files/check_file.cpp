@@ -8,7 +8,7 @@ namespace xattn::detail {
 
 std::string list(std::string_view what, const std::vector<std::string>& names) {
   constexpr size_t kMostNames = 100;
-  constexpr size_t kMostOfEntry = 2 * kMostOfName;  // a name, and what is wrong with it
+  constexpr size_t kMostOfEntry = 2 * kMostOfName;  // a name and its defect
   if (names.empty()) return "";
   std::vector<std::string> listed;
   for (size_t i = 0; i < std::min(names.size(), kMostNames); ++i) listed.push_back(shown(names[i], kMostOfEntry));

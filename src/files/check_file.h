@@ -11,7 +11,7 @@
 #include "base/printed.h"
 #include "base/text.h"
 
-// Refusal of files. Every message is one line of limited length: "[reader] path: what was expected and what was found".
+// Errors about files. Every message is one line of limited length: "[reader] path: what was expected and what was found".
 namespace xattn::detail {
 
 /// Checks for one reader and one file, which must outlive it:
@@ -41,7 +41,7 @@ class FileCheck {
 /// "; missing: a, b", or nothing if there are no names. Lists at most a hundred names and the number of the others.
 std::string list(std::string_view what, const std::vector<std::string>& names);
 
-/// The operating system's words for this error, as in "No such file or directory".
+/// The operating system's text for this error, as in "No such file or directory".
 std::string system_reason(int error);
 
 }  // namespace xattn::detail

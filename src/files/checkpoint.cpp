@@ -78,8 +78,8 @@ std::pair<FileFormat, Index> read_format(const std::string& path, Bytes file) {
       "torch.export.save, but is none of these");
 }
 
-// Limits the memory that tensors take by the size of the file: a view may repeat an element any number of times, and any number of
-// names may share a storage.
+// Limits the memory that tensors take by the size of the file: a view may repeat an element any number of times, and any number
+// of names may share a storage.
 void check_amount(const std::string& path, const Index& index, uint64_t file_bytes) {
   constexpr uint64_t kMostShown = 32;  // layers may share their weights, each under its own names
   const auto check = check_of(path);

@@ -16,7 +16,7 @@ constexpr size_t kMaxDepth = 32;
 constexpr size_t kMaxValues = 2'000'000;
 constexpr char kNotJson[] = "is not JSON in UTF-8, at its byte {}";
 
-// Builds the document token by token. Json::parse keeps the last of equal names, and takes quadratic time with a callback.
+// Builds the document token by token: Json::parse would keep the last of equal names, and take quadratic time with a callback.
 class Builder : public nlohmann::json_sax<Json> {
  public:
   explicit Builder(const FileCheck& check) : check_(check) {}

@@ -32,8 +32,8 @@ class XATTN_API MappedFile {
   const std::string& path() const { return path_; }
   Bytes bytes() const { return bytes_; }
 
-  /// Throws FileError if the file was written to or changed its size since it was mapped: access beyond a new end would crash. A
-  /// file that was replaced or removed is unchanged: the mapping keeps the old one.
+  /// Throws FileError if the file was written to or changed its size since it was mapped: access beyond a new end would crash.
+  /// A file that was replaced or removed is unchanged: the mapping keeps the old one.
   void check_unchanged() const;
 
  private:

@@ -39,7 +39,7 @@ struct Globals {
   std::array<std::string_view, 5> names;
 };
 
-// As torch._weights_only_unpickler has them, and those of TorchScript.
+// The globals of torch._weights_only_unpickler and of TorchScript.
 constexpr std::array kGlobals{
     Globals{"collections", Use::dict, {"OrderedDict"}},
     Globals{"torch._utils", Use::tensor, {"_rebuild_tensor_v2", "_rebuild_tensor_v3"}},
@@ -76,10 +76,10 @@ class Machine {
   }
 
  private:
-  // Values without identity are one node each.
+  // Values without identity share one node each.
   enum : Id { kNoneNode, kFalseNode, kTrueNode, kOtherNode, kEmptyTupleNode, kShared };
 
-  // Executes one instruction; false if it is the last. Names of instructions are those of Python's pickletools.
+  // Executes one instruction. Returns false if it is the last. Instructions have their names in Python's pickletools.
   bool step() {
     begin_ = position_;
     const auto opcode = number<uint8_t>();
@@ -146,7 +146,7 @@ class Machine {
     return true;
   }
 
-  // Refuses an instruction whose operands are missing.
+  // Throws for an instruction whose operands are missing.
   void expect(bool ok, std::string_view what) const { check_(ok, "must have {} for the instruction at byte {}", what, begin_); }
 
   // ---- Bytes ----------------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ class Machine {
     }
   }
 
-  // The number of values above the mark, which it removes.
+  // Removes the last mark, and returns the number of values above it.
   size_t since_mark() {
     expect(!marks_.empty(), "a mark");
     const auto count = above_mark();
@@ -270,7 +270,7 @@ class Machine {
     stack_.resize(stack_.size() - count);
   }
 
-  // The items of one value are contiguous in the pool. If they have no space to grow, they move to its end, with twice the space.
+  // The items of one value are contiguous in the pool. Without space to grow they move to its end, with twice the space.
   void extend(Id id, std::span<const Id> more) {
     auto& node = pickle_.nodes[id];
     auto& pool = pickle_.pool;
@@ -287,7 +287,7 @@ class Machine {
     node.size = static_cast<uint32_t>(size);
   }
 
-  // ---- Globals and calls to them ---------------------------------------------------------------------------------------------
+  // ---- Globals and calls to them -------------------------------------------------------------------------------------------
 
   void global_of_lines() {
     const auto module = line();
@@ -379,9 +379,9 @@ class Machine {
   Bytes bytes_;
   PickleNames names_;
   size_t position_ = 0;
-  size_t begin_ = 0;  // of the instruction
+  size_t begin_ = 0;  // where the instruction begins
   std::vector<Id> stack_;
-  std::vector<size_t> marks_;  // sizes of the stack
+  std::vector<size_t> marks_;  // stack sizes at the marks
   std::vector<Id> memo_;
   Pickle pickle_;
 };

@@ -23,7 +23,7 @@ struct Pickle {
     real,
     text,
     tuple,         ///< items in order
-    list,          ///< the same
+    list,          ///< items in order
     dict,          ///< items: key, value, key, value, ...
     global,        ///< a name of module torch, as text: "FloatStorage", "float32"
     storage,       ///< items as in torch.serialization: "storage", class, key, device, number of elements
@@ -35,13 +35,13 @@ struct Pickle {
 
   struct Node {
     Kind kind = Kind::none;
-    uint8_t use = 0;    // of a global: how calls to it are read
+    uint8_t use = 0;    // for a global: how calls to it are read
     uint32_t size = 0;  // of text or items
     union {
-      int64_t integer = 0;  // also of a boolean
+      int64_t integer = 0;  // also the value of a boolean
       double real;
       const char* text;
-      uint64_t first;  // of items
+      uint64_t first;  // place of the first item in `pool`
     };
   };
 
@@ -59,10 +59,10 @@ struct Pickle {
   size_t bytes = 0;  ///< size of the pickle itself
 };
 
-/// Classes and functions that a pickle may name. Others are refused by name, with the line of Python that saves only tensors.
+/// Classes and functions that a pickle may name. The error for others has their name, and Python to save only tensors.
 enum class PickleNames {
-  state_dict,   ///< those that torch.load takes with weights_only=True
-  torchscript,  ///< any, as classes of the archive's own code
+  state_dict,   ///< the names that torch.load accepts with weights_only=True
+  torchscript,  ///< any name, for classes of the archive's own code
 };
 
 /// Reads protocols 2 to 5. Throws FileError with "[pickle] path: reason" for each defect.

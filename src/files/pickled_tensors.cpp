@@ -162,7 +162,7 @@ std::vector<int64_t> PickledTensors::integers(const std::string& name, Id tuple)
   return values;
 }
 
-// The bytes of a storage, whose parts are those of torch.serialization, with items of this many bytes.
+// The bytes of a storage with items of `item` bytes; `parts` is as in torch.serialization.
 Bytes PickledTensors::storage(const std::string& name, std::span<const Id> parts, size_t item) const {
   const auto key = pickle_.text(parts[2]);
   const auto count = pickle_.integer(parts[4]);

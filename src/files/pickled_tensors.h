@@ -29,8 +29,8 @@ const PickledType* find_pickled_type(at::ScalarType type);  ///< null if there i
 /// The tensors of an archive of torch.save or torch.jit.save, collected by name. Throws FileError with "[reader] path: reason".
 class PickledTensors {
  public:
-  /// `container` is the kind of value whose entries name tensors: dict, or object in TorchScript. All arguments must outlive this.
-  /// Throws FileError if the archive is big-endian.
+  /// `container` is the kind of value whose entries name tensors: dict, or object in TorchScript. All arguments must outlive
+  /// this. Throws FileError if the archive is big-endian.
   PickledTensors(
       std::string_view reader, const std::string& path, const ZipFile& zip, const Pickle& pickle, Pickle::Kind container);
 
@@ -41,11 +41,11 @@ class PickledTensors {
   /// containers nest deeper than 100 levels.
   bool holds_tensors(Pickle::Id id, int depth = 0);
 
-  /// Adds all tensors of a container, named `prefix` and their own name; a nested container adds its name and a point to the prefix.
+  /// Adds all tensors of a container, named `prefix` and their own name; a nested container extends the prefix by "name.".
   void add_all(const std::string& prefix, Pickle::Id container, int depth = 0);
 
   /// Counts bytes of memory, or steps, that the pickle causes. Throws FileError when they are many times its own bytes: a small
-  /// pickle that shares its values could take years.
+  /// pickle that shares its values could otherwise take years.
   void charge(size_t cost);
 
   std::map<std::string, StoredTensor> tensors;
@@ -62,7 +62,7 @@ class PickledTensors {
   const Pickle& pickle_;
   Pickle::Kind container_;
   std::vector<Holds> holds_;  // by id
-  size_t left_;               // what may still be charged
+  size_t left_;               // cost that may still be charged
 };
 
 }  // namespace xattn::detail

@@ -32,7 +32,7 @@ constexpr char kOldForm[] =
     "{} pickled, as older versions of PyTorch wrote them, and pickles are not run; save it again in Python: "
     "torch.save(torch.export.load(PATH).state_dict, NEW_PATH)";
 
-// Types by their numbers in the configs, which are those of torch/_export/serde/schema.py, not of c10: from 1 on, and from 28 on.
+// Types by their numbers in the configs, from torch/_export/serde/schema.py and not from c10: from 1 on, and from 28 on.
 constexpr std::array kTypesFrom1 = {at::kByte,          at::kChar,  at::kShort,   at::kInt,         at::kLong,
                                     at::kHalf,          at::kFloat, at::kDouble,  at::kComplexHalf, at::kComplexFloat,
                                     at::kComplexDouble, at::kBool,  at::kBFloat16};
@@ -88,7 +88,7 @@ class Entry {
     return *value;
   }
 
-  /// A number that could be symbolic in a graph, but not here. From 2^63 on it becomes negative, which view_of refuses.
+  /// A number that could be symbolic in a graph, but not here. From 2^63 on it becomes negative, which view_of rejects.
   int64_t count(const std::string& place) const { return static_cast<int64_t>(get<uint64_t>(place + "/as_int")); }
 
   std::vector<int64_t> counts(const std::string& place) const {

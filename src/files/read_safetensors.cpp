@@ -23,8 +23,8 @@ struct HeaderEntry {
   std::optional<std::vector<uint64_t>> offsets;
 };
 
-// Reads the header token by token, without a tree of it in memory, and refuses each token that is not allowed at its place. So
-// nothing nests deeper than the format, and duplicate names are noticed.
+// Reads the header token by token, without building a tree in memory, and throws at a token that is not allowed at its place.
+// Nothing can therefore nest deeper than the format, and duplicate names are noticed.
 class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
  public:
   explicit HeaderParser(const std::string& path) : check_(kSafetensors, path) {}
@@ -106,7 +106,7 @@ class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
   }
 
  private:
-  // Refuses a token that is not allowed here, and says what is.
+  // Throws for a token that is not allowed here; the message names the allowed ones.
   [[noreturn]] void refuse() const {
     check_(level_ == 2, "the value of {} must be an object", in_quotes(name_));
     check_(name_ != kSafetensorsMetadata, "metadata {} must be a string", in_quotes(field_));
@@ -131,7 +131,7 @@ class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
   std::vector<uint64_t> list_;  // read so far
 };
 
-// The tensors in the data of a file. As the format demands, they must fill the data exactly.
+// The tensors in the data of a file. As the format requires, they must fill the data exactly.
 std::map<std::string, StoredTensor> laid_out(const std::string& path,
                                              const std::map<std::string, HeaderEntry>& records,
                                              Bytes data) {
@@ -150,7 +150,7 @@ std::map<std::string, StoredTensor> laid_out(const std::string& path,
     check(begin <= end, "tensor {} ends at {} before it begins at {}", in_quotes(name), end, begin);
     check(end <= data.size(), "tensor {} ends at {}, beyond the file's {} bytes of data; a download may have been cut off",
           in_quotes(name), end, data.size());
-    // Sizes from 2^63 on become negative, which count_elements refuses.
+    // Sizes from 2^63 on become negative, which count_elements rejects.
     std::vector<int64_t> shape(record.shape->begin(), record.shape->end());
     const auto elements = count_elements(shape);
     uint64_t bytes = 0;

@@ -18,9 +18,9 @@
 namespace xattn::detail {
 namespace {
 
-constexpr char kChosen[] = "state_dict_key";  // metadata: where in a checkpoint the state dict is
+constexpr char kChosen[] = "state_dict_key";  // metadata: the key of the state dict in its checkpoint
 
-// Keys under which programs save the model, beside its optimizer, its averages and more; the first one present counts.
+// Keys under which programs save the model, beside its optimizer, its averages and more; the first one present is used.
 constexpr std::array<std::string_view, 7> kModelKeys{"state_dict", "model_state_dict", "model", "module",
                                                      "net",        "weights",          "params"};
 

@@ -7,9 +7,9 @@
 #include "files/pickled_tensors.h"
 #include "files/readers.h"
 
-// An archive of TorchScript holds code and data.pkl, a pickle of the module's attributes: tensors, other values, and submodules.
-// Only the code tells parameters and buffers from other tensors, and it is not read: every tensor that is an attribute is taken.
-// Tensors in attributes that are lists, tuples or dicts are left out, as in Python's state_dict().
+// An archive of TorchScript holds code and data.pkl, a pickle of the module's attributes: tensors, other values, and
+// submodules. Only the code distinguishes parameters and buffers from other tensors, and it is not read: every attribute that
+// is a tensor is taken. Tensors in attributes that are lists, tuples or dicts are left out, as in Python's state_dict().
 namespace xattn::detail {
 namespace {
 

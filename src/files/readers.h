@@ -7,7 +7,7 @@
 #include "files/stored_tensor.h"
 #include "files/zip.h"
 
-// One function for each format, in a source file of its name. `path` is only for messages: "[reader] path: reason".
+// One function for each format, in a source file of the same name. `path` is only for messages: "[reader] path: reason".
 namespace xattn::detail {
 
 /// https://github.com/huggingface/safetensors

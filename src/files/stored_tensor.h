@@ -32,15 +32,15 @@ struct Index {
 
 inline constexpr size_t kMaxAxes = 64;  ///< the limit of most of torch's operators
 
-/// The number of elements of a shape; nothing if this number or a contiguous stride overflows, a size is negative, or there are more
-/// axes than torch allows.
+/// The number of elements of a shape; nothing if this number or a contiguous stride overflows, a size is negative, or there are
+/// more axes than torch allows.
 std::optional<int64_t> count_elements(const std::vector<int64_t>& shape);
 
 /// Strides of a contiguous tensor. REQUIRES: count_elements returns a number.
 std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& shape);
 
-/// The view of a storage that begins `offset` elements after its start. If the view does not lie in the storage, or is not valid,
-/// returns nothing and sets `*reason`, as in "ends at byte 80, beyond its storage of 40 bytes".
+/// The view of a storage that begins `offset` elements after its start. If the view does not lie in the storage, or is not
+/// valid, returns nothing and sets `*reason`, as in "ends at byte 80, beyond its storage of 40 bytes".
 std::optional<StoredTensor> view_of(Bytes storage,
                                     at::ScalarType type,
                                     std::vector<int64_t> shape,
@@ -52,8 +52,8 @@ std::optional<StoredTensor> view_of(Bytes storage,
 /// overflows.
 std::optional<uint64_t> shown_bytes(const StoredTensor& stored);
 
-/// A new tensor with memory of its own, contiguous unless it is a view that repeats elements: it never takes more memory than its
-/// data in the file. It can be trained. Nothing if a boolean is neither 0 nor 1, which would be undefined behaviour.
+/// A new tensor with memory of its own, contiguous unless it is a view that repeats elements: it never takes more memory than
+/// its data in the file. It can be trained. Nothing if a boolean is neither 0 nor 1, which would be undefined behaviour.
 std::optional<at::Tensor> materialize(const StoredTensor& stored);
 
 }  // namespace xattn::detail

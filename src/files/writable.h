@@ -21,7 +21,7 @@ inline LazyTensors writable(std::string_view reader, const std::string& path, co
   return lazy(tensors);
 }
 
-/// The tensor on the CPU, contiguous, with its values in memory as they are: neither conjugate nor negative views.
+/// The tensor on the CPU, contiguous, and neither a conjugate nor a negative view: memory holds its values.
 inline at::Tensor plain(const at::Tensor& tensor) {
   return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous();
 }

@@ -31,13 +31,13 @@ class Descriptor {
 
   int number() const { return number_; }
 
-  /// False with errno if the number is that of a failure.
+  /// Returns false, with errno set, if the number stands for a failure.
   bool open(int number) {
     number_ = number;
     return number_ >= 0;
   }
 
-  /// False with errno if the system reports only now that something was not written.
+  /// Returns false, with errno set, if the system reports only now that something was not written.
   bool close() { return number_ < 0 || ::close(std::exchange(number_, -1)) == 0; }
 
  private:
@@ -80,7 +80,7 @@ class Buffer : public std::streambuf {
   }
 
   bool write(const char* bytes, std::streamsize size) {
-    constexpr std::streamsize kMostAtOnce = 1 << 30;  // the system takes a little less than 2 GB
+    constexpr std::streamsize kMostAtOnce = 1 << 30;  // the system writes a little less than 2 GB
     while (size > 0 && error_ == 0) {
       const auto written = ::write(descriptor_, bytes, static_cast<size_t>(std::min(size, kMostAtOnce)));
       if (written < 0 && errno == EINTR) continue;
@@ -142,7 +142,7 @@ class NewFile {
   }
 
   void check(bool ok, int error) const { check_(ok, "cannot be written: {}", system_reason(error)); }
-  void check(bool ok) const { check(ok, errno); }  // REQUIRES: errno says why not
+  void check(bool ok) const { check(ok, errno); }  // REQUIRES: errno has the reason unless ok
 
  private:
   // The path with symbolic links resolved.
@@ -159,7 +159,7 @@ class NewFile {
     return place;
   }
 
-  // Creates the new file under an unused name, which is short however long the file's own is.
+  // Creates the new file under an unused name that is short even if the file's own name is long.
   void create(mode_t mode) {
     constexpr int kAttempts = 100;
     constexpr int kFlags = O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
@@ -175,7 +175,7 @@ class NewFile {
     check(false, EEXIST);
   }
 
-  // If the system refuses, only its owner may access the new file, which the old one allowed, too.
+  // If the system does not allow this, only the owner may access the new file, which the old permissions allowed too.
   void keep_permissions(const struct stat& old) const {
     struct stat made = {};
     bool owned = fstat(file_.number(), &made) == 0;

@@ -166,7 +166,7 @@ class Parser {
     return entry;
   }
 
-  // Numbers that do not fit their place are in an extra field: only those, in this order.
+  // Numbers that do not fit their place are in an extra field, which holds only these, in this order.
   void read_zip64(Bytes extra, DirectoryEntry& entry) const {
     auto field = find_field(extra, kZip64Field);
     for (auto* number : {&entry.size, &entry.compressed_size, &entry.offset}) {

@@ -9,9 +9,9 @@
 
 namespace xattn::detail {
 
-/// The directory of a zip archive, read and checked: each entry and its bytes, whose checksum is not verified. Stored entries and
-/// zip64; one disk; no encryption. Names in the directory and before the data must agree, entries must not overlap, and offsets
-/// and sizes must lie in the file. PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 and 4.5.
+/// The directory of a zip archive, read and checked: each entry and its bytes, whose checksum is not verified. Stored entries
+/// and zip64; one disk; no encryption. Names in the directory and before the data must agree, entries must not overlap, and
+/// offsets and sizes must lie in the file. PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 and 4.5.
 class ZipFile {
  public:
   struct Entry {

@@ -11,11 +11,11 @@
 #include <utility>
 #include <vector>
 
-// How families of models spell what a block has around its attention, and what it computes; layouts.h has the attention itself.
-// All names are those behind the block's prefix: of norms and linear layers in front of ".weight" and ".bias".
+// How families of models name the parts of a block around its attention, and what they compute. The attention is in layouts.h.
+// All names follow the block's prefix; the names of norms and linear layers precede ".weight" and ".bias".
 namespace xattn::detail {
 
-/// A weight's ending and its bias's, of norms; models first written for TensorFlow have the second ones in old files.
+/// Endings of a norm's weight and bias; old files of models first written for TensorFlow have the second pair.
 inline constexpr std::array kNormEndings = {std::pair(".weight", ".bias"), std::pair(".gamma", ".beta")};
 
 struct FeedForwardNames {
@@ -24,14 +24,14 @@ struct FeedForwardNames {
   std::string multiplier = {};  ///< of a gated linear unit; the same as `in` if one tensor packs both, the multiplier first
   bool transposed = false;      ///< weights are stored [in, out]
 
-  int parts() const { return multiplier == in ? 2 : 1; }  ///< of the tensor of `in`, which is the last of them
+  int parts() const { return multiplier == in ? 2 : 1; }  ///< parts of the tensor `in`; the last one is `in` itself
 };
 
 struct BlockNorms {
   std::string attention;
   std::string feed_forward;
   NormKind kind = NormKind::layer;
-  double eps = 1e-5;                            ///< what the family uses unless its config.json says otherwise
+  double eps = 1e-5;                            ///< the family's value unless its config.json says otherwise
   std::vector<std::string> eps_in_config = {};  ///< as LayerLayout::num_heads
 };
 
@@ -41,15 +41,15 @@ struct BlockLayout {
   std::string attention;  ///< prefix of the attention layer, "encoder_attn."
   BlockNorms norms;
   FeedForwardNames feed_forward;
-  std::array<std::string, 2> gates = {};  ///< of attention and feed-forward branch: both or neither
-  /// Names below the block's prefix that are not the block's, such as the self-attention in front of it; with a point at the
-  /// end all that begin so.
+  std::array<std::string, 2> gates = {};  ///< gates of the attention and feed-forward branches: both or neither
+  /// Names below the block's prefix that are not part of it, such as the self-attention in front of it. A name that ends in a
+  /// point stands for all names that begin with it.
   std::vector<std::string> beside = {};
-  /// The same for all files with these names; without it config.json tells, by one of the model types below.
+  /// The placement in all files with these names. If empty, config.json determines it, by one of the model types below.
   std::optional<NormPlacement> norm_placement = {};
   std::vector<std::string> models_before = {};
   std::vector<std::string> models_after = {};
-  /// What the family uses unless its config.json says otherwise; without it config.json must say.
+  /// The family's value unless its config.json says otherwise. If empty, config.json must give it.
   std::optional<Activation> activation = {};
   std::vector<std::string> activation_in_config = {};
 };

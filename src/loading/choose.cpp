@@ -10,7 +10,7 @@
 namespace xattn::detail {
 namespace {
 
-// What was found at `prefix`; without a prefix the only one.
+// The layer or block found at `prefix`; without a prefix, the only one.
 template <class Found>
 Found choose_one(const std::string& file, const std::vector<Found>& found, const std::optional<std::string>& prefix) {
   if (!prefix && found.size() == 1) return found.front();

@@ -12,15 +12,15 @@
 
 #include "files/check_file.h"
 
-// The layer or block of a file that is meant.
+// Chooses the layer or block of a file that a prefix names.
 namespace xattn::detail {
 
-/// Refuses a file of this path; see FileCheck.
+/// Checks on a file of this path; see FileCheck.
 inline FileCheck load_check(const std::string& path) {
   return {"load", path};
 }
 
-/// What was found at `prefix`, with or without the point at its end; null if there is nothing.
+/// The layer or block found at `prefix`, with or without the point at its end; null if there is none.
 template <class Found>
 const Found* find_at(const std::vector<Found>& found, const std::string& prefix) {
   const auto is_meant = [&](const Found& one) { return one.prefix == prefix || one.prefix == prefix + "."; };
@@ -32,7 +32,7 @@ const Found* find_at(const std::vector<Found>& found, const std::string& prefix)
 FoundLayer choose(const std::string& file, const std::vector<FoundLayer>& layers, const std::optional<std::string>& prefix);
 FoundBlock choose(const std::string& file, const std::vector<FoundBlock>& blocks, const std::optional<std::string>& prefix);
 
-/// Throws FileError if no layer is known below a prefix for a reason that can be named: quantized or low-rank weights.
+/// Throws FileError if no layer was found below a prefix for a known reason: quantized or low-rank weights.
 void explain_none(const Checkpoint& checkpoint, const std::string& prefix);
 
 /// Throws FileError unless the tensor has a floating point type.

@@ -14,7 +14,7 @@ using detail::BlockLayout;
 using detail::Infos;
 using Shape = std::vector<int64_t>;
 
-// A block of this layout behind a prefix, if it is there and its shapes fit together.
+// A block of this layout at a prefix, if it is present and its shapes fit together.
 class BlockMatch {
  public:
   BlockMatch(const Infos& tensors, const BlockLayout& layout, std::string prefix)
@@ -74,7 +74,7 @@ class BlockMatch {
            has(name + ".bias", {out}) == bias;
   }
 
-  // The kind of both gates; nothing if they are not as the layout has them.
+  // The kind of both gates; nothing if they do not match the layout.
   std::optional<BlockGate> gate_of(int64_t Eq) const {
     if (layout_.gates[0].empty()) return BlockGate::none;
     const auto *first = find(layout_.gates[0]), *second = find(layout_.gates[1]);

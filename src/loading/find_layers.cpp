@@ -28,7 +28,7 @@ struct Sizes {
   int64_t in;
 };
 
-// A layer of this layout behind a prefix, if it is there and its shapes fit together.
+// A layer of this layout at a prefix, if it is present and its shapes fit together.
 class Match {
  public:
   Match(const Infos& tensors, const LayerLayout& layout, const std::string& prefix)
@@ -76,7 +76,7 @@ class Match {
     return found == tensors_.end() ? nullptr : &found->second;
   }
 
-  // Whether there is such a tensor; if so, it is explained.
+  // Whether there is such a tensor; if so, marks it as explained.
   bool take(const std::string& name) {
     const bool is_there = !name.empty() && find(name);
     if (is_there) explained_.insert(name);
@@ -102,7 +102,7 @@ class Match {
     return false;
   }
 
-  // Whether the norms in front of the projections are there, which a layout has always or never.
+  // Whether the norms in front of the projections are present; a layout has them always or never.
   bool input_norms() {
     return std::ranges::all_of(layout_.input_norms, [&](const auto& name) {
       if (name.empty()) return true;
@@ -111,7 +111,7 @@ class Match {
     });
   }
 
-  // Whether the norms of projected queries and keys, which a layer may have or not, are both there or both absent.
+  // Whether the optional norms of projected queries and keys are both present or both absent.
   bool qk_norms(FoundLayer& layer) {
     const auto &query = layout_.qk_norm.query, &key = layout_.qk_norm.key;
     if (query.empty()) return true;
@@ -153,7 +153,7 @@ class Match {
   std::vector<std::string> misshapen_;
 };
 
-// The kind that the names of models tell. The last word that says something counts: "cross_attn.self_attn" is self.
+// The kind according to a model's names. The last word that implies a kind counts: "cross_attn.self_attn" is self.
 AttentionKind kind_by_name(std::string_view prefix) {
   constexpr std::array kCross = {"cross", "encoder_attn", "EncDecAttention", "multihead_attn", "attn2", "src_attn", "enc_attn"};
   constexpr std::array kSelf = {"self", "attn1", "SelfAttention"};
@@ -194,7 +194,7 @@ std::vector<Layout> layouts() {
 
 std::vector<FoundLayer> find_layers(const Infos& tensors, const std::string& layout) {
   const auto* only = layout.empty() ? nullptr : &detail::layout_named(layout);
-  std::map<std::string, std::vector<const LayerLayout*>> places;  // layouts whose query projection stands behind a prefix
+  std::map<std::string, std::vector<const LayerLayout*>> places;  // layouts whose query projection is at a prefix
   for (const auto& [name, info] : tensors) {
     for (const auto& one : detail::layer_layouts()) {
       const auto& ending = one.projections[0].weight;
@@ -214,7 +214,7 @@ std::vector<int64_t> FoundLayer::possible_heads() const {
   if (heads_known) return {options.num_heads()};
   const auto group = options.num_heads() / *options.kv_heads();
   const auto common = *options.kv_heads() * std::gcd(*options.head_dim(), *options.value_head_dim());
-  // Divisors come in pairs, one of which is at most the square root.
+  // Divisors come in pairs; one of each pair is at most the square root.
   std::vector<int64_t> possible;
   for (int64_t kv_heads = 1; kv_heads <= common / kv_heads; ++kv_heads) {
     if (common % kv_heads != 0) continue;

@@ -25,7 +25,7 @@ std::string with_point(const std::string& prefix) {
   return prefix.empty() || prefix.ends_with('.') ? prefix : prefix + ".";
 }
 
-// A key that sorts layers as diffusers counts them: down blocks, up blocks, mid block, or their names in single files; 2 before 10.
+// A key that sorts layers in the order of diffusers: down, up and mid blocks, or their names in single files; 2 before 10.
 std::pair<size_t, std::string> order_of(const std::string& prefix) {
   constexpr std::array kParts = {"down_blocks.",   "input_blocks.", "up_blocks.",
                                  "output_blocks.", "mid_block.",    "middle_block."};
@@ -36,7 +36,7 @@ std::pair<size_t, std::string> order_of(const std::string& prefix) {
   return {static_cast<size_t>(part - kParts.begin()) / 2, padded + prefix};  // "1" is not "01"
 }
 
-// Odd numbers are those of cross-attention layers, even ones those of self-attention.
+// Cross-attention layers have odd numbers, self-attention layers even ones.
 Places places_by_order(const Checkpoint& base) {
   std::map<std::pair<size_t, std::string>, std::string> ordered;
   for (const auto& layer : find_layers(base.tensors(), "diffusers")) {
@@ -55,7 +55,7 @@ Places places_by_order(const Checkpoint& base) {
 }  // namespace
 
 Checkpoint with_ip_adapter(const Checkpoint& base, const Checkpoint& adapter, const Places& places) {
-  std::map<std::string, std::string> names;  // in the adapter -> as diffusers has them in its U-Net
+  std::map<std::string, std::string> names;  // names in the adapter -> names in the U-Net of diffusers
   for (const auto& [layer, place] : places.empty() ? places_by_order(base) : places) {
     for (const auto* side : {"to_k_ip", "to_v_ip"}) {
       names.emplace(detail::formatted("{}{}.weight", with_point(place), side),

@@ -12,14 +12,14 @@
 #include "base/check.h"
 #include "base/text.h"
 
-// How families of models spell attention layers. All names are those behind the layer's prefix.
+// How families of models name the parts of attention layers. All names follow the layer's prefix.
 namespace xattn::detail {
 
 /// A weight and a bias in a file, or one of several equal parts of them along the output features.
 struct LinearNames {
   std::string weight;
   std::string bias;  ///< may be absent from a file; empty if it always is
-  int part = 0;      ///< of weight and bias, if they have several
+  int part = 0;      ///< which part of weight and bias, if there are several
   int parts = 1;
   int bias_parts = 1;  ///< torch.nn.MultiheadAttention packs the biases of separate weights
 };
@@ -28,10 +28,10 @@ struct LinearNames {
 struct QkNormNames {
   std::string query;
   std::string key;
-  double eps = 1e-6;                            ///< what the family uses unless its config.json says otherwise
+  double eps = 1e-6;                            ///< the family's value unless its config.json says otherwise
   std::vector<std::string> eps_in_config = {};  ///< as `num_heads`
-  /// If not empty, `eps` holds for layers with one of these components in their prefix. Families with another eps spell the
-  /// layer alike, so nothing tells the eps of other layers.
+  /// If not empty, `eps` holds only for layers with one of these components in their prefix. Other families use the same names
+  /// with another eps, so the eps of other layers is unknown.
   std::vector<std::string> eps_known_in = {};
 };
 
@@ -49,13 +49,12 @@ struct AddedNames {
 struct LayerLayout {
   std::string name;
   std::string used_by;
-  std::vector<std::string> prefix_has =
-      {};                                  ///< the prefix has one of these components, which tells layouts of equal names apart
-  std::array<LinearNames, 4> projections;  ///< of query, key, value and output
-  bool transposed = false;                 ///< weights are stored [in, out]
-  std::optional<double> scale = {};        ///< of the logits; without it 1 / sqrt(head_dim)
+  std::vector<std::string> prefix_has = {};  ///< the prefix has one of these components: distinguishes layouts of equal names
+  std::array<LinearNames, 4> projections;    ///< of query, key, value and output
+  bool transposed = false;                   ///< weights are stored [in, out]
+  std::optional<double> scale = {};          ///< of the logits; without it 1 / sqrt(head_dim)
   QkNormNames qk_norm = {};
-  std::string layer_norms_are = {};             ///< qk norms with biases are not of this family; whose they are
+  std::string layer_norms_are = {};             ///< the family that qk norms with biases belong to; this one has none
   std::array<std::string, 2> input_norms = {};  ///< layer norms in front of the projections: of query, and of key and value
   std::array<std::string, 2> bias_kv = {};      ///< a learned key and value
   std::vector<AddedNames> added = {};           ///< contexts that a layer may have beside its first
@@ -63,9 +62,9 @@ struct LayerLayout {
   /// `convert` keeps them, so they are harmless in every layout.
   std::vector<std::string> beside = {};
   std::vector<std::string> beside_cross = {};  ///< the same in cross-attention of this layout only
-  std::string causal_mask = {};                ///< the same for a buffer [1, 1, n, n], which only self-attention uses
+  std::string causal_mask = {};                ///< likewise a buffer [1, 1, n, n], which only self-attention uses
   std::vector<std::string> num_heads = {};     ///< names in config.json
-  std::string num_heads_unknown = {};          ///< config.json does not tell it for prefixes that contain this
+  std::string num_heads_unknown = {};          ///< config.json does not give it for prefixes that contain this
   std::string scale_root_in_config = {};       ///< the scale is 1 / sqrt of this number (Gemma)
   std::string scaled_in_config = {};           ///< if false, the scale is 1
   std::string by_layer_in_config = {};         ///< if true, the scale is divided by the layer's number, counted from 1
@@ -92,7 +91,7 @@ XATTN_API const LayerLayout& layout_named(std::string_view name);
 /// Whether one of these words stands in a prefix between its points.
 bool has_component(const std::string& prefix, const std::vector<std::string>& words);
 
-/// One parameter of a CrossAttention as a layout spells it.
+/// One parameter of a CrossAttention and its name in a layout.
 struct ParameterName {
   std::string parameter;  ///< "query_linear.weight"
   std::string name;       ///< in a file

@@ -50,7 +50,7 @@ bool converts(torch::ScalarType from, torch::ScalarType to) {
          (c10::isComplexType(from) && c10::isComplexType(to));
 }
 
-// Why a value from a file does not fit into a tensor of the module; empty if it does.
+// The reason why a value from a file does not fit a tensor of the module; empty if it fits.
 std::string misfit(torch::ScalarType type, const std::vector<int64_t>& shape, const torch::Tensor& target) {
   if (target.sizes() != shape) {
     return formatted("must have shape {}, but has [{}]", detail::shape_of(target), detail::joined(shape));
@@ -70,10 +70,10 @@ std::string prefix_of(const LoadOptions& options, const detail::Infos& infos) {
   return first != infos.end() && first->first.starts_with(with_point) ? with_point : prefix;
 }
 
-// Finds out what a load will do before anything changes.
+// Determines what a load will do before anything changes.
 class Loader {
  public:
-  // `name` of the file, for messages.
+  // `name`: the file's, for messages.
   Loader(torch::nn::Module& module, std::string name, LazyTensors source, const LoadOptions& options)
       : module_(module),
         name_(std::move(name)),
@@ -91,7 +91,7 @@ class Loader {
   }
 
  private:
-  // Adds recipes for the parameters of blocks and attention layers of the module that the file spells in a layout.
+  // Adds recipes for the module's blocks and attention layers that the file names by a layout.
   void find_layouts() {
     const auto own_blocks = modules_of<CrossAttentionBlockImpl>();
     const auto own_layers = modules_of<CrossAttentionImpl>();
@@ -119,7 +119,7 @@ class Loader {
     for (const auto& [path, own] : own_layers) add_layer(layers, path, path, *own);
   }
 
-  // If the module itself is one of these, and no prefix is given, the file's only one is meant.
+  // If the module itself is one of these, and no prefix is given, the file's only one is used.
   template <class Impl, class Found>
   void choose_prefix(const std::vector<Found>& found) {
     if (!options_.prefix && module_.as<Impl>() && !found.empty()) prefix_ = detail::choose(name_, found, std::nullopt).prefix;
@@ -131,7 +131,7 @@ class Loader {
     return found == all.end() ? nullptr : &*found;
   }
 
-  // What the file has at `path` for an attention at `inner`, which is the same, or the first part of a decoupled one.
+  // Adds the file's layer at `path` for the attention at `inner`: the same path, or the first part of a decoupled layer.
   void add_layer(const std::vector<FoundLayer>& layers,
                  const std::string& path,
                  const std::string& inner,
@@ -149,7 +149,7 @@ class Loader {
     for (const auto& [parameter, recipe] : of_layer) recipes_.emplace(path + parameter, recipe);
   }
 
-  // Names below the prefix of a layer or block that are not part of it, and names of it elsewhere.
+  // Records names below the prefix of a layer or block that are not part of it, and its names elsewhere.
   void add(const std::map<std::string, NameRole>& roles, const std::string& prefix) {
     for (const auto& [name, role] : roles) {
       const bool known = role == NameRole::beside || (role == NameRole::input_norm && options_.without_input_norms);
@@ -158,7 +158,7 @@ class Loader {
     }
   }
 
-  // All of a kind in the module, itself included, with their paths: empty, or with a point at the end.
+  // All submodules of this type, the module itself included, by their paths: empty, or ending in a point.
   template <class Impl>
   std::vector<std::pair<std::string, Impl*>> modules_of() const {
     std::vector<std::pair<std::string, Impl*>> result;
@@ -169,7 +169,7 @@ class Loader {
     return result;
   }
 
-  // The module must compute what the layout does; nothing in the tensors would show that it does not.
+  // The module must compute what the layout computes; nothing in the tensors would reveal a difference.
   void check_arithmetic(const FoundLayer& layer, const std::string& path, const CrossAttentionImpl& attention) {
     const auto& scale = detail::layout_named(layer.layout).scale;
     if (scale) require(path, "scale", *scale, *attention.options.scale(), layer.layout);
@@ -277,7 +277,7 @@ class Loader {
   std::set<const CrossAttentionImpl*> done_;  // attention that has recipes
   std::set<std::string> surrounding_;         // names in the file below the prefix of a layer or block, but not part of it
   std::set<std::string> unexplained_;         // names in the file of a layer or block that its layout does not explain
-  Names misshapen_;                           // what does not fit together in layers of the file, whatever the module has
+  Names misshapen_;                           // tensors of the file's layers that do not fit together, whatever the module has
   std::vector<Copy> copies_;
   LoadReport report_;
 };

@@ -58,7 +58,7 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint, const FoundLayer& l
   return sizes;
 }
 
-// Refuses what a layer has beside its parameters and a module made from it would drop.
+// Throws if a layer has tensors beside its parameters that a module made from it would drop.
 void refuse_the_rest(const Checkpoint& checkpoint, const FoundLayer& layer, const LayerOptions& options, bool takes_added) {
   const auto check_file = load_check(checkpoint.path());
   const auto roles = detail::name_roles(layer, checkpoint.tensors());
@@ -141,7 +141,7 @@ DecoupledCrossAttention decoupled_cross_attention_from(const Checkpoint& checkpo
     const auto named = [&](std::string_view part) { return detail::formatted("added{}.{}", i, part); };
     const auto width = [&](std::string_view part) {
       const auto& shape = checkpoint.tensors().at(parts.at(named(part)).source).shape;
-      return shape.size() == 2 ? shape[1] : 0;  // refused by the module
+      return shape.size() == 2 ? shape[1] : 0;  // the module rejects it
     };
     added.push_back(AddedContextOptions(width("key_linear.weight"), width("value_linear.weight"))
                         .key_bias(parts.contains(named("key_linear.bias")))

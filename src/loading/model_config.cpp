@@ -29,7 +29,7 @@ bool is_a(const Json& value) {
   if constexpr (std::is_same_v<T, std::string>) return value.is_string();
 }
 
-// Where a name of a layout may stand: "/name", "/text_config/name", "/decoder/name", or at the one place that it says.
+// Where a name of a layout may stand: "/name", "/text_config/name", "/decoder/name", or at the one place that it gives.
 Names places_of(std::string name) {
   if (name.empty()) return {};
   std::ranges::replace(name, '.', '/');
@@ -57,7 +57,7 @@ std::optional<int64_t> layer_number(const std::string& prefix) {
   return last;
 }
 
-// As Hugging Face's ACT2FN spells them.
+// Names are those of Hugging Face's ACT2FN.
 std::optional<Activation> activation_named(std::string_view name) {
   if (name == "gated-gelu") return Activation::gelu_tanh;  // T5's feed_forward_proj: it has always been the approximation
   if (name.starts_with("gated-")) name.remove_prefix(std::string_view("gated-").size());
@@ -71,7 +71,7 @@ std::optional<Activation> activation_named(std::string_view name) {
 }  // namespace
 
 ModelConfig::ModelConfig(const Checkpoint& checkpoint) : check_(load_check(checkpoint.path())) {
-  constexpr size_t kMaxConfig = 8'000'000;  // bytes; a config that names ten thousands of classes has one million
+  constexpr size_t kMaxConfig = 8'000'000;  // bytes; a config that names tens of thousands of classes has one million
   const auto path = (std::filesystem::path(checkpoint.path()).parent_path() / "config.json").string();
   std::error_code error;
   if (std::filesystem::status(path, error).type() == std::filesystem::file_type::not_found) return;
@@ -93,7 +93,7 @@ std::vector<T> ModelConfig::all(const Names& names) const {
 void ModelConfig::refuse_other_attention(const FoundLayer& layer) const {
   struct Refused {
     std::string_view name;
-    std::string_view value;  // what its text begins with
+    std::string_view value;  // prefix of its text
     bool with_norms;         // only layers with norms of queries and keys
     std::string_view reason;
   };
@@ -116,7 +116,7 @@ void ModelConfig::refuse_other_attention(const FoundLayer& layer) const {
   refuse_soft_caps(layout_named(layer.layout).num_heads);
 }
 
-// Of logits, in the parts of the config in which numbers of heads are looked up.
+// Throws for soft caps of logits, in the parts of the config where numbers of heads are looked up.
 void ModelConfig::refuse_soft_caps(const Names& names) const {
   Names parts = {"/text_config", "/decoder"};
   for (const auto& name : names) {
@@ -136,7 +136,7 @@ void ModelConfig::refuse_soft_caps(const Names& names) const {
 }
 
 std::optional<int64_t> ModelConfig::num_heads(const FoundLayer& layer) const {
-  // Of these classes of diffusers, attention_head_dim is the number of heads; of others it is the size of a head.
+  // In these classes of diffusers attention_head_dim is the number of heads; in others it is the size of a head.
   constexpr std::array kClasses = {"UNet2DCondition", "UNet3DCondition", "UNetMotion", "I2VGenXLUNet", "ControlNet"};
   const auto& layout = layout_named(layer.layout);
   if (!layout.num_heads_unknown.empty() && layer.prefix.find(layout.num_heads_unknown) != std::string::npos) return {};

@@ -17,13 +17,13 @@
 
 namespace xattn::detail {
 
-/// The config.json beside a file of weights, which may be absent: what it says of a layer or block that its weights do not tell.
+/// The config.json beside a file of weights, which may be absent: properties of layers and blocks that the weights do not show.
 class ModelConfig {
  public:
   /// Reads it as the weights are read: throws FileError unless it is a regular file of JSON, of at most 8 MB.
   explicit ModelConfig(const Checkpoint& checkpoint);
 
-  /// Throws FileError for a kind of attention that only a config tells, and that is not computed.
+  /// Throws FileError for an unsupported kind of attention that only a config reveals.
   void refuse_other_attention(const FoundLayer& layer) const;
 
   std::optional<int64_t> num_heads(const FoundLayer& layer) const;

@@ -57,7 +57,7 @@ std::vector<std::string> beside_weight(const std::string& weight, std::span<cons
   return names;
 }
 
-// Calls `visit` with the names that begin so, and what is behind the prefix.
+// Calls `visit` with each name that begins with the prefix, and with the rest of that name.
 template <class Visit>
 void for_each_below(const std::string& prefix, const Infos& tensors, const Visit& visit) {
   for (auto item = tensors.lower_bound(prefix); item != tensors.end() && item->first.starts_with(prefix); ++item) {
@@ -65,8 +65,8 @@ void for_each_below(const std::string& prefix, const Infos& tensors, const Visit
   }
 }
 
-// Low-rank weights in kohya's spelling: "lora_unet_" or the like, the name of a module with underscores in place of points, which
-// may lack the first components of ours, and ".lora_down.weight".
+// Low-rank weights in kohya's spelling: "lora_unet_" or the like, the name of a module with underscores in place of points,
+// which may lack the first components of ours, and ".lora_down.weight".
 std::vector<std::string> low_rank_names(const Recipes& recipes, const Infos& tensors) {
   constexpr std::array kBeginnings = {"lora_", "lycoris_"};
   constexpr int kMostWords = 2;  // in front of the module's name
@@ -240,11 +240,11 @@ NamedTensors spell(const NamedTensors& parameters, const LayerLayout& layout, co
   return result;
 }
 
-// ---- What names are --------------------------------------------------------------------------------------------------------
+// ---- Roles of names --------------------------------------------------------------------------------------------------------
 
 namespace {
 
-// Roles by name behind the prefix of a layer or block: at first, none is explained.
+// Roles by name, without the prefix of the layer or block. At first no name is explained.
 class Roles {
  public:
   Roles(const std::string& prefix, const Infos& tensors) : prefix_(prefix), tensors_(tensors) {
@@ -255,7 +255,7 @@ class Roles {
     if (const auto found = roles.find(name); found != roles.end()) found->second = role;
   }
 
-  // Of the sources of recipes and the scales beside them.
+  // Sets the role of the sources of recipes and of the scales beside them.
   void set(const Recipes& recipes, NameRole role) {
     for (const auto& [parameter, recipe] : recipes) {
       set(recipe.source.substr(prefix_.size()), role);

@@ -20,9 +20,9 @@ using Infos = std::map<std::string, TensorInfo>;
 
 /// A tensor of a module, made from a part of a tensor in a file.
 ///
-/// A weight of a float8 type may have a scale beside it, which multiplies it: one number, one for each row, or one for each block
-/// of rows and columns. Blocks have 128 of each, of which the last may have fewer, or else all have equally many. Its name is
-/// that of the weight with "weight" replaced by
+/// A weight of a float8 type may have a scale beside it, which multiplies it: one number, one for each row, or one for each
+/// block of rows and columns. Blocks have 128 of each, the last perhaps fewer, or else all have equally many. The scale's name
+/// is that of the weight with "weight" replaced by
 ///   scale_weight      ComfyUI
 ///   weight_scale      compressed-tensors, FBGEMM, ComfyUI's newer files
 ///   weight_scale_inv  DeepSeek, FineGrainedFP8 of transformers: the inverse of the factor with which the weight was made, and
@@ -38,12 +38,12 @@ struct XATTN_API TensorRecipe {
   std::string scale = {};  ///< full name of the tensor that multiplies the source; empty if there is none
 
   std::vector<int64_t> shape(const TensorInfo& source_info) const;
-  /// The type of what `make` returns: the source's, or with a scale float32 or float64.
+  /// The type that `make` returns: the source's, or float32 or float64 with a scale.
   at::ScalarType type(const Infos& tensors) const;
-  /// Why source and scale do not fit together; empty if they do, or if there is no scale.
+  /// The reason why source and scale do not fit together; empty if they do, or if there is no scale.
   std::string misfit(const Infos& tensors) const;
-  /// The part of the source, multiplied by the scale, in float64 if `type` is float64. Throws c10::ValueError, with the reason, if
-  /// source and scale do not fit together.
+  /// The part of the source, multiplied by the scale, in float64 if `type` is float64. Throws c10::ValueError, with the reason,
+  /// if source and scale do not fit together.
   at::Tensor make(const LazyTensors& tensors, std::optional<at::ScalarType> type = {}) const;
 };
 
@@ -55,36 +55,36 @@ TensorRecipe with_scale(TensorRecipe recipe, const Infos& tensors);
 /// How to make each parameter of a CrossAttention ("query_linear.weight") from a file with this layer.
 XATTN_API Recipes recipes(const FoundLayer& layer, const Infos& tensors);
 
-/// The same for its added contexts, by the names in a DecoupledCrossAttention ("added0.key_linear.weight").
+/// Likewise for its added contexts, by the names in a DecoupledCrossAttention ("added0.key_linear.weight").
 XATTN_API Recipes added_recipes(const FoundLayer& layer, const Infos& tensors);
 
-/// The same for a CrossAttentionBlock.
+/// Likewise for a CrossAttentionBlock.
 XATTN_API Recipes recipes(const FoundBlock& block, const Infos& tensors);
 
-/// The parameters of a CrossAttention, by name, as this layout spells them below `prefix`. Throws c10::ValueError for a layer
-/// that the layout cannot spell, such as one with a bias where the layout has no name for it.
+/// The parameters of a CrossAttention, by the names that this layout has for them below `prefix`. Throws c10::ValueError for a
+/// layer that the layout cannot express, such as one with a bias where the layout has no name for it.
 XATTN_API NamedTensors spell(const NamedTensors& parameters, const LayerLayout& layout, const std::string& prefix = {});
 
-/// What a name below a layer's prefix is.
+/// The role of a name below a layer's prefix.
 enum class NameRole {
   parameter,   ///< a weight, bias or norm of the layer, or the scale of a weight
-  added,       ///< the same of an added context
+  added,       ///< the same, for an added context
   input_norm,  ///< of a norm in front of the projections; see `input_norms` in load_modules.h
   beside,      ///< known to take no part: see LayerLayout::beside; scales of activations
   unexplained,
 };
 
-/// What each name below the layer's prefix is, without the prefix; and by their full names low-rank weights for the layer in
-/// kohya's spelling, which are unexplained.
+/// The role of each name below the layer's prefix, by the name without it. Low-rank weights for the layer in kohya's spelling
+/// are listed by their full names, as unexplained.
 XATTN_API std::map<std::string, NameRole> name_roles(const FoundLayer& layer, const Infos& tensors);
 
-/// The same below a block's prefix.
+/// Likewise below a block's prefix.
 XATTN_API std::map<std::string, NameRole> name_roles(const FoundBlock& block, const Infos& tensors);
 
-/// Those with this role.
+/// The names with this role.
 std::vector<std::string> names_of(NameRole role, const std::map<std::string, NameRole>& roles);
 
-/// What to do about names that no layout explains, for the end of a message: "; low-rank weights must ..." or nothing.
+/// Advice on names that no layout explains, for the end of a message: "; low-rank weights must ..." or nothing.
 XATTN_API std::string advice_on(const std::vector<std::string>& names);
 
 }  // namespace xattn::detail

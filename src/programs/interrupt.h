@@ -9,7 +9,7 @@
 
 namespace program {
 
-/// While it exists, the first Ctrl-C, SIGTERM or SIGHUP only asks the program to stop; the second one ends it. An ignored
+/// While it exists, the first Ctrl-C, SIGTERM or SIGHUP only requests a stop; the second one ends the program. An ignored
 /// SIGHUP, as under nohup, stays ignored. REQUIRES: no other Interrupt exists.
 class Interrupt {
  public:
@@ -31,9 +31,9 @@ class Interrupt {
   Interrupt& operator=(const Interrupt&) = delete;
 
   bool asked() const { return signal_ != 0; }
-  int signal() const { return signal_; }  ///< the signal that asked
+  int signal() const { return signal_; }  ///< the signal that requested the stop
 
-  /// Throws Interrupted with this message if a signal asked to stop.
+  /// Throws Interrupted with this message if a signal requested a stop.
   void check(const std::string& message) const {
     if (asked()) throw Interrupted(message, signal());
   }

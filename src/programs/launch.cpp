@@ -80,8 +80,8 @@ c10::intrusive_ptr<c10d::Backend> nccl([[maybe_unused]] const Place& place,
 #endif
 }
 
-// A socket that listens at one address of this machine with this name, and at no other: by itself LibTorch's store would listen
-// on every interface. The store takes over the socket.
+// Opens a socket that listens at one address of this name and at no other: LibTorch's store by itself would listen on every
+// interface. The store takes over the socket.
 int listen_at(const std::string& address, uint16_t port) {
   addrinfo hints = {};
   hints.ai_flags = AI_NUMERICSERV;

@@ -26,7 +26,7 @@ namespace {
 
 constexpr int kMostThreads = 1024;
 
-// A check as CLI11 expects it: returns what is wrong with the name, or nothing.
+// A check in CLI11's form: returns the error in the name, or nothing.
 std::string check_device_name(const std::string& name) {
   const auto message = fmt::format("'{}' is not cpu, cuda or cuda:N", name);
   try {
@@ -52,7 +52,7 @@ void report_limits_of_files() {
   if (sigaction(SIGXFSZ, nullptr, &found) == 0 && found.sa_handler == SIG_DFL) std::signal(SIGXFSZ, SIG_IGN);
 }
 
-// Output may wait in memory: only when it is flushed, the system reports whether it could be written.
+// Output may be buffered: only flushing it shows whether it could be written.
 void check_output() {
   errno = 0;
   std::cout.flush();
@@ -133,7 +133,7 @@ int Program::run(int argc, char** argv, const std::function<void()>& job) {
   report_limits_of_files();
   try {
     try {
-      app_->parse(argc, argv);  // which runs the job of a subcommand
+      app_->parse(argc, argv);  // runs the job of a subcommand
       job();
     } catch (const CLI::Success& help) {
       app_->exit(help);

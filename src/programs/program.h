@@ -20,7 +20,7 @@ class App;
 // Options and error handling shared by all programs. CLI11 parses the command line; only program.cpp includes it.
 namespace program {
 
-/// The user asked the job to stop; what() says how to continue. A program that throws it exits with 128 plus the number of the
+/// The user interrupted the job; what() says how to continue. A program that throws it exits with 128 plus the number of the
 /// signal, as shells do: 130 for Ctrl-C.
 class Interrupted : public std::runtime_error {
  public:
@@ -38,7 +38,7 @@ class UsageError : public std::runtime_error {
   UsageError(const std::string& argument, const std::string& message) : std::runtime_error(argument + ": " + message) {}
 };
 
-/// What an option's value must fulfil; an error that names the option says what is wrong.
+/// Conditions on an option's value. The error for a wrong value names the option.
 struct Rules {
   bool required = false;
   bool positive = false;

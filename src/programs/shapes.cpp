@@ -114,7 +114,7 @@ xattn::PlanRequest plan_request(const Shape& s) {
 Operations count_operations(const Shape& shape) {
   auto request = plan_request(shape);
   request.weights_are_frozen = !request.training;
-  request.rates = {.flops = 1e9, .memory = 1e18, .softmax = 1e18};  // nothing but operations has a price
+  request.rates = {.flops = 1e9, .memory = 1e18, .softmax = 1e18};  // only operations cost time
   const auto fewest = make_plan(request);
   request.query_is_constant = false;
   const auto over_real_keys = cost_of({}, request).operations;

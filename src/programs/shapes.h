@@ -11,7 +11,7 @@
 // The layers of real models in bench/shapes.csv, which describes its columns. The file is embedded into the program.
 namespace shapes {
 
-/// What a call of the row does.
+/// The part of the layer that a call of the row computes.
 enum class Timed {
   forward,   ///< everything
   attend,    ///< attends to a context that was made before
@@ -31,7 +31,7 @@ struct Shape {
   int64_t valid = 1;  ///< number of real keys; below Lk there is a padding mask
   int64_t Eq = 1, Ek = 1, Eo = 1, d = 1, e = 1;
   NormOver norm = NormOver::nothing;
-  bool maps = false;  ///< whether anyone uses the attention weights of this layer
+  bool maps = false;  ///< whether models use the attention weights of this layer
 };
 
 /// All rows, in the order of the file.
@@ -43,7 +43,7 @@ std::vector<Shape> matching(std::string_view text);
 /// The row as the planner sees it; weights are not frozen.
 xattn::PlanRequest plan_request(const Shape& shape);
 
-/// The operations of what is timed.
+/// Numbers of operations of the timed part.
 struct Operations {
   double standard;  ///< of the standard order, over all keys
   xattn::Orders

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// An outside program: trains the module inside a model of its own, from weights of a TorchScript file. Fails unless it learns, and
-// unless attention is as exact as it is whatever flags this program is compiled with.
+// An outside program: trains the module inside a model of its own, from weights of a TorchScript file. Fails unless it learns,
+// and unless attention is exact whatever flags this program is compiled with.
 #include <torch/torch.h>
 #include <xattn/xattn.h>
 
@@ -13,7 +13,7 @@ struct Model : torch::nn::Module {
   torch::nn::Linear head = register_module("head", torch::nn::Linear(16, 1));
 };
 
-// LibTorch's operators look at the results, which a compiler told that there is no NaN must not.
+// LibTorch's operators check the results: a compiler that may assume there is no NaN could remove a check written here.
 bool is_exact() {
   const auto q = torch::randn({2, 4, 40, 16}), k = torch::randn({2, 4, 300, 16}), v = torch::randn({2, 4, 300, 16});
   const auto wide = [](const torch::Tensor& x) { return x.to(torch::kDouble); };

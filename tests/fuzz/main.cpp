@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The entry of libFuzzer. Beside what the sanitizers see, it sees to it that memory stays in proportion to the input.
+// The entry point of libFuzzer. It also checks that memory stays in proportion to the input.
 #include <sanitizer/allocator_interface.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr size_t kAllowed = 64 << 10;   // for what a reader needs whatever the input
+constexpr size_t kAllowed = 64 << 10;   // memory that a reader may take for any input
 constexpr size_t kAllowedPerByte = 64;  // JSON and pickles take up to 40
 
 size_t live = 0;

@@ -16,7 +16,7 @@ namespace {
 
 using detail::Bytes;
 
-constexpr size_t kMaxTensorBytes = 1 << 20;  // names may share a storage, and so ask for more than the file holds
+constexpr size_t kMaxTensorBytes = 1 << 20;  // names may share a storage, and so take more than the file holds
 
 void take_tensors(const detail::Index& index) {
   size_t taken = 0;

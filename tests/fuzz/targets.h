@@ -6,12 +6,12 @@
 
 #include "files/mapped_file.h"
 
-// What readers make of arbitrary bytes: tensors, or a refusal by FileError. Whatever else comes out of them is a bug.
-// libFuzzer runs them on inputs that it makes up (scripts/fuzz.sh), fuzz_test.cpp on those that are kept in tests/data/fuzz.
+// Run readers on arbitrary bytes. A reader must return tensors or throw FileError; anything else is a bug. libFuzzer makes up
+// the inputs (scripts/fuzz.sh), and fuzz_test.cpp runs those kept in tests/data/fuzz.
 namespace xattn::test {
 
 void fuzz_safetensors(detail::Bytes file);
-void fuzz_zip(detail::Bytes file);     ///< an archive, by the reader that its entries call for
+void fuzz_zip(detail::Bytes file);     ///< an archive, by the reader that matches its entries
 void fuzz_pickle(detail::Bytes file);  ///< data.pkl, in an archive with storages; as a state dict and as TorchScript
 void fuzz_json(detail::Bytes file);    ///< the config of an archive of torch.export, with weights; the index of a sharded set
 

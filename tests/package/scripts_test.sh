@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# What the scripts say and do before they build anything.
+# Tests what the scripts print and do before they build anything.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 temp=$(mktemp -d)
@@ -35,7 +35,7 @@ for tool in bash cat dirname; do ln -s "$(command -v "$tool")" "$temp/bin"; done
 packages="cmake ninja-build ccache python3-venv g++ libfmt-dev nlohmann-json3-dev libcli11-dev libpng-dev libgtest-dev"
 expect 1 "sudo apt-get install $packages" env -i PATH="$temp/bin" "$project/scripts/build.sh"
 
-# PyTorch comes as the CPU build if pip has one, else as it is; the size is said before. Here a script plays Python and pip.
+# PyTorch comes as the CPU build if pip has one, else as it is; its size is printed first. A script replaces Python and pip.
 cat > "$temp/bin/python3" << 'END'
 #!/usr/bin/env bash
 case $* in

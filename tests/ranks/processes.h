@@ -6,7 +6,7 @@
 
 namespace xattn::test {
 
-/// What distributed_test.cpp starts, by name: functions that take and return what `main` does.
+/// Functions that distributed_test.cpp starts as processes, by name; they take and return what `main` does.
 inline std::map<std::string, int (*)(int, char**)>& processes() {
   static std::map<std::string, int (*)(int, char**)> all;
   return all;

@@ -16,8 +16,8 @@
 #include "programs/launch.h"
 #include "ranks/processes.h"
 
-// One process of those that distributed_test.cpp starts: runs a scenario, and fails unless this rank found what one process finds
-// by itself. All ranks draw the same inputs from the same seed.
+// One of the processes that distributed_test.cpp starts: runs a scenario, and fails unless this rank's results equal those of a
+// single process. All ranks draw the same inputs from the same seed.
 namespace xattn::test::ranks {
 namespace {
 
@@ -47,7 +47,7 @@ struct Ranks {
   launch::Place place;
   c10::intrusive_ptr<c10d::ProcessGroup> group;
 
-  // Where rank r's keys begin, with shares as they come: uneven, and empty ones.
+  // The first key of each rank; shares are uneven, and some may be empty.
   std::vector<int64_t> borders(int64_t Lk, bool with_empty) const {
     std::vector<int64_t> result = {0};
     for (int r = 1; r < place.size; ++r) {
@@ -148,7 +148,7 @@ double allowed(at::ScalarType type) {
   return type == torch::kDouble ? 1e-12 : type == torch::kFloat ? 1e-5 : 1.5e-2;
 }
 
-// What a call is given, and what asks for its gradient. The values may be the keys.
+// The inputs of a call, and the gradient of its output. The values may be the keys.
 struct Inputs {
   Tensor query, key, value, grad;
   Tensor bias = {};  // of the mask
@@ -179,7 +179,7 @@ Results differentiate(CrossAttention module, const Inputs& inputs, const Call& c
   return r;
 }
 
-// The gradients of all weights; that of the key's bias is exactly zero without a norm, so that rounding is all there is of it.
+// Compares the gradients of all weights. That of the key's bias is exactly zero without a norm, so only its rounding remains.
 void expect_parameters(
     const CrossAttention& module, const Results& found, const Results& whole, double limit, const std::string& what) {
   const auto names = module->named_parameters().keys();
@@ -193,7 +193,7 @@ void expect_parameters(
   }
 }
 
-// One process with all inputs in float64, which types that are less wide come near.
+// The results of one process with all inputs in float64, which narrower types approximate.
 Results truth(const CrossAttention& module, const Case& each, const Inputs& inputs) {
   CrossAttention exact(std::dynamic_pointer_cast<CrossAttentionImpl>(module->clone()));
   exact->to(torch::kDouble);
@@ -204,7 +204,7 @@ Results truth(const CrossAttention& module, const Case& each, const Inputs& inpu
                        [&](const auto&... x) { return exact->forward(x..., each.mask); });
 }
 
-// Queries of all ranks together, of which `own` rows from `before` on are this rank's.
+// Compares the queries of all ranks together; `own` rows from `before` on are this rank's.
 void compare(const Ranks& ranks, const Case& each, Queries queries, int64_t before, int64_t own, int64_t all) {
   torch::manual_seed(1);
   CrossAttention module(each.options);
@@ -225,7 +225,7 @@ void compare(const Ranks& ranks, const Case& each, Queries queries, int64_t befo
   const auto own_key = of_keys(inputs.key, -2);
   const Inputs mine{of_queries(inputs.query), own_key, each.self ? own_key : of_keys(inputs.value, -2), of_queries(inputs.grad),
                     each.bias};
-  // Relative to the largest of all ranks: what one has may all be next to nothing.
+  // Relative to the largest element of all ranks: those of one rank may all be tiny.
   const auto within = [](const Tensor& x, const Tensor& of_all, int64_t axis, int64_t begin) {
     auto padded = of_all.to(torch::kDouble).clone();
     padded.narrow(axis, begin, x.size(axis)).copy_(x);
@@ -239,7 +239,7 @@ void compare(const Ranks& ranks, const Case& each, Queries queries, int64_t befo
   };
 
   ContextParallel parallel(module, ranks.group, queries);
-  // Kept for many queries the context is projected; for few of a long one it stays as it is.
+  // A context kept for many queries is projected; a long one kept for few stays as it is.
   for (const int64_t expected : {ContextOptions::kMany, int64_t{1}}) {
     const auto what = fmt::format("rank {} of {}, {}, {} queries", ranks.place.rank, ranks.place.size, each.name, expected);
     const auto part = differentiate(module, mine, [&](const Tensor& q, const Tensor& k, const Tensor& v) {
@@ -273,7 +273,7 @@ void equal(const Ranks& ranks) {
   for (const auto& each : cases()) compare(ranks, each, Queries::same, 0, each.queries, each.queries);
 }
 
-// Queries of each rank's own, of which the first has none if there is another: the gradient is that of the sum of all losses.
+// Each rank has queries of its own; with several ranks the first has none. The gradient is that of the sum of all losses.
 void own_queries(const Ranks& ranks) {
   torch::manual_seed(2);
   const auto own = [](int64_t rank) { return 2 * rank; };
@@ -285,7 +285,7 @@ void own_queries(const Ranks& ranks) {
   for (const auto& each : cases_of_own_queries(all)) compare(ranks, each, Queries::own, before, own(ranks.place.rank), all);
 }
 
-// What a call exchanges does not grow with the context.
+// The bytes that a call exchanges do not grow with the context.
 void traffic(const Ranks& ranks) {
   CrossAttention module(CrossAttentionOptions(6, 10, 10, 16).num_heads(4));
   ContextParallel parallel(module, ranks.group);
@@ -334,7 +334,7 @@ void errors(const Ranks& ranks) {
       wrong == fmt::format("[context_parallel] mask (lengths) must fit [B, H, Lq, Lk] = [2, 4, Lq, {}], but has [2, 1, 1, 5].",
                            4 * ranks.place.size),
       "mask: " + wrong);
-  // What one rank alone refuses, all hear of.
+  // Every rank reports an error raised on any one.
   const auto refused = [&](const char* name, const std::string& own, const std::string& said) {
     const auto others = fmt::format("[context_parallel] {} must be right on all ranks, but rank 0 refused its own.", name);
     expect(said == (rank == 0 ? own : others), fmt::format("{} of rank 0: {}", name, said));
@@ -383,7 +383,7 @@ void errors(const Ranks& ranks) {
          "plan");
 }
 
-// The last rank leaves the others; they must notice, and say so.
+// The last rank leaves; the others must notice and report it.
 void lose(const Ranks& ranks, const std::function<void()>& leave, bool in_backward) {
   struct sigaction broken_pipe = {};
   sigaction(SIGPIPE, nullptr, &broken_pipe);
@@ -407,7 +407,7 @@ void lose(const Ranks& ranks, const std::function<void()>& leave, bool in_backwa
         text.starts_with(fmt::format("[context_parallel] rank {} of {} lost the others", ranks.place.rank, ranks.place.size)),
         text);
   }
-  if (failures == 0) std::_Exit(0);  // the group cannot be left in order
+  if (failures == 0) std::_Exit(0);  // the group cannot be shut down cleanly
 }
 
 void die() {
@@ -422,7 +422,7 @@ void death_in_backward(const Ranks& ranks) {
   lose(ranks, die, true);
 }
 
-// It is there, and its connections are, but it answers no more until it is killed: only the timeout tells.
+// The rank and its connections remain, but it no longer responds until it is killed: only the timeout shows it.
 void silence(const Ranks& ranks) {
   lose(ranks, [] { std::raise(SIGSTOP); }, false);
 }

@@ -13,9 +13,9 @@
 #include "common/trainer.h"
 #include "ranks/processes.h"
 
-// One process of those that distributed_test.cpp starts: takes up the training whose state lies in a file, if it is there, goes on
-// to a step, and writes the state back. With a third argument the last process dies at that step, before its backward pass, and the
-// others are right if they are told. In float64, where the rounding of another order of sums stays far from any threshold.
+// One of the processes that distributed_test.cpp starts: continues the training whose state is in a file, if there is one, up
+// to a step, and writes the state back. With a third argument the last process dies at that step, before its backward pass, and
+// the others must report it. Runs in float64, where the rounding of another order of sums stays far from any threshold.
 namespace xattn::test::trainee {
 namespace {
 

@@ -124,7 +124,7 @@ CaptionReader::CaptionReader(const Grammar& grammar)
   for (const auto& form : grammar.forms("caption")) frames_.push_back(frame_of(form));
 }
 
-// Returns nothing if the words are no item. The items are not listed ahead: a grammar of a few pages has thousands of millions.
+// Returns nothing if the words are not an item. Items are not listed in advance: a grammar of a few pages has billions.
 std::optional<CaptionReader::CaptionItem> CaptionReader::item_of(const Words& words) const {
   const auto& forms = grammar_.forms("item");
   for (size_t form = 0; form < forms.size(); ++form) {

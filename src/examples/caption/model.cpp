@@ -26,7 +26,7 @@ CrossAttentionBlockOptions block_options(int64_t features, int64_t heads, Attent
 
 constexpr auto kNever = -std::numeric_limits<double>::infinity();
 
-// Log-probabilities of the next word after each beginning, [B, n, vocabulary]. After an ended one only padding is possible.
+// Log-probabilities of the next word after each beginning, [B, n, vocabulary]. An ended sentence can only be padded.
 torch::Tensor next_words(Model& model,
                          const torch::Tensor& words,
                          const torch::Tensor& ended,

@@ -32,7 +32,7 @@ Tensors encode(const std::vector<Board>& boards,
   const auto B = static_cast<int64_t>(boards.size());
   const auto next = vocabulary.encode(captions);  // [B, T]
   const auto begin = torch::full({B, 1}, Vocabulary::kEnd, torch::kInt64);
-  // Shifted by one word. The kEnd of the longest caption drops out; those of the others are ignored like padding.
+  // Shifted by one word. The kEnd of the longest caption drops out; the others' kEnd is ignored like padding.
   const auto words = torch::cat({begin, next.slice(1, 0, -1)}, 1);  // [B, T]
   auto truth = torch::empty({B, kCells}, torch::kInt64);
   for (int64_t b = 0; b < B; ++b) {

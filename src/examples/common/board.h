@@ -56,7 +56,7 @@ const std::array<std::array<int64_t, kCellsPerSide>, 2 * kCellsPerSide>& board_l
 /// A board of `count` digits: cells and images are drawn at random.
 Board draw_board(const Digits& digits, int64_t count, Random& random);
 
-/// A board from its cells row by row, such as "7.3...1..", with images drawn at random. Throws std::runtime_error unless these
+/// A board from its cells row by row, such as "7.3...1..", with images drawn at random. Throws std::runtime_error unless there
 /// are nine characters, each a digit or a point.
 Board board_of(const std::string& cells, const Digits& digits, Random& random);
 

@@ -26,7 +26,7 @@ void add_digits(program::Command& command, BoardOptions& options) {
 
 BoardProgram::BoardProgram(std::string name, std::string unit, int64_t steps, const std::string& grammar)
     : name_(std::move(name)), unit_(std::move(unit)) {
-  // The products are small: two threads gain little. And so the result does not depend on the number of cores.
+  // The products are small, so a second thread gains little; with one, the result does not depend on the number of cores.
   options_.threads = 1;
   options_.digits = std::string(kData) + "digits.safetensors";
   options_.checkpoint = kData + name_ + ".safetensors";

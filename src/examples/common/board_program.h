@@ -45,8 +45,8 @@ struct Evaluation {
   Report report;
 };
 
-/// A program that trains a model on boards of digits, evaluates it, and shows it one board. What vqa and caption have in common
-/// is here, what differs is in the virtual functions.
+/// A program that trains a model on boards of digits, evaluates it, and runs it on one board. The virtual functions are the
+/// parts in which vqa and caption differ.
 class BoardProgram {
  public:
   virtual ~BoardProgram() = default;
@@ -55,7 +55,7 @@ class BoardProgram {
   int run(int argc, char** argv);
 
  protected:
-  /// name: of the program, in its checkpoints and in their file names; unit: what a training counts, "questions"; steps: the
+  /// name: the program's, in its checkpoints and their file names; unit: the unit that training counts, "questions"; steps: the
   /// default length of a training; grammar: the default grammar, a file of examples/data.
   BoardProgram(std::string name, std::string unit, int64_t steps, const std::string& grammar);
 
@@ -70,7 +70,7 @@ class BoardProgram {
                                      const std::string& about,
                                      const std::string& example);
 
-  // ---- What each program does in its own way -------------------------------------------------------------------------------
+  // ---- The parts that differ between programs ------------------------------------------------------------------------------
 
   /// Adds the program's own options and subcommands.
   virtual void add_own(program::Program& app, program::Command& train, program::Command& evaluate) = 0;
@@ -81,13 +81,13 @@ class BoardProgram {
   virtual std::vector<Curve> load_model(torch::Device device) = 0;
 
   virtual Trainer::Forward training_step(const Digits& digits, torch::Device device, const Processes& processes) = 0;
-  /// Adds to the run what the checkpoint must hold beside the weights.
+  /// Adds to the run the metadata and tensors that the checkpoint holds beside the weights.
   virtual void describe_model(TrainingRun& run) const = 0;
 
   /// Evaluates on boards of these digits. with_examples: whether the report needs examples.
   virtual Evaluation evaluate(const Digits& digits, torch::Device device, bool with_examples) = 0;
 
-  /// Runs the model on one board [1, 24, 24]. Returns a line of text, and what is drawn.
+  /// Runs the model on one board [1, 24, 24]. Returns a line of text, and the example to draw.
   virtual std::pair<std::string, Example> look_at(const torch::Tensor& board, torch::Device device) = 0;
 
   BoardOptions options_;

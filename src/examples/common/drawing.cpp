@@ -54,7 +54,7 @@ Tensor part(const Tensor& picture, int64_t y, int64_t x, int64_t height, int64_t
   return picture.narrow(0, y, height).narrow(1, x, width);
 }
 
-// One line of text; what lies outside the picture is left out.
+// Draws one line of text, clipped to the picture.
 void draw_text(const Tensor& picture, int64_t y, int64_t x, const std::string& text) {
   static const auto font = read_font();
   const auto ink = torch::tensor({40, 40, 48}, torch::kUInt8);
@@ -71,7 +71,7 @@ void draw_text(const Tensor& picture, int64_t y, int64_t x, const std::string& t
   }
 }
 
-// The tiles, which have one size, row by row under some lines of text.
+// Draws the tiles, which have one size, row by row under some lines of text.
 Tensor draw_tiles(const std::vector<std::string>& headlines, const std::vector<LabelledPicture>& tiles, int64_t columns) {
   const auto count = static_cast<int64_t>(tiles.size());
   const auto height = tiles.at(0).picture.size(0);

@@ -10,7 +10,7 @@
 
 namespace examples {
 
-/// Another process has failed, or did not answer in time: the processes cannot exchange anything any more.
+/// Another process has failed, or did not answer in time: the processes can no longer exchange anything.
 class LostProcess : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -33,8 +33,8 @@ class Processes {
   bool leads() const { return rank() == 0; }
   const c10::intrusive_ptr<c10d::ProcessGroup>& group() const { return group_; }
 
-  /// This process's part of a batch, whose first axis counts examples. Throws std::runtime_error if these are fewer than the
-  /// processes.
+  /// This process's part of a batch, whose first axis counts examples. Throws std::runtime_error if there are fewer examples
+  /// than processes.
   torch::Tensor part_of(const torch::Tensor& batch) const;
 
   /// Runs an exchange with the other processes. Throws LostProcess if the exchange fails; other errors pass through.

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-// A page that shows what a model has learned, and where it looked for every word. All texts are UTF-8; none is read as HTML.
+// A page that shows how a model has learned, and its attention map for every word. All texts are UTF-8; none is read as HTML.
 namespace examples {
 
 /// A quantity over the training, such as the loss: values[i] at steps[i], in growing order. NaN leaves a gap.
@@ -27,7 +27,7 @@ struct Rate {
   double share() const { return static_cast<double>(right) / static_cast<double>(total); }
 };
 
-/// Which answers were given for which true ones. Left out of the page if there are no labels.
+/// Counts of the given answers by the true ones. Left out of the page if there are no labels.
 struct Confusion {
   std::vector<std::string> labels;
   torch::Tensor counts;  ///< int64 [N, N], rows the truth, columns the answer

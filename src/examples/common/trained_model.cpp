@@ -42,7 +42,7 @@ std::string duration(double seconds) {
   return whole < 60 ? fmt::format("{} s", whole) : fmt::format("{} min {:02} s", whole / 60, whole % 60);
 }
 
-// Shows a training on standard output: on a terminal as a bar that is redrawn in place, otherwise as ten plain lines.
+// Shows the progress of a training on standard output: as a bar redrawn in place on a terminal, otherwise as ten plain lines.
 class ProgressBar {
  public:
   explicit ProgressBar(std::string unit) : unit_(std::move(unit)) {}
@@ -183,7 +183,7 @@ void TrainingRun::run(Trainer& trainer, const Trainer::Forward& forward) const {
   if (!trainer.run(forward, show, stop)) {
     save_state();
     throw program::Interrupted(fmt::format("stopped after step {} and saved in {}; {}", trainer.step(), state_path(), go_on),
-                               interrupt.asked() ? interrupt.signal() : SIGINT);  // another process may have been asked
+                               interrupt.asked() ? interrupt.signal() : SIGINT);  // another process may have got the signal
   }
 
   if (!leads) return;

@@ -33,7 +33,7 @@ struct TrainedModel {
                        const char* kind) const;
 };
 
-/// Runs `make`, which makes something from a file. Any error becomes an xattn::FileError that names the file.
+/// Runs `make`, which makes something from a file, and turns any error into an xattn::FileError that names the file.
 void naming_file(const std::string& path, const std::function<void()>& make);
 
 /// Whether code in a checkpoint may be run: pretrained encoders in TorchScript.
@@ -49,14 +49,14 @@ std::vector<Curve> load_weights(torch::nn::Module& model, const TrainedModel& fi
 /// The options of the training that made the file. Throws xattn::FileError.
 TrainerOptions training_of(const TrainedModel& file);
 
-/// What to do with the state of a training that was stopped.
+/// How to treat the state of a training that was stopped.
 enum class Start { fresh, resume, restart };
 
 /// A training that can be stopped and continued.
 struct TrainingRun {
   std::string program;                               ///< its name on the command line
   std::string output;                                ///< the checkpoint to write at the end
-  std::string unit;                                  ///< what is counted, see ProgressBar
+  std::string unit;                                  ///< the unit of progress, see ProgressBar
   std::map<std::string, std::string> metadata = {};  ///< of the checkpoint; the options of the training are added
   std::map<std::string, torch::Tensor> extra = {};   ///< tensors of the checkpoint beside the model's own
   std::string resume_options = {};                   ///< what `train --resume` needs beside --output: " --trust-code"
@@ -69,10 +69,10 @@ struct TrainingRun {
   /// if a fresh start would overwrite the state of a training that was stopped.
   void check_outputs(Start start) const;
 
-  /// Trains to the end with a progress bar, writes the checkpoint and removes the state. Saves the state twice a minute, and
-  /// when Ctrl-C asks to stop; then throws program::Interrupted with the command that continues. If the state cannot be saved
-  /// meanwhile, a warning goes to standard error; if the checkpoint cannot be written, throws an xattn::FileError that says how
-  /// to write it from the state. Of several processes only the first prints or writes anything.
+  /// Trains to the end with a progress bar, writes the checkpoint and removes the state. Saves the state twice a minute; on
+  /// Ctrl-C saves it and throws program::Interrupted with the command that continues. If the state cannot be saved meanwhile, a
+  /// warning goes to standard error; if the checkpoint cannot be written, throws an xattn::FileError that says how to write it
+  /// from the state. Of several processes only the first prints or writes anything.
   void run(Trainer& trainer, const Trainer::Forward& forward) const;
 };
 

@@ -51,8 +51,8 @@ struct Progress {
 };
 
 /// Trains a module with AdamW, and can stop and continue: a trainer made in the same way, with the state of one that stopped,
-/// reaches the same bits on one thread as an uninterrupted training. Several processes train as one: a step is that of all
-/// their examples together. A training may continue with another number of processes.
+/// reaches the same bits on one thread as an uninterrupted training. Several processes train as one: each step covers the
+/// examples of all. A training may continue with another number of processes.
 class Trainer {
  public:
   /// Draws a batch and runs the model on it. All randomness must come from the given generator, which draws the same numbers in

@@ -20,7 +20,7 @@ namespace vqa {
 struct ModelOptions {
   int64_t vocabulary;        ///< Vocabulary::size()
   std::string text = "rnn";  ///< or "transformer"
-  bool attention = true;     ///< false: every place of the image gets the same weight: mean pooling, for comparison
+  bool attention = true;     ///< false: mean pooling, for comparison: every place of the image gets the same weight
   examples::Pretrained image_encoder = nullptr;  ///< used instead of the CNN, not trained
   examples::Pretrained text_encoder = nullptr;   ///< used instead of `text`, not trained
 };

@@ -221,8 +221,8 @@ Batch draw_batch(const Digits& digits, const Grammar& grammar, int64_t boards, R
   Batch batch;
   while (static_cast<int64_t>(batch.drawn.size()) < boards) {
     const auto count = kFewestDigits + random.below(kMostDigits - kFewestDigits + 1);
-    // On a few boards, such as one with two equal digits, a kind has no question with an answer: draw another board of as many
-    // digits.
+    // On a few boards, such as one with two equal digits, a kind has no question with an answer. Then another board of as many
+    // digits is drawn.
     for (bool complete = false; !complete;) {
       const auto board = draw_board(digits, count, random);
       std::vector<Question> questions;

@@ -17,9 +17,9 @@ namespace vqa {
 using namespace examples;  // the parts that the programs share
 
 enum class QuestionKind {
-  place,     ///< what is in this cell
-  relation,  ///< what is next to this digit, which occurs once
-  count,     ///< how many digits there are: on the board, in a line, or of this parity
+  place,     ///< the content of this cell
+  relation,  ///< the neighbour of this digit, which occurs once
+  count,     ///< the number of digits: on the board, in a line, or of this parity
   exist,     ///< whether this digit is on the board or in a line
   compare,   ///< whether the digit in one cell is larger, or smaller, than that in another
   largest,   ///< on the board or in a line
@@ -62,7 +62,7 @@ struct Question {
 const GrammarRules& question_rules();
 
 /// A random question of this kind about the board; nothing if no such question has an answer. A yes-or-no question has the
-/// wanted answer, so that a batch can have equally many of both. One in eight places and neighbours is empty.
+/// requested answer, so that a batch can have equally many of both. One in eight places and neighbours is empty.
 std::optional<Question> draw_question(
     QuestionKind kind, const Board& board, bool want_yes, const Grammar& grammar, Random& random);
 
