@@ -113,7 +113,18 @@ Json as_json(const Checkpoint& file, const Found& found) {
           {"blocks", found.blocks}};
 }
 
-// Text from the file is printed as shortened JSON strings, which cannot control the terminal.
+// A value in a line of text. Names from the file become shortened JSON strings, which cannot control the terminal; of a list,
+// the first few are shown.
+std::string shown(const Json& value) {
+  constexpr size_t kMostNames = 10;
+  if (value.is_string()) return detail::in_quotes(value.get_ref<const std::string&>());
+  if (!value.is_array()) return value.dump();
+  std::vector<std::string> names;
+  for (size_t i = 0; i < std::min(value.size(), kMostNames); ++i) names.push_back(shown(value[i]));
+  if (value.size() > kMostNames) names.push_back(fmt::format("and {} more", value.size() - kMostNames));
+  return fmt::format("[{}]", fmt::join(names, ", "));
+}
+
 void print(const Checkpoint& file, const Found& found) {
   using detail::in_quotes;
   constexpr size_t kWidest = 100;  // of the first column; longer names exceed it instead of widening every line
@@ -132,8 +143,7 @@ void print(const Checkpoint& file, const Found& found) {
     for (const auto& one : all) {
       std::vector<std::string> properties;
       for (const auto& [key, value] : one.items()) {
-        const auto text = value.is_string() ? in_quotes(value.get_ref<const std::string&>()) : value.dump();
-        properties.push_back(fmt::format("{} {}", key, text));
+        properties.push_back(fmt::format("{} {}", key, shown(value)));
       }
       std::cout << fmt::format("  {}\n", fmt::join(properties, ", "));
     }

@@ -85,25 +85,25 @@ struct KeyShare {
 
 class Attend {
  public:
-  Attend(const EngineWeights& w, const EngineSide& side, const EngineCall& call)
+  Attend(const EngineWeights& w, const EngineContext& context, const EngineCall& call)
       : w_(w),
-        side_(side),
+        context_(context),
         query_(call.query.defined() ? call.query.resolve_neg().contiguous() : Tensor()),
         folded_(call.folded_query),
         Lq_(query_.defined() ? query_.size(1) : folded_.size(0)),
-        rows_((query_.defined() && side.B > 0 ? query_.size(0) / side.B : 1) * Lq_),
-        projected_rows_(is_small(w, side.B, rows_, side.Lk) ? rows_ : side.B * rows_),
-        heads_{w.H, w.G, w.d, w.e, side.Lk, side.keys, side.values, /*are_packed=*/true},
-        softmax_(call.mask, w.H, Lq_, side.Lk, w.scale, call.weights, call.weight_heads) {}
+        rows_((query_.defined() && context.B > 0 ? query_.size(0) / context.B : 1) * Lq_),
+        projected_rows_(is_small(w, context.B, rows_, context.Lk) ? rows_ : context.B * rows_),
+        heads_{w.H, w.G, w.d, w.e, context.Lk, context.keys, context.values, /*are_packed=*/true},
+        softmax_(call.mask, w.H, Lq_, context.Lk, w.scale, call.weights, call.weight_heads) {}
 
   // Writes to a result of the right sizes.
   void run(const AttentionResult& result) {
     output_ = mutable_data(result.output);
     softmax_.write_to(result.weights);
-    const BytesRead reads{bytes_of_weights(w_, side_.orders, query_.defined()),
-                          (bytes(side_.keys) + bytes(side_.values)) / std::max<int64_t>(1, side_.B)};
+    const BytesRead reads{bytes_of_weights(w_, context_.orders, query_.defined()),
+                          (bytes(context_.keys) + bytes(context_.values)) / std::max<int64_t>(1, context_.B)};
     each_share_of_rows(
-        {.rows = side_.B * rows_,
+        {.rows = context_.B * rows_,
          .has_many_rows = has_many_rows(projected_rows_, w_.Eo, w_.H * w_.e),
          .reads = reads,
          .apart = scratch_size(TaskThreads{.all = false}),
@@ -112,19 +112,19 @@ class Attend {
   }
 
  private:
-  // The left side of the logits.
+  // The left context of the logits.
   struct LeftRows {
     const float* data;
     int64_t stride;
   };
 
-  bool logits_are(Order order) const { return side_.orders.logits == order; }
-  bool values_are(Order order) const { return side_.orders.values == order; }
-  bool values_are_raw() const { return is_raw(side_.orders.values); }
-  bool values_are_folded() const { return is_folded(side_.orders.values); }
+  bool logits_are(Order order) const { return context_.orders.logits == order; }
+  bool values_are(Order order) const { return context_.orders.values == order; }
+  bool values_are_raw() const { return is_raw(context_.orders.values); }
+  bool values_are_folded() const { return is_folded(context_.orders.values); }
 
   // Whether each head is computed from logits to weighted values before the next one.
-  bool by_heads() const { return side_.orders == Orders{}; }
+  bool by_heads() const { return context_.orders == Orders{}; }
 
   // Whether the weighted values of a head overwrite its projected query, which is not used after them.
   bool in_place() const { return by_heads() && w_.d == w_.e && query_.defined(); }
@@ -132,8 +132,8 @@ class Attend {
   // Whether logits and weighted values read the rows of one context together, each share of them once from memory. Merging the
   // shares pays off for few query rows, if a core's cache cannot hold the context between logits and weighted values.
   bool reads_once() const {
-    return is_raw(side_.orders.logits) && values_are_raw() && side_.layout == ContextLayout::unpacked && w_.Ek == w_.Ev &&
-           side_.keys.const_data_ptr() == side_.values.const_data_ptr() && 4 * side_.Lk * w_.Ek > kCoreCache;
+    return is_raw(context_.orders.logits) && values_are_raw() && context_.layout == ContextLayout::unpacked && w_.Ek == w_.Ev &&
+           context_.keys.const_data_ptr() == context_.values.const_data_ptr() && 4 * context_.Lk * w_.Ek > kCoreCache;
   }
 
   // Floats of a row of weighted values.
@@ -147,14 +147,14 @@ class Attend {
   // An upper bound of the scratch that run_rows takes.
   ScratchSize scratch_size(const TaskThreads& threads) const {
     const auto& w = w_;
-    auto size = by_heads() ? scratch_of_heads(heads_, softmax_, threads) : ScratchSize{w.H * side_.Lk};
+    auto size = by_heads() ? scratch_of_heads(heads_, softmax_, threads) : ScratchSize{w.H * context_.Lk};
     auto& floats = size.row;
     if (reads_once()) {
-      const KeyShares shares(side_.Lk, w.Ev);
-      floats += w.H * (shares.count(side_.Lk) * (w.Ev + 2 * shares.blocks() + 2) + 2);
+      const KeyShares shares(context_.Lk, w.Ev);
+      floats += w.H * (shares.count(context_.Lk) * (w.Ev + 2 * shares.blocks() + 2) + 2);
     }
-    if (!is_folded(side_.orders.logits) && query_.defined())
-      floats += w.H * w.d + (is_raw(side_.orders.logits) ? w.H * w.Ek : 0);
+    if (!is_folded(context_.orders.logits) && query_.defined())
+      floats += w.H * w.d + (is_raw(context_.orders.logits) ? w.H * w.Ek : 0);
     if (!values_are_folded() && !in_place()) floats += w.H * w.e + (values_are_raw() ? w.H * w.Ev : 0);
     floats += 2 * w.H + 16;
     return size;
@@ -175,7 +175,7 @@ class Attend {
       run_segment({.context = b,
                    .first_row = first,
                    .rows = last - first,
-                   .keys = side_.lengths[static_cast<size_t>(b)],
+                   .keys = context_.lengths[static_cast<size_t>(b)],
                    .queries = left.data + (query_.defined() ? row : first % rows_) * left.stride,
                    .query_stride = left.stride,
                    .head_stride = w_.d,
@@ -194,7 +194,7 @@ class Attend {
     const auto& w = w_;
     if (!query_.defined()) return {data(folded_), folded_.size(1)};
     const auto* query = data(query_) + begin * w.Eq;
-    if (is_folded(side_.orders.logits)) return {query, w.Eq};
+    if (is_folded(context_.orders.logits)) return {query, w.Eq};
     if (logits_are(Order::standard)) {
       auto* projected = in_place() ? weighted : scratch.take(n * w.H * w.d);
       project_query(w, query, n, projected, projected_rows_, threads);
@@ -231,39 +231,39 @@ class Attend {
   // logits [n, H, keys]
   void write_logits(const Segment& s, float* logits, const TaskThreads& threads) const {
     const auto& w = w_;
-    const bool raw = is_raw(side_.orders.logits);
+    const bool raw = is_raw(context_.orders.logits);
     if (logits_are(Order::standard)) {
       return threads.each(w.H, [&](int64_t h) { logits_of_head(heads_, s, h, logits + h * s.keys, w.H * s.keys); });
     }
-    if (raw && side_.layout != ContextLayout::packed) {
+    if (raw && context_.layout != ContextLayout::packed) {
       const auto panel = kernels().panel;
       return threads.parts(divided_up(s.keys, panel), [&](int64_t begin, int64_t end) {
         write_logits_of_rows(s, begin * panel, std::min(s.keys, end * panel), logits);
       });
     }
-    // Heads are rows of the left side of a raw context, and columns of a folded one.
+    // Heads are rows of the left context of a raw context, and columns of a folded one.
     const auto heads_left = raw ? w.H : 1, columns = raw ? s.keys : w.H * s.keys, k = raw ? w.Ek : w.Eq;
     threads.multiply({.sizes = {s.rows * heads_left, columns, k},
                       .a = {s.queries, k},
-                      .b = packed(side_.keys, s.context * side_.keys.stride(0), k),
+                      .b = packed(context_.keys, s.context * context_.keys.stride(0), k),
                       .c = {logits, columns},
-                      .bias = raw ? nullptr : data(side_.key_bias) + s.context * w.H * side_.Lk,
+                      .bias = raw ? nullptr : data(context_.key_bias) + s.context * w.H * context_.Lk,
                       .all_rows = rows_ * heads_left});
   }
 
   // logits [n, H, keys] of the keys [begin, end) of a context that is not packed.
   void write_logits_of_rows(const Segment& s, int64_t begin, int64_t end, float* logits) const {
     const auto& w = w_;
-    const auto* keys = data(side_.keys) + s.context * side_.keys.stride(0);
+    const auto* keys = data(context_.keys) + s.context * context_.keys.stride(0);
     Product product{.sizes = {s.rows * w.H, 0, w.Ek}, .a = {s.queries, w.Ek}, .c = {nullptr, s.keys}};
-    if (side_.layout == ContextLayout::unpacked) {
+    if (context_.layout == ContextLayout::unpacked) {
       product.sizes.n = end - begin;
       product.b = kernels().rows(keys + begin * w.Ek, w.Ek);
       product.c.data = logits + begin;
       return multiply_transposed(product);
     }
     const auto panel = kernels().panel;
-    const auto packed_keys = at::empty({w.Ek, panel}, side_.keys.options());
+    const auto packed_keys = at::empty({w.Ek, panel}, context_.keys.options());
     product.b = packed(packed_keys, 0, w.Ek);
     for (int64_t first = begin; first < end; first += panel) {
       product.sizes.n = std::min(panel, end - first);
@@ -276,16 +276,16 @@ class Attend {
   // weights [n, H, keys] -> s.weighted_values
   void write_weighted_values(const Segment& s, const float* weights, const TaskThreads& threads) const {
     const auto& w = w_;
-    const auto& values = side_.values;
+    const auto& values = context_.values;
     if (values_are(Order::standard)) {
       return threads.each(w.H, [&](int64_t h) { weighted_values_of_head(heads_, s, h, weights + h * s.keys, w.H * s.keys); });
     }
     const auto first = s.context * values.stride(0);
-    const bool raw = values_are_raw(), is_packed = side_.layout == ContextLayout::packed;
+    const bool raw = values_are_raw(), is_packed = context_.layout == ContextLayout::packed;
     const auto heads_left = raw ? w.H : 1, columns = raw ? w.Ev : w.Eo, k = raw ? s.keys : w.H * s.keys;
     threads.multiply({.sizes = {s.rows * heads_left, columns, k},
                       .a = {weights, k},
-                      .b = raw && !is_packed ? plain_rows(values, first, w.Ev) : packed(values, first, raw ? side_.Lk : k),
+                      .b = raw && !is_packed ? plain_rows(values, first, w.Ev) : packed(values, first, raw ? context_.Lk : k),
                       .c = {s.weighted_values, columns},
                       .bias = raw ? nullptr : data(w.output_bias),
                       .all_rows = raw && !is_packed ? 0 : rows_ * heads_left});
@@ -293,7 +293,7 @@ class Attend {
 
   // Computes logits, softmax and weighted values for a context that is read once.
   void attend_once(const Segment& s, Scratch scratch, const TaskThreads& threads) const {
-    const KeyShares shares(side_.Lk, w_.Ev);
+    const KeyShares shares(context_.Lk, w_.Ev);
     const auto count = shares.count(s.keys), rows = s.rows * w_.H, size = rows * w_.Ev;
     auto* logits = scratch.take(rows * s.keys);  // [n, H, keys]
     auto* weighted = scratch.take(count * size);
@@ -350,7 +350,7 @@ class Attend {
       for (int64_t row = 0; row < rows; ++row) share.sums.set(row, share.block_sums[row]);
       multiply({.sizes = {rows, w_.Ev, block.keys},
                 .a = {logits + key, s.keys},
-                .b = plain_rows(side_.values, s.context * side_.values.stride(0) + key * w_.Ev, w_.Ev),
+                .b = plain_rows(context_.values, s.context * context_.values.stride(0) + key * w_.Ev, w_.Ev),
                 .c = {share.weighted, w_.Ev},
                 .accumulate = !is_first});
     }
@@ -401,7 +401,8 @@ class Attend {
 
   void write_output_of_empty_contexts(int64_t begin, int64_t end) const {
     for (auto row = begin; row < end; ++row) {
-      if (side_.lengths[static_cast<size_t>(row / rows_)] == 0) std::copy_n(data(w_.output_bias), w_.Eo, output_ + row * w_.Eo);
+      if (context_.lengths[static_cast<size_t>(row / rows_)] == 0)
+        std::copy_n(data(w_.output_bias), w_.Eo, output_ + row * w_.Eo);
     }
   }
 
@@ -416,7 +417,7 @@ class Attend {
   }
 
   const EngineWeights& w_;
-  const EngineSide& side_;
+  const EngineContext& context_;
   Tensor query_, folded_;
   int64_t Lq_, rows_;       // rows of a query, and of all queries of one context
   int64_t projected_rows_;  // all rows; those of one context in a small call, which `forward` may divide by contexts
@@ -454,10 +455,10 @@ Tensor fold_query(const Orders& orders, const EngineWeights& w, const Tensor& qu
   return folded;
 }
 
-AttentionResult attend(const EngineWeights& weights, const EngineSide& side, const EngineCall& call) {
-  const auto B = call.query.defined() ? call.query.size(0) : side.B;
-  const auto result = empty_result(weights, B, side.Lk, side.lengths, call);
-  Attend(weights, side, call).run(result);
+AttentionResult attend(const EngineWeights& weights, const EngineContext& context, const EngineCall& call) {
+  const auto B = call.query.defined() ? call.query.size(0) : context.B;
+  const auto result = empty_result(weights, B, context.Lk, context.lengths, call);
+  Attend(weights, context, call).run(result);
   return result;
 }
 
@@ -471,7 +472,7 @@ AttentionResult forward(const Orders& orders,
   const auto result = empty_result(w, B, Lk, lengths, call);
   const bool weights_are_cached = bytes_of_weights(w, orders, call.query.defined()) <= kCoreCache / 2;
   if (threads == 1 || B < threads || !is_small(w, B, Lq, Lk) || !weights_are_cached) {
-    Attend(w, make_side(orders, w, key, value, lengths, Lq), call).run(result);
+    Attend(w, make_engine_context(orders, w, key, value, lengths, Lq), call).run(result);
     return result;
   }
   at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
@@ -480,8 +481,9 @@ AttentionResult forward(const Orders& orders,
     auto part_call = call;
     part_call.query = part(call.query);
     part_call.mask = call.mask.slice(begin, end);
-    const auto side = make_side(orders, w, part(key), part(value), {lengths.begin() + begin, lengths.begin() + end}, Lq);
-    Attend(w, side, part_call).run({part(result.output), part(result.weights), {}});
+    const auto context =
+        make_engine_context(orders, w, part(key), part(value), {lengths.begin() + begin, lengths.begin() + end}, Lq);
+    Attend(w, context, part_call).run({part(result.output), part(result.weights), {}});
   });
   return result;
 }

@@ -41,7 +41,7 @@ struct EngineWeights {
 };
 
 /// A context as the engine reads it. Immutable; safe to share between threads.
-struct EngineSide {
+struct EngineContext {
   Orders orders;
   int64_t B = 0, Lk = 0;
   std::vector<int64_t> lengths;  ///< keys of each batch entry; later keys are not read
@@ -51,15 +51,15 @@ struct EngineSide {
   ContextLayout layout = ContextLayout::packed;  ///< of keys and values in orders that leave them as they are
 };
 
-/// key [B, Lk, Ek], value [B, Lk, Ev]; lengths as in EngineSide; query_rows: all rows that will attend to one batch entry.
-EngineSide make_side(const Orders& orders,
-                     const EngineWeights& weights,
-                     const at::Tensor& key,
-                     const at::Tensor& value,
-                     std::vector<int64_t> lengths,
-                     int64_t query_rows);
+/// key [B, Lk, Ek], value [B, Lk, Ev]; lengths as in EngineContext; query_rows: all rows that will attend to one batch entry.
+EngineContext make_engine_context(const Orders& orders,
+                                  const EngineWeights& weights,
+                                  const at::Tensor& key,
+                                  const at::Tensor& value,
+                                  std::vector<int64_t> lengths,
+                                  int64_t query_rows);
 
-/// The left side of the logits for a constant query [Lq, Eq] in these orders, [Lq, ...].
+/// The left context of the logits for a constant query [Lq, Eq] in these orders, [Lq, ...].
 at::Tensor fold_query(const Orders& orders, const EngineWeights& weights, const at::Tensor& query);
 
 struct EngineCall {
@@ -71,9 +71,9 @@ struct EngineCall {
 };
 
 /// -> output [B * n, Lq, Eo] and weights as requested, [B * n, (H,) Lq, Lk].
-AttentionResult attend(const EngineWeights& weights, const EngineSide& side, const EngineCall& call);
+AttentionResult attend(const EngineWeights& weights, const EngineContext& context, const EngineCall& call);
 
-/// Calls make_side and attend. In a small call each thread computes whole batch entries by itself.
+/// Calls make_engine_context and attend. In a small call each thread computes whole batch entries by itself.
 AttentionResult forward(const Orders& orders,
                         const EngineWeights& weights,
                         const at::Tensor& key,

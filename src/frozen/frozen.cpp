@@ -11,9 +11,7 @@
 #include <array>
 #include <limits>
 #include <numeric>
-#include <type_traits>
 #include <utility>
-#include <variant>
 
 #include "attention/mask_parts.h"
 #include "base/check.h"
@@ -139,70 +137,54 @@ struct Frozen::State {
 
 struct FrozenContext::State {
   std::shared_ptr<const Frozen::State> owner;
-  std::variant<detail::LayerContext, detail::EngineSide> parts;
-  Orders orders;
-  Mask mask;  // without the lengths that an EngineSide holds
-  int64_t B, Lk;
+  detail::EngineContext parts;  // its keys and values are those of a LayerContext where the engine does not run
+  Mask mask;                    // without the lengths of `parts`
   bool batched;
-
-  detail::ContextLayout layout() const {
-    const auto* of_engine = std::get_if<detail::EngineSide>(&parts);
-    return of_engine ? of_engine->layout : detail::ContextLayout::packed;
-  }
 
   template <class Change>
   void change_tensors(const Change& change) {
-    std::visit(
-        [&change](auto& of) {
-          const bool one = of.values.is_same(of.keys);
-          of.keys = change(of.keys);
-          of.values = one ? of.keys : change(of.values);
-          if (of.key_bias.defined()) of.key_bias = change(of.key_bias);
-        },
-        parts);
+    const bool one = parts.values.is_same(parts.keys);
+    parts.keys = change(parts.keys);
+    parts.values = one ? parts.keys : change(parts.values);
+    if (parts.key_bias.defined()) parts.key_bias = change(parts.key_bias);
   }
 };
 
 // ---- FrozenContext ---------------------------------------------------------------------------------------------------------
 
 const Orders& FrozenContext::orders() const {
-  return state_->orders;
+  return state_->parts.orders;
 }
 const Mask& FrozenContext::mask() const {
   return state_->mask;
 }
 int64_t FrozenContext::batch_size() const {
-  return state_->B;
+  return state_->parts.B;
 }
 int64_t FrozenContext::length() const {
-  return state_->Lk;
+  return state_->parts.Lk;
 }
 bool FrozenContext::is_batched() const {
   return state_->batched;
 }
 
 int64_t FrozenContext::bytes() const {
-  return std::visit(
-      [](const auto& parts) {
-        int64_t bytes = 0;
-        for (const auto* x : {&parts.keys, &parts.key_bias, &parts.values})
-          bytes += x->defined() ? static_cast<int64_t>(x->nbytes()) : 0;
-        return parts.values.is_alias_of(parts.keys) ? bytes / 2 : bytes;
-      },
-      state_->parts);
+  const auto& parts = state_->parts;
+  int64_t bytes = 0;
+  for (const auto* x : {&parts.keys, &parts.key_bias, &parts.values})
+    bytes += x->defined() ? static_cast<int64_t>(x->nbytes()) : 0;
+  return parts.values.is_alias_of(parts.keys) ? bytes / 2 : bytes;
 }
 
 FrozenContext FrozenContext::slice(int64_t begin, int64_t end) const {
-  check_value(0 <= begin && begin < end && end <= state_->B, kFrozen, "slice must lie in [0, {}], but is [{}, {}).", state_->B,
-              begin, end);
+  check_value(0 <= begin && begin < end && end <= batch_size(), kFrozen, "slice must lie in [0, {}], but is [{}, {}).",
+              batch_size(), begin, end);
   auto sliced = std::make_shared<State>(*state_);
-  sliced->B = end - begin;
   sliced->mask = state_->mask.slice(begin, end);
   sliced->change_tensors([&](const Tensor& x) { return x.narrow(0, begin, end - begin); });
-  if (auto* parts = std::get_if<detail::EngineSide>(&sliced->parts)) {
-    parts->B = end - begin;
-    parts->lengths = {parts->lengths.begin() + begin, parts->lengths.begin() + end};
-  }
+  sliced->parts.B = end - begin;
+  auto& lengths = sliced->parts.lengths;
+  if (!lengths.empty()) lengths = {lengths.begin() + begin, lengths.begin() + end};
   return FrozenContext(std::move(sliced));
 }
 
@@ -217,37 +199,29 @@ FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
   check_value(!contexts.empty(), kFrozen, "contexts must be at least one, but are none.");
   const auto& first = *contexts.front().state_;
   auto joined = std::make_shared<State>(first);
+  auto& parts = joined->parts;
   std::vector<std::pair<Mask, int64_t>> masks;
-  joined->B = 0;
+  parts.B = 0;
+  parts.lengths.clear();
   for (const auto& context : contexts) {
     const auto& state = *context.state_;
-    check_value(state.owner == first.owner && state.orders == first.orders && state.Lk == first.Lk && state.batched &&
-                    state.layout() == first.layout(),
+    check_value(state.owner == first.owner && state.parts.orders == first.parts.orders && state.parts.Lk == first.parts.Lk &&
+                    state.batched && state.parts.layout == first.parts.layout,
                 kFrozen, "contexts must be batches of one Frozen, of one length and orders, but they differ.");
-    masks.emplace_back(state.mask, state.B);
-    joined->B += state.B;
+    masks.emplace_back(state.mask, state.parts.B);
+    parts.B += state.parts.B;
+    parts.lengths.insert(parts.lengths.end(), state.parts.lengths.begin(), state.parts.lengths.end());
   }
   joined->mask = Mask::cat(masks);
-  std::visit(
-      [&](auto& parts) {
-        using Parts = std::decay_t<decltype(parts)>;
-        for (const auto part : {&Parts::keys, &Parts::key_bias, &Parts::values}) {
-          std::vector<Tensor> all;
-          for (const auto& context : contexts) all.push_back(std::get<Parts>(context.state_->parts).*part);
-          if (all.front().defined()) parts.*part = at::cat(all);
-        }
-        const auto& of_first = std::get<Parts>(first.parts);
-        if (of_first.values.is_same(of_first.keys)) parts.values = parts.keys;
-        if constexpr (std::is_same_v<Parts, detail::EngineSide>) {
-          parts.B = joined->B;
-          parts.lengths.clear();
-          for (const auto& context : contexts) {
-            const auto& lengths = std::get<Parts>(context.state_->parts).lengths;
-            parts.lengths.insert(parts.lengths.end(), lengths.begin(), lengths.end());
-          }
-        }
-      },
-      joined->parts);
+  const auto joined_tensor = [&contexts](Tensor detail::EngineContext::* part) {
+    std::vector<Tensor> all;
+    for (const auto& context : contexts) all.push_back(context.state_->parts.*part);
+    return all.front().defined() ? at::cat(all) : Tensor();
+  };
+  parts.keys = joined_tensor(&detail::EngineContext::keys);
+  parts.key_bias = joined_tensor(&detail::EngineContext::key_bias);
+  const bool one = first.parts.values.is_same(first.parts.keys);
+  parts.values = one ? parts.keys : joined_tensor(&detail::EngineContext::values);
   return FrozenContext(std::move(joined));
 }
 
@@ -349,25 +323,22 @@ FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask
   const auto orders = detail::orders_of(state_->request_for_context(inputs.B(), keys, expected));
   const auto rows = expected == ContextOptions::kMany ? std::numeric_limits<int64_t>::max() : expected;
   auto context = make_context(orders, inputs.key, inputs.value, mask, inputs.is_batched, rows);
-  std::visit([&](auto& parts) { detail::copy_shared(parts, inputs.key, inputs.value); }, context->parts);
+  detail::copy_shared(context->parts, inputs.key, inputs.value);
   return FrozenContext(std::move(context));
 }
 
 std::shared_ptr<FrozenContext::State> Frozen::make_context(
     const Orders& orders, const Tensor& key, const Tensor& value, const Mask& mask, bool is_batched, int64_t rows) const {
-  auto context = std::make_shared<FrozenContext::State>();
-  context->owner = state_;
-  context->orders = orders;
-  context->B = key.size(0);
-  context->Lk = key.size(1);
-  context->batched = is_batched;
-  context->mask = mask;
+  auto context = std::make_shared<FrozenContext::State>(FrozenContext::State{state_, {}, mask, is_batched});
+  const auto B = key.size(0), Lk = key.size(1);
   if (state_->engine) {
-    auto [lengths, rest] = split_lengths(mask, context->B, context->Lk);
+    auto [lengths, rest] = split_lengths(mask, B, Lk);
     context->mask = rest;
-    context->parts = detail::make_side(orders, *state_->engine, key, value, std::move(lengths), rows);
+    context->parts = detail::make_engine_context(orders, *state_->engine, key, value, std::move(lengths), rows);
   } else {
-    context->parts = detail::make_context(detail::Layer(orders, state_->weights, state_->products), key, value);
+    const auto made = detail::make_context(detail::Layer(orders, state_->weights, state_->products), key, value);
+    context->parts = {
+        .orders = orders, .B = B, .Lk = Lk, .lengths = {}, .keys = made.keys, .key_bias = made.key_bias, .values = made.values};
   }
   return context;
 }
@@ -377,7 +348,8 @@ std::tuple<Tensor, Tensor> Frozen::attend(const Tensor& query, const FrozenConte
   const auto& c = *context.state_;
   check_value(c.owner == state_, kFrozen, "context must be made by the Frozen that attends to it, but is another's.");
   const auto given = query.defined() && query.dim() == 3 ? query.size(0) : 1;
-  const auto B = c.B > 0 && given % c.B == 0 ? given : c.B;
+  const auto of_context = context.batch_size();
+  const auto B = of_context > 0 && given % of_context == 0 ? given : of_context;
   const auto Xq = detail::query_input(kFrozen, state_->weights, query, c.batched, B);
   return detail::results(attend_with(Xq, context, call), c.batched);
 }
@@ -392,25 +364,24 @@ std::tuple<Tensor, Tensor> Frozen::attend(const FrozenContext& context, const Ca
 
 // query [B * n, Lq, Eq], which has been checked, or undefined for the constant one.
 AttentionResult Frozen::attend_with(const Tensor& query, const FrozenContext& context, const CallOptions& call) const {
-  const auto& c = *context.state_;
+  const auto& [owner, parts, mask, batched] = *context.state_;
   const auto& weights = state_->weights;
-  const auto device = std::visit([](const auto& parts) { return parts.keys.device(); }, c.parts);
+  const auto device = parts.keys.device();
   detail::check_type(device == weights.query.device(), kFrozen, "context must be on {}, as the weights, but is on {}.",
                      weights.query.device().str(), device.str());
-  const auto Lq = query.defined() ? query.size(1) : state_->query.size(0);
-  detail::check_mask(c.mask, kFrozen, c.B, options().num_heads(), Lq, c.Lk, device);
-  auto how = state_->attention_options(c.mask, call);
-  if (const auto* parts = std::get_if<detail::EngineSide>(&c.parts)) {
-    return detail::attend(*state_->engine, *parts, state_->call(c.orders, query, how));
-  }
-  // The n queries of a context become one query of n * Lq rows.
-  const auto Xq = query.defined() ? query : state_->query.expand({c.B, -1, -1});
-  const auto n = c.B > 0 ? Xq.size(0) / c.B : 1;
-  how.mask = for_queries(c.mask, n, Lq, c.Lk, device, Xq.scalar_type());
-  const detail::Layer layer(c.orders, weights, state_->products);
-  auto result = detail::attend(layer, Xq.reshape({c.B, n * Lq, Xq.size(2)}), std::get<detail::LayerContext>(c.parts), how);
-  result.output = result.output.view({c.B * n, Lq, result.output.size(2)});
-  if (how.weights == AttentionWeights::mean) result.weights = result.weights.reshape({c.B * n, Lq, result.weights.size(2)});
+  const auto B = parts.B, Lq = query.defined() ? query.size(1) : state_->query.size(0);
+  detail::check_mask(mask, kFrozen, B, options().num_heads(), Lq, parts.Lk, device);
+  auto how = state_->attention_options(mask, call);
+  if (state_->engine) return detail::attend(*state_->engine, parts, state_->call(parts.orders, query, how));
+  // The n queries of a context become one, of n * Lq rows.
+  const auto Xq = query.defined() ? query : state_->query.expand({B, -1, -1});
+  const auto n = B > 0 ? Xq.size(0) / B : 1;
+  how.mask = for_queries(mask, n, Lq, parts.Lk, device, Xq.scalar_type());
+  const detail::Layer layer(parts.orders, weights, state_->products);
+  auto result =
+      detail::attend(layer, Xq.reshape({B, n * Lq, Xq.size(2)}), {parts.keys, parts.key_bias, parts.values, parts.Lk}, how);
+  result.output = result.output.view({B * n, Lq, result.output.size(2)});
+  if (how.weights == AttentionWeights::mean) result.weights = result.weights.reshape({B * n, Lq, result.weights.size(2)});
   if (how.weights == AttentionWeights::per_head) {
     result.weights = result.weights.unflatten(2, {n, Lq}).transpose(1, 2).flatten(0, 1);
   }

@@ -160,11 +160,12 @@ void CrossAttentionBlockImpl::pretty_print(std::ostream& stream) const {
 
 std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask, const CallOptions& call) {
-  const bool forgets_norm = query.is_same(key) && !options.norm_context() && norms_before() && options.norm() != NormKind::none;
-  check_value(!forgets_norm, kBlock,
-              "key must be another tensor than the query, unless norm_context is set, but is the same: a block of "
-              "self-attention with norms before normalises keys and values, too.");
   return add_branches(query, [&](const Tensor& x) {
+    const bool forgets_norm =
+        query.is_same(key) && !options.norm_context() && norms_before() && options.norm() != NormKind::none;
+    check_value(!forgets_norm, kBlock,
+                "key must be another tensor than the query, unless norm_context is set, but is the same: a block of "
+                "self-attention with norms before normalises keys and values, too.");
     if (!options.norm_context()) return attention->forward(x, key, value, mask, call);
     const auto Xk = key.is_same(query) ? x : normalised_context("key", key);
     return attention->forward(x, Xk, value.is_same(key) ? Xk : normalised_context("value", value), mask, call);
