@@ -34,13 +34,13 @@ bool runs_on_kernels(const Tensor& x) {
 // The matrices of a tensor [..., rows, columns] of two to four axes; creating a view of each would take longer than a small
 // product. Either the elements of a row are consecutive or, if transposed, those of a column.
 struct Matrices {
-  Matrices(const Tensor& x, bool transposed)
-      : x(transposed ? x : with_rows(x)),
-        transposed(transposed),
-        row_stride(this->x.stride(-2)),
-        column_stride(this->x.stride(-1)) {
-    if (x.dim() > 2) per_group = x.size(-3), stride = this->x.stride(-3);
-    if (x.dim() > 3) groups = x.size(-4), group_stride = this->x.stride(-4);
+  Matrices(const Tensor& given, bool transposed_)
+      : x(transposed_ ? given : with_rows(given)),
+        transposed(transposed_),
+        row_stride(x.stride(-2)),
+        column_stride(x.stride(-1)) {
+    if (x.dim() > 2) per_group = x.size(-3), stride = x.stride(-3);
+    if (x.dim() > 3) groups = x.size(-4), group_stride = x.stride(-4);
   }
   int64_t count() const { return groups * per_group; }
   const float* at(int64_t i, int64_t row, int64_t column) const {

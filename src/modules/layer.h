@@ -60,9 +60,9 @@ struct WeightProducts {
 /// Everything that a call needs from a layer.
 struct Layer {
   /// Computes the products of weights that these orders use.
-  Layer(const Orders& orders, LayerWeights weights);
-  Layer(const Orders& orders, LayerWeights weights, WeightProducts products)
-      : orders(orders), weights(std::move(weights)), products(std::move(products)) {}
+  Layer(const Orders& orders_, LayerWeights weights_);
+  Layer(const Orders& orders_, LayerWeights weights_, WeightProducts products_)
+      : orders(orders_), weights(std::move(weights_)), products(std::move(products_)) {}
 
   Orders orders;
   LayerWeights weights;
