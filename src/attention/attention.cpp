@@ -212,9 +212,8 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
     const auto& mask = state->mask;
     const bool log_sum_exp_has_grad = grads.size() > 1 && grads[1].defined();
     variable_list result(5);  // q, k, v, options, is_own
-    if (at::GradMode::is_enabled() || log_sum_exp_has_grad) {
-      differentiate_definition(*state, {q, k, v}, grads, result);
-    } else if (state->is_own && run_on_kernels({q, k, v, grad})) {
+    const bool by_kernels = !at::GradMode::is_enabled() && !log_sum_exp_has_grad;
+    if (by_kernels && state->is_own && run_on_kernels({q, k, v, grad})) {
       const auto gradients = detail::differentiate_on_kernels({.q = q,
                                                                .k = k,
                                                                .v = v,
@@ -228,7 +227,7 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
                                                                .wants_k = ctx->needs_input_grad(1),
                                                                .wants_v = ctx->needs_input_grad(2)});
       result = {gradients.q, gradients.k, gradients.v, {}, {}};
-    } else if (state->is_own || mask.has_bias) {
+    } else if (!by_kernels || state->is_own || mask.has_bias) {
       differentiate_definition(*state, {q, k, v}, grads, result);
     } else if (q.is_cpu()) {
       std::tie(result[0], result[1], result[2]) = at::_scaled_dot_product_flash_attention_for_cpu_backward(

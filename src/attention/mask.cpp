@@ -14,6 +14,7 @@
 #include <ATen/ops/logical_not.h>
 #include <ATen/ops/lt.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/promote_types.h>
 #include <ATen/ops/where.h>
 #include <c10/core/ScalarType.h>
 

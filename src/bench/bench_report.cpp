@@ -6,7 +6,6 @@
 #include <torch/version.h>
 #include <xattn/version.h>
 
-#include <algorithm>
 #include <cmath>
 #include <fstream>
 #include <iostream>

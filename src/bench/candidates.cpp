@@ -4,7 +4,6 @@
 #include <ATen/Context.h>
 #include <torch/nn/modules/activation.h>
 #include <torch/utils.h>
-#include <xattn/mask.h>
 
 #include <memory>
 #include <optional>
@@ -108,7 +107,7 @@ Candidate mha(const BenchLayer& layer) {
 }
 
 std::function<Outputs()> call_of(const BenchLayer& layer, const xattn::CrossAttention& of) {
-  const auto module = of.ptr();
+  const auto& module = of.ptr();
   const auto query = layer.query.expand({layer.shape.B, -1, -1});
   const auto mask = mask_of(layer);
   if (layer.shape.timed != Timed::attend) {

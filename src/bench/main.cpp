@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
 #include <torch/cuda.h>
 #include <torch/utils.h>
 

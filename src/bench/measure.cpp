@@ -50,7 +50,10 @@ std::vector<Times> measure(const std::vector<std::function<void()>>& calls, doub
   for (size_t i = 0; i < calls.size(); ++i) {
     auto time = sample(i);
     if (time > seconds) keep(i, time);
-    for (; time < kShortest; time = sample(i)) states[i].repeats *= 2;
+    while (time < kShortest) {
+      states[i].repeats *= 2;
+      time = sample(i);
+    }
   }
   for (int round = 1; round <= kRounds; ++round) {
     for (size_t turn = 0; turn < calls.size(); ++turn) {

@@ -135,7 +135,7 @@ LazyTensors with_progress(LazyTensors tensors) {
 }
 
 // Stops before the next tensor after a signal; the unfinished file is then removed.
-LazyTensors stoppable(LazyTensors tensors, const program::Interrupt& interrupt, const std::string& output) {
+LazyTensors stoppable(const LazyTensors& tensors, const program::Interrupt& interrupt, const std::string& output) {
   return {tensors.infos, [tensors, &interrupt, output](const std::string& name) {
             interrupt.check(fmt::format("stopped; {} was not written", output));
             return tensors.make(name);

@@ -15,10 +15,11 @@ namespace xattn::detail {
 
 at::Tensor in_huge_pages(at::Tensor x) {
 #if defined(MADV_HUGEPAGE)
-  const auto begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()), end = begin + x.nbytes();
+  auto* const memory = static_cast<char*>(x.mutable_data_ptr());
+  const auto begin = reinterpret_cast<uintptr_t>(memory), end = begin + x.nbytes();
   const auto first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
   // If this fails, pages stay as they are, which is correct and only slower.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (first < last) madvise(memory + (first - begin), last - first, MADV_HUGEPAGE);
 #endif
   return x;
 }

@@ -14,7 +14,6 @@
 #include <algorithm>
 #include <exception>
 #include <numeric>
-#include <utility>
 
 #include "attention/softmax.h"
 #include "base/text.h"

@@ -161,7 +161,7 @@ class Machine {
   template <typename T>
   T number() {
     T value = 0;
-    std::memcpy(&value, take(sizeof(T)).data(), sizeof(T));
+    std::memcpy(&value, take(sizeof(T)).data(), sizeof(T));  // NOLINT(bugprone-suspicious-stringview-data-usage): no text
     return value;
   }
 

@@ -10,7 +10,6 @@
 #include "base/text.h"
 #include "files/check_file.h"
 #include "files/safetensors_types.h"
-#include "files/stored_tensor.h"
 #include "files/writable.h"
 #include "files/write_beside.h"
 

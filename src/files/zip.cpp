@@ -11,7 +11,6 @@
 
 #include "base/text.h"
 #include "files/check_file.h"
-#include "files/stored_tensor.h"
 
 namespace xattn::detail {
 namespace {

@@ -16,7 +16,6 @@
 #include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/describe.h"
-#include "cpu/matrix_product.h"
 #include "frozen/engine.h"
 #include "modules/inputs.h"
 #include "modules/layer.h"

@@ -52,8 +52,8 @@ template <bool kMasked>
 inline Vector logits(const Row& row, float scale, int64_t j, int64_t count = kLanes) {
   Vector y = load_first(row.x + j, count) * scale;
   if constexpr (kMasked) {
-    if (row.bias) y += load_first(row.bias + j, count);
-    if (row.keep) y = load_first(row.keep + j, count) ? y : broadcast(-kInfinity);
+    if (row.bias != nullptr) y += load_first(row.bias + j, count);
+    if (row.keep != nullptr) y = load_first(row.keep + j, count) ? y : broadcast(-kInfinity);
   }
   return y;
 }

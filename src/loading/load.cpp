@@ -14,7 +14,6 @@
 #include <string_view>
 #include <utility>
 
-#include "base/check.h"
 #include "base/describe.h"
 #include "base/text.h"
 #include "files/check_file.h"

@@ -10,6 +10,7 @@
 #include <functional>
 #include <numeric>
 #include <set>
+#include <span>
 #include <string_view>
 #include <utility>
 

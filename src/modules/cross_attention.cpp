@@ -4,7 +4,6 @@
 #include <torch/nn/init.h>
 
 #include <cmath>
-#include <memory>
 #include <optional>
 #include <utility>
 

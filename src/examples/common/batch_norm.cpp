@@ -13,7 +13,8 @@ torch::Tensor BatchNormImpl::forward(const torch::Tensor& x) {
   if (!is_training() || processes.size() == 1) return torch::nn::BatchNormImplBase<2, BatchNormImpl>::forward(x);
   _check_input_dim(x);
   const auto of_channels = [](const torch::Tensor& y) { return y.view({1, -1, 1, 1}); };
-  const auto n = processes.sum(torch::tensor(static_cast<float>(x.numel() / x.size(1)))).item<double>();
+  const auto own = x.numel() / x.size(1);
+  const auto n = processes.sum(torch::tensor(static_cast<float>(own))).item<double>();
   const auto mean = processes.sum(x.sum({0, 2, 3})) / n;
   const auto centred = x - of_channels(mean);
   const auto variance = processes.sum(centred.square().sum({0, 2, 3})) / n;

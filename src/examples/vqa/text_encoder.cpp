@@ -3,8 +3,6 @@
 
 #include <torch/nn/utils/rnn.h>
 
-#include <tuple>
-
 #include "common/grammar.h"
 
 namespace vqa {
