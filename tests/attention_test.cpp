@@ -356,7 +356,7 @@ TEST_P(AttentionTest, GradientsOfATensorGivenTwiceAreAddedOnce) {
 }
 
 TEST_P(AttentionTest, GradientOfTheLogSumExpIsZeroForTheValues) {
-  if (!device_.is_cpu()) GTEST_SKIP() << "only the CPU kernel is asked for its log-sum-exp";
+  if (!device_.is_cpu()) GTEST_SKIP() << "only the CPU kernel returns its log-sum-exp";
   for (const auto type : {torch::kDouble, torch::kFloat}) {
     const auto q = random({1, 2, 3, 4}, type).detach(), k = random({1, 2, 5, 4}, type).detach(), v = random({1, 2, 5, 4}, type);
     const auto result = attention(q, k, v, {.log_sum_exp = true, .path = AttentionPath::fused});
@@ -466,19 +466,19 @@ TEST_P(AttentionTest, FusedThrowsWithTheReasonWhereThereIsNoKernel) {
     return error_of<c10::ValueError>([&] { attention(x, k, v, options); });
   };
   EXPECT_EQ(refusal({.weights = AttentionWeights::mean}, x, x),
-            "[attention] path must not be fused here, because attention weights are wanted.");
+            "[attention] path must not be fused here, because attention weights are requested.");
   EXPECT_EQ(refusal({.dropout = 0.1}, x, x), "[attention] path must not be fused here, because dropout is above 0.");
   const auto empty = x.slice(2, 0, 0);
   EXPECT_EQ(refusal({}, empty, empty), "[attention] path must not be fused here, because an axis is empty.");
   EXPECT_EQ(refusal({.mask = Mask::bias(random({3, 3}))}, x, x),
-            "[attention] path must not be fused here, because the mask's bias asks for its gradient.");
+            "[attention] path must not be fused here, because the mask's bias requires a gradient.");
   if (device_.is_cpu()) {
     EXPECT_EQ(
         refusal({}, x, x.slice(3, 0, 2)),
         "[attention] path must not be fused here, because LibTorch's CPU kernel needs value heads of the size of key heads.");
   } else {
     EXPECT_EQ(refusal({.log_sum_exp = true}, x, x),
-              "[attention] path must not be fused here, because only the CPU kernel is asked for its log-sum-exp.");
+              "[attention] path must not be fused here, because only the CPU kernel returns its log-sum-exp.");
   }
 }
 

@@ -404,7 +404,7 @@ TEST_P(CrossAttentionBlockTest, ChangedOptionsAreRefusedWhereTheyDoNotFit) {
   using Impl = CrossAttentionBlockImpl;
   EXPECT_EQ(refusal([](Impl& m) { m.options.dropout(2); }), "[cross_attention_block] dropout must lie in [0, 1], but is 2.");
   EXPECT_EQ(refusal([](Impl& m) { m.options.gate(BlockGate::scalar); }),
-            "[cross_attention_block] options must fit the parameters, but say another gate for attention_gate.");
+            "[cross_attention_block] options must fit the parameters, but specify another gate for attention_gate.");
   EXPECT_EQ(refusal([](Impl& m) { m.options.norm_eps(1); }),
             "[cross_attention_block] options must fit the parameters, but say another kind, size or eps for attention_norm.");
   EXPECT_EQ(refusal([](Impl& m) { m.options.feed_forward(0); }),

@@ -17,9 +17,9 @@ TEST(ChooseKernelTest, RunsOwnKernelsForFloat32OnTheCpu) {
   EXPECT_EQ(choose_kernel(r).kernel, AttentionKernel::heads) << "without gradients they return everything";
   r.is_differentiated = true;
   EXPECT_EQ(choose_kernel(r).kernel, AttentionKernel::tensor_operations);
-  EXPECT_EQ(choose_kernel(r).reason, "weights and gradients are wanted");
+  EXPECT_EQ(choose_kernel(r).reason, "weights and gradients are requested");
   r.returns_weights = false;
-  EXPECT_EQ(choose_kernel(r).reason, "the mask's bias asks for its gradient");
+  EXPECT_EQ(choose_kernel(r).reason, "the mask's bias requires a gradient");
   r.mask_is_learned = false;
   EXPECT_EQ(choose_kernel(r).kernel, AttentionKernel::heads);
 }
@@ -49,7 +49,7 @@ TEST(ChooseKernelTest, RunsLibTorchsKernelElsewhereUnlessItCannotReturnAllThatIs
   EXPECT_EQ(choose_kernel(cpu).kernel, AttentionKernel::tensor_operations);
   EXPECT_EQ(choose_kernel(other).kernel, AttentionKernel::scaled_dot_product_attention);
   other.returns_weights = true;
-  EXPECT_EQ(choose_kernel(other).reason, "attention weights are wanted");
+  EXPECT_EQ(choose_kernel(other).reason, "attention weights are requested");
 }
 
 TEST(ChooseKernelTest, ReadsALongContextInPartsUnlessWeightsAreReturned) {

@@ -662,7 +662,7 @@ TEST_F(CliTest, ExplainSaysWhatEveryOrderCostsAndWhy) {
   EXPECT_EQ(json["chosen"]["values"], "fold_into_query");
   EXPECT_EQ(json["logits"].size(), 4);
   EXPECT_TRUE(json["logits"][0]["illegal"].is_null());
-  EXPECT_EQ(json["logits"][1]["illegal"], "a norm of the key stands behind Wk");
+  EXPECT_EQ(json["logits"][1]["illegal"], "a norm of the key follows Wk");
   EXPECT_LT(json["chosen"]["operations"], json["standard"]["operations"]);
 }
 
@@ -678,7 +678,7 @@ TEST_F(CliTest, ExplainNamesTheAttentionKernelAndWhy) {
   EXPECT_EQ(kernel("--weights mean"), own ? "heads" : "tensor_operations");
   EXPECT_EQ(kernel("--weights per-head --training"), "tensor_operations");
   EXPECT_EQ(kernel("--dropout"), "tensor_operations");
-  EXPECT_EQ(explained("--learned-bias")["chosen"]["reason"], "the mask's bias asks for its gradient");
+  EXPECT_EQ(explained("--learned-bias")["chosen"]["reason"], "the mask's bias requires a gradient");
   EXPECT_EQ(explained("--learned-bias")["fused"], false);
   EXPECT_EQ(kernel("--frozen --weights mean"), "heads");
   EXPECT_EQ(explained("--frozen")["fused"], true);

@@ -449,9 +449,8 @@ TEST_P(CrossAttentionTest, ChangedOptionsActOrAreRefused) {
             "[cross_attention] options must fit the parameters, but say another kind, size or eps for query_norm.");
   auto normed = make(Options(options_).qk_norm(NormKind::rms));
   normed->options.plan(PlanMode::pin({Order::prefold, Order::standard}));
-  EXPECT_EQ(
-      error_of<c10::ValueError>([&] { normed->forward(query_, key_, value_); }),
-      "[cross_attention] plan must be of legal orders, but prefold, standard is not: a norm of the query stands behind Wq.");
+  EXPECT_EQ(error_of<c10::ValueError>([&] { normed->forward(query_, key_, value_); }),
+            "[cross_attention] plan must be of legal orders, but prefold, standard is not: a norm of the query follows Wq.");
 
   auto module = make(options_), other = make(Options(options_).scale(0.25));
   module->options.scale(0.25).attention_weights(AttentionWeights::per_head).weight_heads({0});

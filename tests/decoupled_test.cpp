@@ -689,9 +689,8 @@ TEST_F(IpAdapterTest, RefusesTheAdapterOfAnotherModel) {
 
 TEST_F(IpAdapterTest, RefusesABaseThatHasNoPlaceForIt) {
   const auto one = saved("adapter", adapter(1));
-  EXPECT_EQ(
-      error_of<FileError>([&] { return with_ip_adapter(one, one); }),
-      "[ip_adapter] " + one.path() + ": must hold cross-attention layers that are spelled as in diffusers, but holds none");
+  EXPECT_EQ(error_of<FileError>([&] { return with_ip_adapter(one, one); }),
+            "[ip_adapter] " + one.path() + ": must hold cross-attention layers named as in diffusers, but holds none");
   const auto has_one = saved("base", layer_with_adapters("a.attn2.", 1));
   EXPECT_EQ(error_of<FileError>([&] { return with_ip_adapter(has_one, one); }),
             "[checkpoint] " + has_one.path() + R"(: already has a tensor "a.attn2.processor.to_k_ip.0.weight")");

@@ -647,7 +647,7 @@ TEST(LayerConfigTest, Gpt2sSwitchesOfTheScaleAreComputed) {
   NamedTensors alone;
   for (const auto& [name, tensor] : gpt2) alone[name.substr(prefix.size())] = tensor;
   expect_part(SavedLayer(alone, {{"scale_attn_by_inverse_layer_idx", true}}).error(),
-              "scale_attn_by_inverse_layer_idx, but prefix \"\" does not tell the number of the layer");
+              "scale_attn_by_inverse_layer_idx, but prefix \"\" does not contain the number of the layer");
 }
 
 TEST(LayerConfigTest, EpsIsTheFamilysHoweverItsNamesAreWrapped) {
@@ -680,7 +680,7 @@ TEST(LayerConfigTest, EpsIsNotGuessedIfThePrefixDoesNotIdentifyTheFamily) {
   expect_part(
       SavedLayer(tensors).error(),
       "the eps of the norms of queries and keys of \"attn2.\" is not among its weights, nor in a config.json beside it, "
-      "and its prefix does not tell the family; give qk_norm_eps: 1e-06 for Wan, 1e-05 for others");
+      "and its prefix does not identify the family; give qk_norm_eps: 1e-06 for Wan, 1e-05 for others");
   EXPECT_EQ(eps(SavedLayer(tensors).made({.num_heads = 2, .qk_norm_eps = 1e-6})), 1e-6);
   EXPECT_EQ(eps(SavedLayer(tensors).made({.layout = "diffusers", .num_heads = 2})), 1e-5);
   EXPECT_EQ(eps(SavedLayer(tensors, {{"eps", 1e-4}}).made()), 1e-4);

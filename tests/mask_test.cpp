@@ -122,7 +122,7 @@ TEST(MaskTest, ThrowsOnImpossibleSizesAndBatches) {
   EXPECT_EQ(error([&] { host_lengths(others & lengths); }), "[mask] lengths must be of one batch size, but are of 3 and of 2.");
   EXPECT_EQ(error([&] { Mask::cat({{lengths, 3}}); }), "[mask] lengths must fit its batch of 3, but has shape [2, 1, 1, 5].");
   EXPECT_EQ(error([&] { Mask::cat({{lengths, 2}, {Mask::lengths(torch::tensor({1}), 4), 1}}); }),
-            "[mask] masks must be of one size to be put behind each other, but have shapes [2, 1, 1, 5] and [1, 1, 1, 4].");
+            "[mask] masks must be of one size to be concatenated, but have shapes [2, 1, 1, 5] and [1, 1, 1, 4].");
   EXPECT_EQ(error([&] { Mask::cat({{lengths, -1}}); }), "[mask] a batch must not be negative, but is -1.");
   EXPECT_EQ(error([&] { shard_of_keys(lengths, 0, -1, 2, 5, torch::kCPU); }),
             "[mask] keys [first, first + n) must lie in [0, 5), but are [0, 0 + -1).");
@@ -153,7 +153,7 @@ TEST(MaskTest, CatIgnoresTheOrderInWhichPartsWereCombined) {
   const auto joined = Mask::cat({{causal & lengths & bias & causal, 1}, {bias & causal & lengths, 1}});
   EXPECT_TRUE(allowed_keys(joined, 3, 5, torch::kCPU)[1].equal(allowed_keys(causal & lengths, 3, 5, torch::kCPU)[0]));
   EXPECT_EQ(error_of<c10::ValueError>([&] { Mask::cat({{causal & bias, 1}, {bias, 1}}); }),
-            "[mask] masks must be built alike to be put behind each other, but are of bias and causal, upper left and bias.");
+            "[mask] masks must be built alike to be concatenated, but are of bias and causal, upper left and bias.");
 }
 
 TEST(MaskTest, BroadcastsWithoutCopying) {

@@ -259,8 +259,8 @@ TEST(KernelTest, DependsOnOrdersGradientsWeightsAndWhatALayerRunsOn) {
   };
   const auto nothing = [](PlanRequest&) {};
   const auto train = [](PlanRequest& r) { r.training = true; };
-  const auto weights = [](PlanRequest& r) { r.gives_weights = true; };
-  const auto both = [](PlanRequest& r) { r.training = r.gives_weights = true; };
+  const auto weights = [](PlanRequest& r) { r.returns_weights = true; };
+  const auto both = [](PlanRequest& r) { r.training = r.returns_weights = true; };
   const auto learn_mask = [](PlanRequest& r) { r.training = r.mask_is_learned = true; };
   const auto other_values = [](PlanRequest& r) { r.training = true, r.e = 16; };
   const auto no_keys = [](PlanRequest& r) { r.Lk = 0; };
@@ -298,7 +298,7 @@ TEST(KernelTest, GoesThroughAContextInPartsWhereTheEngineDoes) {
       const Heads heads{.H = 1, .G = 1, .d = 8, .e = 8, .Lk = Lk, .keys = {}, .values = {}, .are_packed = true};
       const bool in_parts = scratch_of_heads(heads, softmax, {.all = true}).row < Lk;
       auto r = request(1, 1, 1, Lk, 8, 8, 8);
-      r.gives_weights = weights != AttentionWeights::none;
+      r.returns_weights = weights != AttentionWeights::none;
       for (const auto runs_on : {RunsOn::module_kernels, RunsOn::frozen_kernels}) {
         r.runs_on = runs_on;
         EXPECT_EQ(cost_of({}, r).kernel, in_parts ? AttentionKernel::heads_in_parts : AttentionKernel::heads) << Lk;
@@ -325,22 +325,22 @@ TEST(ExplainTest, NamesEveryOrderItsCostAndTheReason) {
   r.key_norm = true;
   const auto text = explain(r);
   for (const auto order : kAllOrders) EXPECT_NE(text.find(std::string(name_of(order))), std::string::npos);
-  EXPECT_NE(text.find("illegal: a norm of the key stands behind Wk"), std::string::npos) << text;
+  EXPECT_NE(text.find("illegal: a norm of the key follows Wk"), std::string::npos) << text;
   EXPECT_NE(text.find("<- chosen"), std::string::npos);
   const auto expect_end = [](const PlanRequest& request, const std::string& end) {
     EXPECT_TRUE(explain(request).ends_with(end + "\n")) << explain(request);
   };
   expect_end(r, "attention by tensor_operations: all logits in memory, because the order is not the standard one");
   r = request(1, 8, 500, 500, 64, 64, 64);
-  r.gives_weights = true;
+  r.returns_weights = true;
   expect_end(r,
              "attention by heads: this library's kernel, one head after the other, logits in the cache, because the type is "
-             "float32, and no gradient is wanted; weights come from the same pass");
+             "float32, and no gradient is required; weights come from the same pass");
   r.training = true;
-  expect_end(r, "attention by tensor_operations: all logits in memory, because weights and gradients are wanted");
+  expect_end(r, "attention by tensor_operations: all logits in memory, because weights and gradients are requested");
   EXPECT_NE(explain(r).find("output 64; forward and backward\n"), std::string::npos) << explain(r);
   r = request(1, 12, 1, 1500, 768, 768, 768);
-  r.weights_are_frozen = r.gives_weights = true;
+  r.weights_are_frozen = r.returns_weights = true;
   r.runs_on = RunsOn::frozen_kernels;
   expect_end(
       r,

@@ -106,7 +106,7 @@ struct PlanRequest {
   bool sums_heads = false;          ///< heads of several contexts or ranks are added before the one output projection
   bool sums_ranks = false;          ///< heads of several ranks are merged by their log-sum-exps
   bool training = false;            ///< a backward pass follows, with twice as many products
-  bool gives_weights = false;       ///< attention weights are returned
+  bool returns_weights = false;     ///< attention weights are returned
   bool drops_weights = false;       ///< dropout is above 0
   bool mask_is_learned = false;     ///< the mask's bias requires a gradient; no other property of a mask changes the kernel
 

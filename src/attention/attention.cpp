@@ -97,7 +97,7 @@ RelativeAttention define(const AttentionCall& call) {
   const auto& weights = softmax.weights;
   const auto dropped = options.dropout > 0 ? at::dropout(weights, options.dropout, /*train=*/true) : weights;
   const auto values = detail::matrix_product(dropped.to(v.scalar_type()).reshape({B, G, H / G * Lq, Lk}), v);
-  const auto wanted = detail::wanted_weights(weights, options, type);
+  const auto wanted = detail::requested_weights(weights, options, type);
   return {{values.view({B, H, Lq, e}), wanted, softmax.log_sum_exp}, softmax.largest};
 }
 

@@ -16,14 +16,14 @@ KernelChoice choose_kernel(const KernelRequest& r) {
   if (r.drops_weights) return {tensor_operations, "dropout is above 0"};
   if (r.is_empty) return {tensor_operations, "an axis is empty"};
   const auto own = own_kernel(r.Lk, r.returns_weights);
-  if (r.own_kernels && !r.is_differentiated) return {own, "the type is float32, and no gradient is wanted"};
+  if (r.own_kernels && !r.is_differentiated) return {own, "the type is float32, and no gradient is required"};
   if (r.returns_weights) {
-    return {tensor_operations, r.own_kernels ? "weights and gradients are wanted" : "attention weights are wanted"};
+    return {tensor_operations, r.own_kernels ? "weights and gradients are requested" : "attention weights are requested"};
   }
-  if (r.mask_is_learned) return {tensor_operations, "the mask's bias asks for its gradient"};
+  if (r.mask_is_learned) return {tensor_operations, "the mask's bias requires a gradient"};
   if (r.own_kernels) return {own, "the type is float32, also of the gradients"};
   if (!r.on_cpu) {
-    if (r.returns_log_sum_exp) return {tensor_operations, "only the CPU kernel is asked for its log-sum-exp"};
+    if (r.returns_log_sum_exp) return {tensor_operations, "only the CPU kernel returns its log-sum-exp"};
     return {scaled_dot_product_attention, "the layer is not on the CPU"};
   }
   if (!r.equal_head_sizes) return {tensor_operations, "LibTorch's CPU kernel needs value heads of the size of key heads"};

@@ -20,8 +20,8 @@ constexpr int64_t kKeysOfABlock = 1024;
 // Floats of one step's logits and their gradients, which fit into a core's cache beside the keys and values of a block.
 
 // An empty tensor of x's shape [B, n, L, size], stored as [B, L, n, size]: the gradient of a result of split_heads.
-Tensor like_heads(const Tensor& x, bool is_wanted) {
-  if (!is_wanted) return {};
+Tensor like_heads(const Tensor& x, bool is_requested) {
+  if (!is_requested) return {};
   return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
 }
 

@@ -138,7 +138,7 @@ MaskPart joined_parts(const std::vector<std::pair<MaskPart, int64_t>>& parts) {
   for (const auto& [part, B] : parts) {
     const auto sizes = part.tensor.sizes();
     check_value((sizes[1] == 1 || sizes[1] == H) && (sizes[2] == 1 || sizes[2] == Lq) && sizes[3] == Lk, "mask",
-                "masks must be of one size to be put behind each other, but have shapes {} and {}.", shape_of(joined.tensor),
+                "masks must be of one size to be concatenated, but have shapes {} and {}.", shape_of(joined.tensor),
                 shape_of(part.tensor));
     tensors.push_back(part.tensor.expand({B, H, Lq, -1}));
     in_host_memory &= B == 0 || !part.lengths.empty();
@@ -263,9 +263,8 @@ Mask Mask::cat(const std::vector<std::pair<Mask, int64_t>>& masks) {
   Mask joined = masks.front().first;
   const auto names = names_of_parts(joined);
   for (const auto& [mask, B] : masks) {
-    check_value(names_of_parts(mask) == names, "mask",
-                "masks must be built alike to be put behind each other, but are of {} and {}.", detail::joined(names, " and "),
-                detail::joined(names_of_parts(mask), " and "));
+    check_value(names_of_parts(mask) == names, "mask", "masks must be built alike to be concatenated, but are of {} and {}.",
+                detail::joined(names, " and "), detail::joined(names_of_parts(mask), " and "));
     check_value(B >= 0, "mask", "a batch must not be negative, but is {}.", B);
   }
   for (size_t i = 0; i < joined.parts_.size(); ++i) {

@@ -81,7 +81,7 @@ Tensor chosen_heads(const Tensor& x, const std::vector<int64_t>& heads) {
   return at::stack(chosen, 1);
 }
 
-Tensor wanted_weights(const Tensor& weights, const AttentionOptions& options, at::ScalarType type) {
+Tensor requested_weights(const Tensor& weights, const AttentionOptions& options, at::ScalarType type) {
   if (options.weights == AttentionWeights::none) return {};
   auto wanted = weights;
   if (options.weights == AttentionWeights::mean) {

@@ -65,7 +65,7 @@ RelativeAttention attention_by_largest(const at::Tensor& q,
 
 /// The part of weights [B, H, Lq, Lk] that the options request, in the type of the logits: nothing, the mean over heads, all
 /// heads or chosen ones.
-at::Tensor wanted_weights(const at::Tensor& weights, const AttentionOptions& options, at::ScalarType type);
+at::Tensor requested_weights(const at::Tensor& weights, const AttentionOptions& options, at::ScalarType type);
 
 /// The chosen heads of x [B, H, ...], or all if none is named. Uses no tensor of indices, which would make a CUDA call wait.
 at::Tensor chosen_heads(const at::Tensor& x, const std::vector<int64_t>& heads);

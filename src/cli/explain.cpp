@@ -106,7 +106,7 @@ PlanRequest request_of(const ExplainArguments& arguments) {
   request.element = kBytesOf.at(arguments.type);
   request.weights_are_frozen = arguments.frozen;
   request.training = !arguments.frozen && (arguments.training || arguments.learned_bias || request.training);
-  request.gives_weights = arguments.weights != "none";
+  request.returns_weights = arguments.weights != "none";
   request.drops_weights = arguments.dropout;
   request.mask_is_learned = arguments.learned_bias;
   request.runs_on = arguments.cuda                ? RunsOn::libtorch_cuda

@@ -110,7 +110,7 @@ struct Frozen::State {
                     : engine                  ? Rates::kernels(threads)
                     : weights.query.is_cuda() ? Rates::cuda()
                                               : Rates::cpu(threads);
-    request.gives_weights = returned != AttentionWeights::none;
+    request.returns_weights = returned != AttentionWeights::none;
     request.runs_on = engine ? RunsOn::frozen_kernels : detail::runs_on(weights.query);
     if (plan.pinned) request.pinned = plan.orders;
     return request;
@@ -252,15 +252,15 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& freeze) {
   auto exact = in_double(weights);
   if (kernels) exact.scale = 1;  // the kernels scale in the softmax
   // An automatic plan may take a product of weights wherever it is legal and saves time.
-  const auto is_wanted = [&plan](Order pinned, std::string_view illegal) {
+  const auto is_requested = [&plan](Order pinned, std::string_view illegal) {
     return plan.pinned ? uses_product(pinned) : illegal.empty();
   };
   auto request = detail::request_of(weights, 1, 1, 1);
   request.weights_are_frozen = true;
-  if (is_wanted(plan.orders.logits, illegal_for_logits(Order::prefold, request))) {
+  if (is_requested(plan.orders.logits, illegal_for_logits(Order::prefold, request))) {
     state->products.logits = in_type_of(weights.query, detail::product_for_logits(exact));
   }
-  if (is_wanted(plan.orders.values, illegal_for_values(Order::prefold, request))) {
+  if (is_requested(plan.orders.values, illegal_for_values(Order::prefold, request))) {
     state->products.values = in_type_of(weights.query, detail::product_for_values(exact));
   }
   if (kernels) {

@@ -43,8 +43,8 @@ Places places_by_order(const Checkpoint& base) {
     const bool in_time = layer.prefix.find("motion_modules.") != std::string::npos;  // of AnimateDiff
     if (layer.kind == AttentionKind::cross && !in_time) ordered.emplace(order_of(layer.prefix), layer.prefix);
   }
-  detail::FileCheck(kIpAdapter, base.path())(
-      !ordered.empty(), "must hold cross-attention layers that are spelled as in diffusers, but holds none");
+  detail::FileCheck(kIpAdapter, base.path())(!ordered.empty(),
+                                             "must hold cross-attention layers named as in diffusers, but holds none");
   Places places;
   for (const auto& [order, prefix] : ordered) {
     places.emplace(prefix, detail::formatted("{}{}.", kPlaces, 2 * places.size() + 1));

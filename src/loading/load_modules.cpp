@@ -51,7 +51,7 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint, const FoundLayer& l
   check(
       eps_known,
       "the eps of the norms of queries and keys of {} is not among its weights, nor in a config.json beside it, and its prefix "
-      "does not tell the family; give qk_norm_eps: 1e-06 for Wan, 1e-05 for others",
+      "does not identify the family; give qk_norm_eps: 1e-06 for Wan, 1e-05 for others",
       in_quotes(layer.prefix));
   sizes.qk_norm_eps(eps.value_or(sizes.qk_norm_eps()));
   if (const auto scale = config.scale(layer, *sizes.head_dim())) sizes.scale(*scale);
@@ -134,7 +134,7 @@ DecoupledCrossAttention decoupled_cross_attention_from(const Checkpoint& checkpo
   refuse_the_rest(checkpoint, layer, options, /*takes_added=*/true);
   refuse_misshapen(checkpoint, layer);
   load_check(checkpoint.path())(!layer.added.empty(),
-                                "layer {} must have projections of a second context, but has none that layout {} knows",
+                                "layer {} must have projections of a second context, but has none that layout {} defines",
                                 in_quotes(layer.prefix), layer.layout);
   std::vector<AddedContextOptions> added;
   for (size_t i = 0; i < layer.added.size(); ++i) {

@@ -164,7 +164,7 @@ std::optional<double> ModelConfig::scale(const FoundLayer& layer, int64_t head_d
   if (first<bool>({layout.scaled_in_config}) == false) scale = 1;
   if (first<bool>({layout.by_layer_in_config}) == true) {
     const auto number = layer_number(layer.prefix);
-    check_(number.has_value(), "its config.json says {}, but prefix {} does not tell the number of the layer",
+    check_(number.has_value(), "its config.json says {}, but prefix {} does not contain the number of the layer",
            layout.by_layer_in_config, in_quotes(layer.prefix));
     scale = scale.value_or(1 / std::sqrt(static_cast<double>(head_dim))) / static_cast<double>(*number + 1);
   }

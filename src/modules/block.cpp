@@ -77,7 +77,7 @@ void CrossAttentionBlockImpl::check_options() const {
   const auto check_gate = [&](std::string_view name, const Tensor& gate) {
     const auto size = o.gate() == BlockGate::none ? 0 : o.gate() == BlockGate::scalar ? 1 : Eq;
     check_value(gate.defined() ? gate.numel() == size : size == 0, kBlock,
-                "options must fit the parameters, but say another gate for {}.", name);
+                "options must fit the parameters, but specify another gate for {}.", name);
   };
   const auto norm_of = [&](std::string_view name, const Norm& norm) {
     detail::check_norm(kBlock, name, norm, o.norm(), Eq, o.norm_eps());

@@ -193,7 +193,7 @@ RelativeAttention attend_in_steps(const Layer& layer,
   const auto sums = row_sums(dropped, softmax.empty_rows, options.dropout);
   const auto output = ends_in_heads(layer.orders.values) ? weighted_values(layer, dropped, sums, context.values)
                                                          : output_of(layer, dropped, sums, context.values);
-  return {{output, wanted_weights(weights, options, type), softmax.log_sum_exp}, softmax.largest};
+  return {{output, requested_weights(weights, options, type), softmax.log_sum_exp}, softmax.largest};
 }
 
 }  // namespace

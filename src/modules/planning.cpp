@@ -54,7 +54,7 @@ PlanRequest request_of(const CrossAttentionImpl& module,
   const bool weights_train =
       std::ranges::any_of(query_tensors(weights), trains) || std::ranges::any_of(context_tensors(weights), trains);
   request.training = at::GradMode::is_enabled() && (inputs_train || request.mask_is_learned || weights_train);
-  request.gives_weights = returned != AttentionWeights::none;
+  request.returns_weights = returned != AttentionWeights::none;
   request.drops_weights = module.is_training() && o.dropout() > 0;
   request.runs_on = runs_on(weights.query);
   if (o.plan().pinned) request.pinned = o.plan().orders;

@@ -167,7 +167,7 @@ detail::KernelChoice kernel_of(const Orders& orders, const PlanRequest& r) {
   const auto Lk = r.Lk + (r.bias_kv ? 1 : 0);
   if (r.runs_on == RunsOn::frozen_kernels) {
     if (!is_standard) return {AttentionKernel::chain, "the layer is frozen, and the order is not the standard one"};
-    return {detail::own_kernel(Lk, r.gives_weights), "the layer is frozen, in float32 on the CPU"};
+    return {detail::own_kernel(Lk, r.returns_weights), "the layer is frozen, in float32 on the CPU"};
   }
   if (!is_standard) return {AttentionKernel::tensor_operations, "the order is not the standard one"};
   return detail::choose_kernel({.own_kernels = r.runs_on == RunsOn::module_kernels,
@@ -176,7 +176,7 @@ detail::KernelChoice kernel_of(const Orders& orders, const PlanRequest& r) {
                                 .Lk = Lk,
                                 .equal_head_sizes = r.d == r.e,
                                 .drops_weights = r.drops_weights,
-                                .returns_weights = r.gives_weights,
+                                .returns_weights = r.returns_weights,
                                 .is_differentiated = r.training,
                                 .mask_is_learned = r.mask_is_learned});
 }
@@ -293,8 +293,8 @@ std::string_view illegal_for_logits(Order order, const PlanRequest& request) {
   if (order == Order::standard) return {};
   if (request.bias_kv) return "bias_kv adds a key that no projection made";
   const bool keeps_query_projection = order == Order::fold_into_query, keeps_key_projection = order == Order::fold_into_context;
-  if (request.query_norm && !keeps_query_projection) return "a norm of the query stands behind Wq";
-  if (request.key_norm && !keeps_key_projection) return "a norm of the key stands behind Wk";
+  if (request.query_norm && !keeps_query_projection) return "a norm of the query follows Wq";
+  if (request.key_norm && !keeps_key_projection) return "a norm of the key follows Wk";
   if (request.sums_ranks && !detail::projects_query(order)) return "its log-sum-exp is not that of other orders";
   if (request.weights_are_frozen && uses_product(order) && !logits_product_pays(request)) return kNoProduct;
   return {};
@@ -353,7 +353,7 @@ std::string explain(const PlanRequest& request) {
                             engineering(standard.seconds, "s"));
   text += detail::formatted("attention by {}: {}, because {}{}\n", name_of(plan.kernel), description_of(plan.kernel),
                             plan.kernel_reason,
-                            r.gives_weights && detail::is_own(plan.kernel) ? "; weights come from the same pass" : "");
+                            r.returns_weights && detail::is_own(plan.kernel) ? "; weights come from the same pass" : "");
   return text;
 }
 
