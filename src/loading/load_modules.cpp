@@ -53,8 +53,8 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint, const FoundLayer& l
       "the eps of the norms of queries and keys of {} is not among its weights, nor in a config.json beside it, and its prefix "
       "does not identify the family; give qk_norm_eps: 1e-06 for Wan, 1e-05 for others",
       in_quotes(layer.prefix));
-  sizes.qk_norm_eps(eps.value_or(sizes.qk_norm_eps()));
-  if (const auto scale = config.scale(layer, *sizes.head_dim())) sizes.scale(*scale);
+  if (eps) sizes.qk_norm_eps(*eps);
+  if (const auto scale = config.scale(layer, *sizes.head_dim())) sizes.scale(scale);
   return sizes;
 }
 
