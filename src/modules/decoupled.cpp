@@ -120,7 +120,7 @@ AttentionResult attend_to(const DecoupledCrossAttentionImpl& module,
   const auto& first = parts.front().layer.weights;
   const bool is_projected =
       std::ranges::any_of(parts, [](const Part& part) { return detail::projects_query(part.layer.orders.logits); });
-  const auto query = detail::make_query(first, x, is_projected);
+  auto query = detail::make_query(first, x, is_projected);
   auto how = detail::attention_options(kDecoupled, module.attention->options, call, parts.front().mask, module.is_training());
   auto result = detail::attend_heads(parts.front().layer, query, parts.front().context, how).result;  // [B, H, Lq, e]
   how.weights = AttentionWeights::none;
@@ -129,6 +129,7 @@ AttentionResult attend_to(const DecoupledCrossAttentionImpl& module,
     const auto added = detail::attend_heads(parts[i].layer, query, parts[i].context, how).result;
     result.output = result.output.add(added.output, parts[i].scale);
   }
+  query = {};  // its memory serves the next product
   result.output = detail::project(detail::merge_heads(result.output), first.output, first.output_bias);
   return result;
 }

@@ -303,9 +303,9 @@ RelativeAttention attend_heads(const Layer& layer,
 }
 
 AttentionResult attend(const Layer& layer, const Tensor& x, const LayerContext& context, const AttentionOptions& options) {
-  const auto query = make_query(layer.weights, x, projects_query(layer.orders.logits));
-  if (!ends_in_heads(layer.orders.values)) return attend_in_steps(layer, query, context, options, LogSumExpBase::zero).result;
-  auto result = attend_heads(layer, query, context, options).result;
+  const auto query = [&] { return make_query(layer.weights, x, projects_query(layer.orders.logits)); };
+  if (!ends_in_heads(layer.orders.values)) return attend_in_steps(layer, query(), context, options, LogSumExpBase::zero).result;
+  auto result = attend_heads(layer, query(), context, options).result;  // the projected query is freed before the next product
   result.output = project(merge_heads(result.output), layer.weights.output, layer.weights.output_bias);
   return result;
 }
