@@ -52,7 +52,7 @@ Folded::Folded(const BenchLayer& layer, const xattn::Orders& orders) : layer_(la
   if (orders_.values == Order::prefold) vo_ = v_heads_.matmul(o_.view({s.H, s.e, s.Eo})).view({s.H * s.Ek, s.Eo});
   if (s.learned_query && !train) {
     const auto q = project_query();  // [1, H, Lq, d]
-    probe_ = orders_.logits == Order::standard ? q.contiguous() : q.matmul(k_heads_).view({1, s.H * s.Lq, s.Ek});
+    learned_query_ = orders_.logits == Order::standard ? q.contiguous() : q.matmul(k_heads_).view({1, s.H * s.Lq, s.Ek});
   }
 }
 
@@ -107,42 +107,42 @@ Tensor Folded::logits(const Context& context) const {
     return q.matmul(context.keys.transpose(1, 2)).view({s.B, s.Lq, s.H, s.Lk}).transpose(1, 2);
   }
   if (orders_.logits == Order::fold_into_query) {
-    auto q = probe_;  // [1, H * Lq, Ek]
+    auto q = learned_query_;  // [1, H * Lq, Ek]
     if (!q.defined()) {
       q = project_query().transpose(0, 1).reshape({s.H, -1, s.d}).bmm(k_heads_);  // [H, B * Lq, Ek]
       q = q.view({s.H, x.size(0), s.Lq, s.Ek}).transpose(0, 1).reshape({x.size(0), s.H * s.Lq, s.Ek});
     }
     return q.matmul(context.keys.transpose(1, 2)).view({s.B, s.H, s.Lq, s.Lk});
   }
-  const auto q = probe_.defined() ? probe_ : project_query();
+  const auto q = learned_query_.defined() ? learned_query_ : project_query();
   if (s.G == s.H) return q.matmul(context.keys.transpose(-2, -1));
   return q.reshape({x.size(0), s.G, -1, s.d}).matmul(context.keys.transpose(-2, -1)).view({s.B, s.H, s.Lq, s.Lk});
 }
 
-Tensor Folded::mix(const Tensor& weights, const Context& context) const {
+Tensor Folded::weighted_values(const Tensor& weights, const Context& context) const {
   const auto& s = layer_.shape;
   if (orders_.values == Order::fold_into_context) {
     return at::baddbmm(o_bias_, weights.transpose(1, 2).reshape({s.B, s.Lq, s.H * s.Lk}), context.values);
   }
-  Tensor mixed;  // [B * Lq, H * e] or, for P, [B * Lq, H * Ek]
+  Tensor values;  // [B * Lq, H * e] or, for P, [B * Lq, H * Ek]
   if (orders_.values == Order::prefold) {
-    mixed = weights.transpose(1, 2).reshape({s.B, s.Lq * s.H, s.Lk}).bmm(context.values).view({s.B * s.Lq, s.H * s.Ek});
+    values = weights.transpose(1, 2).reshape({s.B, s.Lq * s.H, s.Lk}).bmm(context.values).view({s.B * s.Lq, s.H * s.Ek});
   } else if (orders_.values == Order::fold_into_query) {
     const auto heads = weights.reshape({s.B, s.H * s.Lq, s.Lk}).bmm(context.values).view({s.B, s.H, s.Lq, s.Ek});
-    mixed = heads.transpose(0, 1).reshape({s.H, s.B * s.Lq, s.Ek}).bmm(v_heads_);  // [H, B * Lq, e]
-    mixed = mixed.transpose(0, 1).reshape({s.B * s.Lq, s.H * s.e});
+    values = heads.transpose(0, 1).reshape({s.H, s.B * s.Lq, s.Ek}).bmm(v_heads_);  // [H, B * Lq, e]
+    values = values.transpose(0, 1).reshape({s.B * s.Lq, s.H * s.e});
   } else {
-    mixed = weights.reshape({s.B, s.G, -1, s.Lk}).matmul(context.values).view({s.B, s.H, s.Lq, s.e});
-    mixed = mixed.transpose(1, 2).reshape({s.B * s.Lq, s.H * s.e});
+    values = weights.reshape({s.B, s.G, -1, s.Lk}).matmul(context.values).view({s.B, s.H, s.Lq, s.e});
+    values = values.transpose(1, 2).reshape({s.B * s.Lq, s.H * s.e});
   }
-  return at::addmm(o_bias_, mixed, orders_.values == Order::prefold ? vo_ : o_).view({s.B, s.Lq, s.Eo});
+  return at::addmm(o_bias_, values, orders_.values == Order::prefold ? vo_ : o_).view({s.B, s.Lq, s.Eo});
 }
 
 Outputs Folded::attend(const Context& context) const {
   auto scores = logits(context);
   if (layer_.bias.defined()) scores = scores + layer_.bias;
   const auto weights = at::softmax(scores, -1);
-  return {mix(weights, context), returned_weights(layer_, weights)};
+  return {weighted_values(weights, context), returned_weights(layer_, weights)};
 }
 
 }  // namespace bench

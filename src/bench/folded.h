@@ -30,21 +30,21 @@ class Folded {
   Outputs attend(const Context& context) const;
 
  private:
-  torch::Tensor logits(const Context& context) const;                             // [B, H, Lq, Lk]
-  torch::Tensor mix(const torch::Tensor& weights, const Context& context) const;  // [B, H, Lq, Lk] -> [B, Lq, Eo]
-  torch::Tensor project_query() const;                                            // [B|1, H, Lq, d]
+  torch::Tensor logits(const Context& context) const;                                         // [B, H, Lq, Lk]
+  torch::Tensor weighted_values(const torch::Tensor& weights, const Context& context) const;  // [B, H, Lq, Lk] -> [B, Lq, Eo]
+  torch::Tensor project_query() const;                                                        // [B|1, H, Lq, d]
 
   const BenchLayer& layer_;
   xattn::Orders orders_;
-  torch::Tensor q_, q_bias_;    // [Eq, H * d], [H * d]; scaled unless a norm follows
-  torch::Tensor k_, v_;         // [Ek, G * d], [Ek, G * e]
-  torch::Tensor k_bias_;        // [G * d]; undefined where it has no effect: it adds the same to a whole row of logits
-  torch::Tensor o_, o_bias_;    // [H * e, Eo], [Eo]; the bias includes that of the values
-  torch::Tensor k_heads_;       // [H, d, Ek]
-  torch::Tensor v_heads_;       // [H, Ek, e]
-  torch::Tensor qk_, qk_bias_;  // P [Eq, H * Ek], [H * Ek]
-  torch::Tensor vo_;            // P [H * Ek, Eo]
-  torch::Tensor probe_;         // a learned query: S [1, H, Lq, d], F [1, H * Lq, Ek]
+  torch::Tensor q_, q_bias_;     // [Eq, H * d], [H * d]; scaled unless a norm follows
+  torch::Tensor k_, v_;          // [Ek, G * d], [Ek, G * e]
+  torch::Tensor k_bias_;         // [G * d]; undefined where it has no effect: it adds the same to a whole row of logits
+  torch::Tensor o_, o_bias_;     // [H * e, Eo], [Eo]; the bias includes that of the values
+  torch::Tensor k_heads_;        // [H, d, Ek]
+  torch::Tensor v_heads_;        // [H, Ek, e]
+  torch::Tensor qk_, qk_bias_;   // P [Eq, H * Ek], [H * Ek]
+  torch::Tensor vo_;             // P [H * Ek, Eo]
+  torch::Tensor learned_query_;  // a learned query: S [1, H, Lq, d], F [1, H * Lq, Ek]
 };
 
 }  // namespace bench

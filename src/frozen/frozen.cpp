@@ -38,18 +38,11 @@ detail::WeightProduct in_type_of(const Tensor& weight, const detail::WeightProdu
   return {product.weight.to(type), product.bias.defined() ? product.bias.to(type) : Tensor()};
 }
 
-// Copies of the weights that share no memory with the module.
-detail::LayerWeights copied(detail::LayerWeights w) {
-  for (auto* x : {&w.query, &w.query_bias, &w.key, &w.key_bias, &w.value, &w.value_bias, &w.output, &w.output_bias, &w.bias_k,
-                  &w.bias_v, &w.query_norm.weight, &w.query_norm.bias, &w.key_norm.weight, &w.key_norm.bias}) {
-    if (x->defined()) *x = x->detach().clone();
-  }
-  return w;
-}
-
-detail::LayerWeights in_double(detail::LayerWeights w) {
-  for (auto* x : {&w.query, &w.query_bias, &w.key, &w.key_bias, &w.value, &w.value_bias, &w.output, &w.output_bias}) {
-    if (x->defined()) *x = x->to(at::kDouble);
+// The weights with every tensor changed.
+template <class Change>
+detail::LayerWeights changed(detail::LayerWeights w, const Change& change) {
+  for (auto* x : all_tensors(w)) {
+    if (x->defined()) *x = change(*x);
   }
   return w;
 }
@@ -230,7 +223,7 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& freeze) {
   const Inference inference;
   detail::check_module(kFrozen, module);
   const auto& o = module.options;
-  const auto weights = copied(detail::weights_of(module));
+  const auto weights = changed(detail::weights_of(module), [](const Tensor& x) { return x.detach().clone(); });
   const auto plan = freeze.plan.value_or(o.plan());
   detail::check_plan(kFrozen, plan, o);
   auto state = std::make_shared<State>(State{o, weights, plan});
@@ -249,7 +242,7 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& freeze) {
                 "storage must be left out where the kernels do not run, but is given: they need float32 on the "
                 "CPU and no bias_kv.");
   }
-  auto exact = in_double(weights);
+  auto exact = changed(weights, [](const Tensor& x) { return x.to(at::kDouble); });
   if (kernels) exact.scale = 1;  // the kernels scale in the softmax
   // An automatic plan may take a product of weights wherever it is legal and saves time.
   const auto is_requested = [&plan](Order pinned, std::string_view illegal) {

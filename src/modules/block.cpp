@@ -13,18 +13,16 @@
 #include <string_view>
 
 #include "base/check.h"
-#include "base/describe.h"
 #include "base/text.h"
 #include "modules/context_state.h"
+#include "modules/inputs.h"
 #include "modules/option_names.h"
 #include "modules/options.h"
 
 namespace xattn {
 
-using detail::check_type;
 using detail::check_value;
 using detail::name_of;
-using detail::shape_of;
 using torch::Tensor;
 
 namespace {
@@ -209,12 +207,8 @@ bool CrossAttentionBlockImpl::norms_before() const {
 
 // Checks an input that a norm reads before the attention does. Type and batch are left to the attention.
 void CrossAttentionBlockImpl::check_input(const char* name, const Tensor& x, const char* length) const {
-  const auto Eq = options.attention().dim_query();
-  const auto device = attention->query_linear->weight.device();
-  check_value(x.defined() && (x.dim() == 2 || x.dim() == 3) && x.size(-1) == Eq, kBlock,
-              "{} must have shape [B, {}, {}], but has {}.", name, length, Eq, shape_of(x));
-  check_type(x.device() == device, kBlock, "{} must be on {}, as the parameters, but is on {}.", name, device.str(),
-             x.device().str());
+  detail::check_shape(kBlock, name, x, length, options.attention().dim_query());
+  detail::check_device(kBlock, name, x, attention->query_linear->weight.device());
 }
 
 Tensor CrossAttentionBlockImpl::normalised_context(const char* name, const Tensor& x) {

@@ -185,13 +185,14 @@ void DecoupledCrossAttentionImpl::check_options() const {
   const auto G = *o.kv_heads(), d = *o.head_dim(), e = *o.value_head_dim();
   for (size_t i = 0; i < all.size(); ++i) {
     const auto& added = all[i];
-    const auto& side = added_projections[i];
+    const auto& projection = added_projections[i];
     check_value(std::isfinite(added.scale()), kDecoupled, "added[{}].scale must be finite, but is {}.", i, added.scale());
     const auto caller = caller_of(i + 1);
-    detail::check_projection(caller, "key_linear", side->key_linear, added.dim_key(), G * d, added.key_bias() == true);
-    detail::check_projection(caller, "value_linear", side->value_linear, added.dim_value(), G * e, added.value_bias() == true);
+    detail::check_projection(caller, "key_linear", projection->key_linear, added.dim_key(), G * d, added.key_bias() == true);
+    detail::check_projection(caller, "value_linear", projection->value_linear, added.dim_value(), G * e,
+                             added.value_bias() == true);
     const auto size = o.qk_norm_scope() == NormScope::per_head ? d : G * d;
-    detail::check_norm(caller, "key_norm", side->key_norm, o.qk_norm(), size, o.qk_norm_eps());
+    detail::check_norm(caller, "key_norm", projection->key_norm, o.qk_norm(), size, o.qk_norm_eps());
   }
 }
 
@@ -208,7 +209,7 @@ void DecoupledCrossAttentionImpl::reset() {
 
 void DecoupledCrossAttentionImpl::reset_parameters() {
   attention->reset_parameters();
-  for (auto& side : added_projections) side->reset_parameters();
+  for (auto& projection : added_projections) projection->reset_parameters();
 }
 
 void DecoupledCrossAttentionImpl::pretty_print(std::ostream& stream) const {

@@ -13,12 +13,21 @@ namespace xattn::detail {
 
 using at::Tensor;
 
+void check_shape(std::string_view caller, const char* name, const Tensor& x, const char* length, int64_t features) {
+  check_value(x.defined() && (x.dim() == 2 || x.dim() == 3) && x.size(-1) == features, caller,
+              "{} must have shape [B, {}, {}], but has {}.", name, length, features, shape_of(x));
+}
+
+void check_device(std::string_view caller, const char* name, const Tensor& x, at::Device device) {
+  check_type(x.device() == device, caller, "{} must be on {}, as the parameters, but is on {}.", name, device.str(),
+             x.device().str());
+}
+
 namespace {
 
 // weight: of the projection that x is for, [out, in].
 void check_input(std::string_view caller, const char* name, const Tensor& x, const char* length, const Tensor& weight) {
-  check_value(x.defined() && (x.dim() == 2 || x.dim() == 3) && x.size(-1) == weight.size(1), caller,
-              "{} must have shape [B, {}, {}], but has {}.", name, length, weight.size(1), shape_of(x));
+  check_shape(caller, name, x, length, weight.size(1));
   check_type(!x.is_meta() || x.device() != weight.device(), caller, "{} must hold numbers, but is on meta.", name);
   const bool is_casted = !x.is_meta() && at::autocast::is_autocast_enabled(x.device().type());
   if (is_casted) {
@@ -27,8 +36,7 @@ void check_input(std::string_view caller, const char* name, const Tensor& x, con
     check_type(x.scalar_type() == weight.scalar_type(), caller, "{} must be {}, the type of the parameters, but is {}.", name,
                type_of(weight), type_of(x));
   }
-  check_type(x.device() == weight.device(), caller, "{} must be on {}, as the parameters, but is on {}.", name,
-             weight.device().str(), x.device().str());
+  check_device(caller, name, x, weight.device());
 }
 
 }  // namespace

@@ -26,6 +26,11 @@ struct ContextInputs {
   int64_t Lk() const { return key.size(1); }
 };
 
+/// Throws unless x is [B, length, features] or [length, features].
+void check_shape(std::string_view caller, const char* name, const at::Tensor& x, const char* length, int64_t features);
+/// Throws unless x is on the device of the parameters.
+void check_device(std::string_view caller, const char* name, const at::Tensor& x, at::Device device);
+
 /// Throws unless key and value fit the layer and each other. The mask is left to `check_mask`.
 ContextInputs context_inputs(
     std::string_view caller, const LayerWeights& layer, const at::Tensor& key, const at::Tensor& value, const Mask& mask);

@@ -247,6 +247,13 @@ std::vector<Tensor*> query_tensors(LayerWeights& w) {
 std::vector<Tensor*> context_tensors(LayerWeights& w) {
   return tensors_of_context(w);
 }
+std::vector<Tensor*> all_tensors(LayerWeights& w) {
+  auto all = query_tensors(w);
+  const auto of_context = context_tensors(w);
+  all.insert(all.end(), of_context.begin(), of_context.end());
+  all.insert(all.end(), {&w.output, &w.output_bias});
+  return all;
+}
 std::vector<const Tensor*> query_tensors(const LayerWeights& w) {
   return tensors_of_query(w);
 }

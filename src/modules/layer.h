@@ -41,6 +41,8 @@ LayerWeights weights_of(const CrossAttentionImpl& module);
 /// The tensors that a query is multiplied by, and the tensors that a context is made with; some may be undefined.
 std::vector<at::Tensor*> query_tensors(LayerWeights& weights);
 std::vector<at::Tensor*> context_tensors(LayerWeights& weights);
+/// Both of these, and those of the output projection.
+std::vector<at::Tensor*> all_tensors(LayerWeights& weights);
 std::vector<const at::Tensor*> query_tensors(const LayerWeights& weights);
 std::vector<const at::Tensor*> context_tensors(const LayerWeights& weights);
 

@@ -92,7 +92,6 @@ void check_module(std::string_view caller, const CrossAttentionImpl& module) {
 }
 
 Norm make_qk_norm(const CrossAttentionOptions& options, int64_t heads) {
-  if (options.qk_norm() == NormKind::none) return nullptr;
   const auto size = *options.head_dim() * (options.qk_norm_scope() == NormScope::across_heads ? heads : 1);
   return Norm(NormOptions(options.qk_norm(), size).eps(options.qk_norm_eps()));
 }

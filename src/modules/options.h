@@ -30,7 +30,7 @@ void check_projection(
 /// The same for a norm, which may be empty.
 void check_norm(std::string_view caller, std::string_view name, const Norm& norm, NormKind kind, int64_t size, double eps);
 
-/// The norm of projected queries or keys with this many heads; empty without qk_norm.
+/// The norm of projected queries or keys with this many heads. REQUIRES: qk_norm.
 Norm make_qk_norm(const CrossAttentionOptions& options, int64_t heads);
 
 /// The options of the attention in a call. Throws if the call names heads that the layer does not have.
