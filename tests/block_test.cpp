@@ -630,6 +630,14 @@ TEST(SelfAttentionBlockTest, AContextBelongsToTheNormThatItPassed) {
   EXPECT_EQ(error_of<c10::ValueError>([&] { block->attend(x, context); }), error);
 }
 
+TEST(BlockOptionsTest, RefusesAnotherNormBiasThanItsNormsHave) {
+  CrossAttentionBlock block(CrossAttentionOptions(8, 12, 12, 8));
+  block->options.norm_bias(false);
+  const auto x = torch::randn({2, 3, 8}), y = torch::randn({2, 5, 12});
+  EXPECT_EQ(error_of<c10::ValueError>([&] { block->forward(x, y, y); }),
+            "[cross_attention_block] options must fit the parameters, but say another norm_bias for attention_norm.");
+}
+
 TEST(GatedBlockTest, TheOutputHasTheTypeOfAHalfQueryUnderAutocast) {
   CrossAttentionBlock block(CrossAttentionBlockOptions(CrossAttentionOptions(8, 12, 12, 8)).gate(BlockGate::scalar));
   const auto x = torch::randn({2, 3, 8}).to(torch::kBFloat16), y = torch::randn({2, 5, 12});

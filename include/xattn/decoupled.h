@@ -61,17 +61,21 @@ struct KeyValue {
 class XATTN_API AddedProjectionImpl : public torch::nn::Cloneable<AddedProjectionImpl> {
  public:
   /// The attention's options, with the widths and biases of this context.
-  explicit AddedProjectionImpl(const CrossAttentionOptions& options_);
+  explicit AddedProjectionImpl(const CrossAttentionOptions& options);
 
   void reset() override;
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
 
-  CrossAttentionOptions options;
+  /// As it was made. Calls read the options of DecoupledCrossAttention and of its attention.
+  const CrossAttentionOptions& options() const { return options_; }
 
   torch::nn::Linear key_linear{nullptr};    ///< Ek -> G * d
   torch::nn::Linear value_linear{nullptr};  ///< Ev -> G * e
   Norm key_norm{nullptr};                   ///< empty without qk_norm
+
+ private:
+  CrossAttentionOptions options_;
 };
 TORCH_MODULE(AddedProjection);
 

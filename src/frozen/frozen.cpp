@@ -27,7 +27,6 @@ namespace xattn {
 
 using at::Tensor;
 using detail::check_value;
-using detail::uses_product;
 
 namespace {
 
@@ -246,7 +245,7 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& freeze) {
   if (kernels) exact.scale = 1;  // the kernels scale in the softmax
   // An automatic plan may take a product of weights wherever it is legal and saves time.
   const auto is_requested = [&plan](Order pinned, std::string_view illegal) {
-    return plan.pinned ? uses_product(pinned) : illegal.empty();
+    return plan.pinned ? detail::uses_product(pinned) : illegal.empty();
   };
   auto request = detail::request_of(weights, 1, 1, 1);
   request.weights_are_frozen = true;

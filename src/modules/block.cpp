@@ -79,6 +79,8 @@ void CrossAttentionBlockImpl::check_options() const {
   };
   const auto norm_of = [&](std::string_view name, const Norm& norm) {
     detail::check_norm(kBlock, name, norm, o.norm(), Eq, o.norm_eps());
+    check_value(norm->bias.defined() == (o.norm() == NormKind::layer && o.norm_bias()), kBlock,
+                "options must fit the parameters, but say another norm_bias for {}.", name);
   };
   norm_of("attention_norm", attention_norm);
   check_gate("attention_gate", attention_gate);

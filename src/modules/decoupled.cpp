@@ -138,18 +138,18 @@ AttentionResult attend_to(const DecoupledCrossAttentionImpl& module,
 
 // ---- AddedProjection -------------------------------------------------------------------------------------------------------
 
-AddedProjectionImpl::AddedProjectionImpl(const CrossAttentionOptions& options_) : options(options_) {
+AddedProjectionImpl::AddedProjectionImpl(const CrossAttentionOptions& options) : options_(options) {
   reset();
 }
 
 void AddedProjectionImpl::reset() {
-  const auto G = *options.kv_heads(), d = *options.head_dim(), e = *options.value_head_dim();
+  const auto G = *options_.kv_heads(), d = *options_.head_dim(), e = *options_.value_head_dim();
   const auto linear = [this](const char* name, int64_t in, int64_t out, bool bias) {
     return register_module(name, torch::nn::Linear(torch::nn::LinearOptions(in, out).bias(bias)));
   };
-  key_linear = linear("key_linear", options.dim_key(), G * d, options.key_bias());
-  value_linear = linear("value_linear", options.dim_value(), G * e, options.value_bias());
-  if (options.qk_norm() != NormKind::none) key_norm = register_module("key_norm", detail::make_qk_norm(options, G));
+  key_linear = linear("key_linear", options_.dim_key(), G * d, options_.key_bias());
+  value_linear = linear("value_linear", options_.dim_value(), G * e, options_.value_bias());
+  if (options_.qk_norm() != NormKind::none) key_norm = register_module("key_norm", detail::make_qk_norm(options_, G));
 }
 
 void AddedProjectionImpl::reset_parameters() {
@@ -159,7 +159,7 @@ void AddedProjectionImpl::reset_parameters() {
 }
 
 void AddedProjectionImpl::pretty_print(std::ostream& stream) const {
-  stream << detail::formatted("xattn::AddedProjection({})", detail::printed(options));
+  stream << detail::formatted("xattn::AddedProjection({})", detail::printed(options_));
 }
 
 // ---- DecoupledCrossAttention -----------------------------------------------------------------------------------------------

@@ -118,8 +118,7 @@ AttentionOptions attention_options(std::string_view caller,
           .weight_heads = call.weight_heads.value_or(options.weight_heads())};
 }
 
-std::string printed(const CrossAttentionOptions& resolved) {
-  const auto& o = resolved;
+std::string printed(const CrossAttentionOptions& o) {
   const auto heads = o.num_heads(), d = *o.head_dim();
   auto text = formatted("CrossAttentionOptions({}, {}, {}, {})", o.dim_query(), o.dim_key(), o.dim_value(), o.dim_output());
   const auto add = [&text](bool differs, std::string_view call, const auto&... argument) {
