@@ -560,9 +560,101 @@ TEST_P(KernelsSoftmaxTest, GivesEqualBitsHoweverTheRowsAreDivided) {
 }
 
 const auto name_of = [](const testing::TestParamInfo<const Kernels*>& info) { return std::string(info.param->name); };
+class KernelsRowsTest : public testing::TestWithParam<const Kernels*> {
+ protected:
+  const Kernels& kernels_ = *GetParam();
+};
+
+TEST_P(KernelsRowsTest, NormalisesRowsWithAndWithoutMeanAndBias) {
+  for (int64_t n : {1, 2, 7, 8, 15, 16, 17, 33, 320, 771}) {
+    for (const bool subtracts_mean : {false, true}) {
+      for (const bool has_bias : {false, true}) {
+        const int64_t rows = 3;
+        const auto x = random_matrix(rows, n), weight = random_matrix(1, n), bias = random_matrix(1, n);
+        Matrix y(rows, n);
+        constexpr double kEps = 1e-3;
+        kernels_.normalise({.rows = rows,
+                            .n = n,
+                            .x = x.data.get(),
+                            .y = y.data.get(),
+                            .subtracts_mean = subtracts_mean,
+                            .eps = kEps,
+                            .weight = weight.data.get(),
+                            .bias = has_bias ? bias.data.get() : nullptr});
+        for (int64_t i = 0; i < rows; ++i) {
+          double mean = 0, squares = 0;
+          for (int64_t j = 0; subtracts_mean && j < n; ++j) mean += x.at(i, j) / static_cast<double>(n);
+          for (int64_t j = 0; j < n; ++j) squares += (x.at(i, j) - mean) * (x.at(i, j) - mean) / static_cast<double>(n);
+          for (int64_t j = 0; j < n; ++j) {
+            const auto expected =
+                (x.at(i, j) - mean) / std::sqrt(squares + kEps) * weight.at(0, j) + (has_bias ? bias.at(0, j) : 0);
+            ASSERT_NEAR(y.at(i, j), expected, static_cast<double>(n + 16) * kRoundoff * 4)
+                << "n " << n << " at " << i << ", " << j;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(KernelsRowsTest, NormalisesEachRowAloneAndInPlace) {
+  const int64_t rows = 5, n = 45;
+  const auto x = random_matrix(rows, n), weight = random_matrix(1, n);
+  Matrix together(rows, n), apart(rows, n);
+  const auto norm = [&](const float* from, float* to, int64_t count) {
+    kernels_.normalise(
+        {.rows = count, .n = n, .x = from, .y = to, .subtracts_mean = true, .eps = 1e-5, .weight = weight.data.get()});
+  };
+  norm(x.data.get(), together.data.get(), rows);
+  for (int64_t i = 0; i < rows * n; ++i) apart.data[static_cast<size_t>(i)] = x.data[static_cast<size_t>(i)];
+  for (int64_t i = 0; i < rows; ++i) norm(&apart.at(i, 0), &apart.at(i, 0), 1);
+  expect_equal_bits(apart, together, "one row a call, in place");
+}
+
+TEST_P(KernelsRowsTest, ActivationsEqualTheirDefinitionsOverTheWholeRange) {
+  const auto exact = [](Pointwise f, double x) {
+    switch (f) {
+      case Pointwise::relu: return std::max(x, 0.0);
+      case Pointwise::gelu: return x * 0.5 * std::erfc(-x / std::sqrt(2.0));
+      case Pointwise::gelu_tanh: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+      case Pointwise::silu: return x / (1 + std::exp(-x));
+    }
+    return 0.0;
+  };
+  for (const auto f : {Pointwise::relu, Pointwise::gelu, Pointwise::gelu_tanh, Pointwise::silu}) {
+    std::vector<float> x, y;
+    for (float value = -120; value <= 120; value += 0.0137f) x.push_back(value);
+    y = x;
+    kernels_.activate(f, y.data(), nullptr, static_cast<int64_t>(y.size()));
+    for (size_t i = 0; i < x.size(); ++i) {
+      ASSERT_NEAR(y[i], exact(f, x[i]), 2e-7 * std::abs(x[i]) + 1e-12) << "function " << static_cast<int>(f) << " of " << x[i];
+    }
+  }
+}
+
+TEST_P(KernelsRowsTest, ActivationsMultiplyAndTouchNothingBehindTheEnd) {
+  for (int64_t n = 0; n < 40; ++n) {
+    auto x = random_matrix(1, n + 1);
+    const auto before = random_matrix(1, n + 1), multiplier = random_matrix(1, n + 1);
+    for (int64_t i = 0; i <= n; ++i) x.at(0, i) = before.at(0, i);
+    kernels_.activate(Pointwise::relu, x.data.get(), multiplier.data.get(), n);
+    for (int64_t i = 0; i < n; ++i) ASSERT_EQ(x.at(0, i), std::max(before.at(0, i), 0.0f) * multiplier.at(0, i));
+    ASSERT_EQ(x.at(0, n), before.at(0, n));
+  }
+}
+
+TEST_P(KernelsRowsTest, ActivationsOfNoNumberAreNone) {
+  for (const auto f : {Pointwise::relu, Pointwise::gelu, Pointwise::gelu_tanh, Pointwise::silu}) {
+    float x = kNaN;
+    kernels_.activate(f, &x, nullptr, 1);
+    EXPECT_TRUE(std::isnan(x)) << static_cast<int>(f);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Each, KernelsProductTest, testing::ValuesIn(all_kernels().begin(), all_kernels().end()), name_of);
 INSTANTIATE_TEST_SUITE_P(Each, KernelsPackTest, testing::ValuesIn(all_kernels().begin(), all_kernels().end()), name_of);
 INSTANTIATE_TEST_SUITE_P(Each, KernelsSoftmaxTest, testing::ValuesIn(all_kernels().begin(), all_kernels().end()), name_of);
+INSTANTIATE_TEST_SUITE_P(Each, KernelsRowsTest, testing::ValuesIn(all_kernels().begin(), all_kernels().end()), name_of);
 
 TEST(KernelsChoiceTest, GivesTheUnitProductsOfManyRowsColumnsAndTermsAlone) {
   const auto rows = least_many_rows();

@@ -14,12 +14,12 @@
 #include <xattn/mask.h>
 #include <xattn/norm.h>
 
-#include <functional>
 #include <string>
 #include <tuple>
-#include <vector>
 
 namespace xattn {
+
+class FrozenBlock;
 
 /// Cross attention as a layer of a Transformer: attention, then a feed-forward network, each added to its input.
 ///
@@ -73,6 +73,10 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
                                                   const Context& context,
                                                   const CallOptions& call = {});
 
+  /// Returns a copy for inference, as CrossAttention::freeze does: see frozen_block.h.
+  [[nodiscard]] FrozenBlock freeze() const;
+  [[nodiscard]] FrozenBlock freeze(const FreezeOptions& options) const;
+
   /// `CrossAttention::explain` for the attention that `forward` would run now.
   std::string explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask = {}, const CallOptions& call = {}) const;
 
@@ -91,12 +95,6 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
 
  private:
   void check_options() const;
-  void check_input(const char* name, const torch::Tensor& x, const char* length) const;
-  bool norms_before() const;
-  torch::Tensor normalised_context(const char* name, const torch::Tensor& x);
-  std::vector<torch::Tensor> norm_tensors() const;
-  std::tuple<torch::Tensor, torch::Tensor> add_branches(
-      const torch::Tensor& query, const std::function<std::tuple<torch::Tensor, torch::Tensor>(const torch::Tensor&)>& attend);
   CrossAttentionOptions attention_options_;  // as given to the constructor
 
  protected:

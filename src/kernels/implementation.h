@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "kernels/activation.h"
 #include "kernels/kernels.h"
 #include "kernels/pack.h"
 #include "kernels/product_transposed.h"
+#include "kernels/row_norm.h"
 #include "kernels/row_softmax.h"
 #include "kernels/tile_product.h"
 
@@ -29,6 +31,8 @@ const Kernels kKernels = {
     .pack = pack,
     .pack_transposed = pack_transposed,
     .softmax = softmax,
+    .normalise = normalise,
+    .activate = activate,
 };
 
 }  // namespace xattn::detail::XATTN_KERNELS

@@ -84,6 +84,21 @@ struct Softmax {
   float* largest = nullptr;      ///< [rows], max y, or 0 for a row that becomes zeros; log_sum_exp is then that of y - max y
 };
 
+/// y = (x - mean) / sqrt(variance + eps) * weight + bias, for rows [rows, n]; without the mean, the variance is the mean square.
+/// The bits of a row do not depend on the other rows. y may be x.
+struct RowNorm {
+  int64_t rows = 0, n = 0;
+  const float* x = nullptr;
+  float* y = nullptr;
+  bool subtracts_mean = false;
+  double eps = 0;
+  const float* weight = nullptr;  ///< [n]
+  const float* bias = nullptr;    ///< [n]; none if null
+};
+
+/// A function of one number, as between the linear layers of a feed-forward network.
+enum class Pointwise : uint8_t { relu, gelu, gelu_tanh, silu };
+
 /// The kernels for one instruction set.
 struct Kernels {
   const char* name;              ///< "amx", "avx512", "avx2", "plain"
@@ -123,6 +138,10 @@ struct Kernels {
   void (*pack_transposed)(const float* b, int64_t stride, int64_t k, int64_t n, void* packed, Storage storage);
 
   void (*softmax)(const Softmax&);
+  void (*normalise)(const RowNorm&);
+  /// x = f(x) * multiplier in place, for n numbers; without the multiplier if it is null. Differs from the exact functions by
+  /// at most 2e-7 of |x|.
+  void (*activate)(Pointwise f, float* x, const float* multiplier, int64_t n);
 };
 
 /// Memory of this thread for at least this many floats, valid until the thread's next call. The kernels keep copies there.

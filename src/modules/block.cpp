@@ -1,21 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/block.h>
 
-#include <ATen/ops/dropout.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/relu.h>
-#include <ATen/ops/silu.h>
 #include <torch/nn/init.h>
 
-#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "base/check.h"
 #include "base/text.h"
+#include "modules/block_weights.h"
 #include "modules/context_state.h"
-#include "modules/inputs.h"
 #include "modules/option_names.h"
 #include "modules/options.h"
 
@@ -45,16 +41,6 @@ CrossAttentionBlockOptions resolved(CrossAttentionBlockOptions options) {
   check_value(options.dropout() >= 0 && options.dropout() <= 1, kBlock, "dropout must lie in [0, 1], but is {}.",
               options.dropout());
   return options;
-}
-
-Tensor activate(const Tensor& x, Activation activation) {
-  switch (activation) {
-    case Activation::relu: return at::relu(x);
-    case Activation::gelu: return at::gelu(x);
-    case Activation::gelu_tanh: return at::gelu(x, "tanh");
-    case Activation::silu: return at::silu(x);
-  }
-  TORCH_INTERNAL_ASSERT(false, "unknown activation");
 }
 
 }  // namespace
@@ -160,84 +146,37 @@ void CrossAttentionBlockImpl::pretty_print(std::ostream& stream) const {
 
 std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask, const CallOptions& call) {
-  return add_branches(query, [&](const Tensor& x) {
-    const bool forgets_norm =
-        query.is_same(key) && !options.norm_context() && norms_before() && options.norm() != NormKind::none;
-    check_value(!forgets_norm, kBlock,
-                "key must be another tensor than the query, unless norm_context is set, but is the same: a block of "
-                "self-attention with norms before normalises keys and values, too.");
-    if (!options.norm_context()) return attention->forward(x, key, value, mask, call);
-    const auto Xk = key.is_same(query) ? x : normalised_context("key", key);
-    return attention->forward(x, Xk, value.is_same(key) ? Xk : normalised_context("value", value), mask, call);
-  });
+  check_options();
+  const auto weights = detail::weights_of(*this);
+  const auto [Xq, Xk, Xv] = detail::block_inputs(kBlock, weights, query, key, value, detail::normalised);
+  const auto [attended, attention_weights] = attention->forward(Xq, Xk, Xv, mask, call);
+  return {detail::block_output(weights, query, attended, is_training() ? options.dropout() : 0), attention_weights};
 }
 
 Context CrossAttentionBlockImpl::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& how) {
   check_options();
-  if (!options.norm_context()) return attention->context(key, value, mask, how);
-  const auto Xk = normalised_context("key", key);
-  const auto context = attention->context(Xk, value.is_same(key) ? Xk : normalised_context("value", value), mask, how);
-  auto state = std::make_shared<Context::State>(context.state());
-  state->normalised_by = detail::WeightsStamp(norm_tensors());
+  const auto weights = detail::weights_of(*this);
+  const auto [none, Xk, Xv] = detail::block_context(kBlock, weights, key, value, detail::normalised);
+  auto state = std::make_shared<Context::State>(attention->context(Xk, Xv, mask, how).state());
+  state->normalised_by = detail::stamp_of(weights.context_norm());
   return Context(std::move(state));
 }
 
 std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::attend(const Tensor& query,
                                                            const Context& context,
                                                            const CallOptions& call) {
-  return add_branches(query, [&](const Tensor& x) {
-    context.state().normalised_by.check(kBlock, detail::WeightsStamp(norm_tensors()));
-    return attention->attend(x, context, call);
-  });
+  check_options();
+  const auto weights = detail::weights_of(*this);
+  const auto Xq = detail::block_query(kBlock, weights, query, detail::normalised);
+  context.state().normalised_by.check(kBlock, detail::stamp_of(weights.context_norm()));
+  const auto [attended, attention_weights] = attention->attend(Xq, context, call);
+  return {detail::block_output(weights, query, attended, is_training() ? options.dropout() : 0), attention_weights};
 }
 
 std::string CrossAttentionBlockImpl::explain(
     int64_t B, int64_t Lq, int64_t Lk, const Mask& mask, const CallOptions& call) const {
   check_options();
   return attention->explain(B, Lq, Lk, mask, call);
-}
-
-// The parameters of the norm that keys and values pass; none if they pass none.
-std::vector<Tensor> CrossAttentionBlockImpl::norm_tensors() const {
-  if (!options.norm_context() || !norms_before()) return {};
-  return {attention_norm->weight, attention_norm->bias};
-}
-
-bool CrossAttentionBlockImpl::norms_before() const {
-  return options.norm_placement() == NormPlacement::before;
-}
-
-// Checks an input that a norm reads before the attention does. Type and batch are left to the attention.
-void CrossAttentionBlockImpl::check_input(const char* name, const Tensor& x, const char* length) const {
-  detail::check_shape(kBlock, name, x, length, options.attention().dim_query());
-  detail::check_device(kBlock, name, x, attention->query_linear->weight.device());
-}
-
-Tensor CrossAttentionBlockImpl::normalised_context(const char* name, const Tensor& x) {
-  check_input(name, x, "Lk");
-  return norms_before() ? attention_norm(x) : x;
-}
-
-// query [B, Lq, Eq]; attend: from the query, normalised if norms are applied before, to the output [B, Lq, Eq] and weights.
-std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::add_branches(
-    const Tensor& query, const std::function<std::tuple<Tensor, Tensor>(const Tensor&)>& attend) {
-  check_options();
-  check_input("query", query, "Lq");
-  const bool before = norms_before();
-  const auto entrance = [&](const Tensor& x, Norm& norm) { return before ? norm(x) : x; };
-  const auto sum = [&](const Tensor& x, const Tensor& branch, const Tensor& gate, Norm& norm) {
-    const auto dropped = at::dropout(branch, options.dropout(), is_training());
-    const auto y = x + (gate.defined() ? (gate.tanh() * dropped).to(dropped.scalar_type()) : dropped);
-    return before ? y : norm(y);
-  };
-  const auto [attended, weights] = attend(entrance(query, attention_norm));
-  const auto x = sum(query, attended, attention_gate, attention_norm);
-  if (!feed_forward_in) return {x, weights};
-
-  const auto entered = entrance(x, feed_forward_norm);
-  auto hidden = activate(feed_forward_in(entered), options.activation());  // [B, Lq, hidden]
-  if (feed_forward_multiplier) hidden = hidden * feed_forward_multiplier(entered);
-  return {sum(x, feed_forward_out(hidden), feed_forward_gate, feed_forward_norm), weights};
 }
 
 }  // namespace xattn

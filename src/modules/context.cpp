@@ -64,6 +64,10 @@ WeightsStamp stamp_of(const LayerWeights& w, const Orders& orders) {
   return WeightsStamp(tensors, is_folded(orders.logits) ? w.scale : 0);
 }
 
+WeightsStamp stamp_of(const NormWeights& norm) {
+  return norm.kind == NormKind::none ? WeightsStamp() : WeightsStamp({norm.weight, norm.bias});
+}
+
 void check_context(std::string_view caller, const LayerWeights& w, const Context::State& context, const at::Tensor& query) {
   const auto& [orders, parts, mask, is_batched, made_from, normalised_by] = context;
   made_from.check(caller, stamp_of(w, orders));

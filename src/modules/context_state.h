@@ -38,6 +38,8 @@ class WeightsStamp {
 
 /// Of all weights that a context in these orders holds.
 WeightsStamp stamp_of(const LayerWeights& weights, const Orders& orders);
+/// Of a norm that keys and values pass; empty for NormKind::none.
+WeightsStamp stamp_of(const NormWeights& norm);
 
 /// Makes a context of checked inputs. Tensors that it would share with the caller are copied.
 Context keep_context(const Layer& layer, const ContextInputs& inputs);

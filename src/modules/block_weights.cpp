@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "modules/block_weights.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/dropout.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/silu.h>
+
+#include "base/check.h"
+#include "modules/inputs.h"
+
+namespace xattn::detail {
+
+using at::Tensor;
+
+namespace {
+
+Tensor activate(const Tensor& x, Activation activation) {
+  switch (activation) {
+    case Activation::relu: return at::relu(x);
+    case Activation::gelu: return at::gelu(x);
+    case Activation::gelu_tanh: return at::gelu(x, "tanh");
+    case Activation::silu: return at::silu(x);
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown activation");
+}
+
+Tensor applied(const LinearWeights& linear, const Tensor& x) {
+  return at::linear(x, linear.weight, linear.bias);
+}
+
+LinearWeights linear_weights(const torch::nn::Linear& linear) {
+  return linear ? LinearWeights{linear->weight, linear->bias} : LinearWeights{};
+}
+
+// Checks an input that a norm reads before the attention does. Type and batch are left to the attention.
+void check_input(std::string_view caller, const BlockWeights& w, const char* name, const Tensor& x, const char* length) {
+  check_shape(caller, name, x, length, w.features);
+  check_device(caller, name, x, w.device);
+}
+
+}  // namespace
+
+BlockWeights weights_of(const CrossAttentionBlockImpl& module) {
+  const auto& o = module.options;
+  return {.features = o.attention().dim_query(),
+          .device = module.attention->query_linear->weight.device(),
+          .norm_placement = o.norm_placement(),
+          .norm_context = o.norm_context(),
+          .activation = o.activation(),
+          .attention_norm = norm_weights(module.attention_norm),
+          .feed_forward_norm = norm_weights(module.feed_forward_norm),
+          .attention_gate = module.attention_gate,
+          .feed_forward_gate = module.feed_forward_gate,
+          .feed_forward_in = linear_weights(module.feed_forward_in),
+          .feed_forward_multiplier = linear_weights(module.feed_forward_multiplier),
+          .feed_forward_out = linear_weights(module.feed_forward_out)};
+}
+
+std::vector<Tensor*> all_tensors(BlockWeights& w) {
+  std::vector all = {&w.attention_gate, &w.feed_forward_gate};
+  for (auto* norm : {&w.attention_norm, &w.feed_forward_norm}) all.insert(all.end(), {&norm->weight, &norm->bias});
+  for (auto* linear : {&w.feed_forward_in, &w.feed_forward_multiplier, &w.feed_forward_out}) {
+    all.insert(all.end(), {&linear->weight, &linear->bias});
+  }
+  return all;
+}
+
+BlockInputs block_inputs(std::string_view caller,
+                         const BlockWeights& w,
+                         const Tensor& query,
+                         const Tensor& key,
+                         const Tensor& value,
+                         Normalise normalise) {
+  const bool forgets_norm =
+      query.is_same(key) && !w.norm_context && w.norms_before() && w.attention_norm.kind != NormKind::none;
+  check_value(!forgets_norm, caller,
+              "key must be another tensor than the query, unless norm_context is set, but is the same: a block of "
+              "self-attention with norms before normalises keys and values, too.");
+  const auto Xq = block_query(caller, w, query, normalise);
+  if (w.norm_context && key.is_same(query) && value.is_same(query)) return {Xq, Xq, Xq};
+  auto inputs = block_context(caller, w, key, value, normalise);
+  inputs.query = Xq;
+  return inputs;
+}
+
+Tensor block_query(std::string_view caller, const BlockWeights& w, const Tensor& query, Normalise normalise) {
+  check_input(caller, w, "query", query, "Lq");
+  return w.norms_before() ? normalise(query, w.attention_norm) : query;
+}
+
+BlockInputs block_context(
+    std::string_view caller, const BlockWeights& w, const Tensor& key, const Tensor& value, Normalise normalise) {
+  const auto norm = w.context_norm();
+  if (norm.kind == NormKind::none) return {{}, key, value};
+  check_input(caller, w, "key", key, "Lk");
+  check_input(caller, w, "value", value, "Lk");
+  const auto Xk = normalise(key, norm);
+  return {{}, Xk, value.is_same(key) ? Xk : normalise(value, norm)};
+}
+
+Tensor block_output(const BlockWeights& w, const Tensor& query, const Tensor& attended, double dropout) {
+  const auto add = [&](const Tensor& x, const Tensor& branch, const Tensor& gate, const NormWeights& norm) {
+    const auto dropped = dropout > 0 ? at::dropout(branch, dropout, /*train=*/true) : branch;
+    const auto sum = x + (gate.defined() ? (gate.tanh() * dropped).to(dropped.scalar_type()) : dropped);
+    return w.norms_before() ? sum : normalised(sum, norm);
+  };
+  const auto x = add(query, attended, w.attention_gate, w.attention_norm);
+  if (!w.has_feed_forward()) return x;
+  const auto entered = w.norms_before() ? normalised(x, w.feed_forward_norm) : x;
+  auto hidden = activate(applied(w.feed_forward_in, entered), w.activation);  // [B, Lq, hidden]
+  if (w.feed_forward_multiplier.weight.defined()) hidden = hidden * applied(w.feed_forward_multiplier, entered);
+  return add(x, applied(w.feed_forward_out, hidden), w.feed_forward_gate, w.feed_forward_norm);
+}
+
+}  // namespace xattn::detail
