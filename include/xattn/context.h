@@ -27,6 +27,9 @@ struct ContextOptions {
 /// copies share storage; safe to share between threads.
 class XATTN_API Context {
  public:
+  /// An empty one, to be assigned to: any other use throws c10::ValueError.
+  Context() = default;
+
   /// The orders of products for which it was made.
   const Orders& orders() const;
   /// Keys as the order of the logits reads them: standard, K [B, G, Lk, d]; raw, [B, Lk, Ek]; folded, [B, H * Lk, Eq].
@@ -41,7 +44,7 @@ class XATTN_API Context {
 
   struct State;  ///< defined inside the library
   explicit Context(std::shared_ptr<const State> state);
-  const State& state() const { return *state_; }
+  const State& state() const;
 
  private:
   std::shared_ptr<const State> state_;

@@ -23,6 +23,9 @@ namespace xattn {
 /// valid only with the Frozen that made it. Immutable; copies share storage; safe to share between threads.
 class XATTN_API FrozenContext {
  public:
+  /// An empty one, to be assigned to: any other use throws c10::ValueError.
+  FrozenContext() = default;
+
   const Orders& orders() const;
   const Mask& mask() const;
   int64_t batch_size() const;
@@ -44,6 +47,7 @@ class XATTN_API FrozenContext {
   friend class Frozen;
   struct State;
   explicit FrozenContext(std::shared_ptr<const State> state) : state_(std::move(state)) {}
+  const State& state() const;
   std::shared_ptr<const State> state_;
 };
 
@@ -72,6 +76,9 @@ struct FreezeOptions {
 /// Immutable: any number of threads may share one without locks. Copies share storage.
 class XATTN_API Frozen {
  public:
+  /// An empty one, to be assigned to: any other use throws c10::ValueError.
+  Frozen() = default;
+
   /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev] -> output [B, Lq, Eo] and the requested weights. Keys that
   /// Mask::lengths excludes, with lengths on the host, are dropped before any product.
   std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query,
@@ -118,6 +125,7 @@ class XATTN_API Frozen {
   friend class FrozenContext;
   struct State;
   Frozen(const CrossAttentionImpl& module, const FreezeOptions& options);
+  const State& state() const;
   AttentionResult attend_with(const at::Tensor& query, const FrozenContext& context, const CallOptions& call) const;
   std::tuple<at::Tensor, at::Tensor> forward_with(const std::optional<at::Tensor>& query,
                                                   const at::Tensor& key,

@@ -3,7 +3,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/cat.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -17,6 +16,7 @@
 #include "base/check.h"
 #include "base/describe.h"
 #include "frozen/engine.h"
+#include "frozen/state.h"
 #include "modules/inputs.h"
 #include "modules/layer.h"
 #include "modules/options.h"
@@ -27,10 +27,9 @@ namespace xattn {
 
 using at::Tensor;
 using detail::check_value;
+using detail::kFrozen;
 
 namespace {
-
-constexpr auto kFrozen = "frozen";
 
 detail::WeightProduct in_type_of(const Tensor& weight, const detail::WeightProduct& product) {
   const auto type = weight.scalar_type();
@@ -84,136 +83,40 @@ struct Inference {
 
 }  // namespace
 
-struct Frozen::State {
-  CrossAttentionOptions options;
-  detail::LayerWeights weights;
-  PlanMode plan;
-  detail::WeightProducts products = {};
-  std::optional<detail::EngineWeights> engine = {};
-  Tensor query = {};                              // [Lq, Eq], or undefined
-  std::array<Tensor, kOrders> folded_query = {};  // for each order of the logits
-
-  PlanRequest request(int64_t B, int64_t Lq, int64_t Lk, AttentionWeights returned) const {
-    auto request = detail::request_of(weights, B, Lq, Lk);
-    request.weights_are_frozen = true;
-    request.query_is_constant = query.defined();
-    const int threads = at::get_num_threads();
-    request.rates = plan.rates                ? *plan.rates
-                    : engine                  ? Rates::kernels(threads)
-                    : weights.query.is_cuda() ? Rates::cuda()
-                                              : Rates::cpu(threads);
-    request.returns_weights = returned != AttentionWeights::none;
-    request.runs_on = engine ? RunsOn::frozen_kernels : detail::runs_on(weights.query);
-    if (plan.pinned) request.pinned = plan.orders;
-    return request;
-  }
-
-  PlanRequest request_for_context(int64_t B, int64_t Lk, int64_t expected) const {
-    return detail::for_context(kFrozen, request(B, 1, Lk, options.attention_weights()), expected);
-  }
-
-  // query [B, Lq, Eq], or undefined for the constant one.
-  detail::EngineCall call(const Orders& orders, const Tensor& given, const AttentionOptions& how) const {
-    return {.query = given,
-            .folded_query = folded_query[static_cast<size_t>(orders.logits)],
-            .mask = how.mask,
-            .weights = how.weights,
-            .weight_heads = how.weight_heads};
-  }
-
-  AttentionOptions attention_options(const Mask& mask, const CallOptions& call) const {
-    return detail::attention_options(kFrozen, options, call, mask, /*is_training=*/false);
-  }
-};
-
-struct FrozenContext::State {
-  std::shared_ptr<const Frozen::State> owner;
-  detail::EngineContext parts;  // its keys and values are those of a LayerContext where the engine does not run
-  Mask mask;                    // without the lengths of `parts`
-  bool batched;
-
-  template <class Change>
-  void change_tensors(const Change& change) {
-    const bool one = parts.values.is_same(parts.keys);
-    parts.keys = change(parts.keys);
-    parts.values = one ? parts.keys : change(parts.values);
-    if (parts.key_bias.defined()) parts.key_bias = change(parts.key_bias);
-  }
-};
-
-// ---- FrozenContext ---------------------------------------------------------------------------------------------------------
-
-const Orders& FrozenContext::orders() const {
-  return state_->parts.orders;
-}
-const Mask& FrozenContext::mask() const {
-  return state_->mask;
-}
-int64_t FrozenContext::batch_size() const {
-  return state_->parts.B;
-}
-int64_t FrozenContext::length() const {
-  return state_->parts.Lk;
-}
-bool FrozenContext::is_batched() const {
-  return state_->batched;
+PlanRequest Frozen::State::request(int64_t B, int64_t Lq, int64_t Lk, AttentionWeights returned) const {
+  auto request = detail::request_of(weights, B, Lq, Lk);
+  request.weights_are_frozen = true;
+  request.query_is_constant = query.defined();
+  const int threads = at::get_num_threads();
+  request.rates = plan.rates                ? *plan.rates
+                  : engine                  ? Rates::kernels(threads)
+                  : weights.query.is_cuda() ? Rates::cuda()
+                                            : Rates::cpu(threads);
+  request.returns_weights = returned != AttentionWeights::none;
+  request.runs_on = engine ? RunsOn::frozen_kernels : detail::runs_on(weights.query);
+  if (plan.pinned) request.pinned = plan.orders;
+  return request;
 }
 
-int64_t FrozenContext::bytes() const {
-  const auto& parts = state_->parts;
-  int64_t bytes = 0;
-  for (const auto* x : {&parts.keys, &parts.key_bias, &parts.values})
-    bytes += x->defined() ? static_cast<int64_t>(x->nbytes()) : 0;
-  return parts.values.is_alias_of(parts.keys) ? bytes / 2 : bytes;
+PlanRequest Frozen::State::request_for_context(int64_t B, int64_t Lk, int64_t expected) const {
+  return detail::for_context(kFrozen, request(B, 1, Lk, options.attention_weights()), expected);
 }
 
-FrozenContext FrozenContext::slice(int64_t begin, int64_t end) const {
-  check_value(0 <= begin && begin < end && end <= batch_size(), kFrozen, "slice must lie in [0, {}], but is [{}, {}).",
-              batch_size(), begin, end);
-  auto sliced = std::make_shared<State>(*state_);
-  sliced->mask = state_->mask.slice(begin, end);
-  sliced->change_tensors([&](const Tensor& x) { return x.narrow(0, begin, end - begin); });
-  sliced->parts.B = end - begin;
-  auto& lengths = sliced->parts.lengths;
-  if (!lengths.empty()) lengths = {lengths.begin() + begin, lengths.begin() + end};
-  return FrozenContext(std::move(sliced));
+detail::EngineCall Frozen::State::call(const Orders& orders, const Tensor& given, const AttentionOptions& how) const {
+  return {.query = given,
+          .folded_query = folded_query[static_cast<size_t>(orders.logits)],
+          .mask = how.mask,
+          .weights = how.weights,
+          .weight_heads = how.weight_heads};
 }
 
-FrozenContext FrozenContext::to(at::Device device) const {
-  auto moved = std::make_shared<State>(*state_);
-  moved->mask = state_->mask.to(device);
-  moved->change_tensors([device](const Tensor& x) { return x.to(device); });
-  return FrozenContext(std::move(moved));
+AttentionOptions Frozen::State::attention_options(const Mask& mask, const CallOptions& call) const {
+  return detail::attention_options(kFrozen, options, call, mask, /*is_training=*/false);
 }
 
-FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
-  check_value(!contexts.empty(), kFrozen, "contexts must be at least one, but are none.");
-  const auto& first = *contexts.front().state_;
-  auto joined = std::make_shared<State>(first);
-  auto& parts = joined->parts;
-  std::vector<std::pair<Mask, int64_t>> masks;
-  parts.B = 0;
-  parts.lengths.clear();
-  for (const auto& context : contexts) {
-    const auto& state = *context.state_;
-    check_value(state.owner == first.owner && state.parts.orders == first.parts.orders && state.parts.Lk == first.parts.Lk &&
-                    state.batched && state.parts.layout == first.parts.layout,
-                kFrozen, "contexts must be batches of one Frozen, of one length and orders, but they differ.");
-    masks.emplace_back(state.mask, state.parts.B);
-    parts.B += state.parts.B;
-    parts.lengths.insert(parts.lengths.end(), state.parts.lengths.begin(), state.parts.lengths.end());
-  }
-  joined->mask = Mask::cat(masks);
-  const auto joined_tensor = [&contexts](Tensor detail::EngineContext::* part) {
-    std::vector<Tensor> all;
-    for (const auto& context : contexts) all.push_back(context.state_->parts.*part);
-    return all.front().defined() ? at::cat(all) : Tensor();
-  };
-  parts.keys = joined_tensor(&detail::EngineContext::keys);
-  parts.key_bias = joined_tensor(&detail::EngineContext::key_bias);
-  const bool one = first.parts.values.is_same(first.parts.keys);
-  parts.values = one ? parts.keys : joined_tensor(&detail::EngineContext::values);
-  return FrozenContext(std::move(joined));
+const Frozen::State& Frozen::state() const {
+  check_value(state_ != nullptr, kFrozen, "layer must be made by CrossAttention::freeze, but is empty.");
+  return *state_;
 }
 
 // ---- Frozen ----------------------------------------------------------------------------------------------------------------
@@ -274,7 +177,7 @@ std::tuple<Tensor, Tensor> Frozen::forward(const Tensor& key,
                                            const Tensor& value,
                                            const Mask& mask,
                                            const CallOptions& call) const {
-  check_value(state_->query.defined(), kFrozen, "query must be given to freeze or to forward, but is given to neither.");
+  check_value(state().query.defined(), kFrozen, "query must be given to freeze or to forward, but is given to neither.");
   return forward_with(std::nullopt, key, value, mask, call);
 }
 
@@ -285,33 +188,33 @@ std::tuple<Tensor, Tensor> Frozen::forward_with(const std::optional<Tensor>& que
                                                 const Mask& mask,
                                                 const CallOptions& call) const {
   const Inference inference;
-  auto inputs = detail::context_inputs(kFrozen, state_->weights, key, value, mask);
+  auto inputs = detail::context_inputs(kFrozen, state().weights, key, value, mask);
   const auto B = inputs.B();
-  const auto Xq = query ? detail::query_input(kFrozen, state_->weights, *query, inputs.is_batched, B) : Tensor();
-  const auto Lq = query ? Xq.size(1) : state_->query.size(0);
-  detail::check_mask(kFrozen, state_->weights, inputs, Lq);
+  const auto Xq = query ? detail::query_input(kFrozen, state().weights, *query, inputs.is_batched, B) : Tensor();
+  const auto Lq = query ? Xq.size(1) : state().query.size(0);
+  detail::check_mask(kFrozen, state().weights, inputs, Lq);
   const auto returned = detail::returned_weights(options(), call);
-  if (!state_->engine) {
-    const auto dropped_keys = detail::drop_padding(state_->weights, inputs);
-    const auto orders = detail::orders_of(state_->request(B, Lq, inputs.Lk(), returned));
+  if (!state().engine) {
+    const auto dropped_keys = detail::drop_padding(state().weights, inputs);
+    const auto orders = detail::orders_of(state().request(B, Lq, inputs.Lk(), returned));
     const FrozenContext context(make_context(orders, inputs.key, inputs.value, inputs.mask, inputs.is_batched, Lq));
     return detail::results(attend_with(Xq, context, call), inputs.is_batched, dropped_keys);
   }
   const auto [lengths, rest] = split_lengths(mask, B, inputs.Lk());
-  const auto orders = detail::orders_of(state_->request(B, Lq, mean_length(lengths), returned));
-  const auto engine_call = state_->call(orders, Xq, state_->attention_options(rest, call));
-  return detail::results(detail::forward(orders, *state_->engine, inputs.key, inputs.value, lengths, engine_call),
+  const auto orders = detail::orders_of(state().request(B, Lq, mean_length(lengths), returned));
+  const auto engine_call = state().call(orders, Xq, state().attention_options(rest, call));
+  return detail::results(detail::forward(orders, *state().engine, inputs.key, inputs.value, lengths, engine_call),
                          inputs.is_batched);
 }
 
 FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& options) const {
   const Inference inference;
   const auto expected = options.expected_queries;
-  auto inputs = detail::context_inputs(kFrozen, state_->weights, key, value, mask);
-  detail::check_mask(kFrozen, state_->weights, inputs, std::nullopt);
+  auto inputs = detail::context_inputs(kFrozen, state().weights, key, value, mask);
+  detail::check_mask(kFrozen, state().weights, inputs, std::nullopt);
   if (are_one(key, value)) inputs.value = inputs.key;
-  const auto keys = state_->engine ? mean_length(split_lengths(mask, inputs.B(), inputs.Lk()).first) : inputs.Lk();
-  const auto orders = detail::orders_of(state_->request_for_context(inputs.B(), keys, expected));
+  const auto keys = state().engine ? mean_length(split_lengths(mask, inputs.B(), inputs.Lk()).first) : inputs.Lk();
+  const auto orders = detail::orders_of(state().request_for_context(inputs.B(), keys, expected));
   const auto rows = expected == ContextOptions::kMany ? std::numeric_limits<int64_t>::max() : expected;
   auto context = make_context(orders, inputs.key, inputs.value, mask, inputs.is_batched, rows);
   detail::copy_shared(context->parts, inputs.key, inputs.value);
@@ -322,12 +225,12 @@ std::shared_ptr<FrozenContext::State> Frozen::make_context(
     const Orders& orders, const Tensor& key, const Tensor& value, const Mask& mask, bool is_batched, int64_t rows) const {
   auto context = std::make_shared<FrozenContext::State>(FrozenContext::State{state_, {}, mask, is_batched});
   const auto B = key.size(0), Lk = key.size(1);
-  if (state_->engine) {
+  if (state().engine) {
     auto [lengths, rest] = split_lengths(mask, B, Lk);
     context->mask = rest;
-    context->parts = detail::make_engine_context(orders, *state_->engine, key, value, std::move(lengths), rows);
+    context->parts = detail::make_engine_context(orders, *state().engine, key, value, std::move(lengths), rows);
   } else {
-    const auto made = detail::make_context(detail::Layer(orders, state_->weights, state_->products), key, value);
+    const auto made = detail::make_context(detail::Layer(orders, state().weights, state().products), key, value);
     context->parts = {
         .orders = orders, .B = B, .Lk = Lk, .lengths = {}, .keys = made.keys, .key_bias = made.key_bias, .values = made.values};
   }
@@ -336,39 +239,40 @@ std::shared_ptr<FrozenContext::State> Frozen::make_context(
 
 std::tuple<Tensor, Tensor> Frozen::attend(const Tensor& query, const FrozenContext& context, const CallOptions& call) const {
   const Inference inference;
-  const auto& c = *context.state_;
+  const auto& weights = state().weights;
+  const auto& c = context.state();
   check_value(c.owner == state_, kFrozen, "context must be made by the Frozen that attends to it, but is another's.");
   const auto given = query.defined() && query.dim() == 3 ? query.size(0) : 1;
   const auto of_context = context.batch_size();
   const auto B = of_context > 0 && given % of_context == 0 ? given : of_context;
-  const auto Xq = detail::query_input(kFrozen, state_->weights, query, c.batched, B);
+  const auto Xq = detail::query_input(kFrozen, weights, query, c.batched, B);
   return detail::results(attend_with(Xq, context, call), c.batched);
 }
 
 std::tuple<Tensor, Tensor> Frozen::attend(const FrozenContext& context, const CallOptions& call) const {
   const Inference inference;
-  check_value(context.state_->owner == state_, kFrozen,
+  check_value(state().query.defined(), kFrozen, "query must be given to freeze or to attend, but is given to neither.");
+  check_value(context.state().owner == state_, kFrozen,
               "context must be made by the Frozen that attends to it, but is another's.");
-  check_value(state_->query.defined(), kFrozen, "query must be given to freeze or to attend, but is given to neither.");
   return detail::results(attend_with({}, context, call), context.is_batched());
 }
 
 // query [B * n, Lq, Eq], which has been checked, or undefined for the constant one.
 AttentionResult Frozen::attend_with(const Tensor& query, const FrozenContext& context, const CallOptions& call) const {
-  const auto& [owner, parts, mask, batched] = *context.state_;
-  const auto& weights = state_->weights;
+  const auto& [owner, parts, mask, batched] = context.state();
+  const auto& weights = state().weights;
   const auto device = parts.keys.device();
   detail::check_type(device == weights.query.device(), kFrozen, "context must be on {}, as the weights, but is on {}.",
                      weights.query.device().str(), device.str());
-  const auto B = parts.B, Lq = query.defined() ? query.size(1) : state_->query.size(0);
+  const auto B = parts.B, Lq = query.defined() ? query.size(1) : state().query.size(0);
   detail::check_mask(mask, kFrozen, B, options().num_heads(), Lq, parts.Lk, device);
-  auto how = state_->attention_options(mask, call);
-  if (state_->engine) return detail::attend(*state_->engine, parts, state_->call(parts.orders, query, how));
+  auto how = state().attention_options(mask, call);
+  if (state().engine) return detail::attend(*state().engine, parts, state().call(parts.orders, query, how));
   // The n queries of a context become one, of n * Lq rows.
-  const auto Xq = query.defined() ? query : state_->query.expand({B, -1, -1});
+  const auto Xq = query.defined() ? query : state().query.expand({B, -1, -1});
   const auto n = B > 0 ? Xq.size(0) / B : 1;
   how.mask = for_queries(mask, n, Lq, parts.Lk, device, Xq.scalar_type());
-  const detail::Layer layer(parts.orders, weights, state_->products);
+  const detail::Layer layer(parts.orders, weights, state().products);
   auto result =
       detail::attend(layer, Xq.reshape({B, n * Lq, Xq.size(2)}), {parts.keys, parts.key_bias, parts.values, parts.Lk}, how);
   result.output = result.output.view({B * n, Lq, result.output.size(2)});
@@ -380,20 +284,20 @@ AttentionResult Frozen::attend_with(const Tensor& query, const FrozenContext& co
 }
 
 std::string Frozen::explain(int64_t B, int64_t Lq, int64_t Lk, std::optional<int64_t> expected_queries) const {
-  return xattn::explain(expected_queries ? state_->request_for_context(B, Lk, *expected_queries)
-                                         : state_->request(B, Lq, Lk, options().attention_weights()));
+  return xattn::explain(expected_queries ? state().request_for_context(B, Lk, *expected_queries)
+                                         : state().request(B, Lq, Lk, options().attention_weights()));
 }
 
 Orders Frozen::orders(int64_t B, int64_t Lq, int64_t Lk) const {
-  return detail::orders_of(state_->request(B, Lq, Lk, options().attention_weights()));
+  return detail::orders_of(state().request(B, Lq, Lk, options().attention_weights()));
 }
 
 const CrossAttentionOptions& Frozen::options() const {
-  return state_->options;
+  return state().options;
 }
 
 bool Frozen::uses_kernels() const {
-  return state_->engine.has_value();
+  return state().engine.has_value();
 }
 
 Frozen CrossAttentionImpl::freeze() const {

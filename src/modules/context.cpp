@@ -15,26 +15,31 @@ namespace xattn {
 
 Context::Context(std::shared_ptr<const State> state) : state_(std::move(state)) {}
 
+const Context::State& Context::state() const {
+  detail::check_value(state_ != nullptr, "context", "context must be made by a module, but is empty.");
+  return *state_;
+}
+
 const Orders& Context::orders() const {
-  return state_->orders;
+  return state().orders;
 }
 const at::Tensor& Context::key() const {
-  return state_->parts.keys;
+  return state().parts.keys;
 }
 const at::Tensor& Context::value() const {
-  return state_->parts.values;
+  return state().parts.values;
 }
 const Mask& Context::mask() const {
-  return state_->mask;
+  return state().mask;
 }
 bool Context::is_batched() const {
-  return state_->is_batched;
+  return state().is_batched;
 }
 int64_t Context::batch_size() const {
   return key().size(0);
 }
 int64_t Context::length() const {
-  return state_->parts.Lk;
+  return state().parts.Lk;
 }
 
 namespace detail {
