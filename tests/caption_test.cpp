@@ -199,7 +199,7 @@ Model half_trained() {
 }
 
 // The log-probability of each sentence [B, T] by teacher forcing, up to its kEnd.
-torch::Tensor log_probability(Model& model, const torch::Tensor& words, const std::vector<xattn::Context>& images) {
+torch::Tensor log_probability(Model& model, const torch::Tensor& words, const std::vector<ImageContext>& images) {
   const auto begin = torch::full({words.size(0), 1}, Vocabulary::kEnd, torch::kInt64);
   const auto given = torch::cat({begin, words.slice(1, 0, -1)}, 1).unsqueeze(1);  // [B, 1, T]
   auto next = std::get<0>(model->predict(given, images)).squeeze(1);              // [B, T, vocabulary]
@@ -247,7 +247,10 @@ TEST(CaptionDecodeTest, ContextsDoNotGrowWithTheNumberOfBeams) {
   const auto images = model->contexts(torch::rand({3, 9, ModelImpl::kFeatures}));
   const auto bytes = [&] {
     size_t sum = 0;
-    for (const auto& image : images) sum += image.key().storage().nbytes() + image.value().storage().nbytes();
+    for (const auto& image : images) {
+      const auto& context = std::get<xattn::Context>(image);
+      sum += context.key().storage().nbytes() + context.value().storage().nbytes();
+    }
     return sum;
   };
   const auto once = bytes();
@@ -260,7 +263,22 @@ TEST(CaptionDecodeTest, ContextsDoNotGrowWithTheNumberOfBeams) {
   // All beams of an image are queries of its one batch entry, so more beams attend to the same keys.
   const auto words = torch::full({3, 16, 2}, Vocabulary::kEnd, torch::kInt64);
   EXPECT_EQ(std::get<1>(model->predict(words, images)).sizes(), (std::vector<int64_t>{3, 16, 2, 9}));
-  EXPECT_EQ(images.at(0).batch_size(), 3);
+  EXPECT_EQ(std::get<xattn::Context>(images.at(0)).batch_size(), 3);
+}
+
+TEST(CaptionDecodeTest, AFrozenModelFindsTheSameCaptions) {
+  const OneThread one_thread;
+  auto model = half_trained();
+  const torch::NoGradGuard no_grad;
+  const auto features = torch::rand({3, 9, ModelImpl::kFeatures});
+  const auto words = torch::full({3, 2, 4}, Vocabulary::kEnd, torch::kInt64);
+  const auto scores = model->predict(words, model->contexts(features));
+  const auto found = decode(model, model->contexts(features), 4);
+  model->freeze();
+  const auto frozen = model->predict(words, model->contexts(features));
+  EXPECT_TRUE(std::get<0>(frozen).allclose(std::get<0>(scores), 1e-4, 1e-4));
+  EXPECT_TRUE(std::get<1>(frozen).allclose(std::get<1>(scores), 1e-4, 1e-5));
+  EXPECT_TRUE(decode(model, model->contexts(features), 4).words.equal(found.words));
 }
 
 TEST(CaptionShippedTest, ReproducesItsPublishedAccuracy) {

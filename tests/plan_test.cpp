@@ -115,6 +115,21 @@ TEST(PlanTest, AFrozenLayerIsChargedForPackingAContextForManyRowsUnlessItIsKept)
   EXPECT_EQ(packing(29, RunsOn::module_kernels), 0);
 }
 
+TEST(PlanTest, StoredWeightsAndProjectedContextsAreReadInTheirOwnTypeAndRawOnesAreNot) {
+  PlanRequest r{.H = 8, .G = 8, .Lq = 1, .Lk = 1000, .Eq = 512, .Ek = 512, .Ev = 512, .d = 64, .e = 64, .Eo = 512};
+  r.weights_are_frozen = true;
+  r.context_rows = PlanRequest::kKept;
+  r.runs_on = RunsOn::frozen_kernels;
+  r.rates = Rates::kernels(1);
+  const auto bytes = [&r](Order order) { return cost_of({order, order}, r).logits[static_cast<size_t>(order)].bytes; };
+  const auto standard = bytes(Order::standard), folded = bytes(Order::fold_into_query);
+  r.stored_element = 2;
+  const double weight = 512 * 512, keys = 1000 * 512;
+  EXPECT_EQ(standard - bytes(Order::standard), 2 * (weight + keys));
+  EXPECT_EQ(folded - bytes(Order::fold_into_query), 2 * (weight + weight));
+  EXPECT_EQ(cost_of({}, r).logits[0].operations, 2 * (weight + keys));
+}
+
 TEST(PlanTest, WhatHasAnEmptyAxisCostsNothing) {
   const auto plan = make_plan(request(1, 4, 3, 0, 8, 8, 8));
   EXPECT_EQ(plan.orders, Orders{});
@@ -365,6 +380,10 @@ TEST(PlanTest, RefusesSizesThatCannotBe) {
   r.context_rows = -2;
   EXPECT_EQ(error_of<c10::ValueError>([&] { make_plan(r); }),
             "[plan] context_rows must not be negative, or be kKept, but is -2.");
+  PlanRequest stored;
+  stored.rates = Rates::cpu(1);
+  stored.stored_element = -1;
+  EXPECT_EQ(error_of<c10::ValueError>([&] { make_plan(stored); }), "[plan] stored_element must not be negative, but is -1.");
   r.context_rows = PlanRequest::kKept;
   r.G = 3;
   EXPECT_EQ(error_of<c10::ValueError>([&] { make_plan(r); }), "[plan] H must be a multiple of G, but they are 4 and 3.");

@@ -8,6 +8,7 @@
 #include <xattn/decoupled.h>
 #include <xattn/distributed.h>
 #include <xattn/frozen.h>
+#include <xattn/frozen_decoupled.h>
 
 #include <cmath>
 #include <limits>
@@ -417,6 +418,11 @@ class LayerCase {
     const auto other = layer_by_definition(o, of_added, exact_inputs[0], exact_inputs[3], exact_inputs[4], all, none);
     const Result exact{output + scale * other.output, weights};
     compare(result, exact, "decoupled");
+    const auto frozen = module->freeze();
+    compare(frozen.forward(query_, key_, value_, {{inputs[3], inputs[4]}}, restrictions_.mask), exact, "frozen decoupled");
+    compare(frozen.attend(query_, frozen.context(key_, value_, restrictions_.mask, draw_use()),
+                          {frozen.added_context(0, inputs[3], inputs[4], {}, draw_use())}),
+            exact, "frozen decoupled with contexts");
     if (restrictions_.learned.defined()) inputs.push_back(restrictions_.learned), exact_all.push_back(restrictions_.learned);
     const auto cotangents = cotangents_of(exact);
     expect_close(gradients_of({std::get<0>(result), std::get<1>(result)}, cotangents, inputs),

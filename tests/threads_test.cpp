@@ -5,10 +5,16 @@
 #include <ATen/ops/randn.h>
 #include <ATen/ops/tensor.h>
 #include <gtest/gtest.h>
+#include <xattn/block.h>
 #include <xattn/cross_attention.h>
+#include <xattn/decoupled.h>
 #include <xattn/frozen.h>
+#include <xattn/frozen_block.h>
+#include <xattn/frozen_decoupled.h>
+#include <xattn/frozen_linear.h>
 
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <optional>
 #include <thread>
@@ -101,6 +107,36 @@ TEST(ThreadsTest, ShareAFrozenLayerAndItsContextsAndGetTheSameBits) {
       const auto own = frozen.context(x.key, x.value, x.mask);
       return {frozen.forward(x.query, x.key, x.value, x.mask), frozen.attend(x.query, many), frozen.attend(x.query, few),
               frozen.attend(x.query, own)};
+    });
+  }
+}
+
+TEST(ThreadsTest, ShareAFrozenBlockALinearLayerAndTheirFirstUseAndGetTheSameBits) {
+  const SharedInputs x(at::kFloat);
+  CrossAttentionBlock block(CrossAttentionBlockOptions(CrossAttentionOptions(20, 24, 12, 20).num_heads(4).kv_heads(2)));
+  const FrozenLinear linear(*torch::nn::Linear(20, 300));
+  for (const auto order : {Order::standard, Order::fold_into_query, Order::fold_into_context}) {
+    const auto freeze = [&] { return block->freeze({.plan = PlanMode::pin({order, order})}); };
+    const auto run = [&](const FrozenBlock& frozen) -> Results {
+      const auto own = frozen.context(x.key, x.value, x.mask);
+      return {frozen.forward(x.query, x.key, x.value, x.mask), frozen.attend(x.query, own), {linear.forward(x.query), x.query}};
+    };
+    const auto first = freeze(), others = freeze();  // whose first calls, which pack for folds, are on several threads
+    std::atomic<bool> is_first = true;
+    expect_equal_bits_on_all_threads([&] { return run(is_first.exchange(false) ? first : others); });
+  }
+}
+
+TEST(ThreadsTest, ShareAFrozenDecoupledLayerAndItsContextsAndGetTheSameBits) {
+  for (const auto type : {at::kDouble, at::kFloat}) {
+    SCOPED_TRACE(type);
+    DecoupledCrossAttention module(DecoupledCrossAttentionOptions(shared_options()).added({{24, 12}}));
+    module->to(type);
+    const SharedInputs x(type);
+    const auto frozen = module->freeze();
+    const auto context = frozen.context(x.key, x.value, x.mask), added = frozen.added_context(0, x.key, x.value);
+    expect_equal_bits_on_all_threads([&]() -> Results {
+      return {frozen.forward(x.query, x.key, x.value, {{x.key, x.value}}, x.mask), frozen.attend(x.query, context, {added})};
     });
   }
 }

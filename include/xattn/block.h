@@ -94,6 +94,7 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
   torch::Tensor feed_forward_gate;                     ///< the same; also undefined without a feed-forward branch
 
  private:
+  friend class FrozenBlock;
   void check_options() const;
   CrossAttentionOptions attention_options_;  // as given to the constructor
 

@@ -22,6 +22,8 @@
 
 namespace xattn {
 
+class FrozenDecoupled;
+
 /// Options of one added context: `AddedContextOptions(768, 768).scale(0.6)`.
 struct XATTN_API AddedContextOptions {
   AddedContextOptions(int64_t dim_key, int64_t dim_value) : dim_key_(dim_key), dim_value_(dim_value) {}
@@ -140,6 +142,10 @@ class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<Decoup
                                                   const std::vector<Context>& added,
                                                   const CallOptions& call = {});
 
+  /// Returns a copy for inference, as CrossAttention::freeze does: see frozen_decoupled.h.
+  [[nodiscard]] FrozenDecoupled freeze() const;
+  [[nodiscard]] FrozenDecoupled freeze(const FreezeOptions& options) const;
+
   /// Describes what `forward` would do now with B x Lq queries and contexts of these lengths, in order; the mask is the first
   /// context's.
   std::string explain(int64_t B, int64_t Lq, const std::vector<int64_t>& lengths, const Mask& mask = {}) const;
@@ -152,6 +158,7 @@ class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<Decoup
   std::vector<AddedProjection> added_projections;  ///< submodules "added0", "added1" ...
 
  private:
+  friend class FrozenDecoupled;
   void check_options() const;
   CrossAttentionOptions attention_options_;  // as given to the constructor
 

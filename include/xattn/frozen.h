@@ -14,7 +14,9 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace xattn {
@@ -45,6 +47,7 @@ class XATTN_API FrozenContext {
 
  private:
   friend class Frozen;
+  friend class FrozenDecoupled;
   struct State;
   explicit FrozenContext(std::shared_ptr<const State> state) : state_(std::move(state)) {}
   const State& state() const;
@@ -117,21 +120,36 @@ class XATTN_API Frozen {
   /// The module's options, with all defaults resolved.
   const CrossAttentionOptions& options() const;
 
+  /// Size in memory, in bytes: the weights once, as they are stored, and the products of weights that its plan may use. Each is
+  /// at most as large as its two factors, and is there only if it can save time (`logits_product_pays`). The first call that
+  /// folds packs another copy of a projection: of the keys' and the values' weights to fold into the query, of the query's to
+  /// fold into the context. A pinned plan holds only what it reads.
+  int64_t bytes() const;
+
   /// Whether calls run on this library's own kernels.
   bool uses_kernels() const;
 
  private:
   friend class CrossAttentionImpl;
   friend class FrozenContext;
+  friend class FrozenDecoupled;
   struct State;
+  explicit Frozen(std::shared_ptr<const State> state) : state_(std::move(state)) {}
   Frozen(const CrossAttentionImpl& module, const FreezeOptions& options);
   const State& state() const;
+  at::Tensor query_for(std::string_view caller, const at::Tensor& query, const FrozenContext& context) const;
+  void check_context(std::string_view caller, const FrozenContext& context, int64_t Lq) const;
   AttentionResult attend_with(const at::Tensor& query, const FrozenContext& context, const CallOptions& call) const;
   std::tuple<at::Tensor, at::Tensor> forward_with(const std::optional<at::Tensor>& query,
                                                   const at::Tensor& key,
                                                   const at::Tensor& value,
                                                   const Mask& mask,
                                                   const CallOptions& call) const;
+  FrozenContext context_for(std::string_view caller,
+                            const at::Tensor& key,
+                            const at::Tensor& value,
+                            const Mask& mask,
+                            const ContextOptions& options) const;
   std::shared_ptr<FrozenContext::State> make_context(
       const Orders& orders, const at::Tensor& key, const at::Tensor& value, const Mask& mask, bool batched, int64_t rows) const;
 

@@ -97,6 +97,7 @@ struct PlanRequest {
   int64_t Eq = 1, Ek = 1, Ev = 1;  ///< features of query, key, value
   int64_t d = 1, e = 1, Eo = 1;    ///< features of a query/key head, of a value head, of the output
   int64_t element = 4;             ///< bytes of a number
+  int64_t stored_element = 0;      ///< the same in weights, and in projected and folded contexts; 0: as `element`
 
   bool query_norm = false;          ///< projected queries are normalised
   bool key_norm = false;            ///< projected keys are normalised

@@ -18,6 +18,9 @@
 #include <xattn/find_blocks.h>
 #include <xattn/find_layers.h>
 #include <xattn/frozen.h>
+#include <xattn/frozen_block.h>
+#include <xattn/frozen_decoupled.h>
+#include <xattn/frozen_linear.h>
 #include <xattn/ip_adapter.h>
 #include <xattn/load.h>
 #include <xattn/load_modules.h>

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "attention/heads.h"
 #include "attention/merge.h"
@@ -11,7 +12,7 @@
 #include "cpu/threads.h"
 #include "cpu/tuning.h"
 #include "frozen/engine.h"
-#include "frozen/row_norm.h"
+#include "frozen/packed_layers.h"
 
 namespace xattn::detail {
 
@@ -29,11 +30,11 @@ int64_t bytes_of_weights(const EngineWeights& w, const Orders& orders, bool quer
   int64_t total = 0;
   if (query_is_given && !is_folded(orders.logits)) {
     total += bytes(orders.logits == Order::prefold ? w.logits_product.data : w.query.data);
-    if (orders.logits == Order::fold_into_query) total += bytes(w.key_fold.data);
+    if (orders.logits == Order::fold_into_query) total += bytes(w.key_fold().data);
   }
   if (is_folded(orders.values)) return total;
   if (orders.values == Order::prefold) return total + bytes(w.values_product.data);
-  return total + bytes(w.output.data) + (orders.values == Order::standard ? 0 : bytes(w.value_fold.data));
+  return total + bytes(w.output.data) + (orders.values == Order::standard ? 0 : bytes(w.value_fold().data));
 }
 
 bool is_small(const EngineWeights& w, int64_t B, int64_t Lq, int64_t Lk) {
@@ -50,12 +51,17 @@ void project_query(
 }
 
 // (Xq Wq) Wk' of each head: projected [n, H * d] -> folded [n, H * Ek].
-void fold_into_query(
-    const EngineWeights& w, const float* projected, int64_t n, float* folded, int64_t all_rows, const TaskThreads& threads) {
+void fold_into_query(const EngineWeights& w,
+                     const Packed& key_fold,
+                     const float* projected,
+                     int64_t n,
+                     float* folded,
+                     int64_t all_rows,
+                     const TaskThreads& threads) {
   threads.each(w.H, [&](int64_t h) {
     multiply({.sizes = {n, w.Ek, w.d},
               .a = {projected + h * w.d, w.H * w.d},
-              .b = packed(w.key_fold).from_row(h * w.G / w.H * w.d),
+              .b = packed(key_fold).from_row(h * w.G / w.H * w.d),
               .c = {folded + h * w.Ek, w.H * w.Ek},
               .all_rows = all_rows});
   });
@@ -94,14 +100,23 @@ class Attend {
         rows_((query_.defined() && context.B > 0 ? query_.size(0) / context.B : 1) * Lq_),
         projected_rows_(is_small(w, context.B, rows_, context.Lk) ? rows_ : context.B * rows_),
         heads_{w.H, w.G, w.d, w.e, context.Lk, context.keys, context.values, /*are_packed=*/true},
-        softmax_(call.mask, w.H, Lq_, context.Lk, w.scale, call.weights, call.weight_heads) {}
+        softmax_(call.mask, w.H, Lq_, context.Lk, w.scale, call.weights, call.weight_heads) {
+    added_.reserve(call.added.size());
+    for (const auto& added : call.added) {
+      added_.emplace_back(*added.weights, *added.context, EngineCall{.query = query_, .folded_query = {}, .mask = added.mask});
+      added_.back().factor_ = added.scale;
+    }
+  }
 
   // Writes to a result of the right sizes.
   void run(const AttentionResult& result) {
     output_ = mutable_data(result.output);
     softmax_.write_to(result.weights);
-    const BytesRead reads{bytes_of_weights(w_, context_.orders, query_.defined()),
-                          (bytes(context_.keys) + bytes(context_.values)) / std::max<int64_t>(1, context_.B)};
+    auto reads = bytes_read();
+    for (const auto& added : added_) {
+      const auto more = added.bytes_read();
+      reads = {reads.weights + more.weights, reads.context + more.context};
+    }
     each_share_of_rows(
         {.rows = context_.B * rows_,
          .has_many_rows = has_many_rows(projected_rows_, w_.Eo, w_.H * w_.e),
@@ -127,13 +142,18 @@ class Attend {
   bool by_heads() const { return context_.orders == Orders{}; }
 
   // Whether the weighted values of a head overwrite its projected query, which is not used after them.
-  bool in_place() const { return by_heads() && w_.d == w_.e && query_.defined(); }
+  bool in_place() const { return by_heads() && w_.d == w_.e && query_.defined() && added_.empty(); }
 
   // Whether logits and weighted values read the rows of one context together, each share of them once from memory. Merging the
   // shares pays off for few query rows, if a core's cache cannot hold the context between logits and weighted values.
   bool reads_once() const {
     return is_raw(context_.orders.logits) && values_are_raw() && context_.layout == ContextLayout::unpacked && w_.Ek == w_.Ev &&
            context_.keys.const_data_ptr() == context_.values.const_data_ptr() && 4 * context_.Lk * w_.Ek > kCoreCache;
+  }
+
+  BytesRead bytes_read() const {
+    return {bytes_of_weights(w_, context_.orders, query_.defined()),
+            (bytes(context_.keys) + bytes(context_.values)) / std::max<int64_t>(1, context_.B)};
   }
 
   // Floats of a row of weighted values.
@@ -144,8 +164,19 @@ class Attend {
     return {largest, scratch.take(rows)};
   }
 
-  // An upper bound of the scratch that run_rows takes.
+  // An upper bound of the scratch that run_rows takes. Contexts of a decoupled layer use the same scratch one after the other.
   ScratchSize scratch_size(const TaskThreads& threads) const {
+    auto size = scratch_of_context(threads);
+    for (const auto& added : added_) {
+      const auto other = added.scratch_of_context(threads);
+      size = {std::max(size.row, other.row), std::max(size.logits, other.logits),
+              std::max(size.rows_at_a_time, other.rows_at_a_time)};
+    }
+    if (!added_.empty()) size.row += 2 * w_.H * w_.e + w_.H * w_.d;
+    return size;
+  }
+
+  ScratchSize scratch_of_context(const TaskThreads& threads) const {
     const auto& w = w_;
     auto size = by_heads() ? scratch_of_heads(heads_, softmax_, threads) : ScratchSize{w.H * context_.Lk};
     auto& floats = size.row;
@@ -162,14 +193,68 @@ class Attend {
 
   // Computes the output of rows [begin, end) of all B * n * Lq.
   void run_rows(int64_t begin, int64_t end, Scratch scratch, const TaskThreads& threads) const {
+    if (!added_.empty()) return run_rows_of_all_contexts(begin, end, scratch, threads);
     const auto n = end - begin, width = weighted_width();
     auto* const output = output_ + begin * w_.Eo;
     auto* const weighted = values_are_folded() ? output : scratch.take(n * width);
-    const auto left = left_rows(begin, n, weighted, scratch, threads);
+    const auto* projected = in_place() ? project(begin, n, weighted, threads) : nullptr;
+    if (!in_place() && query_.defined() && projects_query(context_.orders.logits)) {
+      projected = project(begin, n, scratch.take(n * w_.H * w_.d), threads);
+    }
     // Rows without keys are found by their log-sum-exps, because they get no bias of the values.
     const bool needs_sums = values_are_raw() && !softmax_.all_have_keys();
     const auto sums = needs_sums ? take_sums(n * w_.H, scratch) : LogSumExps{};
-    for (int64_t first = begin, last = begin; first < end; first = last) {  // one context after another
+    run_contexts(begin, end, projected, weighted, sums, scratch, threads);
+    if (values_are_folded()) return;
+    write_output(weighted, sums, n, output, scratch, threads);
+    if (values_are_raw() && !needs_sums) write_output_of_empty_contexts(begin, end);
+  }
+
+  // The same for a decoupled layer, whose query is projected once.
+  void run_rows_of_all_contexts(int64_t begin, int64_t end, Scratch scratch, const TaskThreads& threads) const {
+    const auto n = end - begin, width = w_.H * w_.e;
+    auto* const heads = scratch.take(n * width);
+    auto* const heads_of_added = scratch.take(n * width);
+    const bool projects = projects_query(context_.orders.logits) || std::ranges::any_of(added_, [](const Attend& added) {
+                            return projects_query(added.context_.orders.logits);
+                          });
+    const auto* projected = projects ? project(begin, n, scratch.take(n * w_.H * w_.d), threads) : nullptr;
+    write_heads(begin, end, projected, heads, scratch, threads);
+    for (const auto& added : added_) {
+      added.write_heads(begin, end, projected, heads_of_added, scratch, threads);
+      for (int64_t i = 0; i < n * width; ++i) heads[i] += added.factor_ * heads_of_added[i];
+    }
+    threads.multiply(projection(heads, n, w_.output, w_.output_bias, output_ + begin * w_.Eo, projected_rows_));
+  }
+
+  // Computes the heads [n, H, e] of rows [begin, end), with the bias of the values. REQUIRES: the values end in heads.
+  void write_heads(
+      int64_t begin, int64_t end, const float* projected, float* heads, Scratch scratch, const TaskThreads& threads) const {
+    const auto n = end - begin;
+    if (!values_are_raw()) return run_contexts(begin, end, projected, heads, {}, scratch, threads);
+    auto* const weighted = scratch.take(n * weighted_width());
+    const auto sums = take_sums(n * w_.H, scratch);
+    run_contexts(begin, end, projected, weighted, sums, scratch, threads);
+    fold_into_heads(weighted, sums, n, heads, threads);
+  }
+
+  // Xq Wq + bq of n rows, in `place`.
+  const float* project(int64_t begin, int64_t n, float* place, const TaskThreads& threads) const {
+    project_query(w_, data(query_) + begin * w_.Eq, n, place, projected_rows_, threads);
+    return place;
+  }
+
+  // Computes the weighted values of rows [begin, end), one context after another. projected: of these rows, if the order of the
+  // logits reads it; the weighted values may overwrite it. sums: may be null.
+  void run_contexts(int64_t begin,
+                    int64_t end,
+                    const float* projected,
+                    float* weighted,
+                    const LogSumExps& sums,
+                    Scratch scratch,
+                    const TaskThreads& threads) const {
+    const auto left = left_rows(begin, end - begin, projected, scratch, threads);
+    for (int64_t first = begin, last = begin; first < end; first = last) {
       const auto b = first / rows_, row = first - begin;
       last = std::min(end, (b + 1) * rows_);
       run_segment({.context = b,
@@ -179,34 +264,25 @@ class Attend {
                    .queries = left.data + (query_.defined() ? row : first % rows_) * left.stride,
                    .query_stride = left.stride,
                    .head_stride = w_.d,
-                   .weighted_values = weighted + row * width,
-                   .log_sum_exp = needs_sums ? sums + row * w_.H : LogSumExps{},
+                   .weighted_values = weighted + row * weighted_width(),
+                   .log_sum_exp = sums ? sums + row * w_.H : LogSumExps{},
                    .context_rows = rows_},
                   scratch, threads);
     }
-    if (values_are_folded()) return;
-    write_output(weighted, sums, n, output, scratch, threads);
-    if (values_are_raw() && !needs_sums) write_output_of_empty_contexts(begin, end);
   }
 
   // The rows that are multiplied by the keys: those of a task, or of a constant query for all contexts.
-  LeftRows left_rows(int64_t begin, int64_t n, float* weighted, Scratch& scratch, const TaskThreads& threads) const {
+  LeftRows left_rows(int64_t begin, int64_t n, const float* projected, Scratch& scratch, const TaskThreads& threads) const {
     const auto& w = w_;
     if (!query_.defined()) return {data(folded_), folded_.size(1)};
     const auto* query = data(query_) + begin * w.Eq;
     if (is_folded(context_.orders.logits)) return {query, w.Eq};
-    if (logits_are(Order::standard)) {
-      auto* projected = in_place() ? weighted : scratch.take(n * w.H * w.d);
-      project_query(w, query, n, projected, projected_rows_, threads);
-      return {projected, w.H * w.d};
-    }
+    if (logits_are(Order::standard)) return {projected, w.H * w.d};
     auto* rows = scratch.take(n * w.H * w.Ek);
     if (logits_are(Order::prefold)) {
       threads.multiply(projection(query, n, w.logits_product, w.logits_product_bias, rows, projected_rows_));
     } else {
-      auto* projected = scratch.take(n * w.H * w.d);
-      project_query(w, query, n, projected, projected_rows_, threads);
-      fold_into_query(w, projected, n, rows, projected_rows_, threads);
+      fold_into_query(w, w.key_fold(), projected, n, rows, projected_rows_, threads);
     }
     return {rows, w.H * w.Ek};
   }
@@ -369,21 +445,29 @@ class Attend {
       return;
     }
     if (values_are(Order::fold_into_query)) {
-      const auto width = w.H * w.e;
-      auto* projected = scratch.take(n * width);
-      threads.each(w.H, [&](int64_t h) {
-        multiply({.sizes = {n, w.e, w.Ev},
-                  .a = {weighted + h * w.Ev, w.H * w.Ev},
-                  .b = packed(w.value_fold, h * w.G / w.H),
-                  .c = {projected + h * w.e, width},
-                  .all_rows = projected_rows_});
-      });
-      add_value_bias(
-          sums, n, w.e, [&](int64_t h) { return data(w.value_bias) + h * w.G / w.H * w.e; },
-          [&](int64_t row, int64_t h) { return projected + row * width + h * w.e; });
-      weighted = projected;
+      auto* heads = scratch.take(n * w.H * w.e);
+      fold_into_heads(weighted, sums, n, heads, threads);
+      weighted = heads;
     }
     threads.multiply(projection(weighted, n, w.output, bias, output, projected_rows_));
+  }
+
+  // Weighted values of raw contexts [n, H, Ev] -> heads [n, H, e], with the bias of the values if there are log-sum-exps.
+  void fold_into_heads(
+      const float* weighted, const LogSumExps& sums, int64_t n, float* heads, const TaskThreads& threads) const {
+    const auto& w = w_;
+    const auto width = w.H * w.e;
+    const auto& fold = w.value_fold();
+    threads.each(w.H, [&](int64_t h) {
+      multiply({.sizes = {n, w.e, w.Ev},
+                .a = {weighted + h * w.Ev, w.H * w.Ev},
+                .b = packed(fold, h * w.G / w.H),
+                .c = {heads + h * w.e, width},
+                .all_rows = projected_rows_});
+    });
+    add_value_bias(
+        sums, n, w.e, [&](int64_t h) { return data(w.value_bias) + h * w.G / w.H * w.e; },
+        [&](int64_t row, int64_t h) { return heads + row * width + h * w.e; });
   }
 
   // Adds bias_of(h) [size] to place_of(row, h) for each head that has a key in a row; nothing if there are no log-sum-exps.
@@ -424,6 +508,8 @@ class Attend {
   Heads heads_;             // of standard orders
   SoftmaxStage softmax_;
   float* output_ = nullptr;
+  std::vector<Attend> added_;  // the added contexts of a decoupled layer
+  float factor_ = 1;           // of the heads of such a context
 };
 
 int64_t rows_of(const EngineCall& call) {
@@ -447,11 +533,16 @@ Tensor fold_query(const Orders& orders, const EngineWeights& w, const Tensor& qu
   if (is_folded(orders.logits)) return Xq;
   const TaskThreads one{.all = false};
   const auto n = query.size(0);
+  const auto folded = at::empty({n, w.H * w.Ek}, query.options());
+  if (orders.logits == Order::prefold) {
+    multiply(projection(data(Xq), n, w.logits_product, w.logits_product_bias, mutable_data(folded), /*all_rows=*/0));
+    return folded;
+  }
   const auto projected = at::empty({n, w.H * w.d}, query.options());
   project_query(w, data(Xq), n, mutable_data(projected), /*all_rows=*/0, one);
   if (orders.logits == Order::standard) return projected;
-  const auto folded = at::empty({n, w.H * w.Ek}, query.options());
-  fold_into_query(w, data(projected), n, mutable_data(folded), /*all_rows=*/0, one);
+  const auto key_fold = transposed(w.key);  // not kept: calls with a constant query do not fold
+  fold_into_query(w, key_fold, data(projected), n, mutable_data(folded), /*all_rows=*/0, one);
   return folded;
 }
 

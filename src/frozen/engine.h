@@ -6,9 +6,14 @@
 #include <xattn/mask.h>
 #include <xattn/plan.h>
 
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <optional>
 #include <vector>
 
 #include "cpu/packed.h"
+#include "frozen/packed_layers.h"
 #include "modules/layer.h"
 #include "plan/order_traits.h"
 
@@ -18,26 +23,74 @@
 // number of threads nor on the contents of other rows. They depend on the number of rows if the processor has a matrix unit.
 namespace xattn::detail {
 
-/// The packed weights of a layer. Immutable; safe to share between threads.
+/// A right side that is packed at its first use. Safe to share between threads.
+class PackedOnUse {
+ public:
+  template <class Pack>
+  const Packed& get(const Pack& pack) const {
+    std::call_once(once_, [&] {
+      packed_ = pack();
+      bytes_ = bytes_of(packed_.data);
+    });
+    return packed_;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  mutable std::once_flag once_;
+  mutable Packed packed_;
+  mutable std::atomic<int64_t> bytes_ = 0;
+};
+
+/// The transpose of a packed matrix.
+Packed transposed(const Packed& p);
+
+/// The packed weights of a layer. Immutable but for the copies that orders with folds read, which are packed at their first
+/// use; safe to share between threads. Copies share storage.
 struct EngineWeights {
   /// The products may be undefined; they do not include the scale. Throws unless all are float32 on the CPU.
   /// storage: float32, or bfloat16 for packed weights and the contexts made with them. Sums are float32 in both cases.
-  EngineWeights(const LayerWeights& weights, const WeightProducts& products, at::ScalarType storage);
+  /// pinned: the only orders that will run; weights that they do not read are left out.
+  EngineWeights(const LayerWeights& weights,
+                const WeightProducts& products,
+                at::ScalarType storage,
+                const std::optional<Orders>& pinned);
 
-  int64_t H, G, d, e, Eq, Ek, Ev, Eo;
+  /// Those of an added context of a decoupled layer, which shares the projections of query and output.
+  EngineWeights(const EngineWeights& first,
+                const LayerWeights& added,
+                const WeightProducts& products,
+                const std::optional<Orders>& pinned);
+
+  int64_t H, G, d, e, Eq, Eo, Ek, Ev;
   float scale;
+  at::ScalarType storage;
   at::Tensor query_bias, key_bias, value_bias, output_bias;  ///< zeros where the layer has none
   at::Tensor output_bias_after_value;                        ///< bo + bv Wo: exact where a row's weights sum to one
   NormWeights query_norm, key_norm;
 
   Packed query, key, value, output;  ///< [Eq, H * d], [Ek, G * d], [Ev, G * e], [H * e, Eo]
-  Packed query_fold, key_fold;       ///< Wq and Wk of each head, [d, Eq] and [d, Ek], stacked
-  Packed value_fold;                 ///< Wv of each head, G times [Ev, e]
 
   Packed logits_product;           ///< Wq Wk' of all heads, [Eq, H * Ek]
   at::Tensor logits_product_bias;  ///< bq Wk', [H * Ek]
   Packed values_product;           ///< Wv Wo of all heads, [H * Ev, Eo]
   at::Tensor values_product_bias;  ///< bv Wo of each head, [H, Eo]
+
+  /// Wq and Wk of each head, [d, Eq] and [d, Ek], stacked; Wv of each head, G times [Ev, e].
+  const Packed& query_fold() const;
+  const Packed& key_fold() const;
+  const Packed& value_fold() const;
+
+  /// Size in memory, in bytes; of an added context, without what it shares with the first.
+  int64_t bytes() const;
+
+ private:
+  bool is_added = false;
+  struct Folds {
+    PackedOnUse query, key, value;
+  };
+  void set_context_weights(const LayerWeights& weights, const WeightProducts& products, const std::optional<Orders>& pinned);
+  std::shared_ptr<Folds> folds;
 };
 
 /// A context as the engine reads it. Immutable; safe to share between threads.
@@ -62,12 +115,21 @@ EngineContext make_engine_context(const Orders& orders,
 /// The left context of the logits for a constant query [Lq, Eq] in these orders, [Lq, ...].
 at::Tensor fold_query(const Orders& orders, const EngineWeights& weights, const at::Tensor& query);
 
+/// A further context of a decoupled layer, and the factor of its heads.
+struct EngineAdded {
+  const EngineWeights* weights;
+  const EngineContext* context;
+  Mask mask;
+  float scale;
+};
+
 struct EngineCall {
   at::Tensor query;         ///< [B * n, Lq, Eq]: n queries for each of B contexts; or undefined
   at::Tensor folded_query;  ///< from fold_query, if there is no query
   Mask mask = {};           ///< without the lengths of the context
   AttentionWeights weights = AttentionWeights::none;
   std::vector<int64_t> weight_heads = {};  ///< with per_head; all if empty
+  std::vector<EngineAdded> added = {};     ///< if there are any, all values end in heads, and the query is given
 };
 
 /// -> output [B * n, Lq, Eo] and weights as requested, [B * n, (H,) Lq, Lk].

@@ -8,7 +8,7 @@
 #include "cpu/huge_pages.h"
 #include "cpu/threads.h"
 #include "frozen/engine.h"
-#include "frozen/row_norm.h"
+#include "frozen/packed_layers.h"
 
 namespace xattn::detail {
 
@@ -46,7 +46,7 @@ void each_block(const EngineContext& context, const F& f) {
 Tensor project_keys(const EngineWeights& w, const EngineContext& context, const Tensor& key) {
   const auto& run = kernels();
   const auto inner = w.G * w.d, size = run.packed_size(w.d, context.Lk);
-  const auto keys = in_huge_pages(at::empty({context.B, w.G, size}, w.query.data.options()));
+  const auto keys = in_huge_pages(at::empty({context.B, w.G, size}, key.options().dtype(w.storage)));
   each_block(context, [&](int64_t b, int64_t first, int64_t n) {
     const auto k = at::empty({n, inner}, key.options());
     multiply(projection(data(key) + (b * context.Lk + first) * w.Ek, n, w.key, w.key_bias, mutable_data(k), context.Lk));
@@ -80,14 +80,14 @@ Tensor project_values(const EngineWeights& w, const EngineContext& context, cons
       auto* c = mutable_data(values) + (b * w.G + i) * size + first * run.panel;
       multiply({.sizes = {n, columns, w.Ev},
                 .a = {data(value) + (b * context.Lk + first) * w.Ev, w.Ev},
-                .b = products == 1 ? packed(w.value) : packed(w.value_fold, i),
+                .b = products == 1 ? packed(w.value) : packed(w.value_fold(), i),
                 .c = {c, run.panel, /*in_panels=*/true, context.Lk * run.panel},
                 .bias = data(w.value_bias) + i * w.e,
                 .all_rows = context.Lk});
       pad_last_panel(c, context.Lk * run.panel, n, columns);
     }
   });
-  return values.to(w.query.data.scalar_type());
+  return values.to(w.storage);
 }
 
 // Xk', packed: [B, Ek x Lk].
@@ -127,7 +127,7 @@ void fold_keys(const EngineWeights& w, EngineContext& context, const Tensor& key
     const auto* x = data(projected) + b * context.Lk * features + h * w.G / w.H * w.d;
     multiply({.sizes = {n, w.Eq, w.d},
               .a = {x, features},
-              .b = packed(w.query_fold).from_row(h * w.d),
+              .b = packed(w.query_fold()).from_row(h * w.d),
               .c = {mutable_data(rows) + first * w.Eq, w.Eq},
               .all_rows = context.Lk});
     multiply_transposed({.sizes = {1, n, w.d},
@@ -136,7 +136,7 @@ void fold_keys(const EngineWeights& w, EngineContext& context, const Tensor& key
                          .c = {mutable_data(context.key_bias) + first, n}});
   });
   const auto size = run.packed_size(w.Eq, columns);
-  context.keys = in_huge_pages(at::empty({context.B, size}, w.query.data.options()));
+  context.keys = in_huge_pages(at::empty({context.B, size}, key.options().dtype(w.storage)));
   const auto block = 2 * run.panel, blocks = divided_up(columns, block);
   each(context.B * blocks, [&](int64_t i) {
     const auto b = i / blocks, first = i % blocks * block;
@@ -162,7 +162,7 @@ Tensor fold_values(const EngineWeights& w, const EngineContext& context, const T
               .all_rows = context.Lk});
     pad_last_panel(c, rows * run.panel, n, w.Eo);
   });
-  return values.to(w.query.data.scalar_type());
+  return values.to(w.storage);
 }
 
 }  // namespace

@@ -2,9 +2,7 @@
 #include <xattn/frozen.h>
 
 #include <ATen/Parallel.h>
-#include <ATen/core/grad_mode.h>
-#include <c10/core/DispatchKeySet.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <array>
@@ -45,6 +43,15 @@ detail::LayerWeights changed(detail::LayerWeights w, const Change& change) {
   return w;
 }
 
+// A copy of the weights. An added context of a decoupled layer shares those of the first that are the same.
+detail::LayerWeights copied(const detail::LayerWeights& weights, const detail::LayerWeights* first) {
+  auto copy = changed(weights, [](const Tensor& x) { return x.detach().clone(); });
+  if (!first) return copy;
+  copy.query = first->query, copy.query_bias = first->query_bias, copy.query_norm = first->query_norm;
+  copy.output = first->output, copy.output_bias = first->output_bias;
+  return copy;
+}
+
 // The number of keys of each batch entry, as far as the mask has it in host memory, and the rest of the mask.
 std::pair<std::vector<int64_t>, Mask> split_lengths(const Mask& mask, int64_t B, int64_t Lk) {
   auto lengths = detail::host_lengths(mask);
@@ -75,17 +82,31 @@ bool are_one(const Tensor& x, const Tensor& y) {
                           x.sizes() == y.sizes() && x.strides() == y.strides());
 }
 
-// The state of a call: no gradients, and no autocast.
-struct Inference {
-  const at::NoGradGuard no_grad;
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-};
+// A tensor of the same sizes, type and device that takes no memory.
+Tensor without_numbers(const Tensor& x) {
+  return at::zeros({1}, x.options()).expand(x.sizes());
+}
 
 }  // namespace
+
+bool detail::runs_on_kernels(const Tensor& weight) {
+  return weight.is_cpu() && weight.scalar_type() == at::kFloat;
+}
+
+void detail::check_storage(std::string_view caller, const std::optional<at::ScalarType>& storage, bool kernels) {
+  if (!storage) return;
+  check_value(*storage == at::kFloat || *storage == at::kBFloat16, caller, "storage must be float32 or bfloat16, but is {}.",
+              c10::getDtypeNames(*storage).first);
+  check_value(kernels, caller,
+              "storage must be left out where the kernels do not run, but is given: they need float32 on the "
+              "CPU and no bias_kv.");
+}
 
 PlanRequest Frozen::State::request(int64_t B, int64_t Lq, int64_t Lk, AttentionWeights returned) const {
   auto request = detail::request_of(weights, B, Lq, Lk);
   request.weights_are_frozen = true;
+  if (engine) request.stored_element = static_cast<int64_t>(c10::elementSize(engine->storage));
+  request.sums_heads = sums_heads;
   request.query_is_constant = query.defined();
   const int threads = at::get_num_threads();
   request.rates = plan.rates                ? *plan.rates
@@ -98,8 +119,8 @@ PlanRequest Frozen::State::request(int64_t B, int64_t Lq, int64_t Lk, AttentionW
   return request;
 }
 
-PlanRequest Frozen::State::request_for_context(int64_t B, int64_t Lk, int64_t expected) const {
-  return detail::for_context(kFrozen, request(B, 1, Lk, options.attention_weights()), expected);
+PlanRequest Frozen::State::request_for_context(std::string_view caller, int64_t B, int64_t Lk, int64_t expected) const {
+  return detail::for_context(caller, request(B, 1, Lk, options.attention_weights()), expected);
 }
 
 detail::EngineCall Frozen::State::call(const Orders& orders, const Tensor& given, const AttentionOptions& how) const {
@@ -122,29 +143,32 @@ const Frozen::State& Frozen::state() const {
 // ---- Frozen ----------------------------------------------------------------------------------------------------------------
 
 Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& freeze) {
-  const Inference inference;
+  const detail::Inference inference;
   detail::check_module(kFrozen, module);
   const auto& o = module.options;
-  const auto weights = changed(detail::weights_of(module), [](const Tensor& x) { return x.detach().clone(); });
-  const auto plan = freeze.plan.value_or(o.plan());
-  detail::check_plan(kFrozen, plan, o);
-  auto state = std::make_shared<State>(State{o, weights, plan});
-  if (freeze.query.defined()) {
-    check_value(freeze.query.dim() == 2 && freeze.query.size(1) == o.dim_query(), kFrozen,
-                "query must have shape [Lq, {}], but has {}.", o.dim_query(), detail::shape_of(freeze.query));
-    detail::query_input(kFrozen, weights, freeze.query, /*is_batched=*/false, 1);
-    state->query = freeze.query.detach().clone();
+  const auto weights = detail::weights_of(module);
+  auto query = freeze.query;
+  if (query.defined()) {
+    check_value(query.dim() == 2 && query.size(1) == o.dim_query(), kFrozen, "query must have shape [Lq, {}], but has {}.",
+                o.dim_query(), detail::shape_of(query));
+    detail::query_input(kFrozen, weights, query, /*is_batched=*/false, 1);
+    query = query.detach().clone();
   }
+  state_ = State::make(o, weights, freeze, query, /*sums_heads=*/false, nullptr);
+}
 
-  const bool kernels = !o.bias_kv() && weights.query.is_cpu() && weights.query.scalar_type() == at::kFloat;
-  if (freeze.storage) {
-    check_value(*freeze.storage == at::kFloat || *freeze.storage == at::kBFloat16, kFrozen,
-                "storage must be float32 or bfloat16, but is {}.", c10::getDtypeNames(*freeze.storage).first);
-    check_value(kernels, kFrozen,
-                "storage must be left out where the kernels do not run, but is given: they need float32 on the "
-                "CPU and no bias_kv.");
-  }
-  auto exact = changed(weights, [](const Tensor& x) { return x.to(at::kDouble); });
+std::shared_ptr<const Frozen::State> Frozen::State::make(const CrossAttentionOptions& options,
+                                                         detail::LayerWeights weights,
+                                                         const FreezeOptions& freeze,
+                                                         const Tensor& query,
+                                                         bool sums_heads,
+                                                         const State* first) {
+  auto plan = freeze.plan.value_or(options.plan());
+  detail::check_plan(kFrozen, plan, options);
+  const bool kernels = !options.bias_kv() && detail::runs_on_kernels(weights.key);
+  detail::check_storage(kFrozen, freeze.storage, kernels);
+  if (kernels && !freeze.plan) plan.rates.reset();  // the module's rates are those of other kernels
+  auto exact = changed(weights, [](const Tensor& x) { return x.detach().to(at::kDouble); });
   if (kernels) exact.scale = 1;  // the kernels scale in the softmax
   // An automatic plan may take a product of weights wherever it is legal and saves time.
   const auto is_requested = [&plan](Order pinned, std::string_view illegal) {
@@ -152,20 +176,37 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& freeze) {
   };
   auto request = detail::request_of(weights, 1, 1, 1);
   request.weights_are_frozen = true;
+  request.sums_heads = sums_heads;
+  detail::WeightProducts products;
   if (is_requested(plan.orders.logits, illegal_for_logits(Order::prefold, request))) {
-    state->products.logits = in_type_of(weights.query, detail::product_for_logits(exact));
+    products.logits = in_type_of(weights.query, detail::product_for_logits(exact));
   }
   if (is_requested(plan.orders.values, illegal_for_values(Order::prefold, request))) {
-    state->products.values = in_type_of(weights.query, detail::product_for_values(exact));
+    products.values = in_type_of(weights.query, detail::product_for_values(exact));
   }
-  if (kernels) {
-    if (!freeze.plan) state->plan.rates.reset();  // the module's rates are those of other kernels
-    state->engine.emplace(weights, state->products, freeze.storage.value_or(at::kFloat));
-    for (size_t i = 0; state->query.defined() && i < kOrders; ++i) {
-      state->folded_query[i] = fold_query({static_cast<Order>(i), {}}, *state->engine, state->query);
-    }
+
+  auto state = std::make_shared<State>(State{options, std::move(weights), plan});
+  state->sums_heads = sums_heads;
+  state->query = query;
+  if (!kernels) {
+    state->weights = copied(state->weights, first ? &first->weights : nullptr);
+    state->products = std::move(products);
+    return state;
   }
-  state_ = std::move(state);
+  const auto pinned = plan.pinned ? std::optional(plan.orders) : std::nullopt;
+  const auto storage = freeze.storage.value_or(at::kFloat);
+  if (first) {
+    state->engine.emplace(*first->engine, state->weights, products, pinned);
+  } else {
+    state->engine.emplace(state->weights, products, storage, pinned);
+  }
+  state->weights = changed(state->weights, without_numbers);
+  for (size_t i = 0; query.defined() && i < kOrders; ++i) {
+    const auto order = static_cast<Order>(i);
+    const bool has_weights = !detail::uses_product(order) || state->engine->logits_product.data.defined();
+    if (pinned ? order == pinned->logits : has_weights) state->folded_query[i] = fold_query({order, {}}, *state->engine, query);
+  }
+  return state;
 }
 
 std::tuple<Tensor, Tensor> Frozen::forward(
@@ -187,7 +228,7 @@ std::tuple<Tensor, Tensor> Frozen::forward_with(const std::optional<Tensor>& que
                                                 const Tensor& value,
                                                 const Mask& mask,
                                                 const CallOptions& call) const {
-  const Inference inference;
+  const detail::Inference inference;
   auto inputs = detail::context_inputs(kFrozen, state().weights, key, value, mask);
   const auto B = inputs.B();
   const auto Xq = query ? detail::query_input(kFrozen, state().weights, *query, inputs.is_batched, B) : Tensor();
@@ -208,13 +249,18 @@ std::tuple<Tensor, Tensor> Frozen::forward_with(const std::optional<Tensor>& que
 }
 
 FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& options) const {
-  const Inference inference;
+  return context_for(kFrozen, key, value, mask, options);
+}
+
+FrozenContext Frozen::context_for(
+    std::string_view caller, const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& options) const {
+  const detail::Inference inference;
   const auto expected = options.expected_queries;
-  auto inputs = detail::context_inputs(kFrozen, state().weights, key, value, mask);
-  detail::check_mask(kFrozen, state().weights, inputs, std::nullopt);
+  auto inputs = detail::context_inputs(caller, state().weights, key, value, mask);
+  detail::check_mask(caller, state().weights, inputs, std::nullopt);
   if (are_one(key, value)) inputs.value = inputs.key;
   const auto keys = state().engine ? mean_length(split_lengths(mask, inputs.B(), inputs.Lk()).first) : inputs.Lk();
-  const auto orders = detail::orders_of(state().request_for_context(inputs.B(), keys, expected));
+  const auto orders = detail::orders_of(state().request_for_context(caller, inputs.B(), keys, expected));
   const auto rows = expected == ContextOptions::kMany ? std::numeric_limits<int64_t>::max() : expected;
   auto context = make_context(orders, inputs.key, inputs.value, mask, inputs.is_batched, rows);
   detail::copy_shared(context->parts, inputs.key, inputs.value);
@@ -238,19 +284,29 @@ std::shared_ptr<FrozenContext::State> Frozen::make_context(
 }
 
 std::tuple<Tensor, Tensor> Frozen::attend(const Tensor& query, const FrozenContext& context, const CallOptions& call) const {
-  const Inference inference;
-  const auto& weights = state().weights;
-  const auto& c = context.state();
-  check_value(c.owner == state_, kFrozen, "context must be made by the Frozen that attends to it, but is another's.");
+  const detail::Inference inference;
+  check_value(context.state().owner == state_, kFrozen,
+              "context must be made by the Frozen that attends to it, but is another's.");
+  return detail::results(attend_with(query_for(kFrozen, query, context), context, call), context.is_batched());
+}
+
+// query [B * n, Lq, Eq] for a context of B entries, with a batch axis.
+Tensor Frozen::query_for(std::string_view caller, const Tensor& query, const FrozenContext& context) const {
   const auto given = query.defined() && query.dim() == 3 ? query.size(0) : 1;
   const auto of_context = context.batch_size();
   const auto B = of_context > 0 && given % of_context == 0 ? given : of_context;
-  const auto Xq = detail::query_input(kFrozen, weights, query, c.batched, B);
-  return detail::results(attend_with(Xq, context, call), c.batched);
+  return detail::query_input(caller, state().weights, query, context.is_batched(), B);
+}
+
+void Frozen::check_context(std::string_view caller, const FrozenContext& context, int64_t Lq) const {
+  const auto& parts = context.state().parts;
+  const auto device = parts.keys.device(), own = state().weights.query.device();
+  detail::check_type(device == own, caller, "context must be on {}, as the weights, but is on {}.", own.str(), device.str());
+  detail::check_mask(context.mask(), caller, parts.B, options().num_heads(), Lq, parts.Lk, device);
 }
 
 std::tuple<Tensor, Tensor> Frozen::attend(const FrozenContext& context, const CallOptions& call) const {
-  const Inference inference;
+  const detail::Inference inference;
   check_value(state().query.defined(), kFrozen, "query must be given to freeze or to attend, but is given to neither.");
   check_value(context.state().owner == state_, kFrozen,
               "context must be made by the Frozen that attends to it, but is another's.");
@@ -260,19 +316,15 @@ std::tuple<Tensor, Tensor> Frozen::attend(const FrozenContext& context, const Ca
 // query [B * n, Lq, Eq], which has been checked, or undefined for the constant one.
 AttentionResult Frozen::attend_with(const Tensor& query, const FrozenContext& context, const CallOptions& call) const {
   const auto& [owner, parts, mask, batched] = context.state();
-  const auto& weights = state().weights;
-  const auto device = parts.keys.device();
-  detail::check_type(device == weights.query.device(), kFrozen, "context must be on {}, as the weights, but is on {}.",
-                     weights.query.device().str(), device.str());
   const auto B = parts.B, Lq = query.defined() ? query.size(1) : state().query.size(0);
-  detail::check_mask(mask, kFrozen, B, options().num_heads(), Lq, parts.Lk, device);
+  check_context(kFrozen, context, Lq);
   auto how = state().attention_options(mask, call);
   if (state().engine) return detail::attend(*state().engine, parts, state().call(parts.orders, query, how));
   // The n queries of a context become one, of n * Lq rows.
   const auto Xq = query.defined() ? query : state().query.expand({B, -1, -1});
   const auto n = B > 0 ? Xq.size(0) / B : 1;
-  how.mask = for_queries(mask, n, Lq, parts.Lk, device, Xq.scalar_type());
-  const detail::Layer layer(parts.orders, weights, state().products);
+  how.mask = for_queries(mask, n, Lq, parts.Lk, parts.keys.device(), Xq.scalar_type());
+  const detail::Layer layer(parts.orders, state().weights, state().products);
   auto result =
       detail::attend(layer, Xq.reshape({B, n * Lq, Xq.size(2)}), {parts.keys, parts.key_bias, parts.values, parts.Lk}, how);
   result.output = result.output.view({B * n, Lq, result.output.size(2)});
@@ -284,7 +336,7 @@ AttentionResult Frozen::attend_with(const Tensor& query, const FrozenContext& co
 }
 
 std::string Frozen::explain(int64_t B, int64_t Lq, int64_t Lk, std::optional<int64_t> expected_queries) const {
-  return xattn::explain(expected_queries ? state().request_for_context(B, Lk, *expected_queries)
+  return xattn::explain(expected_queries ? state().request_for_context(kFrozen, B, Lk, *expected_queries)
                                          : state().request(B, Lq, Lk, options().attention_weights()));
 }
 
@@ -294,6 +346,18 @@ Orders Frozen::orders(int64_t B, int64_t Lq, int64_t Lk) const {
 
 const CrossAttentionOptions& Frozen::options() const {
   return state().options;
+}
+
+int64_t Frozen::bytes() const {
+  const auto& s = state();
+  auto weights = s.weights;
+  int64_t bytes = detail::bytes_of(s.query);
+  for (const auto& x : s.folded_query) bytes += detail::bytes_of(x);
+  if (s.engine) return bytes + s.engine->bytes();
+  for (const auto* x : all_tensors(weights)) bytes += detail::bytes_of(*x);
+  for (const auto* product : {&s.products.logits, &s.products.values})
+    bytes += detail::bytes_of(product->weight) + detail::bytes_of(product->bias);
+  return bytes;
 }
 
 bool Frozen::uses_kernels() const {

@@ -57,11 +57,8 @@ BlockInputs block_inputs(std::string_view caller,
                          Normalise normalise);
 /// The parts of it that need no context, and no query. A context's query is undefined.
 at::Tensor block_query(std::string_view caller, const BlockWeights& weights, const at::Tensor& query, Normalise normalise);
-BlockInputs block_context(std::string_view caller,
-                          const BlockWeights& weights,
-                          const at::Tensor& key,
-                          const at::Tensor& value,
-                          Normalise normalise);
+BlockInputs block_context(
+    std::string_view caller, const BlockWeights& weights, const at::Tensor& key, const at::Tensor& value, Normalise normalise);
 
 /// From query [..., Eq], as the caller gave it, and the output of the attention to the output of the block, in plain tensor
 /// operations. dropout: 0 outside training.

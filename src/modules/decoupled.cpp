@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/decoupled.h>
 
-#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -9,8 +8,8 @@
 #include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/text.h"
-#include "cpu/matrix_product.h"
 #include "modules/context_state.h"
+#include "modules/decoupled_parts.h"
 #include "modules/inputs.h"
 #include "modules/layer.h"
 #include "modules/options.h"
@@ -39,39 +38,6 @@ DecoupledCrossAttentionOptions resolved(DecoupledCrossAttentionOptions options) 
   return options;
 }
 
-// The caller named in messages about a context; that of an added one is "decoupled_cross_attention.added0".
-std::string caller_of(size_t context) {
-  return context == 0 ? kDecoupled : detail::formatted("{}.added{}", kDecoupled, context - 1);
-}
-
-std::string batch_of(bool is_batched, int64_t B) {
-  return is_batched ? detail::formatted("a batch of {}", B) : "unbatched";
-}
-
-// Context 0 is the first one; context i > 0 is added[i - 1].
-void check_batch(size_t context, bool is_batched, int64_t B, bool first_is_batched, int64_t first_B) {
-  check_value(is_batched == first_is_batched && B == first_B, kDecoupled,
-              "added[{}] must be {}, as the first context, but is {}.", context - 1, batch_of(first_is_batched, first_B),
-              batch_of(is_batched, B));
-}
-
-void check_count(size_t given, size_t expected) {
-  check_value(given == expected, kDecoupled, "added must have as many contexts as the options, {}, but has {}.", expected,
-              given);
-}
-
-// The layer of a context: an added one has its own projections, and everything else from the first context.
-detail::LayerWeights weights_of(const DecoupledCrossAttentionImpl& module, size_t context) {
-  auto weights = detail::weights_of(*module.attention);
-  if (context == 0) return weights;
-  const auto& added = *module.added_projections[context - 1];
-  weights.key = added.key_linear->weight, weights.key_bias = added.key_linear->bias;
-  weights.value = added.value_linear->weight, weights.value_bias = added.value_linear->bias;
-  weights.key_norm = detail::norm_weights(added.key_norm);
-  weights.bias_k = weights.bias_v = Tensor();
-  return weights;
-}
-
 // The request for one context. Its heads are added to those of the others, so its values end in heads.
 PlanRequest request(const DecoupledCrossAttentionImpl& module,
                     const detail::LayerWeights& weights,
@@ -94,44 +60,14 @@ Context make_kept_context(const DecoupledCrossAttentionImpl& module,
                           const Tensor& value,
                           const Mask& mask,
                           const ContextOptions& how) {
-  auto weights = weights_of(module, context);
-  const auto caller = caller_of(context);
+  auto weights = detail::weights_of(module, context);
+  const auto caller = detail::caller_of(kDecoupled, context);
   const auto inputs = detail::context_inputs(caller, weights, key, value, mask);
   detail::check_mask(caller, weights, inputs, std::nullopt);
   const bool trains = key.requires_grad() || value.requires_grad();
   const auto request = xattn::request(module, weights, context, inputs.B(), 1, inputs.Lk(), mask, {}, trains);
   const auto orders = detail::orders_of_context(caller, request, how.expected_queries);
   return detail::keep_context(detail::Layer(orders, std::move(weights), {}), inputs);
-}
-
-// One context of a call, as its orders read it.
-struct Part {
-  detail::Layer layer;
-  detail::LayerContext context;
-  Mask mask;
-  double scale;
-};
-
-// query [B, Lq, Eq] -> output [B, Lq, Eo], and the weights of the first context
-AttentionResult attend_to(const DecoupledCrossAttentionImpl& module,
-                          const Tensor& x,
-                          const std::vector<Part>& parts,
-                          const CallOptions& call) {
-  const auto& first = parts.front().layer.weights;
-  const bool is_projected =
-      std::ranges::any_of(parts, [](const Part& part) { return detail::projects_query(part.layer.orders.logits); });
-  auto query = detail::make_query(first, x, is_projected);
-  auto how = detail::attention_options(kDecoupled, module.attention->options, call, parts.front().mask, module.is_training());
-  auto result = detail::attend_heads(parts.front().layer, query, parts.front().context, how).result;  // [B, H, Lq, e]
-  how.weights = AttentionWeights::none;
-  for (size_t i = 1; i < parts.size(); ++i) {
-    how.mask = parts[i].mask;
-    const auto added = detail::attend_heads(parts[i].layer, query, parts[i].context, how).result;
-    result.output = result.output.add(added.output, parts[i].scale);
-  }
-  query = {};  // its memory serves the next product
-  result.output = detail::project(detail::merge_heads(result.output), first.output, first.output_bias);
-  return result;
 }
 
 }  // namespace
@@ -174,10 +110,7 @@ DecoupledCrossAttentionImpl::DecoupledCrossAttentionImpl(const DecoupledCrossAtt
 void DecoupledCrossAttentionImpl::check_options() const {
   detail::check_unchanged(kDecoupled, options.attention(), attention_options_);
   detail::check_module(kDecoupled, *attention);
-  const auto& plan = attention->options.plan();
-  check_value(!plan.pinned || detail::ends_in_heads(plan.orders.values), kDecoupled,
-              "plan must have an order of the values that ends in heads, standard or fold_into_query, but has {}.",
-              name_of(plan.orders.values));
+  detail::check_ends_in_heads(kDecoupled, attention->options.plan());
   const auto& o = attention->options;
   const auto& all = options.added();
   check_value(all.size() == added_projections.size(), kDecoupled,
@@ -187,7 +120,7 @@ void DecoupledCrossAttentionImpl::check_options() const {
     const auto& added = all[i];
     const auto& projection = added_projections[i];
     check_value(std::isfinite(added.scale()), kDecoupled, "added[{}].scale must be finite, but is {}.", i, added.scale());
-    const auto caller = caller_of(i + 1);
+    const auto caller = detail::caller_of(kDecoupled, i + 1);
     detail::check_projection(caller, "key_linear", projection->key_linear, added.dim_key(), G * d, added.key_bias() == true);
     detail::check_projection(caller, "value_linear", projection->value_linear, added.dim_value(), G * e,
                              added.value_bias() == true);
@@ -233,16 +166,16 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::forward(const Tensor& qu
                                                                 const Mask& mask,
                                                                 const CallOptions& call) {
   check_options();
-  check_count(added.size(), added_projections.size());
-  auto weights = weights_of(*this, 0);
+  detail::check_count(kDecoupled, added.size(), added_projections.size());
+  auto weights = detail::weights_of(*this, 0);
   auto inputs = detail::context_inputs(kDecoupled, weights, key, value, mask);
   const bool is_batched = inputs.is_batched;
   const auto B = inputs.B();
   const auto Xq = detail::query_input(kDecoupled, weights, query, is_batched, B);
   const auto Lq = Xq.size(1);
-  std::vector<Part> parts;
+  std::vector<detail::Part> parts;
   const auto add_part = [&](size_t context, double scale) {
-    detail::check_mask(caller_of(context), weights, inputs, Lq);
+    detail::check_mask(detail::caller_of(kDecoupled, context), weights, inputs, Lq);
     const auto dropped = detail::drop_padding(weights, inputs);
     const bool trains = query.requires_grad() || inputs.key.requires_grad() || inputs.value.requires_grad();
     const auto request = xattn::request(*this, weights, context, B, Lq, inputs.Lk(), inputs.mask, call, trains);
@@ -253,12 +186,13 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::forward(const Tensor& qu
   };
   const auto dropped_keys = add_part(0, 1);
   for (size_t i = 0; i < added.size(); ++i) {
-    weights = weights_of(*this, i + 1);
-    inputs = detail::context_inputs(caller_of(i + 1), weights, added[i].key, added[i].value, added[i].mask);
-    check_batch(i + 1, inputs.is_batched, inputs.B(), is_batched, B);
+    weights = detail::weights_of(*this, i + 1);
+    inputs = detail::context_inputs(detail::caller_of(kDecoupled, i + 1), weights, added[i].key, added[i].value, added[i].mask);
+    detail::check_batch(kDecoupled, i + 1, inputs.is_batched, inputs.B(), is_batched, B);
     if (const auto scale = options.added()[i].scale(); scale != 0) add_part(i + 1, scale);
   }
-  return detail::results(attend_to(*this, Xq, parts, call), is_batched, dropped_keys);
+  const auto how = detail::attention_options(kDecoupled, attention->options, call, parts.front().mask, is_training());
+  return detail::results(detail::attend_to(parts, Xq, how), is_batched, dropped_keys);
 }
 
 Context DecoupledCrossAttentionImpl::context(const Tensor& key,
@@ -282,14 +216,17 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& que
                                                                const std::vector<Context>& added,
                                                                const CallOptions& call) {
   check_options();
-  const auto Xq = detail::query_input(kDecoupled, weights_of(*this, 0), query, context.is_batched(), context.batch_size());
-  check_count(added.size(), added_projections.size());
-  std::vector<Part> parts;
+  const auto Xq =
+      detail::query_input(kDecoupled, detail::weights_of(*this, 0), query, context.is_batched(), context.batch_size());
+  detail::check_count(kDecoupled, added.size(), added_projections.size());
+  std::vector<detail::Part> parts;
   for (size_t i = 0; i <= added.size(); ++i) {
     const auto& state = (i == 0 ? context : added[i - 1]).state();
-    const auto caller = caller_of(i);
-    if (i > 0) check_batch(i, state.is_batched, state.parts.keys.size(0), context.is_batched(), context.batch_size());
-    auto weights = weights_of(*this, i);
+    const auto caller = detail::caller_of(kDecoupled, i);
+    if (i > 0)
+      detail::check_batch(kDecoupled, i, state.is_batched, state.parts.keys.size(0), context.is_batched(),
+                          context.batch_size());
+    auto weights = detail::weights_of(*this, i);
     detail::check_context(caller, weights, state, Xq);
     check_value(detail::ends_in_heads(state.orders.values), caller,
                 "context must be made by this layer, for values that end in heads, but is in the order {}.",
@@ -297,7 +234,8 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& que
     const auto scale = i == 0 ? 1 : options.added()[i - 1].scale();
     if (scale != 0) parts.push_back({detail::Layer(state.orders, std::move(weights)), state.parts, state.mask, scale});
   }
-  return detail::results(attend_to(*this, Xq, parts, call), context.is_batched());
+  const auto how = detail::attention_options(kDecoupled, attention->options, call, parts.front().mask, is_training());
+  return detail::results(detail::attend_to(parts, Xq, how), context.is_batched());
 }
 
 std::string DecoupledCrossAttentionImpl::explain(int64_t B,
@@ -313,7 +251,7 @@ std::string DecoupledCrossAttentionImpl::explain(int64_t B,
   for (size_t i = 0; i < lengths.size(); ++i) {
     const auto keys = i == 0 && !attention->options.bias_kv() ? detail::needed_keys(mask, lengths[i]) : lengths[i];
     text += i == 0 ? "first context: " : detail::formatted("added context {}: ", i - 1);
-    text += xattn::explain(request(*this, weights_of(*this, i), i, B, Lq, keys, i == 0 ? mask : Mask(), {}, false));
+    text += xattn::explain(request(*this, detail::weights_of(*this, i), i, B, Lq, keys, i == 0 ? mask : Mask(), {}, false));
   }
   return text;
 }

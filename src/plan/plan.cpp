@@ -25,6 +25,7 @@ constexpr std::string_view kNoProduct = "the product of weights is larger than b
 struct Product {
   double count, m, k, n;
   double share = 1;
+  bool right_is_raw = false;  // whether the right side is a context as it came, which is not stored in another type
 };
 
 struct Cost {
@@ -46,11 +47,12 @@ double start_of_operation(const PlanRequest& request) {
 
 // A product runs at full speed if all its sizes are large, and no faster than memory delivers its operands.
 Cost cost_of_product(const Product& product, const PlanRequest& request) {
-  const auto& [count, m, k, n, share] = product;
+  const auto& [count, m, k, n, share, right_is_raw] = product;
   if (share * count * m * k * n == 0) return {};
   const auto& rates = request.rates;
   const auto operations = 2 * count * m * k * n;
-  const auto bytes = static_cast<double>(request.element) * count * (m * k + k * n + m * n);
+  const auto right = right_is_raw || request.stored_element == 0 ? request.element : request.stored_element;
+  const auto bytes = count * (static_cast<double>(request.element) * (m * k + m * n) + static_cast<double>(right) * k * n);
   const bool on_unit =
       rates.unit_flops > 0 && m >= rates.unit_rows && n >= detail::kLeastManyColumns && k >= detail::kLeastManyDepth;
   const auto flops = on_unit ? rates.unit_flops : rates.flops, half_rows = on_unit ? rates.unit_half_rows : rates.half_rows;
@@ -117,7 +119,8 @@ Cost cost_of_chain(Order order, const Chain& c, const PlanRequest& request) {
   const auto of_query = c.is_logits ? s.of_query : 1;  // products after the softmax are charged to every call
   const auto outer_projection = c.product(1, s.B * s.Lq, c.outer, s.H * c.head, of_query);
   const Product context_projection{1, s.B * s.Lk, c.context, s.G * c.head, s.of_context};
-  const auto with_raw_context = c.product(s.B, s.H * s.Lq, c.context, s.Lk);
+  auto with_raw_context = c.product(s.B, s.H * s.Lq, c.context, s.Lk);
+  with_raw_context.right_is_raw = true;
   std::array<Product, 3> products = {};
   switch (order) {
     case Order::standard: products = {outer_projection, context_projection, product_of_heads(c, s)}; break;
@@ -210,6 +213,7 @@ void check(const PlanRequest& r) {
                                    {"element", r.element}}) {
     check_value(size >= 1, kCaller, "{} must be at least 1, but is {}.", name, size);
   }
+  check_value(r.stored_element >= 0, kCaller, "stored_element must not be negative, but is {}.", r.stored_element);
   check_value(r.context_rows >= 0 || r.context_rows == PlanRequest::kKept, kCaller,
               "context_rows must not be negative, or be kKept, but is {}.", r.context_rows);
   check_value(r.H % r.G == 0, kCaller, "H must be a multiple of G, but they are {} and {}.", r.H, r.G);

@@ -30,7 +30,7 @@ constexpr auto kNever = -std::numeric_limits<double>::infinity();
 torch::Tensor next_words(Model& model,
                          const torch::Tensor& words,
                          const torch::Tensor& ended,
-                         const std::vector<xattn::Context>& images) {
+                         const std::vector<ImageContext>& images) {
   const auto scores = std::get<0>(model->predict(words, images)).select(2, -1);  // [B, n, vocabulary]
   const auto padding = torch::full_like(scores, kNever);
   padding.select(2, Vocabulary::kPadding).zero_();
@@ -49,16 +49,30 @@ DecoderLayerImpl::DecoderLayerImpl(int64_t features, int64_t heads) {
                       CrossAttentionBlock(block_options(features, heads, AttentionWeights::mean).feed_forward(2 * features)));
 }
 
+void DecoderLayerImpl::freeze() {
+  frozen_self_attention_ = self_attention->freeze();
+  frozen_cross_attention_ = cross_attention->freeze();
+  is_frozen_ = true;
+}
+
+ImageContext DecoderLayerImpl::context(const torch::Tensor& places) {
+  if (is_frozen_) return frozen_cross_attention_.context(places, places);
+  return cross_attention->context(places, places);
+}
+
 std::tuple<torch::Tensor, torch::Tensor> DecoderLayerImpl::forward(const torch::Tensor& x,
                                                                    const xattn::Mask& mask,
-                                                                   const xattn::Context& image) {
+                                                                   const ImageContext& image) {
   const auto B = x.size(0);
   const auto n = x.size(1);
   const auto T = x.size(2);
   const auto sentences = x.flatten(0, 1);  // [B * n, T, E]
-  const auto y = std::get<0>(self_attention->forward(sentences, sentences, sentences, mask));
+  const auto y = std::get<0>(is_frozen_ ? frozen_self_attention_.forward(sentences, sentences, sentences, mask)
+                                        : self_attention->forward(sentences, sentences, sentences, mask));
   // All sentences about one image are queries of the same batch entry, so that the image is not copied for each.
-  const auto [z, weights] = cross_attention->attend(y.reshape({B, n * T, -1}), image);
+  const auto queries = y.reshape({B, n * T, -1});
+  const auto [z, weights] = is_frozen_ ? frozen_cross_attention_.attend(queries, std::get<xattn::FrozenContext>(image))
+                                       : cross_attention->attend(queries, std::get<xattn::Context>(image));
   return {z.view({B, n, T, -1}), weights.view({B, n, T, -1})};
 }
 
@@ -76,19 +90,23 @@ ModelImpl::ModelImpl(const ModelOptions& options) : options(options) {
   recogniser = register_module("recogniser", torch::nn::Linear(kFeatures, examples::kDigitKinds + 1));
 }
 
+void ModelImpl::freeze() {
+  for (auto& layer : layers) layer->freeze();
+}
+
 torch::Tensor ModelImpl::encode(const torch::Tensor& boards) {
   return examples::to_context(image_encoder->forward(boards));
 }
 
-std::vector<xattn::Context> ModelImpl::contexts(const torch::Tensor& features) {
+std::vector<ImageContext> ModelImpl::contexts(const torch::Tensor& features) {
   const auto places = features + place;  // [B, 9, 96]
-  std::vector<xattn::Context> images;
-  for (auto& layer : layers) images.push_back(layer->cross_attention->context(places, places));
+  std::vector<ImageContext> images;
+  for (auto& layer : layers) images.push_back(layer->context(places));
   return images;
 }
 
 std::tuple<torch::Tensor, torch::Tensor> ModelImpl::predict(const torch::Tensor& words,
-                                                            const std::vector<xattn::Context>& images) {
+                                                            const std::vector<ImageContext>& images) {
   const auto mask = xattn::Mask::causal(xattn::CausalAlignment::upper_left) &
                     xattn::Mask::key_padding(words.flatten(0, 1).ne(Vocabulary::kPadding));
   auto x = embedding->forward(words) + position.narrow(0, 0, words.size(2));  // [B, n, T, E]
@@ -101,10 +119,10 @@ torch::Tensor ModelImpl::recognise(const torch::Tensor& features) {
   return recogniser->forward(features);
 }
 
-Decoded decode(Model& model, const std::vector<xattn::Context>& images, int64_t beams) {
+Decoded decode(Model& model, const std::vector<ImageContext>& images, int64_t beams) {
   const torch::NoGradGuard no_grad;
-  const auto B = images.at(0).batch_size();
-  const auto device = images.at(0).key().device();
+  const auto B = std::visit([](const auto& image) { return image.batch_size(); }, images.at(0));
+  const auto device = model->place.device();
   const auto V = model->options.vocabulary;
   auto words = torch::full({B, 1, 1}, Vocabulary::kEnd, torch::TensorOptions(torch::kInt64).device(device));  // [B, n, T]
   auto sums = torch::zeros({B, 1}, torch::TensorOptions(device));                                             // [B, n]

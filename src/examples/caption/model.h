@@ -7,9 +7,11 @@
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
 #include <xattn/block.h>
+#include <xattn/frozen_block.h>
 
 #include <cstdint>
 #include <tuple>
+#include <variant>
 #include <vector>
 
 #include "common/image_encoder.h"
@@ -21,19 +23,30 @@ struct ModelOptions {
   int64_t longest;     ///< words of a caption
 };
 
+/// An image as the cross attention of a layer reads it: made by the module, or by its frozen copy.
+using ImageContext = std::variant<xattn::Context, xattn::FrozenContext>;
+
 /// A layer of a Transformer decoder (Vaswani et al., 2017): each word attends to the words before it, then to the image.
 class DecoderLayerImpl : public torch::nn::Module {
  public:
   DecoderLayerImpl(int64_t features, int64_t heads);
 
-  /// x [B, n, T, E], n sentences about each image; mask over the words, for B * n; image: `cross_attention->context(...)`.
+  /// Attends with frozen copies of the blocks from now on. For inference alone: they do not follow further training.
+  void freeze();
+
+  /// The context of an image, from its places [B, Lk, E].
+  ImageContext context(const torch::Tensor& places);
+
+  /// x [B, n, T, E], n sentences about each image; mask over the words, for B * n; image: as `context` returns it.
   /// Returns x [B, n, T, E] and the attention weights of each word, [B, n, T, Lk], the mean over heads.
-  std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& x,
-                                                   const xattn::Mask& mask,
-                                                   const xattn::Context& image);
+  std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& x, const xattn::Mask& mask, const ImageContext& image);
 
   xattn::CrossAttentionBlock self_attention{nullptr};
   xattn::CrossAttentionBlock cross_attention{nullptr};
+
+ private:
+  bool is_frozen_ = false;
+  xattn::FrozenBlock frozen_self_attention_, frozen_cross_attention_;
 };
 TORCH_MODULE(DecoderLayer);
 
@@ -46,15 +59,18 @@ class ModelImpl : public torch::nn::Module {
 
   explicit ModelImpl(const ModelOptions& options);
 
+  /// Freezes all layers, for inference.
+  void freeze();
+
   /// The features of the places of images: boards [B, 1, 24, 24] -> [B, 9, 96].
   torch::Tensor encode(const torch::Tensor& boards);
 
   /// One context for each layer, made once for an image and used for every word and every beam.
-  std::vector<xattn::Context> contexts(const torch::Tensor& features);
+  std::vector<ImageContext> contexts(const torch::Tensor& features);
 
   /// n sentences about each image: words int64 [B, n, T], each beginning with kEnd, padded with 0 at the end.
   /// Returns for each word the scores of the next one, [B, n, T, vocabulary], and its attention weights, [B, n, T, 9].
-  std::tuple<torch::Tensor, torch::Tensor> predict(const torch::Tensor& words, const std::vector<xattn::Context>& images);
+  std::tuple<torch::Tensor, torch::Tensor> predict(const torch::Tensor& words, const std::vector<ImageContext>& images);
 
   /// Recognises digits without the decoder: features [B, 9, 96] -> scores of 0 to 9 and of the empty cell, [B, 9, 11]. Its loss
   /// trains the CNN, and its accuracy shows how many captions could be right if the decoder made no mistake.
@@ -80,6 +96,6 @@ struct Decoded {
 /// Captions of images as `contexts` returns them, word by word. With one beam each next word is the most probable one (greedy
 /// search); with n beams, the n most probable beginnings are kept. The beams share the contexts: nothing of an image is copied
 /// or computed again.
-Decoded decode(Model& model, const std::vector<xattn::Context>& images, int64_t beams);
+Decoded decode(Model& model, const std::vector<ImageContext>& images, int64_t beams);
 
 }  // namespace caption

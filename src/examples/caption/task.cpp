@@ -78,7 +78,7 @@ namespace {
 Example make_example(Model& model,
                      const torch::Tensor& board,
                      const torch::Tensor& words,
-                     const std::vector<xattn::Context>& image,
+                     const std::vector<ImageContext>& image,
                      const Vocabulary& vocabulary) {
   constexpr int64_t kZoom = 12;
   const auto caption = vocabulary.decode(words.cpu());
@@ -175,6 +175,7 @@ Trained load_trained(const std::string& path, torch::Device device) {
   const auto file = read_trained_model(path, kProgram);
   auto trained = make_again(file);
   trained.curves = load_weights(*trained.model, file, device);
+  trained.model->freeze();
   return trained;
 }
 

@@ -92,6 +92,12 @@ void ModelImpl::make_text_encoder() {
   register_module("text_encoder", text_encoder.ptr());
 }
 
+void ModelImpl::freeze() {
+  frozen_blocks_.clear();
+  for (auto& block : blocks) frozen_blocks_.push_back(block->freeze());
+  frozen_blocks_.push_back(read_out->freeze());
+}
+
 Answers ModelImpl::forward(const torch::Tensor& boards, const torch::Tensor& words) {
   const auto B = words.size(0);
   const auto Q = words.size(1);
@@ -110,7 +116,10 @@ Answers ModelImpl::forward(const torch::Tensor& boards, const torch::Tensor& wor
   const auto places = places_of_words(real.view({B, Q * T})).unsqueeze(-1);  // [B, L, 1]
   auto x = states.view({B, Q * T, kFeatures}).gather(1, places.expand({-1, -1, kFeatures}));
   std::vector<torch::Tensor> seen(kBlocks);  // [B, L, Lk] each
-  for (size_t i = 0; i < seen.size(); ++i) std::tie(x, seen[i]) = blocks[i]->forward(x, context, context);
+  const bool frozen = !frozen_blocks_.empty();
+  for (size_t i = 0; i < seen.size(); ++i) {
+    std::tie(x, seen[i]) = frozen ? frozen_blocks_[i].forward(x, context, context) : blocks[i]->forward(x, context, context);
+  }
   const auto back = [&](const torch::Tensor& of_words) {  // [B, L, n] -> [B * Q, T, n]
     const auto n = of_words.size(-1);
     return of_words.new_zeros({B, Q * T, n}).scatter(1, places.expand({-1, -1, n}), of_words).view({B * Q, T, n});
@@ -118,8 +127,10 @@ Answers ModelImpl::forward(const torch::Tensor& boards, const torch::Tensor& wor
   x = back(norm->forward(x));
   const auto weights = back(torch::stack(seen).mean(0));  // [B * Q, T, Lk]
 
-  const auto [answer, share] = read_out->forward(reader.expand({B * Q, 1, kFeatures}), x, x,
-                                                 xattn::Mask::key_padding(real));  // [B*Q, 1, 64], [B*Q, 1, T]
+  const auto readers = reader.expand({B * Q, 1, kFeatures});
+  const auto mask = xattn::Mask::key_padding(real);
+  const auto [answer, share] = frozen ? frozen_blocks_.back().forward(readers, x, x, mask)
+                                      : read_out->forward(readers, x, x, mask);  // [B*Q, 1, 64], [B*Q, 1, T]
   return {classifier->forward(answer).view({B, Q, -1}), weights.view({B, Q, T, -1}), share.matmul(weights).view({B, Q, -1})};
 }
 

@@ -7,6 +7,7 @@
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
 #include <xattn/block.h>
+#include <xattn/frozen_block.h>
 #include <xattn/norm.h>
 
 #include <cstdint>
@@ -52,6 +53,9 @@ class ModelImpl : public torch::nn::Module {
   /// Throws std::runtime_error, naming the file, if the output of a pretrained encoder has another shape than the model needs.
   explicit ModelImpl(const ModelOptions& options);
 
+  /// Attends with frozen copies of the blocks from now on. For inference alone: they do not follow further training.
+  void freeze();
+
   /// boards [B, 1, 24, 24], words int64 [B, Q, T], padded with 0 at the end.
   Answers forward(const torch::Tensor& boards, const torch::Tensor& words);
 
@@ -73,6 +77,7 @@ class ModelImpl : public torch::nn::Module {
  private:
   void make_image_encoder();
   void make_text_encoder();
+  std::vector<xattn::FrozenBlock> frozen_blocks_;  // of `blocks` and `read_out`, after `freeze`
 };
 TORCH_MODULE(Model);
 

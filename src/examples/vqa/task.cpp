@@ -173,6 +173,7 @@ Trained load_trained(const std::string& path, torch::Device device, Code code) {
   const auto file = read_trained_model(path, kProgram);
   auto trained = make_again(file, code);
   trained.curves = load_weights(*trained.model, file, device);
+  trained.model->freeze();
   return trained;
 }
 

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <torch/nn/modules/linear.h>
+#include <xattn/export.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+namespace xattn {
+
+/// A torch::nn::Linear for inference, with packed weights: for a few rows the time is that of reading the weights once, which
+/// decides in the projection to a large vocabulary.
+///
+///   xattn::FrozenLinear to_words(*decoder->to_words, at::kBFloat16);
+///   auto logits = to_words.forward(hidden);
+///
+/// In float32 on the CPU it runs on this library's own kernels; elsewhere on LibTorch's operators. Calls record no gradients.
+/// The bits of a row depend neither on the number of threads nor on the other rows, but on their number if the processor has a
+/// matrix unit. Immutable: any number of threads may share one without locks. Copies share storage.
+class XATTN_API FrozenLinear {
+ public:
+  /// An empty one, to be assigned to: any other use throws c10::ValueError.
+  FrozenLinear() = default;
+
+  /// A copy of the layer's parameters. storage: float32 (the default), or bfloat16 for half the memory, as
+  /// FreezeOptions::storage. Throws c10::ValueError for another storage, and for bfloat16 where the kernels do not run.
+  explicit FrozenLinear(const torch::nn::LinearImpl& linear, std::optional<at::ScalarType> storage = {});
+
+  /// x [..., in] -> [..., out]. Throws c10::ValueError or c10::TypeError unless x has that shape and the weight's type and
+  /// device.
+  at::Tensor forward(const at::Tensor& x) const;
+
+  int64_t in_features() const;
+  int64_t out_features() const;
+
+  /// Size in memory, in bytes.
+  int64_t bytes() const;
+
+  /// Whether calls run on this library's own kernels.
+  bool uses_kernels() const;
+
+ private:
+  struct State;
+  const State& state() const;
+  std::shared_ptr<const State> state_;
+};
+
+}  // namespace xattn

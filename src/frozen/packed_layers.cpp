@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "frozen/packed_layers.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+#include "cpu/huge_pages.h"
+#include "cpu/threads.h"
+#include "cpu/tuning.h"
+
+namespace xattn::detail {
+
+using at::Tensor;
+using namespace engine;
+
+namespace {
+
+// As the kernels read it; x itself if it is so already.
+Tensor plain(const Tensor& x) {
+  return x.resolve_neg().contiguous();
+}
+
+Tensor copy_of(const Tensor& x) {
+  return x.defined() ? x.resolve_neg().clone(at::MemoryFormat::Contiguous) : x;
+}
+
+Tensor open_gate(const Tensor& gate, int64_t features) {
+  return gate.defined() ? gate.tanh().expand({features}).contiguous() : gate;
+}
+
+Pointwise function_of(Activation activation) {
+  switch (activation) {
+    case Activation::relu: return Pointwise::relu;
+    case Activation::gelu: return Pointwise::gelu;
+    case Activation::gelu_tanh: return Pointwise::gelu_tanh;
+    case Activation::silu: break;
+  }
+  return Pointwise::silu;
+}
+
+// rows -> to [n, features], each head or the whole row by the size of the norm.
+void normalise_into(const NormWeights& norm, const float* rows, float* to, int64_t n, int64_t features) {
+  kernels().normalise({.rows = n * (features / norm.size),
+                       .n = norm.size,
+                       .x = rows,
+                       .y = to,
+                       .subtracts_mean = norm.kind == NormKind::layer,
+                       .eps = norm.eps,
+                       .weight = data(norm.weight),
+                       .bias = norm.bias.defined() ? data(norm.bias) : nullptr});
+}
+
+// y = x + gate * branch, for n rows. y may be x or the branch.
+void add_rows(const float* x, const Tensor& gate, const float* branch, float* y, int64_t n, int64_t features) {
+  if (!gate.defined()) {
+    for (int64_t i = 0; i < n * features; ++i) y[i] = x[i] + branch[i];
+    return;
+  }
+  const auto* factor = data(gate);
+  for (int64_t row = 0; row < n; ++row, x += features, branch += features, y += features) {
+    for (int64_t i = 0; i < features; ++i) y[i] = x[i] + factor[i] * branch[i];
+  }
+}
+
+}  // namespace
+
+int64_t bytes_of(const Tensor& x) {
+  return x.defined() ? static_cast<int64_t>(x.nbytes()) : 0;
+}
+
+NormWeights copy_of(NormWeights norm) {
+  norm.weight = copy_of(norm.weight), norm.bias = copy_of(norm.bias);
+  return norm;
+}
+
+Tensor copy_or_zeros(const Tensor& bias, int64_t n) {
+  return bias.defined() ? copy_of(bias) : at::zeros({n}, at::kFloat);
+}
+
+Packed pack_weights(const Tensor& weights, at::ScalarType storage) {
+  const auto w = plain(weights);
+  const auto count = w.size(0), n = w.size(1), k = w.size(2), size = kernels().packed_size(k, n);
+  const auto options = w.options().dtype(storage);
+  const bool is_large = 4 * count * size >= kHugePage;
+  Packed result{is_large ? empty_in_huge_pages(count * size, options) : at::empty({count * size}, options), k, n};
+  for (int64_t i = 0; i < count; ++i) pack_transposed(data(w) + i * n * k, k, k, n, result.data, i * size);
+  return result;
+}
+
+PackedLinear pack_linear(const LinearWeights& linear, at::ScalarType storage) {
+  if (!linear.weight.defined()) return {};
+  return {pack_weights(linear.weight.unsqueeze(0), storage), copy_or_zeros(linear.bias, linear.weight.size(0))};
+}
+
+Tensor apply(const PackedLinear& linear, const Tensor& given) {
+  const auto x = plain(given);
+  const auto& weight = linear.weight;
+  auto sizes = x.sizes().vec();
+  sizes.back() = weight.n;
+  const auto y = in_huge_pages(at::empty(sizes, x.options()));
+  const auto rows = x.numel() / weight.k;
+  each_share_of_rows({.rows = rows,
+                      .has_many_rows = has_many_rows(rows, weight.n, weight.k),
+                      .reads = {.weights = bytes_of(weight.data), .context = 0},
+                      .apart = {1},
+                      .together = {1}},
+                     [&](int64_t begin, int64_t end, Scratch, const TaskThreads& threads) {
+                       const auto* from = data(x) + begin * weight.k;
+                       auto* to = mutable_data(y) + begin * weight.n;
+                       threads.multiply(projection(from, end - begin, weight, linear.bias, to, rows));
+                     });
+  return y;
+}
+
+Tensor normalised_on_kernels(const Tensor& given, const NormWeights& norm) {
+  if (norm.kind == NormKind::none || !given.is_cpu() || given.scalar_type() != at::kFloat) return normalised(given, norm);
+  const auto x = plain(given), y = at::empty_like(x);
+  constexpr int64_t kRowsOfATask = 16;  // of some hundred features: a few microseconds
+  at::parallel_for(0, x.numel() / norm.size, kRowsOfATask, [&](int64_t begin, int64_t end) {
+    normalise_into(norm, data(x) + begin * norm.size, mutable_data(y) + begin * norm.size, end - begin, norm.size);
+  });
+  return y;
+}
+
+void engine::normalise_rows(const NormWeights& norm, float* rows, int64_t n, int64_t features) {
+  if (norm.kind != NormKind::none) normalise_into(norm, rows, rows, n, features);
+}
+
+PackedBlock::PackedBlock(const BlockWeights& w, at::ScalarType storage)
+    : features_(w.features),
+      hidden_(w.has_feed_forward() ? w.feed_forward_in.weight.size(0) : 0),
+      norms_before_(w.norms_before()),
+      activation_(function_of(w.activation)),
+      attention_norm_(copy_of(w.attention_norm)),
+      feed_forward_norm_(copy_of(w.feed_forward_norm)),
+      attention_gate_(open_gate(w.attention_gate, w.features)),
+      feed_forward_gate_(open_gate(w.feed_forward_gate, w.features)),
+      in_(pack_linear(w.feed_forward_in, storage)),
+      multiplier_(pack_linear(w.feed_forward_multiplier, storage)),
+      out_(pack_linear(w.feed_forward_out, storage)) {}
+
+void PackedBlock::finish(const Tensor& given, const Tensor& attended) const {
+  const auto query = plain(given);
+  const auto Eq = features_, rows = query.numel() / Eq;
+  const bool normalises_copy = norms_before_ && feed_forward_norm_.kind != NormKind::none;
+  const bool multiplies = multiplier_.weight.data.defined();
+  const ScratchSize floats{
+      std::max<int64_t>(1, hidden_ * (multiplies ? 2 : 1) + (hidden_ > 0 ? Eq * (normalises_copy ? 2 : 1) : 0))};
+  each_share_of_rows(
+      {.rows = rows,
+       .has_many_rows = has_many_rows(rows, hidden_, Eq),
+       .reads = {.weights = in_.bytes() + multiplier_.bytes() + out_.bytes(), .context = 0},
+       .apart = floats,
+       .together = floats},
+      [&](int64_t begin, int64_t end, Scratch scratch, const TaskThreads& threads) {
+        const auto n = end - begin;
+        auto* x = mutable_data(attended) + begin * Eq;
+        // x = from + gate * branch, and normalised if norms follow the sum
+        const auto add = [&](const float* from, const Tensor& gate, const float* branch, const NormWeights& norm) {
+          threads.parts(n, [&](int64_t first, int64_t last) {
+            const auto at = first * Eq, count = last - first;
+            add_rows(from + at, gate, branch + at, x + at, count, Eq);
+            if (!norms_before_) normalise_rows(norm, x + at, count, Eq);
+          });
+        };
+        add(data(query) + begin * Eq, attention_gate_, x, attention_norm_);
+        if (hidden_ == 0) return;
+
+        auto* entered = x;
+        if (normalises_copy) {
+          entered = scratch.take(n * Eq);
+          threads.parts(n, [&](int64_t first, int64_t last) {
+            normalise_into(feed_forward_norm_, x + first * Eq, entered + first * Eq, last - first, Eq);
+          });
+        }
+        auto* hidden = scratch.take(n * hidden_);
+        auto* multiplier = multiplies ? scratch.take(n * hidden_) : nullptr;
+        threads.multiply(projection(entered, n, in_.weight, in_.bias, hidden, rows));
+        if (multiplies) threads.multiply(projection(entered, n, multiplier_.weight, multiplier_.bias, multiplier, rows));
+        threads.parts(n, [&](int64_t first, int64_t last) {
+          const auto at = first * hidden_;
+          kernels().activate(activation_, hidden + at, multiplies ? multiplier + at : nullptr, (last - first) * hidden_);
+        });
+        auto* branch = scratch.take(n * Eq);
+        threads.multiply(projection(hidden, n, out_.weight, out_.bias, branch, rows));
+        add(x, feed_forward_gate_, branch, feed_forward_norm_);
+      });
+}
+
+int64_t PackedBlock::bytes() const {
+  int64_t bytes = in_.bytes() + multiplier_.bytes() + out_.bytes();
+  for (const auto* x : {&attention_norm_.weight, &attention_norm_.bias, &feed_forward_norm_.weight, &feed_forward_norm_.bias,
+                        &attention_gate_, &feed_forward_gate_})
+    bytes += bytes_of(*x);
+  return bytes;
+}
+
+}  // namespace xattn::detail
