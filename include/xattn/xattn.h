@@ -27,5 +27,6 @@
 #include <xattn/norm_options.h>
 #include <xattn/plan.h>
 #include <xattn/safetensors.h>
+#include <xattn/stacks.h>
 #include <xattn/state_dict.h>
 #include <xattn/version.h>
