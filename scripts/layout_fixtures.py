@@ -1256,9 +1256,9 @@ def describe(name: str, made: Made) -> dict[str, str]:
     return metadata | {x: str(getattr(made, x)) for x in optional if getattr(made, x) not in (None, "")}
 
 
-def write(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+def write(path: Path, tensors: Tensors, metadata: dict[str, str], script: str = "scripts/layout_fixtures.py") -> None:
     """safetensors.torch.save, with the metadata in order: the package writes them in a different one each time."""
-    metadata |= {"script": "scripts/layout_fixtures.py"}
+    metadata |= {"script": script}
     data = save({name: x.detach().clone().contiguous() for name, x in tensors.items()}, metadata)
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
