@@ -21,6 +21,7 @@
 #include <xattn/ip_adapter.h>
 #include <xattn/load.h>
 #include <xattn/load_modules.h>
+#include <xattn/load_stacks.h>
 #include <xattn/mask.h>
 #include <xattn/multihead_attention.h>
 #include <xattn/norm.h>
