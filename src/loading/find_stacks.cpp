@@ -3,12 +3,12 @@
 
 #include <algorithm>
 #include <charconv>
+#include <iterator>
 #include <map>
 #include <set>
 #include <string_view>
 #include <utility>
 
-#include "base/printed.h"
 #include "base/text.h"
 #include "files/check_file.h"
 #include "loading/block_layouts.h"
@@ -20,7 +20,7 @@ namespace {
 using Attention = std::map<std::string, FoundLayer>;  // by prefix
 
 // The number at the beginning of "12.rest".
-std::optional<int64_t> number_before_point(std::string_view text) {
+std::optional<int64_t> number_before_point(const std::string& text) {
   int64_t number = 0;
   const auto* end = text.data() + text.size();
   const auto [parsed, error] = std::from_chars(text.data(), end, number);

@@ -2,10 +2,9 @@
 #include <xattn/load_stacks.h>
 
 #include <torch/utils.h>
+#include <xattn/find_layers.h>
 #include <xattn/load_modules.h>
 
-#include <algorithm>
-#include <string_view>
 #include <utility>
 #include <vector>
 

@@ -6,11 +6,9 @@
 #include <ATen/ops/where.h>
 #include <torch/nn/init.h>
 #include <xattn/attention.h>
-#include <xattn/call_options.h>
 
 #include <cmath>
 #include <string_view>
-#include <tuple>
 
 #include "base/check.h"
 #include "base/text.h"
