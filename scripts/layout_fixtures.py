@@ -146,6 +146,7 @@ LAYOUTS = {
     "diffusers": DIFFUSERS,
     "wan_original": separate("q", "k", "v", "o", qk_norms=(("norm_q", "norm_k"),), second=(("k_img", "v_img", "norm_k_img"),)),
     "ip_adapter_original": dataclasses.replace(DIFFUSERS, second=(("to_k_ip", "to_v_ip", ""),)),
+    "blip_vision": Layout(*(fused("qkv", i, 3) for i in range(3)), linear("projection")),
     "x_transformers": separate("to_q", "to_k", "to_v", "to_out"),
     "mlx": separate("query_proj", "key_proj", "value_proj", "out_proj"),
     "reference": separate("query_linear", "key_linear", "value_linear", "output_linear"),
@@ -591,6 +592,18 @@ def blip(draw: Draw, depth: int) -> Made:
     block, prefix = bert_block(name, call.args[0], result.output, layer), f"{name}crossattention."
     more = {"packages": HF, "block": block, "note": note}
     return Made("bert", file, prefix, cross.self, inputs, dense.output, 4, call.result[1], **more)
+
+
+@family("blip_vision")
+def blip_vision(draw: Draw) -> Made:
+    options = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = hugging_face("BlipVisionModel", config_of("BlipVisionConfig", image_size=4, patch_size=2, **options), draw)
+    attention = model.encoder.layers[0].self_attn
+    call, _ = watch(lambda: model(draw.normal(B, 3, 4, 4)), attention)
+    inputs = {"query": call.get("hidden_states", 0)}
+    inputs["context"] = inputs["query"]
+    file, prefix = under("vision_model.", saved(model)), "vision_model.encoder.layers.0.self_attn."
+    return Made("blip_vision", file, prefix, attention, inputs, call.output, 4, call.result[1], packages=HF)
 
 
 @family(qformer=("qformer", "qformer."), qformer_lavis=("bert", "Qformer.bert."))
@@ -1256,9 +1269,9 @@ def describe(name: str, made: Made) -> dict[str, str]:
     return metadata | {x: str(getattr(made, x)) for x in optional if getattr(made, x) not in (None, "")}
 
 
-def write(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+def write(path: Path, tensors: Tensors, metadata: dict[str, str], script: str = "scripts/layout_fixtures.py") -> None:
     """safetensors.torch.save, with the metadata in order: the package writes them in a different one each time."""
-    metadata |= {"script": "scripts/layout_fixtures.py"}
+    metadata |= {"script": script}
     data = save({name: x.detach().clone().contiguous() for name, x in tensors.items()}, metadata)
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])

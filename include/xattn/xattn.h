@@ -24,11 +24,13 @@
 #include <xattn/ip_adapter.h>
 #include <xattn/load.h>
 #include <xattn/load_modules.h>
+#include <xattn/load_stacks.h>
 #include <xattn/mask.h>
 #include <xattn/multihead_attention.h>
 #include <xattn/norm.h>
 #include <xattn/norm_options.h>
 #include <xattn/plan.h>
 #include <xattn/safetensors.h>
+#include <xattn/stacks.h>
 #include <xattn/state_dict.h>
 #include <xattn/version.h>

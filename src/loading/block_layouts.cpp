@@ -6,6 +6,30 @@
 namespace xattn::detail {
 namespace {
 
+// The self-attention of an encoder's layer, with the feed-forward branch, in the same family.
+BlockLayout encoder_of(BlockLayout layout, const std::string& name, const std::string& attention, const std::string& norm) {
+  layout.name = name;
+  layout.attention = attention;
+  layout.norms.attention = norm;
+  layout.beside = {};
+  layout.is_self = true;
+  return layout;
+}
+
+// The self-attention of a decoder's layer, whose feed-forward branch is in the block of its cross-attention.
+BlockLayout decoder_of(BlockLayout encoder, const std::string& name) {
+  encoder.name = name;
+  encoder.norms.feed_forward = "";
+  encoder.feed_forward = {};
+  encoder.num_heads = {};
+  return encoder;
+}
+
+// Places in config.json of composed models, in the order in which they are looked up for an encoder.
+std::vector<std::string> of_vision(const std::string& name) {
+  return {"vision_config." + name, "encoder." + name, "." + name};
+}
+
 std::vector<BlockLayout> make_block_layouts() {
   constexpr auto kBefore = NormPlacement::before, kAfter = NormPlacement::after;
   const BlockLayout t5 = {.name = "t5",
@@ -33,20 +57,49 @@ std::vector<BlockLayout> make_block_layouts() {
   idefics.norms.eps = 1e-6;
   idefics.gates = {"alpha_cross_attn", "alpha_dense"};
   idefics.activation_in_config = {"hidden_act"};
+  const BlockLayout fc1_fc2 = {
+      .name = "fc1_fc2",  // BART, Marian (norms after); mBART, M2M-100, Pegasus, Whisper, MusicGen (before)
+      .attention = "encoder_attn.",
+      .norms = {"encoder_attn_layer_norm", "final_layer_norm"},
+      .feed_forward = {"fc1", "fc2"},
+      .beside = {"self_attn.", "self_attn_layer_norm."},
+      .models_before = {"mbart", "m2m_100", "pegasus", "whisper", "musicgen", "musicgen_decoder"},
+      .models_after = {"bart", "marian"},
+      .activation_in_config = {"activation_function"}};
+  const BlockLayout torch = {.name = "torch",  // torch.nn.TransformerDecoderLayer
+                             .attention = "multihead_attn.",
+                             .norms = {"norm2", "norm3"},
+                             .feed_forward = {"linear1", "linear2"},
+                             .beside = {"self_attn.", "norm1."}};
+  const BlockLayout bert = {
+      .name = "bert",  // BERT, BLIP's text model, ALBEF
+      .attention = "crossattention.",
+      .norms = {"crossattention.output.LayerNorm", "output.LayerNorm", NormKind::layer, 1e-12, {"layer_norm_eps"}},
+      .feed_forward = {"intermediate.dense", "output.dense"},
+      .beside = {"attention."},
+      .norm_placement = kAfter,
+      .activation = Activation::gelu,
+      .activation_in_config = {"hidden_act"}};
+
+  auto fc1_fc2_encoder = encoder_of(fc1_fc2, "fc1_fc2_encoder", "self_attn.", "self_attn_layer_norm");
+  fc1_fc2_encoder.num_heads = {"encoder_attention_heads", "num_attention_heads", "num_heads"};
+  auto torch_encoder = encoder_of(torch, "torch_encoder", "self_attn.", "norm1");
+  torch_encoder.norms.feed_forward = "norm2";
+  auto bert_encoder = encoder_of(bert, "bert_encoder", "attention.", "attention.output.LayerNorm");
+  bert_encoder.norms.eps_in_config = {"encoder.layer_norm_eps", "layer_norm_eps"};
+  bert_encoder.activation_in_config = {"encoder.hidden_act", "hidden_act"};
+  bert_encoder.num_heads = {"encoder.num_attention_heads", "num_attention_heads"};
+  auto bert_decoder = decoder_of(encoder_of(bert, "", bert_encoder.attention, bert_encoder.norms.attention), "bert_decoder");
+  auto t5_encoder = encoder_of(t5, "t5_encoder", "layer.0.SelfAttention.", "layer.0.layer_norm");
+  t5_encoder.norms.feed_forward = "layer.1.layer_norm";
+  t5_encoder.feed_forward = {"layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.wo"};
+  auto t5_gated_encoder = t5_encoder;
+  t5_gated_encoder.name = "t5_gated_encoder";
+  t5_gated_encoder.feed_forward = {"layer.1.DenseReluDense.wi_0", "layer.1.DenseReluDense.wo", "layer.1.DenseReluDense.wi_1"};
+  t5_gated_encoder.activation = t5_gated.activation;
   return {
-      {.name = "fc1_fc2",  // BART, Marian (norms after); mBART, M2M-100, Pegasus, Whisper, MusicGen (before)
-       .attention = "encoder_attn.",
-       .norms = {"encoder_attn_layer_norm", "final_layer_norm"},
-       .feed_forward = {"fc1", "fc2"},
-       .beside = {"self_attn.", "self_attn_layer_norm."},
-       .models_before = {"mbart", "m2m_100", "pegasus", "whisper", "musicgen", "musicgen_decoder"},
-       .models_after = {"bart", "marian"},
-       .activation_in_config = {"activation_function"}},
-      {.name = "torch",  // torch.nn.TransformerDecoderLayer
-       .attention = "multihead_attn.",
-       .norms = {"norm2", "norm3"},
-       .feed_forward = {"linear1", "linear2"},
-       .beside = {"self_attn.", "norm1."}},
+      fc1_fc2,
+      torch,
       {.name = "moonshine",  // Moonshine
        .attention = "encoder_attn.",
        .norms = {"post_attention_layernorm", "final_layernorm"},
@@ -67,14 +120,7 @@ std::vector<BlockLayout> make_block_layouts() {
        .norm_placement = kAfter,
        .activation = Activation::gelu,
        .activation_in_config = {"qformer_config.hidden_act", ".hidden_act"}},
-      {.name = "bert",  // BERT, BLIP's text model, ALBEF
-       .attention = "crossattention.",
-       .norms = {"crossattention.output.LayerNorm", "output.LayerNorm", NormKind::layer, 1e-12, {"layer_norm_eps"}},
-       .feed_forward = {"intermediate.dense", "output.dense"},
-       .beside = {"attention."},
-       .norm_placement = kAfter,
-       .activation = Activation::gelu,
-       .activation_in_config = {"hidden_act"}},
+      bert,
       t5,
       t5_gated,
       {.name = "whisper",  // Whisper (OpenAI)
@@ -101,6 +147,32 @@ std::vector<BlockLayout> make_block_layouts() {
        .gates = {"attn_gate", "ff_gate"},
        .norm_placement = kBefore,
        .activation = Activation::gelu},
+      fc1_fc2_encoder,
+      decoder_of(fc1_fc2_encoder, "fc1_fc2_decoder"),
+      torch_encoder,
+      decoder_of(torch_encoder, "torch_decoder"),
+      bert_encoder,
+      bert_decoder,
+      t5_encoder,
+      t5_gated_encoder,
+      decoder_of(t5_encoder, "t5_decoder"),
+      {.name = "vit",  // ViT, DeiT, AST
+       .attention = "attention.",
+       .norms = {"layernorm_before", "layernorm_after", NormKind::layer, 1e-12, of_vision("layer_norm_eps")},
+       .feed_forward = {"intermediate.dense", "output.dense"},
+       .norm_placement = kBefore,
+       .activation = Activation::gelu,
+       .activation_in_config = of_vision("hidden_act"),
+       .is_self = true,
+       .num_heads = of_vision("num_attention_heads")},
+      {.name = "blip_vision",  // BLIP's vision model
+       .attention = "self_attn.",
+       .norms = {"layer_norm1", "layer_norm2", NormKind::layer, 1e-5, of_vision("layer_norm_eps")},
+       .feed_forward = {"mlp.fc1", "mlp.fc2"},
+       .norm_placement = kBefore,
+       .activation_in_config = of_vision("hidden_act"),
+       .is_self = true,
+       .num_heads = of_vision("num_attention_heads")},
   };
 }
 

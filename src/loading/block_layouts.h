@@ -19,8 +19,8 @@ namespace xattn::detail {
 inline constexpr std::array kNormEndings = {std::pair(".weight", ".bias"), std::pair(".gamma", ".beta")};
 
 struct FeedForwardNames {
-  std::string in;
-  std::string out;
+  std::string in = {};  ///< empty without a feed-forward branch, which is then in the block behind
+  std::string out = {};
   std::string multiplier = {};  ///< of a gated linear unit; the same as `in` if one tensor packs both, the multiplier first
   bool transposed = false;      ///< weights are stored [in, out]
 
@@ -29,7 +29,7 @@ struct FeedForwardNames {
 
 struct BlockNorms {
   std::string attention;
-  std::string feed_forward;
+  std::string feed_forward;  ///< empty without the branch
   NormKind kind = NormKind::layer;
   double eps = 1e-5;                            ///< the family's value unless its config.json says otherwise
   std::vector<std::string> eps_in_config = {};  ///< as LayerLayout::num_heads
@@ -52,6 +52,8 @@ struct BlockLayout {
   /// The family's value unless its config.json says otherwise. If empty, config.json must give it.
   std::optional<Activation> activation = {};
   std::vector<std::string> activation_in_config = {};
+  bool is_self = false;                     ///< self-attention, which is found only as part of a stack: see stack_layouts.h
+  std::vector<std::string> num_heads = {};  ///< as LayerLayout::num_heads, and in its place if not empty
 };
 
 /// The whole table, in the order in which layouts are tried.

@@ -10,7 +10,7 @@
 namespace xattn::detail {
 namespace {
 
-// The layer or block found at `prefix`; without a prefix, the only one.
+// The layer, block or stack found at `prefix`; without a prefix, the only one.
 template <class Found>
 Found choose_one(const std::string& file, const std::vector<Found>& found, const std::optional<std::string>& prefix) {
   if (!prefix && found.size() == 1) return found.front();
@@ -36,6 +36,15 @@ FoundLayer choose(const std::string& file, const std::vector<FoundLayer>& layers
 FoundBlock choose(const std::string& file, const std::vector<FoundBlock>& blocks, const std::optional<std::string>& prefix) {
   load_check(file)(!blocks.empty(), "must hold a block around cross-attention in a layout that is known, but holds none");
   return choose_one(file, blocks, prefix);
+}
+
+FoundStack choose(const std::string& file,
+                  const std::vector<FoundStack>& stacks,
+                  StackKind kind,
+                  const std::optional<std::string>& prefix) {
+  load_check(file)(!stacks.empty(), "must hold {} in a layout that is known, but holds none",
+                   kind == StackKind::encoder ? "an encoder" : "a decoder");
+  return choose_one(file, stacks, prefix);
 }
 
 void explain_none(const Checkpoint& checkpoint, const std::string& prefix) {

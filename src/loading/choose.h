@@ -11,8 +11,9 @@
 #include <vector>
 
 #include "files/check_file.h"
+#include "loading/find_stacks.h"
 
-// Chooses the layer or block of a file that a prefix names.
+// Chooses the layer, block or stack of a file that a prefix names.
 namespace xattn::detail {
 
 /// Checks on a file of this path; see FileCheck.
@@ -20,7 +21,7 @@ inline FileCheck load_check(const std::string& path) {
   return {"load", path};
 }
 
-/// The layer or block found at `prefix`, with or without the point at its end; null if there is none.
+/// The layer, block or stack found at `prefix`, with or without the point at its end; null if there is none.
 template <class Found>
 const Found* find_at(const std::vector<Found>& found, const std::string& prefix) {
   const auto is_meant = [&](const Found& one) { return one.prefix == prefix || one.prefix == prefix + "."; };
@@ -31,6 +32,10 @@ const Found* find_at(const std::vector<Found>& found, const std::string& prefix)
 /// See `choose_layer` and `choose_block`. `file` is its path, for messages.
 FoundLayer choose(const std::string& file, const std::vector<FoundLayer>& layers, const std::optional<std::string>& prefix);
 FoundBlock choose(const std::string& file, const std::vector<FoundBlock>& blocks, const std::optional<std::string>& prefix);
+FoundStack choose(const std::string& file,
+                  const std::vector<FoundStack>& stacks,
+                  StackKind kind,
+                  const std::optional<std::string>& prefix);
 
 /// Throws FileError if no layer was found below a prefix for a known reason: quantized or low-rank weights.
 void explain_none(const Checkpoint& checkpoint, const std::string& prefix);

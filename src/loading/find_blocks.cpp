@@ -22,33 +22,39 @@ class BlockMatch {
 
   std::optional<FoundBlock> block(const FoundLayer& attention) const {
     const auto Eq = attention.options.dim_query();
-    const auto& names = layout_.feed_forward;
-    const auto* in = find(names.in + ".weight");
-    if (!in || in->shape.size() != 2 || attention.options.dim_output() != Eq) return {};
-    const auto inner = in->shape[names.transposed ? 1 : 0];  // of the packed tensor
-    const auto hidden = inner / names.parts();
-    const bool glu = !names.multiplier.empty();
-    const bool bias = find(names.in + ".bias") != nullptr;
+    if (attention.options.dim_output() != Eq) return {};
     const auto gate = gate_of(Eq);
     const auto norm_bias = norm(layout_.norms.attention, Eq);
-    const bool fits = hidden > 0 && inner == names.parts() * hidden && gate && norm_bias &&
-                      norm_bias == norm(layout_.norms.feed_forward, Eq) && linear(names.in, Eq, inner, bias) &&
-                      (!glu || linear(names.multiplier, Eq, inner, bias)) && linear(names.out, hidden, Eq, bias);
-    if (!fits) return {};
+    if (!gate || !norm_bias) return {};
     auto options = CrossAttentionBlockOptions(attention.options)
                        .norm(layout_.norms.kind)
                        .norm_eps(layout_.norms.eps)
                        .norm_bias(*norm_bias || layout_.norms.kind != NormKind::layer)
                        .gate(*gate)
-                       .feed_forward(hidden)
-                       .feed_forward_glu(glu)
-                       .feed_forward_bias(bias);
+                       .feed_forward(0);
     if (layout_.norm_placement) options.norm_placement(*layout_.norm_placement);
     if (layout_.activation) options.activation(*layout_.activation);
+    if (!layout_.feed_forward.in.empty() && !add_feed_forward(options, *norm_bias)) return {};
     return FoundBlock{prefix_, layout_.name, attention, options};
   }
 
  private:
+  // Whether there is a feed-forward branch that fits; if so, adds it to the options.
+  bool add_feed_forward(CrossAttentionBlockOptions& options, bool norm_bias) const {
+    const auto Eq = options.attention().dim_query();
+    const auto& names = layout_.feed_forward;
+    const auto* in = find(names.in + ".weight");
+    if (!in || in->shape.size() != 2) return false;
+    const auto inner = in->shape[names.transposed ? 1 : 0];  // of the packed tensor
+    const auto hidden = inner / names.parts();
+    const bool glu = !names.multiplier.empty();
+    const bool bias = find(names.in + ".bias") != nullptr;
+    options.feed_forward(hidden).feed_forward_glu(glu).feed_forward_bias(bias);
+    return hidden > 0 && inner == names.parts() * hidden && norm_bias == norm(layout_.norms.feed_forward, Eq) &&
+           linear(names.in, Eq, inner, bias) && (!glu || linear(names.multiplier, Eq, inner, bias)) &&
+           linear(names.out, hidden, Eq, bias);
+  }
+
   const TensorInfo* find(const std::string& name) const {
     const auto found = tensors_.find(prefix_ + name);
     return found == tensors_.end() ? nullptr : &found->second;
@@ -91,15 +97,20 @@ class BlockMatch {
 
 std::optional<FoundBlock> block_around(const FoundLayer& attention, const Infos& tensors) {
   for (const auto& layout : detail::block_layouts()) {
-    if (!attention.prefix.ends_with(layout.attention)) continue;
-    const auto prefix = attention.prefix.substr(0, attention.prefix.size() - layout.attention.size());
-    if (!prefix.empty() && !prefix.ends_with('.')) continue;
-    if (auto block = BlockMatch(tensors, layout, prefix).block(attention)) return block;
+    if (layout.is_self) continue;
+    if (auto block = detail::match_block(layout, attention, tensors)) return block;
   }
   return {};
 }
 
 }  // namespace
+
+std::optional<FoundBlock> detail::match_block(const BlockLayout& layout, const FoundLayer& attention, const Infos& tensors) {
+  if (!attention.prefix.ends_with(layout.attention)) return {};
+  const auto prefix = attention.prefix.substr(0, attention.prefix.size() - layout.attention.size());
+  if (!prefix.empty() && !prefix.ends_with('.')) return {};
+  return BlockMatch(tensors, layout, prefix).block(attention);
+}
 
 std::vector<FoundBlock> find_blocks(const Infos& tensors, const std::string& layout) {
   std::vector<FoundBlock> blocks;

@@ -14,6 +14,7 @@
 #include "loading/choose.h"
 #include "loading/layouts.h"
 #include "loading/model_config.h"
+#include "loading/module_options.h"
 #include "loading/recipes.h"
 
 namespace xattn {
@@ -26,14 +27,17 @@ using detail::NameRole;
 using detail::recipes;
 using detail::Recipes;
 
-// The options of a layer of the file, with its number of heads.
-CrossAttentionOptions sizes_of(const Checkpoint& checkpoint, const FoundLayer& layer, const LayerOptions& options) {
-  const detail::ModelConfig config(checkpoint);
+// The options of a layer of the file, with its number of heads, which config.json has under these names.
+CrossAttentionOptions sizes_of(const Checkpoint& checkpoint,
+                               const detail::ModelConfig& config,
+                               const FoundLayer& layer,
+                               const LayerOptions& options,
+                               const std::vector<std::string>& heads_in_config) {
   const auto check = load_check(checkpoint.path());
   config.refuse_other_attention(layer);
   const auto possible = layer.possible_heads();
   auto num_heads = options.num_heads;
-  if (!num_heads) num_heads = config.num_heads(layer);
+  if (!num_heads) num_heads = config.num_heads(layer, heads_in_config);
   if (!num_heads && possible.size() == 1) num_heads = possible.front();
   if (!num_heads && layer.layout == "reference") num_heads = layer.options.num_heads();
   check(num_heads.has_value(),
@@ -58,6 +62,14 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint, const FoundLayer& l
   return sizes;
 }
 
+CrossAttentionOptions sizes_of(const Checkpoint& checkpoint, const FoundLayer& layer, const LayerOptions& options) {
+  return sizes_of(checkpoint, detail::ModelConfig(checkpoint), layer, options, detail::layout_named(layer.layout).num_heads);
+}
+
+bool has_arithmetic(at::ScalarType type) {
+  return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
 // Throws if a layer has tensors beside its parameters that a module made from it would drop.
 void refuse_the_rest(const Checkpoint& checkpoint, const FoundLayer& layer, const LayerOptions& options, bool takes_added) {
   const auto check_file = load_check(checkpoint.path());
@@ -73,29 +85,6 @@ void refuse_the_rest(const Checkpoint& checkpoint, const FoundLayer& layer, cons
         "; apply those that input_norms returns, and set without_input_norms");
   check(options.allow_unexpected || takes_added, NameRole::added, "one context",
         "; decoupled_cross_attention_from makes a module with further ones");
-}
-
-void refuse_misshapen(const Checkpoint& checkpoint, const FoundLayer& layer) {
-  load_check(checkpoint.path())(layer.misshapen.empty(), "layer {} does not fit together{}", in_quotes(layer.prefix),
-                                detail::list("misshapen", layer.misshapen));
-}
-
-bool has_arithmetic(at::ScalarType type) {
-  return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
-}
-
-// The type of parameters made by these recipes.
-at::ScalarType type_of(const Checkpoint& checkpoint, const Recipes& all, std::optional<at::ScalarType> wanted) {
-  detail::check_value(!wanted || has_arithmetic(*wanted), "load",
-                      "dtype must be float64, float32, bfloat16 or float16, but is {}.",
-                      c10::getDtypeNames(wanted.value_or(at::kFloat)).first);
-  std::optional<at::ScalarType> widest;
-  for (const auto& [parameter, recipe] : all) {
-    detail::refuse_quantized(checkpoint, recipe.source);
-    const auto type = recipe.type(checkpoint.tensors());
-    if (has_arithmetic(type)) widest = widest ? c10::promoteTypes(*widest, type) : type;
-  }
-  return wanted.value_or(widest.value_or(at::kHalf));
 }
 
 // A module of this type, with the weights below a prefix.
@@ -115,11 +104,63 @@ Module loaded(const Checkpoint& checkpoint,
 
 }  // namespace
 
+namespace detail {
+
+void refuse_misshapen(const Checkpoint& checkpoint, const FoundLayer& layer) {
+  load_check(checkpoint.path())(layer.misshapen.empty(), "layer {} does not fit together{}", in_quotes(layer.prefix),
+                                list("misshapen", layer.misshapen));
+}
+
+at::ScalarType type_of(const Checkpoint& checkpoint, const Recipes& all, std::optional<at::ScalarType> wanted) {
+  check_value(!wanted || has_arithmetic(*wanted), "load", "dtype must be float64, float32, bfloat16 or float16, but is {}.",
+              c10::getDtypeNames(wanted.value_or(at::kFloat)).first);
+  std::optional<at::ScalarType> widest;
+  for (const auto& [parameter, recipe] : all) {
+    refuse_quantized(checkpoint, recipe.source);
+    const auto type = recipe.type(checkpoint.tensors());
+    if (has_arithmetic(type)) widest = widest ? c10::promoteTypes(*widest, type) : type;
+  }
+  return wanted.value_or(widest.value_or(at::kHalf));
+}
+
+CrossAttentionBlockOptions block_options(const Checkpoint& checkpoint,
+                                         const ModelConfig& config,
+                                         const FoundBlock& found,
+                                         const BlockOptionsFromFile& options) {
+  const auto& layout = block_layout_named(found.layout);
+  const auto known = [&](const auto& value, std::string_view option, std::string_view values) {
+    load_check(checkpoint.path())(value.has_value(),
+                                  "the {} of {} is not among its weights, nor in a config.json beside it; give one of {}",
+                                  option, in_quotes(found.prefix), values);
+    return *value;
+  };
+  auto placement = options.norm_placement;
+  if (!placement) placement = config.norm_placement(layout);
+  auto activation = options.activation;
+  if (!activation) activation = config.activation(layout);
+  auto eps = options.norm_eps;
+  if (!eps) eps = config.norm_eps(layout);
+
+  const LayerOptions of_layer{.layout = options.layout,
+                              .num_heads = options.num_heads,
+                              .qk_norm_eps = options.qk_norm_eps,
+                              .attention_weights = options.attention_weights};
+  const auto& heads_in_config = layout.num_heads.empty() ? layout_named(found.attention.layout).num_heads : layout.num_heads;
+  auto result = found.options;
+  result.attention(sizes_of(checkpoint, config, found.attention, of_layer, heads_in_config))
+      .norm_placement(known(placement, "norm_placement", "before, after"))
+      .activation(known(activation, "activation", kActivations))
+      .norm_eps(eps.value_or(layout.norms.eps));
+  return result;
+}
+
+}  // namespace detail
+
 CrossAttention cross_attention_from(const Checkpoint& checkpoint, const LayerOptions& options) {
   const auto layer = choose_layer(checkpoint, options.prefix, options.layout);
-  const auto type = type_of(checkpoint, recipes(layer, checkpoint.tensors()), options.dtype);
+  const auto type = detail::type_of(checkpoint, recipes(layer, checkpoint.tensors()), options.dtype);
   refuse_the_rest(checkpoint, layer, options, /*takes_added=*/false);
-  refuse_misshapen(checkpoint, layer);
+  detail::refuse_misshapen(checkpoint, layer);
   return loaded<CrossAttention>(checkpoint, layer.prefix, sizes_of(checkpoint, layer, options), type, options);
 }
 
@@ -130,9 +171,9 @@ DecoupledCrossAttention decoupled_cross_attention_from(const Checkpoint& checkpo
   const auto parts = added_recipes(layer, checkpoint.tensors());
   auto all = recipes(layer, checkpoint.tensors());
   all.insert(parts.begin(), parts.end());
-  const auto type = type_of(checkpoint, all, options.dtype);
+  const auto type = detail::type_of(checkpoint, all, options.dtype);
   refuse_the_rest(checkpoint, layer, options, /*takes_added=*/true);
-  refuse_misshapen(checkpoint, layer);
+  detail::refuse_misshapen(checkpoint, layer);
   load_check(checkpoint.path())(!layer.added.empty(),
                                 "layer {} must have projections of a second context, but has none that layout {} defines",
                                 in_quotes(layer.prefix), layer.layout);
@@ -154,32 +195,9 @@ DecoupledCrossAttention decoupled_cross_attention_from(const Checkpoint& checkpo
 
 CrossAttentionBlock cross_attention_block_from(const Checkpoint& checkpoint, const BlockOptionsFromFile& options) {
   const auto found = choose_block(checkpoint, options.prefix, options.layout);
-  const auto& layout = detail::block_layout_named(found.layout);
-  const auto type = type_of(checkpoint, recipes(found, checkpoint.tensors()), options.dtype);
-  refuse_misshapen(checkpoint, found.attention);
-  const detail::ModelConfig config(checkpoint);
-  const auto known = [&](const auto& value, std::string_view option, std::string_view values) {
-    load_check(checkpoint.path())(value.has_value(),
-                                  "the {} of {} is not among its weights, nor in a config.json beside it; give one of {}",
-                                  option, in_quotes(found.prefix), values);
-    return *value;
-  };
-  auto placement = options.norm_placement;
-  if (!placement) placement = config.norm_placement(layout);
-  auto activation = options.activation;
-  if (!activation) activation = config.activation(layout);
-  auto eps = options.norm_eps;
-  if (!eps) eps = config.norm_eps(layout);
-
-  const LayerOptions of_layer{.layout = options.layout,
-                              .num_heads = options.num_heads,
-                              .qk_norm_eps = options.qk_norm_eps,
-                              .attention_weights = options.attention_weights};
-  auto block_options = found.options;
-  block_options.attention(sizes_of(checkpoint, found.attention, of_layer))
-      .norm_placement(known(placement, "norm_placement", "before, after"))
-      .activation(known(activation, "activation", detail::kActivations))
-      .norm_eps(eps.value_or(layout.norms.eps));
+  const auto type = detail::type_of(checkpoint, recipes(found, checkpoint.tensors()), options.dtype);
+  detail::refuse_misshapen(checkpoint, found.attention);
+  const auto block_options = detail::block_options(checkpoint, detail::ModelConfig(checkpoint), found, options);
   return loaded<CrossAttentionBlock>(checkpoint, found.prefix, block_options, type, options);
 }
 

@@ -135,7 +135,25 @@ void ModelConfig::refuse_soft_caps(const Names& names) const {
   }
 }
 
-std::optional<int64_t> ModelConfig::num_heads(const FoundLayer& layer) const {
+void ModelConfig::refuse_other_positions() const {
+  // These models add positions to the inputs or the keys of each layer.
+  constexpr std::array kInEachLayer = {"detr", "conditional_detr", "table-transformer", "nezha"};
+  const Names encoder_too = {"position_embedding_type", "encoder.position_embedding_type"};
+  for (const auto& type : all<std::string>(encoder_too)) {
+    check_(type == "absolute", "position_embedding_type in its config.json must be \"absolute\", but is {}: not computed",
+           in_quotes(type));
+  }
+  for (const auto& type : all<std::string>({"model_type"})) {
+    check_(std::ranges::count(kInEachLayer, type) == 0,
+           "its config.json says model_type {}, which adds positions in each layer: not computed", in_quotes(type));
+  }
+}
+
+std::optional<int64_t> ModelConfig::max_distance() const {
+  return first<int64_t>({"relative_attention_max_distance"});
+}
+
+std::optional<int64_t> ModelConfig::num_heads(const FoundLayer& layer, const Names& names) const {
   // In these classes of diffusers attention_head_dim is the number of heads; in others it is the size of a head.
   constexpr std::array kClasses = {"UNet2DCondition", "UNet3DCondition", "UNetMotion", "I2VGenXLUNet", "ControlNet"};
   const auto& layout = layout_named(layer.layout);
@@ -143,7 +161,7 @@ std::optional<int64_t> ModelConfig::num_heads(const FoundLayer& layer) const {
   const auto of_class = first<std::string>({"._class_name"});
   const bool head_dim_counts_heads =
       !of_class || std::ranges::any_of(kClasses, [&](const auto* name) { return of_class->find(name) != std::string::npos; });
-  for (const auto& name : layout.num_heads) {
+  for (const auto& name : names) {
     if (name == "attention_head_dim" && !head_dim_counts_heads) continue;
     if (const auto number = first<int64_t>({name})) return number;
   }

@@ -26,7 +26,12 @@ class ModelConfig {
   /// Throws FileError for an unsupported kind of attention that only a config reveals.
   void refuse_other_attention(const FoundLayer& layer) const;
 
-  std::optional<int64_t> num_heads(const FoundLayer& layer) const;
+  /// Throws FileError for self-attention whose logits or inputs depend on positions in a way that no tensor shows.
+  void refuse_other_positions() const;
+
+  /// The number of heads of a layer, by the first of these names that config.json has.
+  std::optional<int64_t> num_heads(const FoundLayer& layer, const std::vector<std::string>& names) const;
+  std::optional<int64_t> max_distance() const;  ///< of relative positions
   std::optional<double> qk_norm_eps(const FoundLayer& layer) const;
   std::optional<double> scale(const FoundLayer& layer, int64_t head_dim) const;  ///< of the logits
 

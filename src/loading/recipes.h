@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "loading/block_layouts.h"
 #include "loading/layouts.h"
 
 // From the names of a file to the parameters of a module, and back.
@@ -60,6 +61,9 @@ XATTN_API Recipes added_recipes(const FoundLayer& layer, const Infos& tensors);
 
 /// Likewise for a CrossAttentionBlock.
 XATTN_API Recipes recipes(const FoundBlock& block, const Infos& tensors);
+
+/// The block of this layout around an attention layer, if it is present and its shapes fit together.
+std::optional<FoundBlock> match_block(const BlockLayout& layout, const FoundLayer& attention, const Infos& tensors);
 
 /// The parameters of a CrossAttention, by the names that this layout has for them below `prefix`. Throws c10::ValueError for a
 /// layer that the layout cannot express, such as one with a bias where the layout has no name for it.

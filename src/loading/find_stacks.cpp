@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "loading/find_stacks.h"
+
+#include <algorithm>
+#include <charconv>
+#include <iterator>
+#include <map>
+#include <set>
+#include <string_view>
+#include <utility>
+
+#include "base/text.h"
+#include "files/check_file.h"
+#include "loading/block_layouts.h"
+#include "loading/stack_layouts.h"
+
+namespace xattn::detail {
+namespace {
+
+using Attention = std::map<std::string, FoundLayer>;  // by prefix
+
+// The number at the beginning of "12.rest".
+std::optional<int64_t> number_before_point(const std::string& text) {
+  int64_t number = 0;
+  const auto* end = text.data() + text.size();
+  const auto [parsed, error] = std::from_chars(text.data(), end, number);
+  const bool is_number = error == std::errc() && parsed != end && *parsed == '.' && number >= 0;
+  return is_number ? std::optional(number) : std::nullopt;
+}
+
+// Calls `visit` with the number of each layer below a prefix, "decoder.layers.", and the rest of each of its names.
+template <class Visit>
+void for_each_in_layers(const std::string& prefix, const Infos& tensors, const Visit& visit) {
+  for (auto item = tensors.lower_bound(prefix); item != tensors.end() && item->first.starts_with(prefix); ++item) {
+    const auto rest = item->first.substr(prefix.size());
+    if (const auto number = number_before_point(rest)) visit(*number, rest.substr(rest.find('.') + 1));
+  }
+}
+
+// The prefix of a stack that has this attention in one of its layers; nothing if it has another name.
+std::optional<std::string> stack_around(const StackLayout& layout, const std::string& inner, std::string_view attention) {
+  if (!attention.ends_with("." + inner)) return {};
+  attention.remove_suffix(inner.size() + 1);
+  const auto point = attention.rfind('.');
+  if (point == std::string_view::npos || !number_before_point(std::string(attention.substr(point + 1)) + ".")) return {};
+  attention = attention.substr(0, point + 1);
+  if (!attention.ends_with(layout.layers)) return {};
+  attention.remove_suffix(layout.layers.size());
+  return attention.empty() || attention.ends_with('.') ? std::optional(std::string(attention)) : std::nullopt;
+}
+
+// The block of one of these layouts at a prefix.
+std::optional<FoundBlock> block_at(const std::string& prefix,
+                                   const std::vector<std::string>& layouts,
+                                   const Attention& attention,
+                                   const Infos& tensors) {
+  for (const auto& name : layouts) {
+    const auto& layout = block_layout_named(name);
+    const auto inner = attention.find(prefix + layout.attention);
+    if (inner == attention.end()) continue;
+    if (auto block = match_block(layout, inner->second, tensors)) return block;
+  }
+  return {};
+}
+
+// A stack of this layout at a prefix, if one of its layers is there.
+std::optional<FoundStack> stack_at(
+    const std::string& prefix, const StackLayout& layout, StackKind kind, const Attention& attention, const Infos& tensors) {
+  FoundStack stack{prefix, layout.name, {}};
+  std::map<int64_t, std::set<std::string>> names;  // of each layer
+  for_each_in_layers(prefix + layout.layers, tensors,
+                     [&](int64_t number, const std::string& name) { names[number].insert(name); });
+  const auto has_cross = [&](const auto& layer) {
+    return std::ranges::any_of(layout.cross, [&](const auto& name) {
+      return attention.contains(stack.layer_prefix(layer.first) + block_layout_named(name).attention);
+    });
+  };
+  if (std::ranges::any_of(names, has_cross) != (kind == StackKind::decoder)) return {};
+
+  std::map<int64_t, FoundStackLayer> found;
+  for (const auto& [number, of_layer] : names) {
+    const auto at = stack.layer_prefix(number);
+    const bool decodes = kind == StackKind::decoder;
+    auto self = block_at(at, decodes ? std::vector{layout.decoder} : layout.encoder, attention, tensors);
+    auto cross = decodes ? block_at(at, layout.cross, attention, tensors) : std::nullopt;
+    if (self && cross.has_value() == decodes) found.emplace(number, FoundStackLayer{*std::move(self), std::move(cross)});
+  }
+  if (found.empty()) return {};
+  for (const auto& [number, of_layer] : names) {
+    const auto next = static_cast<int64_t>(stack.layers.size());
+    if (number != next) {
+      stack.fault = formatted("layers up to {}, but layer {} is missing", names.rbegin()->first, next);
+    } else if (const auto layer = found.find(number); layer != found.end()) {
+      stack.layers.push_back(std::move(layer->second));
+      continue;
+    } else {
+      const auto& [other, whole] = *std::ranges::find_if(names, [&](const auto& one) { return found.contains(one.first); });
+      std::vector<std::string> missing;
+      std::ranges::set_difference(whole, of_layer, std::back_inserter(missing));
+      stack.fault = formatted("layers of one layout, but layer {} is not like layer {}{}", number, other,
+                              missing.empty() ? "; its shapes do not fit together" : list("missing", missing));
+    }
+    break;
+  }
+  return stack;
+}
+
+}  // namespace
+
+std::string FoundStack::layer_prefix(int64_t number) const {
+  return formatted("{}{}{}.", prefix, stack_layout_named(layout).layers, number);
+}
+
+std::vector<FoundStack> find_stacks(const Infos& tensors, StackKind kind, const std::string& attention_layout) {
+  Attention attention;
+  for (auto& layer : find_layers(tensors, attention_layout)) attention.emplace(layer.prefix, layer);
+  std::map<std::string, std::set<const StackLayout*>> places;
+  for (const auto& layout : stack_layouts()) {
+    const auto& inner = block_layout_named(layout.encoder.front()).attention;  // the same in a decoder
+    for (const auto& [prefix, layer] : attention) {
+      if (const auto place = stack_around(layout, inner, prefix)) places[*place].insert(&layout);
+    }
+  }
+  std::vector<FoundStack> stacks;
+  for (const auto& [prefix, layouts] : places) {
+    for (const auto* layout : layouts) {
+      if (auto stack = stack_at(prefix, *layout, kind, attention, tensors)) stacks.push_back(*std::move(stack));
+    }
+  }
+  return stacks;
+}
+
+std::vector<std::string> unexplained_names(const FoundStack& stack, const Infos& tensors) {
+  const auto& layout = stack_layout_named(stack.layout);
+  std::set<std::string> names;
+  const auto add_block = [&](const FoundBlock& block, std::set<std::string>& explained) {
+    for (const auto& [name, role] : name_roles(block, tensors)) {
+      const auto full = block.prefix + name;
+      if (role != NameRole::unexplained) {
+        explained.insert(full);
+      } else if (!tensors.contains(full)) {
+        names.insert(name);  // a low-rank weight at the top of the file
+      }
+    }
+  };
+  std::set<std::string> explained;
+  for (const auto& [self, cross] : stack.layers) {
+    add_block(self, explained);
+    if (cross) add_block(*cross, explained);
+  }
+  if (!layout.relative_position_bias.empty()) explained.insert(stack.layer_prefix(0) + layout.relative_position_bias);
+  for (const auto& [weight, bias] : kNormEndings) {
+    if (layout.norm.empty()) break;
+    explained.insert({stack.prefix + layout.norm + weight, stack.prefix + layout.norm + bias});
+  }
+  for (auto item = tensors.lower_bound(stack.prefix); item != tensors.end() && item->first.starts_with(stack.prefix); ++item) {
+    const auto name = item->first.substr(stack.prefix.size());
+    const bool is_callers =
+        std::ranges::any_of(layout.beside, [&](const auto& beginning) { return name.starts_with(beginning); });
+    if (!is_callers && !explained.contains(item->first)) names.insert(name);
+  }
+  return {names.begin(), names.end()};
+}
+
+}  // namespace xattn::detail

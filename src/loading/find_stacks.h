@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <xattn/find_blocks.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "loading/recipes.h"
+
+// Encoders and decoders among the tensors of a file.
+namespace xattn::detail {
+
+enum class StackKind { encoder, decoder };
+
+struct FoundStackLayer {
+  FoundBlock self;
+  std::optional<FoundBlock> cross = {};  ///< in a decoder, with the feed-forward branch
+};
+
+struct FoundStack {
+  std::string prefix;  ///< of its names; empty, or ending in a dot
+  std::string layout;  ///< see stack_layouts.h
+  std::vector<FoundStackLayer> layers;
+  std::string fault = {};  ///< why a layer behind those is missing, if one is
+
+  std::string layer_prefix(int64_t number) const;
+};
+
+/// All stacks of this kind, in order of prefix, found by names and shapes only: those of which at least one layer is whole. If
+/// `attention_layout` is given, only those whose attention has it.
+std::vector<FoundStack> find_stacks(const Infos& tensors, StackKind kind, const std::string& attention_layout);
+
+/// Names below the stack's prefix, without it, that its layouts do not explain, and low-rank weights for it.
+std::vector<std::string> unexplained_names(const FoundStack& stack, const Infos& tensors);
+
+}  // namespace xattn::detail
