@@ -590,6 +590,102 @@ TEST_F(AttentionOnKernelsTest, HaveEqualBitsForOneThreadAndTwoAndWithOrWithoutWe
   }
 }
 
+// Causal masks of both alignments, alone and with every other kind of restriction.
+std::vector<std::pair<std::string, Mask>> causal_masks(int64_t Lq, int64_t Lk) {
+  std::vector<std::pair<std::string, Mask>> all;
+  for (const auto alignment : {CausalAlignment::upper_left, CausalAlignment::lower_right}) {
+    for (const auto& [name, mask] : masks(torch::kCPU, Lq, Lk)) {
+      const auto aligned = alignment == CausalAlignment::upper_left ? "upper left and " : "lower right and ";
+      all.emplace_back(aligned + name, Mask::causal(alignment) & mask);
+    }
+  }
+  return all;
+}
+
+// Sizes of several groups of rows and several panels of keys, with more queries than keys and with fewer.
+TEST_F(AttentionOnKernelsTest, EqualTheDefinitionUnderCausalMasksOfAllSizes) {
+  const std::vector<AttentionOptions> requests = {{},
+                                                  {.weights = AttentionWeights::mean},
+                                                  {.weights = AttentionWeights::per_head},
+                                                  {.weights = AttentionWeights::per_head, .weight_heads = {3, 1}}};
+  for (int draw = 0; draw < 10; ++draw) {
+    const auto Lq = torch::randint(1, 300, {}).item<int64_t>(), Lk = torch::randint(7, 400, {}).item<int64_t>();
+    const auto q = torch::randn({kB, kH, Lq, kD}), k = torch::randn({kB, 2, Lk, kD}), v = torch::randn({kB, 2, Lk, 3});
+    for (const auto& [name, mask] : causal_masks(Lq, Lk)) {
+      auto request = requests[static_cast<size_t>(draw) % requests.size()];
+      request.mask = mask;
+      at::set_num_threads(1 + draw % 3);
+      expect_the_definition(q, k, v, request, name + ", " + std::to_string(Lq) + " x " + std::to_string(Lk));
+    }
+  }
+}
+
+TEST_F(AttentionOnKernelsTest, EqualTheDefinitionUnderCausalMasksOnALongContext) {
+  const int64_t Lk = 2 * 2048 + 300;
+  for (const int64_t Lq : {3, 200, 4600}) {
+    const auto q = torch::randn({1, 2, Lq, kD}), k = torch::randn({1, 1, Lk, kD}), v = torch::randn({1, 1, Lk, 5});
+    for (const auto alignment : {CausalAlignment::upper_left, CausalAlignment::lower_right}) {
+      const auto causal = Mask::causal(alignment);
+      for (const auto& mask : {causal, causal & Mask::key_padding(torch::rand({1, Lk}) > 0.9)}) {
+        expect_the_definition(q, k, v, {.mask = mask}, std::to_string(Lq) + " queries");
+      }
+    }
+  }
+}
+
+TEST_F(AttentionOnKernelsTest, GiveZeroWeightsBehindTheDiagonalAndNothingToRowsBeforeIt) {
+  const int64_t Lq = 250, Lk = 130;
+  const auto q = torch::randn({kB, kH, Lq, kD}), k = torch::randn({kB, kH, Lk, kD});
+  const auto result = detail::attend_on_kernels(
+      q, k, k,
+      {.mask = Mask::causal(CausalAlignment::lower_right), .weights = AttentionWeights::per_head, .log_sum_exp = true});
+  EXPECT_TRUE(result.weights.triu(Lk - Lq + 1).eq(0).all().item<bool>());
+  EXPECT_TRUE(result.output.narrow(2, 0, Lq - Lk).eq(0).all().item<bool>());
+  EXPECT_TRUE(result.log_sum_exp.narrow(2, 0, Lq - Lk).eq(-kInfinity).all().item<bool>());
+  expect_close(result.weights.sum(-1).narrow(2, Lq - Lk, Lk), torch::ones({kB, kH, Lk}), 1e-6, "sums of rows");
+}
+
+// A NaN in the last key would spread to every row that is multiplied by it.
+TEST_F(AttentionOnKernelsTest, ReadNoKeyBehindTheLastThatAGroupOfRowsSees) {
+  for (const int64_t L : {400, 5000}) {  // at once, and in parts
+    for (const auto alignment : {CausalAlignment::upper_left, CausalAlignment::lower_right}) {
+      const auto q = torch::randn({1, 2, L, 8});
+      auto k = torch::randn({1, 2, L, 8});
+      k.select(2, L - 1).fill_(std::numeric_limits<float>::quiet_NaN());
+      const auto output = detail::attend_on_kernels(q, k, k, {.mask = Mask::causal(alignment)}).output;
+      EXPECT_TRUE(output.narrow(2, 0, L - 150).isfinite().all().item<bool>()) << L;
+      EXPECT_TRUE(output.select(2, L - 1).isnan().all().item<bool>()) << L;
+    }
+  }
+}
+
+TEST_F(AttentionOnKernelsTest, HaveEqualBitsUnderCausalMasksForAnyThreadsAndOtherRows) {
+  for (const int64_t Lq : {5, 70, 300}) {
+    for (const int64_t Lk : {200, 5000}) {
+      const auto q = torch::randn({3, 4, Lq, 16}), k = torch::randn({3, 2, Lk, 16}), v = torch::randn({3, 2, Lk, 16});
+      for (const auto alignment : {CausalAlignment::upper_left, CausalAlignment::lower_right}) {
+        for (const auto weights : {AttentionWeights::none, AttentionWeights::mean, AttentionWeights::per_head}) {
+          const auto run = [&](int threads, const torch::Tensor& queries) {
+            at::set_num_threads(threads);
+            return detail::attend_on_kernels(queries, k, v, {.mask = Mask::causal(alignment), .weights = weights});
+          };
+          const auto one = run(1, q);
+          for (const int threads : {2, 3, 8}) {
+            const auto more = run(threads, q);
+            EXPECT_TRUE(torch::equal(one.output, more.output)) << Lq << ", " << Lk;
+            EXPECT_TRUE(!one.weights.defined() || torch::equal(one.weights, more.weights)) << Lq << ", " << Lk;
+          }
+          auto other = q.clone();
+          other.narrow(2, Lq / 2, Lq - Lq / 2).normal_();
+          other[2].normal_();
+          const auto rows = [Lq](const torch::Tensor& x) { return x.narrow(0, 0, 2).narrow(2, 0, Lq / 2); };
+          EXPECT_TRUE(torch::equal(rows(run(2, other).output), rows(one.output))) << Lq << ", " << Lk;
+        }
+      }
+    }
+  }
+}
+
 TEST_F(AttentionOnKernelsTest, ConfineANaNToItsRow) {
   for (const int64_t Lk : {50, 5000}) {
     const auto q = torch::randn({1, 2, 30, 8}), k = torch::randn({1, 2, Lk, 8});

@@ -106,7 +106,9 @@ std::vector<std::pair<std::string, Mask>> masks(int64_t B, int64_t H, int64_t Lq
           {"dense over batch and queries", Mask::dense(torch::rand({B, 1, Lq, Lk}) < 0.5)},
           {"dense over all", Mask::dense(some)},
           {"bias", Mask::bias(torch::randn({1, H, Lq, Lk}))},
+          {"causal", Mask::causal(CausalAlignment::lower_right)},
           {"causal and lengths", Mask::causal(CausalAlignment::upper_left) & Mask::lengths(lengths, Lk)},
+          {"causal and bias", Mask::causal(CausalAlignment::lower_right) & Mask::bias(torch::randn({B, H, Lq, Lk}))},
           {"bias of a key and lengths", Mask::bias(torch::randn({B, 1, 1, Lk})) & Mask::lengths(with_empty, Lk)}};
 }
 
@@ -198,6 +200,33 @@ TEST_F(FrozenTest, OneThreadAndSeveralGiveEqualBitsOnALongContext) {
       expect_equal_bits_with_more_threads(frozen, inputs_of(layer, 1, Lq, 5000));
       expect_equal_bits_with_more_threads(frozen, inputs_of(layer, 3, Lq, 5000),
                                           Mask::lengths(torch::tensor({5000, 0, 1500}), 5000));
+    }
+  }
+}
+
+TEST_F(FrozenTest, EqualsTheDefinitionUnderCausalMasksWithEqualBitsForAnyThreads) {
+  const auto& layer = kLayers[1];
+  auto module = make(layer);
+  const int64_t B = 2;
+  for (const auto& [Lq, Lk] : {std::pair<int64_t, int64_t>(130, 250), {250, 130}, {7, 300}, {60, 5000}}) {
+    const auto x = inputs_of(layer, B, Lq, Lk);
+    for (const auto alignment : {CausalAlignment::upper_left, CausalAlignment::lower_right}) {
+      const auto causal = Mask::causal(alignment);
+      for (const auto& mask : {causal, causal & Mask::lengths(torch::tensor({Lk / 2, Lk}), Lk),
+                               causal & Mask::key_padding(torch::rand({B, Lk}) < 0.7)}) {
+        for (const auto wanted : {AttentionWeights::none, AttentionWeights::mean, AttentionWeights::per_head}) {
+          module->options.attention_weights(wanted);
+          const auto [output, weights] = exact(module, x, mask);
+          for (const auto order : {Order::standard, Order::fold_into_query, Order::fold_into_context}) {
+            SCOPED_TRACE(std::to_string(Lq) + " queries, " + std::to_string(Lk) + " keys, " + std::string(name_of(order)));
+            const auto frozen = module->freeze({.plan = PlanMode::pin({order, order})});
+            const auto [y, p] = frozen.forward(x.query, x.key, x.value, mask);
+            expect_close(y, output, allowed(layer) + tolerance(torch::kFloat, Lk), "output");
+            expect_close(p, weights, allowed(layer) + tolerance(torch::kFloat, Lk), "weights");
+            if (order == Order::standard) expect_equal_bits_with_more_threads(frozen, x, mask);
+          }
+        }
+      }
     }
   }
 }

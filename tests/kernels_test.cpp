@@ -52,6 +52,14 @@ Matrix random_matrix(int64_t rows, int64_t columns, int64_t gap = 0) {
   return matrix;
 }
 
+Matrix copy_of(const Matrix& x) {
+  Matrix copy(x.rows, x.columns, x.stride - x.columns);
+  for (int64_t i = 0; i < x.rows; ++i) {
+    for (int64_t j = 0; j < x.columns; ++j) copy.at(i, j) = x.at(i, j);
+  }
+  return copy;
+}
+
 void expect_equal_bits(const Matrix& actual, const Matrix& expected, const std::string& what) {
   for (int64_t i = 0; i < expected.rows; ++i) {
     for (int64_t j = 0; j < expected.columns; ++j) {
@@ -487,6 +495,66 @@ TEST_P(KernelsSoftmaxTest, EqualsItsDefinitionWithAndWithoutBiasAndMask) {
   }
 }
 
+TEST_P(KernelsSoftmaxTest, HidesTheKeysBehindThoseThatARowSees) {
+  std::mt19937 engine(3);
+  for (int64_t n : {1, 2, 4, 8, 19, 64, 77, 128, 129, 300}) {
+    for (int64_t visible : {int64_t{-20}, int64_t{-1}, int64_t{0}, int64_t{1}, n / 2, n - 1, n, n + 9}) {
+      for (int64_t step : {0, 1, 7}) {
+        for (int kind = 0; kind < 3; ++kind) {
+          const int64_t rows = 37;
+          auto x = random_matrix(rows, n);
+          const auto bias = random_matrix(rows, n);
+          const auto keep = std::make_unique<bool[]>(static_cast<size_t>(rows * n));
+          const auto seen = std::make_unique<bool[]>(static_cast<size_t>(rows * n));
+          for (int64_t i = 0; i < rows; ++i) {
+            for (int64_t j = 0; j < n; ++j) {
+              const auto at = static_cast<size_t>(i * n + j);
+              keep[at] = kind != 2 || engine() % 3 != 0;
+              seen[at] = keep[at] && j < visible + i * step;
+            }
+          }
+          const Matrix original = copy_of(x);
+          for (int64_t i = 0; i < rows; ++i) {
+            for (int64_t j = 0; j < n; ++j) {
+              if (j >= visible + i * step) x.at(i, j) = kNaN;  // has no influence
+            }
+          }
+          std::vector<float> sums(static_cast<size_t>(rows)), largest(sums);
+          kernels_.softmax({.rows = rows,
+                            .n = n,
+                            .x = x.data.get(),
+                            .x_stride = n,
+                            .scale = 0.7f,
+                            .bias = kind == 1 ? bias.data.get() : nullptr,
+                            .bias_stride = n,
+                            .keep = kind == 2 ? keep.get() : nullptr,
+                            .keep_stride = n,
+                            .visible = visible,
+                            .visible_step = step,
+                            .log_sum_exp = sums.data(),
+                            .largest = largest.data()});
+          for (int64_t i = 0; i < rows; ++i) {
+            const auto expected =
+                softmax_of(original, i, 0.7, kind == 1 ? bias.data.get() + i * n : nullptr, seen.get() + i * n);
+            const double relative = (2 * 3 * 8 + 8 + static_cast<double>(n)) * kRoundoff;
+            for (int64_t j = 0; j < n; ++j) {
+              const double wanted = expected.weights[static_cast<size_t>(j)];
+              ASSERT_NEAR(x.at(i, j), wanted, relative * wanted) << n << " keys, kind " << kind << " at " << i << ", " << j;
+            }
+            const auto sum = sums[static_cast<size_t>(i)] + largest[static_cast<size_t>(i)];
+            if (expected.log_sum_exp == -kInfinity) {
+              ASSERT_EQ(sum, -kInfinity);
+              ASSERT_EQ(largest[static_cast<size_t>(i)], 0);
+            } else {
+              ASSERT_NEAR(sum, expected.log_sum_exp, 16 * relative);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_P(KernelsSoftmaxTest, IsExactToTwoUnitsOverTheWholeRange) {
   constexpr int64_t kSteps = 20000;
   for (int64_t i = 0; i <= kSteps; ++i) {
@@ -546,16 +614,23 @@ TEST_P(KernelsSoftmaxTest, GivesEqualBitsHoweverTheRowsAreDivided) {
   for (int64_t n : {3, 4, 8, 30, 77, 300}) {
     const int64_t rows = 37;
     const auto x = random_matrix(rows, n);
-    const auto run = [&](int64_t step) {
-      Matrix y(rows, n);
-      for (int64_t i = 0; i < rows * n; ++i) y.data[static_cast<size_t>(i)] = x.data[static_cast<size_t>(i)];
-      for (int64_t i = 0; i < rows; i += step) {
-        kernels_.softmax({.rows = std::min(step, rows - i), .n = n, .x = &y.at(i, 0), .x_stride = n, .scale = 3});
-      }
-      return y;
-    };
-    const auto whole = run(rows);
-    for (int64_t step : {1, 2, 3, 5, 16}) expect_equal_bits(run(step), whole, std::to_string(step) + " rows a call");
+    for (const int64_t visible : {n, n / 3}) {
+      const auto run = [&](int64_t step) {
+        auto y = copy_of(x);
+        for (int64_t i = 0; i < rows; i += step) {
+          kernels_.softmax({.rows = std::min(step, rows - i),
+                            .n = n,
+                            .x = &y.at(i, 0),
+                            .x_stride = n,
+                            .scale = 3,
+                            .visible = visible + i,
+                            .visible_step = 1});
+        }
+        return y;
+      };
+      const auto whole = run(rows);
+      for (int64_t step : {1, 2, 3, 5, 16}) expect_equal_bits(run(step), whole, std::to_string(step) + " rows a call");
+    }
   }
 }
 

@@ -4,7 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <vector>
 
+#include "cpu/threads.h"
 #include "cpu/tuning.h"
 
 namespace xattn::detail::engine {
@@ -72,6 +74,30 @@ TEST(TasksTest, ATaskHasABlockOfRowsWhereItsWeightsComeFromMemory) {
   EXPECT_NEAR(static_cast<double>(shares_of(work).rows), sizes().block_rows, 2);
   work.has_many_rows = true;
   EXPECT_NEAR(static_cast<double>(shares_of(work).rows), sizes().many_block_rows, 3);
+}
+
+TEST(TasksTest, UnevenRowsAreDividedIntoSeveralTasksForEachThread) {
+  auto work = work_of(4096, 0);
+  work.apart.row = 1;
+  EXPECT_EQ(shares_of(work).tasks, kThreads);
+  work.is_uneven = true;
+  EXPECT_GE(shares_of(work).tasks, kUnevenTasksOfAThread * kThreads);
+  EXPECT_EQ(shares_of(work, 1).tasks, 1);
+  work.rows = 8 * sizes().tile_rows;
+  EXPECT_EQ(shares_of(work).rows, sizes().tile_rows) << "fewer would be slow";
+}
+
+TEST(TasksTest, UnevenRowsAreComputedOnceEach) {
+  for (const int64_t rows : {1, 17, 100, 1000}) {
+    auto work = work_of(rows, 0);
+    work.is_uneven = true;
+    std::vector<int> computed(static_cast<size_t>(rows));
+    each_share_of_rows(work, [&](int64_t begin, int64_t end, Scratch scratch, const TaskThreads&) {
+      scratch.take((end - begin) * 1000)[0] = 1;
+      for (auto row = begin; row < end; ++row) ++computed[static_cast<size_t>(row)];
+    });
+    EXPECT_EQ(computed, std::vector<int>(static_cast<size_t>(rows), 1));
+  }
 }
 
 TEST(TasksTest, LongContextsLimitTheRowsOfATask) {

@@ -43,7 +43,8 @@ SoftmaxStage::SoftmaxStage(
       Lq_(Lq),
       Lk_(Lk),
       scale_(scale),
-      allowed_tensor_(contiguous(allowed_keys(mask, Lq, Lk, at::kCPU))),
+      diagonal_(causal_diagonal(mask, Lq, Lk)),
+      allowed_tensor_(contiguous(allowed_keys(without_causal(mask), Lq, Lk, at::kCPU))),
       bias_tensor_(contiguous(total_bias(mask, at::kFloat))),
       allowed_(allowed_tensor_),
       bias_(bias_tensor_),
@@ -57,8 +58,20 @@ void SoftmaxStage::write_to(const Tensor& weights, const Tensor& log_sum_exp, co
   if (log_sum_exp.defined()) log_sum_exp_ = {mutable_data(largest), mutable_data(log_sum_exp)};
 }
 
+int64_t SoftmaxStage::visible_keys(int64_t i) const {
+  return diagonal_ ? std::min(i + *diagonal_ + 1, Lk_) : Lk_;
+}
+
+SoftmaxStage::RowGroup SoftmaxStage::group_at(const Segment& s, int64_t row) const {
+  if (!is_causal()) return {s.rows - row, s.keys};
+  const auto rows = kernels().block_rows, i = (s.first_row + row) % Lq_, end = std::min(Lq_, (i / rows + 1) * rows);
+  const auto keys = round_up(std::max<int64_t>(1, visible_keys(end - 1)), kernels().panel);
+  return {std::min(s.rows - row, end - i), std::min(s.keys, keys)};
+}
+
 void SoftmaxStage::softmax(
-    const Segment& s, int64_t h, int64_t i, int64_t n, float* logits, int64_t stride, const LogSumExps& log_sum_exp) const {
+    const Segment& s, const SoftmaxRows& rows, float* logits, int64_t stride, const LogSumExps& log_sum_exp) const {
+  const auto& [h, i, n, visible_step] = rows;
   kernels().softmax({.rows = n,
                      .n = s.keys,
                      .x = logits,
@@ -68,6 +81,8 @@ void SoftmaxStage::softmax(
                      .bias_stride = bias_.row_stride,
                      .keep = allowed_.at(s.context, h, i, s.first_key),
                      .keep_stride = allowed_.row_stride,
+                     .visible = visible_keys(i) - s.first_key,
+                     .visible_step = visible_step,
                      .log_sum_exp = log_sum_exp.log_sum,
                      .largest = log_sum_exp.largest});
 }
@@ -76,15 +91,16 @@ void SoftmaxStage::softmax_head(const Segment& s, int64_t h, float* logits, int6
   for (int64_t row = 0, n = 0; row < s.rows; row += n) {  // the n rows of one query after another
     const auto i = (s.first_row + row) % Lq_;
     n = std::min(s.rows - row, Lq_ - i);
-    softmax(s, h, i, n, logits + row * stride, stride, log_sum_exp ? log_sum_exp + row : log_sum_exp_at(s, h, row));
+    softmax(s, {h, i, n, 1}, logits + row * stride, stride, log_sum_exp ? log_sum_exp + row : log_sum_exp_at(s, h, row));
   }
 }
 
 void SoftmaxStage::softmax_rows(const Segment& s, float* logits, int64_t stride, int64_t begin, int64_t end) const {
-  const auto n = bias_.is_uniform() && allowed_.is_uniform() ? end - begin : 1;
-  for (auto row = begin; row < end; row += n) {
+  const bool is_uniform = bias_.is_uniform() && allowed_.is_uniform();
+  for (int64_t row = begin, n = 0; row < end; row += n) {
     const auto h = row % H_, i = (s.first_row + row / H_) % Lq_;
-    softmax(s, h, i, n, logits + row * stride, stride, s.log_sum_exp ? s.log_sum_exp + row : LogSumExps{});
+    n = !is_uniform ? 1 : is_causal() ? std::min(end - row, H_ - h) : end - row;
+    softmax(s, {h, i, n, 0}, logits + row * stride, stride, s.log_sum_exp ? s.log_sum_exp + row : LogSumExps{});
   }
 }
 
@@ -109,7 +125,9 @@ void SoftmaxStage::write_weights(const Segment& s, int64_t h, const float* weigh
 void SoftmaxStage::copy_weights(const Segment& s, int64_t place, int64_t places, const float* weights, int64_t stride) const {
   for (int64_t i = 0; i < s.rows; ++i) {
     const auto row = s.first_row + i;
-    std::copy_n(weights + i * stride, s.keys, weights_ + ((row / Lq_ * places + place) * Lq_ + row % Lq_) * Lk_);
+    auto* to = weights_ + ((row / Lq_ * places + place) * Lq_ + row % Lq_) * Lk_;
+    std::copy_n(weights + i * stride, s.keys, to);
+    std::fill(to + s.keys, to + Lk_, 0.0f);
   }
 }
 
@@ -201,6 +219,18 @@ Segment rows_of(Segment s, int64_t first, int64_t n, const Heads& heads) {
   return s;
 }
 
+// Calls f(block, row) for blocks of at most `most` rows of a segment, from its row `row` on, each in one group of rows.
+template <class F>
+void each_block(const Heads& heads, const SoftmaxStage& softmax, const Segment& s, int64_t most, const F& f) {
+  for (int64_t row = 0, n = 0; row < s.rows; row += n) {
+    const auto group = softmax.group_at(s, row);
+    n = std::min(most, group.rows);
+    auto block = rows_of(s, row, n, heads);
+    block.keys = group.keys;
+    f(block, row);
+  }
+}
+
 }  // namespace
 
 void logits_of_head(const Heads& heads, const Segment& s, int64_t h, float* logits, int64_t stride) {
@@ -235,21 +265,29 @@ void attend_heads(
     const auto rows = std::min(s.rows, scratch_of_heads(heads, softmax, threads).rows_at_a_time);
     auto* logits = scratch.take(rows * floats);
     for (int64_t h = 0; h < heads.H; ++h) {
-      for (int64_t row = 0; row < s.rows; row += rows) {
-        const auto part = rows_of(s, row, std::min(rows, s.rows - row), heads);
-        attend(heads, softmax, part, h, logits);
-        if (softmax.returns_weights()) softmax.write_weights(part, h, logits, s.keys);
-      }
+      each_block(heads, softmax, s, rows, [&](const Segment& block, int64_t) {
+        attend(heads, softmax, block, h, logits);
+        if (softmax.returns_weights()) softmax.write_weights(block, h, logits, block.keys);
+      });
     }
     return;
   }
   auto* logits = scratch.take(heads.H * s.rows * floats);
-  const auto write_weights = [&](int64_t h) { softmax.write_weights(s, h, logits + h * s.rows * floats, s.keys); };
+  const auto each_block_of_head = [&](int64_t h, const auto& f) {
+    each_block(heads, softmax, s, s.rows,
+               [&](const Segment& block, int64_t row) { f(block, h, logits + (h * s.rows + row) * floats); });
+  };
+  const auto write_weights = [&softmax](const Segment& block, int64_t h, const float* weights) {
+    softmax.write_weights(block, h, weights, block.keys);
+  };
   engine::each(heads.H, [&](int64_t h) {
-    attend(heads, softmax, s, h, logits + h * s.rows * floats);
-    if (softmax.returns_weights() && !softmax.returns_mean()) write_weights(h);
+    each_block_of_head(h, [&](const Segment& block, int64_t, float* logits_of_block) {
+      attend(heads, softmax, block, h, logits_of_block);
+      if (softmax.returns_weights() && !softmax.returns_mean()) write_weights(block, h, logits_of_block);
+    });
   });
-  for (int64_t h = 0; softmax.returns_mean() && h < heads.H; ++h) write_weights(h);  // all heads add to the same numbers
+  // All heads add to the same numbers.
+  for (int64_t h = 0; softmax.returns_mean() && h < heads.H; ++h) each_block_of_head(h, write_weights);
 }
 
 }  // namespace engine
@@ -322,6 +360,7 @@ RelativeAttention attend_on_kernels_by_largest(const Tensor& q,
   };
   each_share_of_rows({.rows = B * Lq,
                       .has_many_rows = has_many_rows(Lq, Lk, heads.d),
+                      .is_uneven = softmax.is_causal(),
                       .reads = {.weights = 0, .context = bytes},
                       .apart = scratch_of_heads(heads, softmax, {.all = false}),
                       .together = scratch_of_heads(heads, softmax, {.all = true})},

@@ -5,6 +5,7 @@
 #include <xattn/attention.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "attention/merge.h"
@@ -17,8 +18,9 @@
 //   SoftmaxStage             P = softmax(scale * S + bias, over the keys that the mask allows), in place
 //   weighted_values_of_head  P v                                      [rows, e], into the result
 //
-// A long context is read in parts of `kKeysOfAPart` keys, and the weighted values of the parts are merged (merge.h). Frozen
-// layers run the same stages between their own projections.
+// A long context is read in parts of `kKeysOfAPart` keys, and the weighted values of the parts are merged (merge.h). Under a
+// causal mask, all three stages stop at the last key that the rows attend to. Frozen layers run the same stages between their
+// own projections.
 namespace xattn::detail::engine {
 
 /// Query rows of one context, the keys that they attend to, and where their weighted values go.
@@ -74,6 +76,16 @@ class SoftmaxStage {
   bool all_have_keys() const { return all_have_keys_; }
   bool returns_weights() const { return weights_ != nullptr; }
   bool returns_mean() const { return weights_ && wanted_ == AttentionWeights::mean; }
+  bool is_causal() const { return diagonal_.has_value(); }
+
+  /// Consecutive rows whose logits are computed over the same number of keys. Under a causal mask, a query is divided into
+  /// groups of `Kernels::block_rows` rows, and the keys of a group end at the panel with the last key that it attends to. They
+  /// depend on a row's place in its query alone, and so do the row's bits, however rows are divided among threads.
+  struct RowGroup {
+    int64_t rows, keys;
+  };
+  /// The group of row `row` of a segment, from this row on.
+  RowGroup group_at(const Segment& s, int64_t row) const;
 
   /// Softmax of one head's logits [rows, keys], `stride` apart, in place. Its log-sum-exp [rows] goes to `log_sum_exp`, or to
   /// the buffer of `write_to` by default.
@@ -82,20 +94,27 @@ class SoftmaxStage {
   void softmax_rows(const Segment& s, float* logits, int64_t stride, int64_t begin, int64_t end) const;
   /// Copies one head's log-sum-exp [rows] to the buffer.
   void write_log_sum_exp(const Segment& s, int64_t h, const LogSumExps& log_sum_exp) const;
-  /// Copies one head's weights [rows, keys] to the buffer if that head is requested, or adds them to the mean.
+  /// Copies one head's weights [rows, keys] to the buffer, with zeros behind them, if that head is requested; or adds them to
+  /// the mean.
   void write_weights(const Segment& s, int64_t h, const float* weights, int64_t stride) const;
 
  private:
-  // Softmax of n rows of head h that begin at row i of a query, or of n rows with the same mask.
-  void softmax(
-      const Segment& s, int64_t h, int64_t i, int64_t n, float* logits, int64_t stride, const LogSumExps& log_sum_exp) const;
+  // Rows of logits that one call of the kernel computes: of one head from row i of a query on, or with the same mask.
+  struct SoftmaxRows {
+    int64_t head, i, count;
+    int64_t visible_step;  // how many keys more each row sees under a causal mask: 1, or 0 if all are for row i
+  };
+  void softmax(const Segment& s, const SoftmaxRows& rows, float* logits, int64_t stride, const LogSumExps& log_sum_exp) const;
+  // How many of the first keys of the context row i of a query sees; negative for rows before the diagonal's first key.
+  int64_t visible_keys(int64_t i) const;
   LogSumExps log_sum_exp_at(const Segment& s, int64_t h, int64_t row) const;
   void copy_weights(const Segment& s, int64_t place, int64_t places, const float* weights, int64_t stride) const;
   void add_to_mean(const Segment& s, const float* weights, int64_t stride) const;
 
   int64_t H_, Lq_, Lk_;
   float scale_;
-  at::Tensor allowed_tensor_, bias_tensor_;
+  std::optional<int64_t> diagonal_;          // of a causal mask
+  at::Tensor allowed_tensor_, bias_tensor_;  // of the rest of the mask
   MaskRows<bool> allowed_;
   MaskRows<float> bias_;
   bool all_have_keys_;

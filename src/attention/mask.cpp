@@ -87,17 +87,6 @@ std::vector<at::Tensor> biases_of(const Mask& mask) {
   return biases;
 }
 
-// The last key that query i attends to is i + diagonal; no value if no part is causal.
-std::optional<int64_t> diagonal(const Mask& mask, int64_t Lq, int64_t Lk) {
-  std::optional<int64_t> least;
-  for (const auto& part : MaskAccess::parts(mask)) {
-    if (!is_causal(part)) continue;
-    const auto of_part = part.kind == MaskKind::causal_upper_left ? 0 : Lk - Lq;
-    least = std::min(of_part, least.value_or(of_part));
-  }
-  return least;
-}
-
 // The mask with `change` applied to every part that has a tensor.
 template <class F>
 Mask with_changed_tensors(Mask mask, const F& change) {
@@ -302,7 +291,7 @@ at::Tensor detail::allowed_keys(const Mask& mask, int64_t Lq, int64_t Lk, at::De
   for (const auto& part : MaskAccess::parts(mask)) {
     if (part.kind == MaskKind::keep) join(part.tensor);
   }
-  const auto last = diagonal(mask, Lq, Lk);
+  const auto last = causal_diagonal(mask, Lq, Lk);
   if (last) join(at::ones({1, 1, Lq, Lk}, at::dtype(at::kBool).device(device)).tril(*last));
   return all;
 }
@@ -330,12 +319,26 @@ bool detail::is_learned(const Mask& mask) {
   return std::ranges::any_of(biases_of(mask), [](const at::Tensor& bias) { return bias.requires_grad(); });
 }
 
+std::optional<int64_t> detail::causal_diagonal(const Mask& mask, int64_t Lq, int64_t Lk) {
+  std::optional<int64_t> least;
+  for (const auto& part : MaskAccess::parts(mask)) {
+    if (!is_causal(part)) continue;
+    const auto of_part = part.kind == MaskKind::causal_upper_left ? 0 : Lk - Lq;
+    least = std::min(of_part, least.value_or(of_part));
+  }
+  return least;
+}
+
+Mask detail::without_causal(const Mask& mask) {
+  return without_parts(mask, is_causal);
+}
+
 bool detail::is_causal_only(const Mask& mask, int64_t Lq, int64_t Lk) {
-  return all_are_causal(mask) && diagonal(mask, Lq, Lk) == 0;
+  return all_are_causal(mask) && causal_diagonal(mask, Lq, Lk) == 0;
 }
 
 bool detail::may_have_empty_rows(const Mask& mask, int64_t Lq, int64_t Lk) {
-  const bool all_see_first_key = all_are_causal(mask) && diagonal(mask, Lq, Lk).value_or(0) >= 0;
+  const bool all_see_first_key = all_are_causal(mask) && causal_diagonal(mask, Lq, Lk).value_or(0) >= 0;
   return Lk == 0 || !all_see_first_key;
 }
 
@@ -399,13 +402,13 @@ Mask detail::shard_of_keys(const Mask& mask, int64_t first, int64_t n, int64_t L
   check_value(Lq >= 0 && Lk >= 0, "mask", "Lq and Lk must not be negative, but are {} and {}.", Lq, Lk);
   check_value(first >= 0 && n >= 0 && n <= Lk - first, "mask",
               "keys [first, first + n) must lie in [0, {}), but are [{}, {} + {}).", Lk, first, first, n);
-  const auto shard = with_changed_tensors(without_parts(mask, is_causal), [=](MaskPart& part) {
+  const auto shard = with_changed_tensors(without_causal(mask), [=](MaskPart& part) {
     check_value(part.tensor.size(3) == Lk, "mask", "{} must be for {} keys, but has shape {}.", part.name, Lk,
                 shape_of(part.tensor));
     part.tensor = part.tensor.narrow(3, first, n);
     for (auto& length : part.lengths) length = std::clamp<int64_t>(length - first, 0, n);
   });
-  const auto diagonal = xattn::diagonal(mask, Lq, Lk);
+  const auto diagonal = causal_diagonal(mask, Lq, Lk);
   if (!diagonal || first + n - 1 <= *diagonal) return shard;  // every query attends to all of these keys
   const auto options = at::dtype(at::kLong).device(device);
   const auto last = at::arange(*diagonal, *diagonal + Lq, options).unsqueeze(1);

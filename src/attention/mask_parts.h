@@ -31,6 +31,12 @@ bool has_bias(const Mask& mask);
 /// Whether a bias requires a gradient.
 bool is_learned(const Mask& mask);
 
+/// The last key that `causal` allows query i is i + diagonal; no value if no part is causal.
+std::optional<int64_t> causal_diagonal(const Mask& mask, int64_t Lq, int64_t Lk);
+
+/// The mask without the parts that `causal_diagonal` describes.
+Mask without_causal(const Mask& mask);
+
 /// Whether the mask is `causal` alone and, at these sizes, query i sees keys 0..i: fused kernels have a flag for this.
 bool is_causal_only(const Mask& mask, int64_t Lq, int64_t Lk);
 

@@ -31,7 +31,10 @@ RowShares plan_shares(const RowWork& work, int64_t threads, const Kernels& kerne
   const auto most = std::max<int64_t>(1, std::min(wanted, kMostScratchFloats / scratch.row));
   const auto at_once = together ? 1 : threads;
   const auto rounds = divided_up(work.rows, most * at_once);  // in which all threads have a task
-  const auto rows = divided_up(work.rows, rounds * at_once);
+  auto rows = divided_up(work.rows, rounds * at_once);
+  if (work.is_uneven && at_once > 1) {
+    rows = std::min(rows, std::max(fast_rows(work, kernels), divided_up(work.rows, kUnevenTasksOfAThread * at_once)));
+  }
   const auto tasks = divided_up(work.rows, rows);
   return {together, rows, tasks, scratch.of(rows), std::min(tasks, at_once)};
 }

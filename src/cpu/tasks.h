@@ -25,7 +25,8 @@ struct ScratchSize {
 /// The properties of a computation on rows that its division depends on.
 struct RowWork {
   int64_t rows;
-  bool has_many_rows;  ///< whether its products run on the matrix unit
+  bool has_many_rows;      ///< whether its products run on the matrix unit
+  bool is_uneven = false;  ///< whether later rows may cost more than earlier ones
   BytesRead reads;
   ScratchSize apart, together;  ///< of a task that one thread computes, and of one that all threads compute together
 };

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "cpu/huge_pages.h"
@@ -70,7 +71,8 @@ class Scratch {
   float* next_;
 };
 
-/// Calls f(begin, end, scratch, threads) for shares of the rows [0, work.rows), as `plan_shares` divides them.
+/// Calls f(begin, end, scratch, threads) for shares of the rows [0, work.rows), as `plan_shares` divides them. If the rows cost
+/// unequal time, each thread takes the next task when it has finished one, from the last and most expensive rows on.
 template <class F>
 void each_share_of_rows(const RowWork& work, const F& f) {
   if (work.rows == 0) return;
@@ -83,6 +85,11 @@ void each_share_of_rows(const RowWork& work, const F& f) {
   };
   if (shares.at_once == 1) {
     for (int64_t task = 0; task < shares.tasks; ++task) run(task, 0);
+  } else if (work.is_uneven) {
+    std::atomic<int64_t> left = shares.tasks;
+    each(shares.at_once, [&](int64_t slot) {
+      for (auto task = --left; task >= 0; task = --left) run(task, slot);
+    });
   } else {
     each(shares.tasks, [&](int64_t task) { run(task, at::get_thread_num()); });
   }

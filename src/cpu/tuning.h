@@ -20,6 +20,7 @@ constexpr int64_t kOperationsOfATask = 1 << 18;     // about 1 us of arithmetic:
 constexpr int64_t kOperationsOfACall = 20'000'000;  // measured: below this, synchronising threads costs more than it saves
 constexpr int64_t kRowsOfAThread = 4;          // measured: with fewer rows for each thread, all threads compute the same rows
 constexpr int64_t kRowsOfAThreadOnUnit = 128;  // measured: rows with which a product on the matrix unit is fast
+constexpr int64_t kUnevenTasksOfAThread = 8;   // at least, of unequal costs: threads then end within 1/8 of their time
 
 // Products that pack their right side in the call.
 constexpr int64_t kPackedBytes = 1 << 19;      // of a right side at a time: a quarter of L2, beside a left side that fits too

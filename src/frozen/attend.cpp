@@ -120,6 +120,7 @@ class Attend {
     each_share_of_rows(
         {.rows = context_.B * rows_,
          .has_many_rows = has_many_rows(projected_rows_, w_.Eo, w_.H * w_.e),
+         .is_uneven = by_heads() && softmax_.is_causal(),
          .reads = reads,
          .apart = scratch_size(TaskThreads{.all = false}),
          .together = scratch_size(TaskThreads{.all = true})},

@@ -69,8 +69,8 @@ struct Product {
 };
 
 /// Softmax in place, on the rows of x [rows, n]: x = exp(y - max y) / sum exp(y - max y) with y = scale * x + bias, over the
-/// keys that are kept; 0 for the others. A row becomes zeros if none of its kept keys is above -inf, and NaN if one of them is
-/// NaN. The bits of a row do not depend on the other rows.
+/// keys that are kept and visible; 0 for the others. A row becomes zeros if none of these keys is above -inf, and NaN if one of
+/// them is NaN. The bits of a row do not depend on the other rows.
 struct Softmax {
   int64_t rows = 0, n = 0;
   float* x = nullptr;
@@ -80,6 +80,8 @@ struct Softmax {
   int64_t bias_stride = 0;       ///< 0: one row for all
   const bool* keep = nullptr;    ///< [rows, n]; all kept if null
   int64_t keep_stride = 0;       ///< 0: one row for all
+  int64_t visible = INT64_MAX;   ///< row 0 sees the first `visible` of its keys: none if it is negative, all if it is above n
+  int64_t visible_step = 0;      ///< how many keys more each following row sees; at least 0
   float* log_sum_exp = nullptr;  ///< [rows], of y; -inf for a row that becomes zeros. Not written if null
   float* largest = nullptr;      ///< [rows], max y, or 0 for a row that becomes zeros; log_sum_exp is then that of y - max y
 };

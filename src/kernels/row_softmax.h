@@ -41,10 +41,22 @@ struct Row {
   float* x;
   const float* bias;
   const bool* keep;
+  int64_t visible;  // keys, the first ones
 };
 
+inline bool hides_keys(const Softmax& s) {
+  return s.visible < s.n;
+}
+
+inline int64_t visible_keys(const Softmax& s, int64_t i) {
+  if (!hides_keys(s)) return s.n;
+  const int64_t visible = s.visible + i * s.visible_step;
+  return visible < 0 ? 0 : visible < s.n ? visible : s.n;
+}
+
 inline Row row_of(const Softmax& s, int64_t i) {
-  return {s.x + i * s.x_stride, s.bias ? s.bias + i * s.bias_stride : nullptr, s.keep ? s.keep + i * s.keep_stride : nullptr};
+  return {s.x + i * s.x_stride, s.bias ? s.bias + i * s.bias_stride : nullptr, s.keep ? s.keep + i * s.keep_stride : nullptr,
+          visible_keys(s, i)};
 }
 
 // y of the keys j to j + count - 1, with -inf for keys that the mask excludes. The other lanes are arbitrary.
@@ -54,6 +66,7 @@ inline Vector logits(const Row& row, float scale, int64_t j, int64_t count = kLa
   if constexpr (kMasked) {
     if (row.bias != nullptr) y += load_first(row.bias + j, count);
     if (row.keep != nullptr) y = load_first(row.keep + j, count) ? y : broadcast(-kInfinity);
+    if (row.visible < j + count) y = lane_numbers() < static_cast<int32_t>(row.visible - j) ? y : broadcast(-kInfinity);
   }
   return y;
 }
@@ -85,6 +98,7 @@ inline void write_log_sum_exp(const Softmax& s, int64_t row, Vector shift, Vecto
 // wait for the previous step; masked stores come last, because they delay later loads. If kWidth is less than kLanes, a vector
 // holds several rows of kWidth keys.
 constexpr int64_t kRows = 16;
+constexpr int kMostVectors = 8;
 
 template <int kVectors, bool kMasked, int kWidth = kLanes>
 void softmax_short(const Softmax& s, int64_t first, int64_t rows) {
@@ -169,7 +183,7 @@ void softmax_narrow(Softmax& s) {
 
 template <bool kMasked, int kVectors = 1>
 void softmax_rows(const Softmax& s) {
-  if constexpr (kVectors > 8) {
+  if constexpr (kVectors > kMostVectors) {
     for (int64_t i = 0; i < s.rows; ++i) softmax_long<kMasked>(s, i);
   } else if (s.n > kVectors * kLanes) {
     softmax_rows<kMasked, kVectors + 1>(s);
@@ -178,9 +192,29 @@ void softmax_rows(const Softmax& s) {
   }
 }
 
+// Long rows that do not see all keys, one by one: each is computed over the keys that it sees, and followed by zeros.
+template <bool kMasked>
+void softmax_of_visible_keys(const Softmax& s) {
+  for (int64_t i = 0; i < s.rows; ++i) {
+    const Row row = row_of(s, i);
+    softmax_rows<kMasked>({.rows = 1,
+                           .n = row.visible,
+                           .x = row.x,
+                           .scale = s.scale,
+                           .bias = row.bias,
+                           .keep = row.keep,
+                           .log_sum_exp = s.log_sum_exp ? s.log_sum_exp + i : nullptr,
+                           .largest = s.largest ? s.largest + i : nullptr});
+    for (int64_t j = row.visible; j < s.n; ++j) row.x[j] = 0;
+  }
+}
+
 void softmax(const Softmax& all) {
   Softmax s = all;
-  const bool is_masked = s.bias || s.keep;
+  const bool has_mask = s.bias || s.keep, is_masked = has_mask || hides_keys(s);
+  if (hides_keys(s) && s.n > kMostVectors * kLanes) {
+    return has_mask ? softmax_of_visible_keys<true>(s) : softmax_of_visible_keys<false>(s);
+  }
   if (!is_masked && !s.log_sum_exp && s.x_stride == s.n) {
     if (s.n == 4 && kLanes > 4) softmax_narrow<4>(s);
     if (s.n == 8 && kLanes > 8) softmax_narrow<8>(s);
