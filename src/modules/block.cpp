@@ -16,6 +16,7 @@
 #include "base/text.h"
 #include "modules/context_state.h"
 #include "modules/inputs.h"
+#include "modules/norm_weights.h"
 #include "modules/option_names.h"
 #include "modules/options.h"
 
@@ -178,6 +179,7 @@ Context CrossAttentionBlockImpl::context(const Tensor& key, const Tensor& value,
   const auto Xk = normalised_context("key", key);
   const auto context = attention->context(Xk, value.is_same(key) ? Xk : normalised_context("value", value), mask, how);
   auto state = std::make_shared<Context::State>(context.state());
+  if (norms_before()) state->norm = detail::norm_weights(attention_norm);
   state->normalised_by = detail::WeightsStamp(norm_tensors());
   return Context(std::move(state));
 }

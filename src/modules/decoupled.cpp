@@ -15,6 +15,7 @@
 #include "modules/layer.h"
 #include "modules/options.h"
 #include "modules/planning.h"
+#include "modules/queries.h"
 #include "plan/order_traits.h"
 
 namespace xattn {
@@ -44,15 +45,11 @@ std::string caller_of(size_t context) {
   return context == 0 ? kDecoupled : detail::formatted("{}.added{}", kDecoupled, context - 1);
 }
 
-std::string batch_of(bool is_batched, int64_t B) {
-  return is_batched ? detail::formatted("a batch of {}", B) : "unbatched";
-}
-
 // Context 0 is the first one; context i > 0 is added[i - 1].
 void check_batch(size_t context, bool is_batched, int64_t B, bool first_is_batched, int64_t first_B) {
   check_value(is_batched == first_is_batched && B == first_B, kDecoupled,
-              "added[{}] must be {}, as the first context, but is {}.", context - 1, batch_of(first_is_batched, first_B),
-              batch_of(is_batched, B));
+              "added[{}] must be {}, as the first context, but is {}.", context - 1,
+              detail::batch_of(first_is_batched, first_B), detail::batch_of(is_batched, B));
 }
 
 void check_count(size_t given, size_t expected) {
@@ -100,8 +97,8 @@ Context make_kept_context(const DecoupledCrossAttentionImpl& module,
   detail::check_mask(caller, weights, inputs, std::nullopt);
   const bool trains = key.requires_grad() || value.requires_grad();
   const auto request = xattn::request(module, weights, context, inputs.B(), 1, inputs.Lk(), mask, {}, trains);
-  const auto orders = detail::orders_of_context(caller, request, how.expected_queries);
-  return detail::keep_context(detail::Layer(orders, std::move(weights), {}), inputs);
+  const auto orders = detail::orders_of_context(caller, request, how);
+  return detail::keep_context(detail::Layer(orders, std::move(weights), {}), inputs, how);
 }
 
 // One context of a call, as its orders read it.
@@ -282,22 +279,27 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& que
                                                                const std::vector<Context>& added,
                                                                const CallOptions& call) {
   check_options();
-  const auto Xq = detail::query_input(kDecoupled, weights_of(*this, 0), query, context.is_batched(), context.batch_size());
+  const auto B = context.batch_size();
+  const auto Xq = detail::several_queries(kDecoupled, weights_of(*this, 0), query, context.is_batched(), B);
+  const detail::Queries queries(Xq, B);
   check_count(added.size(), added_projections.size());
   std::vector<Part> parts;
   for (size_t i = 0; i <= added.size(); ++i) {
     const auto& state = (i == 0 ? context : added[i - 1]).state();
     const auto caller = caller_of(i);
-    if (i > 0) check_batch(i, state.is_batched, state.parts.keys.size(0), context.is_batched(), context.batch_size());
+    if (i > 0) check_batch(i, state.is_batched, state.parts.keys.size(0), context.is_batched(), B);
     auto weights = weights_of(*this, i);
     detail::check_context(caller, weights, state, Xq);
-    check_value(detail::ends_in_heads(state.orders.values), caller,
+    const auto& orders = state.layer.orders;
+    check_value(detail::ends_in_heads(orders.values), caller,
                 "context must be made by this layer, for values that end in heads, but is in the order {}.",
-                name_of(state.orders.values));
+                name_of(orders.values));
     const auto scale = i == 0 ? 1 : options.added()[i - 1].scale();
-    if (scale != 0) parts.push_back({detail::Layer(state.orders, std::move(weights)), state.parts, state.mask, scale});
+    if (scale == 0) continue;
+    const auto mask = queries.mask(state.mask, state.parts.Lk, detail::product_type(Xq));
+    parts.push_back({detail::Layer(orders, std::move(weights)), state.parts, mask, scale});
   }
-  return detail::results(attend_to(*this, Xq, parts, call), context.is_batched());
+  return detail::results(queries.results(attend_to(*this, queries.rows, parts, call)), context.is_batched());
 }
 
 std::string DecoupledCrossAttentionImpl::explain(int64_t B,
