@@ -8,6 +8,8 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <string>
+#include <vector>
 
 #include "attention/heads.h"
 #include "attention/mask_parts.h"
@@ -699,6 +701,84 @@ TEST_F(AttentionOnKernelsTest, ConfineANaNToItsRow) {
     EXPECT_TRUE(std::isnan(result.log_sum_exp[0][1][7].item<float>())) << Lk;
     EXPECT_EQ(result.log_sum_exp.isnan().sum().item<int64_t>(), 1) << Lk;
   }
+}
+
+// ---- Merging ---------------------------------------------------------------------------------------------------------------
+
+// Attention to parts of the keys, [first, first + n) each, merged.
+AttentionResult merged_attention(const torch::Tensor& q,
+                                 const torch::Tensor& k,
+                                 const torch::Tensor& v,
+                                 const Mask& mask,
+                                 const std::vector<int64_t>& parts,
+                                 AttentionWeights weights) {
+  std::vector<AttentionResult> results;
+  int64_t first = 0;
+  for (const auto n : parts) {
+    const auto of_part = detail::shard_of_keys(mask, first, n, q.size(2), k.size(2), q.device());
+    results.push_back(
+        attention(q, k.narrow(2, first, n), v.narrow(2, first, n), {.mask = of_part, .weights = weights, .log_sum_exp = true}));
+    first += n;
+  }
+  return merge(results);
+}
+
+TEST_P(AttentionTest, MergedPartsEqualAttentionToAllKeysWithRowsWithoutKeys) {
+  for (const auto type : {torch::kDouble, torch::kFloat, torch::kBFloat16}) {
+    for (const auto& [name, mask] : masks(device_)) {
+      const torch::NoGradGuard no_grad;
+      const auto q = random({kB, kH, kLq, kD}, type), k = random({kB, kH, kLk, kD}, type), v = random({kB, kH, kLk, 3}, type);
+      const auto all = attention(q, k, v, {.mask = mask, .weights = AttentionWeights::per_head, .log_sum_exp = true});
+      for (const auto& parts : std::vector<std::vector<int64_t>>{{7}, {3, 4}, {0, 1, 6}, {1, 1, 1, 1, 3}}) {
+        const auto merged = merged_attention(q, k, v, mask, parts, AttentionWeights::per_head);
+        EXPECT_EQ(merged.output.scalar_type(), type);
+        expect_close(merged.output, all.output, tolerance(type, kD + 2 * kLk), "output, " + name);
+        expect_close(merged.weights, all.weights, tolerance(type, kD + 2 * kLk), "weights, " + name);
+        const auto finite = all.log_sum_exp.isfinite();
+        EXPECT_TRUE(merged.log_sum_exp.isfinite().equal(finite)) << name;
+        expect_close(merged.log_sum_exp.masked_fill(finite.logical_not(), 0),
+                     all.log_sum_exp.masked_fill(finite.logical_not(), 0), tolerance(type, kD + 2 * kLk), "sums, " + name);
+      }
+      EXPECT_FALSE(merged_attention(q, k, v, mask, {3, 4}, AttentionWeights::none).weights.defined());
+    }
+  }
+}
+
+TEST_P(AttentionTest, GradientsOfMergedPartsAreThoseOfAllKeysToTheSecondOrder) {
+  for (const auto& [name, mask] : masks(device_)) {
+    const std::vector<torch::Tensor> inputs = {random({kB, kH, kLq, kD}), random({kB, kH, kLk, kD}), random({kB, kH, kLk, 3})};
+    const auto scalar_of = [](const AttentionResult& r) {
+      return r.output.sin().sum() + r.weights.square().sum() +
+             r.log_sum_exp.masked_fill(r.log_sum_exp.isneginf(), 0).cos().sum();
+    };
+    const auto merged = [&](const std::vector<torch::Tensor>& x) {
+      return scalar_of(merged_attention(x[0], x[1], x[2], mask, {2, 0, 5}, AttentionWeights::per_head));
+    };
+    const auto all = scalar_of(
+        attention(inputs[0], inputs[1], inputs[2], {.mask = mask, .weights = AttentionWeights::per_head, .log_sum_exp = true}));
+    const auto expected = torch::autograd::grad({all}, inputs), found = torch::autograd::grad({merged(inputs)}, inputs);
+    for (size_t i = 0; i < inputs.size(); ++i) expect_close(found[i], expected[i], 1e-12, "gradient, " + name);
+    if (name == "lengths") expect_second_gradient(merged, inputs, name);  // with a row that has no keys
+  }
+}
+
+TEST(MergeTest, BadPartsAreRefused) {
+  const auto x = torch::randn({1, 2, 3, 4});
+  const auto part = [&x](AttentionWeights weights) { return attention(x, x, x, {.weights = weights, .log_sum_exp = true}); };
+  const auto error = [](const std::vector<AttentionResult>& parts) { return error_of<c10::ValueError>([&] { merge(parts); }); };
+  const auto good = part(AttentionWeights::none);
+  EXPECT_EQ(error({}), "[merge] parts must be at least one, but are none.");
+  EXPECT_EQ(error({good, attention(x, x, x)}),
+            "[merge] parts must have a log_sum_exp, but one has none. Set AttentionOptions::log_sum_exp.");
+  const auto shorter = attention(x.narrow(2, 0, 2), x, x, {.log_sum_exp = true});
+  EXPECT_EQ(error({good, shorter}),
+            "[merge] output must have one shape [B, H, Lq, e] in all parts, but has [1, 2, 3, 4] and [1, 2, 2, 4].");
+  EXPECT_EQ(error({good, {good.output, {}, shorter.log_sum_exp}}),
+            "[merge] log_sum_exp must have shape [1, 2, 3], but has [1, 2, 2].");
+  EXPECT_EQ(error({part(AttentionWeights::mean)}),
+            "[merge] weights must be those of all heads, [1, 2, 3, Lk], or of no part, but have [1, 3, 3].");
+  EXPECT_EQ(error({part(AttentionWeights::per_head), good}),
+            "[merge] weights must be those of all heads, [1, 2, 3, Lk], or of no part, but have undefined.");
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, AttentionTest, testing::ValuesIn(devices()), device_name);

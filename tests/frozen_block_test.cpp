@@ -179,6 +179,39 @@ TEST(FrozenBlockTest, AttendsWithSeveralQueriesToOneContext) {
   }
 }
 
+// A decoder layer, word by word with beams that change places, and all at once.
+TEST(FrozenBlockTest, DecodesStepByStepAsAllAtOnce) {
+  torch::manual_seed(9);
+  const auto attention = CrossAttentionOptions(24, 24, 24, 24).num_heads(4);
+  CrossAttentionBlock self_attention(CrossAttentionBlockOptions(attention).norm_context(true).feed_forward(0));
+  CrossAttentionBlock cross_attention{CrossAttentionBlockOptions(small_attention())};
+  const int64_t beams = 3, words = 10;
+  auto x = torch::randn({beams, words, 24});
+  const auto key = torch::randn({1, 7, 20}), value = torch::randn({1, 7, 12});
+  const auto causal = Mask::causal(CausalAlignment::lower_right);
+  for (const auto type : {torch::kFloat, torch::kDouble}) {
+    for (auto* block : {&self_attention, &cross_attention}) randomise(**block), (*block)->to(type);
+    x = x.to(type);
+    const auto own = self_attention->freeze(), cross = cross_attention->freeze();
+    const auto memory = cross.context(key.to(type), value.to(type));
+    const auto first = x.narrow(1, 0, 1);
+    auto past = own.context(first, first, causal, {.expected_queries = words, .capacity = words});
+    std::vector<Tensor> outputs;
+    for (int64_t i = 0; i < words; ++i) {
+      const auto word = x.narrow(1, i, 1);
+      if (i > 0) past = past.append(word, word);
+      outputs.push_back(std::get<0>(cross.attend(std::get<0>(own.attend(word, past)), memory)));
+      if (i != 4) continue;
+      const auto order = torch::tensor({2, 0, 0});
+      past = past.select(order);
+      x = x.index_select(0, order);
+      for (auto& output : outputs) output = output.index_select(0, order);
+    }
+    const auto all = std::get<0>(cross.attend(std::get<0>(own.forward(x, x, x, causal)), memory));
+    expect_close(torch::cat(outputs, 1), all, 1e-5, "step by step");
+  }
+}
+
 TEST(FrozenBlockTest, RecordsNoGradientAndIgnoresAutocastAndLaterTraining) {
   torch::manual_seed(7);
   BlockCase c{CrossAttentionBlockOptions(small_attention()).dropout(0.5)};

@@ -310,7 +310,7 @@ TEST(KernelTest, GoesThroughAContextInPartsWhereTheEngineDoes) {
       detail::engine::SoftmaxStage softmax({}, 1, 1, Lk, 1, weights, {});
       const auto map = detail::engine::empty_weights(weights, {}, 1, 1, 1, Lk, /*all_keys=*/true);
       softmax.write_to(map, {});
-      const Heads heads{.H = 1, .G = 1, .d = 8, .e = 8, .Lk = Lk, .keys = {}, .values = {}, .are_packed = true};
+      const Heads heads{.H = 1, .G = 1, .d = 8, .e = 8, .Lk = Lk, .keys = {}, .values = {}, .are_packed = true, .capacity = Lk};
       const bool in_parts = scratch_of_heads(heads, softmax, {.all = true}).row < Lk;
       auto r = request(1, 1, 1, Lk, 8, 8, 8);
       r.returns_weights = weights != AttentionWeights::none;

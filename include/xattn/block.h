@@ -68,7 +68,8 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
                                 const Mask& mask = {},
                                 const ContextOptions& options = {});
 
-  /// Applies the block to query [B, Lq, Eq] and a context that it made with its current weights.
+  /// Applies the block to query [B * n, Lq, Eq] and a context that it made with its current weights. Each of the B entries of the
+  /// context serves n consecutive queries, such as the beams of a search.
   std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query,
                                                   const Context& context,
                                                   const CallOptions& call = {});

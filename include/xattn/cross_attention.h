@@ -76,7 +76,8 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
                                 const Mask& mask = {},
                                 const ContextOptions& options = {});
 
-  /// Attends with query [B, Lq, Eq] to a context that this module made with its current weights.
+  /// Attends with query [B * n, Lq, Eq] to a context that this module made with its current weights. Each of the B entries of the
+  /// context serves n consecutive queries, such as the beams of a search.
   std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query,
                                                   const Context& context,
                                                   const CallOptions& call = {});

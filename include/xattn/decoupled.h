@@ -136,7 +136,8 @@ class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<Decoup
                                       const Mask& mask = {},
                                       const ContextOptions& options = {});
 
-  /// Attends with query [B, Lq, Eq] to contexts that this module made with its current weights.
+  /// Attends with query [B * n, Lq, Eq] to contexts that this module made with its current weights. Each of the B entries of the
+  /// context serves n consecutive queries, such as the beams of a search.
   std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query,
                                                   const Context& context,
                                                   const std::vector<Context>& added,

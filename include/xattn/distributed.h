@@ -90,7 +90,8 @@ class XATTN_API ContextParallel {
 
   /// Makes a share from this rank's key [B, n, Ek] and value [B, n, Ev]; n may differ between ranks and may be 0. The mask is
   /// that of the whole context, the same on all ranks: [..., Lk], where Lk is the sum of all n; causal masks are aligned to the
-  /// whole context. Exchanges lengths, 16 bytes per rank.
+  /// whole context. Exchanges lengths, 16 bytes per rank. Throws if the options have capacity or share: a context of several
+  /// ranks cannot grow, and keeps raw keys and values as the caller's tensors anyway.
   [[nodiscard]] SharedContext context(const at::Tensor& key,
                                       const at::Tensor& value,
                                       const Mask& mask = {},

@@ -33,7 +33,8 @@ class XATTN_API FrozenContext {
   int64_t batch_size() const;
   int64_t length() const;
   bool is_batched() const;
-  /// Size in memory, in bytes.
+  /// Size of keys and values in memory, in bytes, with the room behind them; 0 if they are the caller's tensors
+  /// (ContextOptions::share). Contexts that share memory each count it.
   int64_t bytes() const;
 
   /// Batch entries [begin, end), without a copy. The mask must not differ between batch entries unless they are lengths.
@@ -45,8 +46,21 @@ class XATTN_API FrozenContext {
   /// Concatenates the batches of several contexts of one Frozen, which must have the same length and orders.
   [[nodiscard]] static FrozenContext cat(const std::vector<FrozenContext>& contexts);
 
+  /// As `Context::join`. Lengths of the parts become a mask: joining padded passages multiplies their padding, too.
+  [[nodiscard]] static FrozenContext join(const std::vector<FrozenContext>& contexts);
+
+  /// As `Context::append`, in every storage. If batch entries have lengths, the first append copies everything once.
+  [[nodiscard]] FrozenContext append(const at::Tensor& key, const at::Tensor& value, const Mask& mask = {}) const;
+
+  /// As `Context::truncate`.
+  [[nodiscard]] FrozenContext truncate(int64_t n) const;
+
+  /// As `Context::select`.
+  [[nodiscard]] FrozenContext select(const at::Tensor& indices) const;
+
  private:
   friend class Frozen;
+  friend class FrozenBlock;
   friend class FrozenDecoupled;
   struct State;
   explicit FrozenContext(std::shared_ptr<const State> state) : state_(std::move(state)) {}
@@ -150,8 +164,6 @@ class XATTN_API Frozen {
                             const at::Tensor& value,
                             const Mask& mask,
                             const ContextOptions& options) const;
-  std::shared_ptr<FrozenContext::State> make_context(
-      const Orders& orders, const at::Tensor& key, const at::Tensor& value, const Mask& mask, bool batched, int64_t rows) const;
 
   std::shared_ptr<const State> state_;
 };

@@ -106,6 +106,8 @@ struct PlanRequest {
   bool weights_are_frozen = false;  ///< products of weights cost nothing
   bool sums_heads = false;          ///< heads of several contexts or ranks are added before the one output projection
   bool sums_ranks = false;          ///< heads of several ranks are merged by their log-sum-exps
+  bool shares_context = false;      ///< keys and values stay the caller's tensors, as given
+  bool context_grows = false;       ///< keys will be appended to the context
   bool training = false;            ///< a backward pass follows, with twice as many products
   bool returns_weights = false;     ///< attention weights are returned
   bool drops_weights = false;       ///< dropout is above 0

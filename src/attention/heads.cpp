@@ -162,7 +162,7 @@ void multiply_by_values(const Heads& heads,
                         bool accumulate) {
   const auto& v = heads.values;
   const auto offset = offset_of(v, heads, s.context, h);
-  const auto values = heads.are_packed ? packed(v, offset, heads.Lk) : plain_rows(v, offset, v.stride(2));
+  const auto values = heads.are_packed ? packed(v, offset, heads.capacity) : plain_rows(v, offset, v.stride(2));
   multiply({.sizes = {s.rows, heads.e, s.keys},
             .a = {weights, stride},
             .b = values.from_row(s.first_key),
@@ -300,7 +300,7 @@ engine::Heads heads_of(const Tensor& q, const Tensor& k, const Tensor& v) {
   const auto& run = kernels();
   const auto B = k.size(0), H = q.size(1), G = k.size(1), Lk = k.size(2), d = k.size(3), e = v.size(3);
   const auto keys = with_rows(k), values = with_rows(v);
-  if (q.size(2) * H / G <= kMostRowsUnpacked) return {H, G, d, e, Lk, keys, values, /*are_packed=*/false};
+  if (q.size(2) * H / G <= kMostRowsUnpacked) return {H, G, d, e, Lk, keys, values, /*are_packed=*/false, Lk};
   const auto packed_keys = in_huge_pages(at::empty({B, G, run.packed_size(d, Lk)}, k.options()));
   const auto packed_values = in_huge_pages(at::empty({B, G, run.packed_size(Lk, e)}, v.options()));
   each(2 * B * G, [&](int64_t i) {
@@ -313,7 +313,7 @@ engine::Heads heads_of(const Tensor& q, const Tensor& k, const Tensor& v) {
       run.pack(source(values), values.stride(2), Lk, e, target(packed_values), Storage::float32);
     }
   });
-  return {H, G, d, e, Lk, packed_keys, packed_values, /*are_packed=*/true};
+  return {H, G, d, e, Lk, packed_keys, packed_values, /*are_packed=*/true, Lk};
 }
 
 }  // namespace

@@ -130,6 +130,7 @@ struct Heads {
   at::Tensor keys;    ///< packed, [B, G, d x Lk], or plain rows of consecutive numbers, [B, G, Lk, d]
   at::Tensor values;  ///< packed, [B, G, Lk x e], or such rows, [B, G, Lk, e]
   bool are_packed;    ///< both, or neither
+  int64_t capacity;   ///< if they are packed: the keys that the panels have room for, which stands for Lk in their sizes
 };
 
 /// q k' of head h, [rows, keys], `stride` apart.

@@ -8,7 +8,9 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/eq.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/gt.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/le.h>
 #include <ATen/ops/logical_and.h>
 #include <ATen/ops/logical_not.h>
@@ -137,6 +139,46 @@ MaskPart joined_parts(const std::vector<std::pair<MaskPart, int64_t>>& parts) {
   }
   joined.tensor = at::cat(tensors);
   joined.lengths = in_host_memory ? std::move(lengths) : std::vector<int64_t>();
+  return joined;
+}
+
+// The i-th part of this kind, or null.
+const MaskPart* part_of(const Mask& mask, MaskKind kind, size_t i) {
+  for (const auto& part : MaskAccess::parts(mask)) {
+    if (part.kind == kind && i-- == 0) return &part;
+  }
+  return nullptr;
+}
+
+// The i-th parts of this kind, joined along the keys. A mask without one leaves its keys as they are. No value if none has one.
+std::optional<MaskPart> joined_along_keys(const std::vector<std::pair<Mask, int64_t>>& masks, MaskKind kind, size_t i) {
+  const MaskPart* first = nullptr;
+  std::vector<int64_t> sizes = {1, 1, 1, 0};
+  auto type = at::kBool;
+  for (const auto& [mask, Lk] : masks) {
+    const auto* part = part_of(mask, kind, i);
+    if (part == nullptr) continue;
+    if (first == nullptr) first = part;
+    type = at::promote_types(type, part->tensor.scalar_type());
+    for (size_t axis = 0; axis < 3; ++axis) {
+      const auto size = part->tensor.size(static_cast<int64_t>(axis));
+      check_value(size == 1 || sizes[axis] == 1 || size == sizes[axis], "mask",
+                  "masks must have one size on all axes but the keys to be joined, but have shapes {} and {}.",
+                  shape_of(first->tensor), shape_of(part->tensor));
+      if (size != 1) sizes[axis] = size;
+    }
+  }
+  if (first == nullptr) return {};
+  const auto unrestricted = at::full({1, 1, 1, 1}, kind == MaskKind::keep ? 1 : 0, first->tensor.options().dtype(type));
+  std::vector<at::Tensor> tensors;
+  for (const auto& [mask, Lk] : masks) {
+    const auto* part = part_of(mask, kind, i);
+    sizes[3] = Lk;
+    tensors.push_back((part ? part->tensor.to(type) : unrestricted).expand(sizes));
+  }
+  auto joined = *first;
+  joined.tensor = at::cat(tensors, 3);
+  joined.lengths.clear();
   return joined;
 }
 
@@ -395,6 +437,36 @@ Mask detail::first_keys(const Mask& mask, int64_t Lk) {
   });
   return without_parts(cut, [Lk](const MaskPart& part) {  // lengths that forbid none of these keys
     return !part.lengths.empty() && std::ranges::all_of(part.lengths, [Lk](int64_t length) { return length == Lk; });
+  });
+}
+
+Mask detail::causal_part(const Mask& mask) {
+  return without_parts(mask, [](const MaskPart& part) { return !is_causal(part); });
+}
+
+Mask detail::join_keys(const std::vector<std::pair<Mask, int64_t>>& masks) {
+  auto joined = causal_part(masks.front().first);
+  for (const auto& [mask, Lk] : masks) {
+    check_value(names_of_parts(causal_part(mask)) == names_of_parts(joined), "mask",
+                "masks must have the same causal part to be joined, because it counts over all keys, but they differ.");
+  }
+  auto& parts = MaskAccess::parts(joined);
+  auto place = parts.begin();
+  for (const auto kind : {MaskKind::keep, MaskKind::bias}) {
+    for (size_t i = 0; auto part = joined_along_keys(masks, kind, i); ++i) place = std::next(parts.insert(place, *part));
+  }
+  return joined;
+}
+
+Mask detail::select_entries(const Mask& mask, const at::Tensor& indices) {
+  return with_changed_tensors(mask, [&indices](MaskPart& part) {
+    if (part.tensor.size(0) == 1) return;
+    part.tensor = part.tensor.index_select(0, indices.to(part.tensor.device()));
+    std::vector<int64_t> lengths;
+    for (int64_t i = 0; !part.lengths.empty() && indices.is_cpu() && i < indices.numel(); ++i) {
+      lengths.push_back(part.lengths[static_cast<size_t>(indices[i].item<int64_t>())]);
+    }
+    part.lengths = std::move(lengths);
   });
 }
 

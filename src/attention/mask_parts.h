@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <optional>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 // Functions on masks for the rest of the library. Each loops over the parts of the mask, so a new kind of mask changes only
@@ -64,6 +65,16 @@ int64_t needed_keys(const Mask& mask, int64_t Lk);
 
 /// The mask for a context that is cut after its first Lk keys. Throws c10::ValueError if the mask has fewer.
 Mask first_keys(const Mask& mask, int64_t Lk);
+
+/// The mask for contexts that are joined along their keys; each mask comes with the number of its keys. `causal` counts over all
+/// keys. Throws c10::ValueError unless all masks have the same causal part and their other axes fit each other.
+Mask join_keys(const std::vector<std::pair<Mask, int64_t>>& masks);
+
+/// The causal part of a mask alone.
+Mask causal_part(const Mask& mask);
+
+/// The mask of the batch entries with these indices, int64 [n]. Lengths stay in host memory if the indices are there.
+Mask select_entries(const Mask& mask, const at::Tensor& indices);
 
 /// The mask for keys [first, first + n) of Lk alone, with `causal` counted over all Lk. Throws c10::ValueError if there are no
 /// such keys.

@@ -111,7 +111,7 @@ const Orders& SharedContext::orders() const {
   return state_->layer.orders;
 }
 int64_t SharedContext::bytes() const {
-  const auto& [keys, key_bias, values, Lk] = state_->parts;
+  const auto &keys = state_->parts.keys, &values = state_->parts.values;
   const bool one = keys.const_data_ptr() == values.const_data_ptr();  // neither is projected
   return static_cast<int64_t>(keys.nbytes() + (one ? 0 : values.nbytes()));
 }
@@ -144,6 +144,8 @@ SharedContext ContextParallel::context(const Tensor& key,
   detail::ContextInputs inputs;
   const auto lengths = exchange_lengths(key, "key", weights.key.device(), *state_->ranks, [&] {
     check_options(module);
+    check_value(options.capacity == 0 && !options.share, kContextParallel,
+                "options must have neither capacity nor share, which are for contexts of one process, but have one.");
     inputs = detail::context_inputs(kContextParallel, weights, key, value, {});
   });
   const auto rank = state_->ranks->rank(), own = inputs.Lk();
@@ -156,7 +158,7 @@ SharedContext ContextParallel::context(const Tensor& key,
       detail::request_of(module, weights, inputs.B(), 1, std::max<int64_t>(1, own), {}, o.attention_weights(), inputs_train);
   request.sums_heads = request.sums_ranks = true;
   if (!o.plan().pinned) request.pinned.reset();  // autocast pins the standard order, which is not needed here
-  const auto orders = detail::orders_of(detail::for_context(kContextParallel, request, options.expected_queries));
+  const auto orders = detail::orders_of(detail::for_context(kContextParallel, request, options));
 
   // A share without keys becomes one key that no query may attend to, so that its rank takes the same steps as the others.
   if (own == 0) {

@@ -99,7 +99,7 @@ class Attend {
         Lq_(query_.defined() ? query_.size(1) : folded_.size(0)),
         rows_((query_.defined() && context.B > 0 ? query_.size(0) / context.B : 1) * Lq_),
         projected_rows_(is_small(w, context.B, rows_, context.Lk) ? rows_ : context.B * rows_),
-        heads_{w.H, w.G, w.d, w.e, context.Lk, context.keys, context.values, /*are_packed=*/true},
+        heads_{w.H, w.G, w.d, w.e, context.Lk, context.keys, context.values, /*are_packed=*/true, context.capacity},
         softmax_(call.mask, w.H, Lq_, context.Lk, w.scale, call.weights, call.weight_heads) {
     added_.reserve(call.added.size());
     for (const auto& added : call.added) {
@@ -153,8 +153,9 @@ class Attend {
   }
 
   BytesRead bytes_read() const {
-    return {bytes_of_weights(w_, context_.orders, query_.defined()),
-            (bytes(context_.keys) + bytes(context_.values)) / std::max<int64_t>(1, context_.B)};
+    const auto bytes_of_a_key =
+        (bytes(context_.keys) + bytes(context_.values)) / std::max<int64_t>(1, context_.B * context_.capacity);
+    return {bytes_of_weights(w_, context_.orders, query_.defined()), bytes_of_a_key * context_.Lk};
   }
 
   // Floats of a row of weighted values.
@@ -360,12 +361,13 @@ class Attend {
     const auto first = s.context * values.stride(0);
     const bool raw = values_are_raw(), is_packed = context_.layout == ContextLayout::packed;
     const auto heads_left = raw ? w.H : 1, columns = raw ? w.Ev : w.Eo, k = raw ? s.keys : w.H * s.keys;
-    threads.multiply({.sizes = {s.rows * heads_left, columns, k},
-                      .a = {weights, k},
-                      .b = raw && !is_packed ? plain_rows(values, first, w.Ev) : packed(values, first, raw ? context_.Lk : k),
-                      .c = {s.weighted_values, columns},
-                      .bias = raw ? nullptr : data(w.output_bias),
-                      .all_rows = raw && !is_packed ? 0 : rows_ * heads_left});
+    threads.multiply(
+        {.sizes = {s.rows * heads_left, columns, k},
+         .a = {weights, k},
+         .b = raw && !is_packed ? plain_rows(values, first, w.Ev) : packed(values, first, raw ? context_.capacity : k),
+         .c = {s.weighted_values, columns},
+         .bias = raw ? nullptr : data(w.output_bias),
+         .all_rows = raw && !is_packed ? 0 : rows_ * heads_left});
   }
 
   // Computes logits, softmax and weighted values for a context that is read once.
@@ -562,9 +564,10 @@ AttentionResult forward(const Orders& orders,
                         const EngineCall& call) {
   const auto B = key.size(0), Lk = key.size(1), Lq = rows_of(call), threads = num_threads();
   const auto result = empty_result(w, B, Lk, lengths, call);
+  const auto layout = context_layout(Lq, w.H);
   const bool weights_are_cached = bytes_of_weights(w, orders, call.query.defined()) <= kCoreCache / 2;
   if (threads == 1 || B < threads || !is_small(w, B, Lq, Lk) || !weights_are_cached) {
-    Attend(w, make_engine_context(orders, w, key, value, lengths, Lq), call).run(result);
+    Attend(w, make_engine_context(orders, w, key, value, lengths, layout), call).run(result);
     return result;
   }
   at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
@@ -574,7 +577,7 @@ AttentionResult forward(const Orders& orders,
     part_call.query = part(call.query);
     part_call.mask = call.mask.slice(begin, end);
     const auto context =
-        make_engine_context(orders, w, part(key), part(value), {lengths.begin() + begin, lengths.begin() + end}, Lq);
+        make_engine_context(orders, w, part(key), part(value), {lengths.begin() + begin, lengths.begin() + end}, layout);
     Attend(w, context, part_call).run({part(result.output), part(result.weights), {}});
   });
   return result;

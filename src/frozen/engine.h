@@ -15,6 +15,7 @@
 #include "cpu/packed.h"
 #include "frozen/packed_layers.h"
 #include "modules/layer.h"
+#include "modules/room.h"
 #include "plan/order_traits.h"
 
 // Attention in any order of its products, in float32 on the CPU, by this library's own kernels, as used by `Frozen`. A call
@@ -93,7 +94,8 @@ struct EngineWeights {
   std::shared_ptr<Folds> folds;
 };
 
-/// A context as the engine reads it. Immutable; safe to share between threads.
+/// A context as the engine reads it. Immutable; safe to share between threads. Keys and values that are not folded have room
+/// for `capacity` keys, which stands for Lk in the sizes below; what lies behind the first Lk keys has no influence.
 struct EngineContext {
   Orders orders;
   int64_t B = 0, Lk = 0;
@@ -102,15 +104,30 @@ struct EngineContext {
   at::Tensor key_bias;           ///< folded: added to the logits, [B, H * Lk]
   at::Tensor values;             ///< packed: V of each head, [B, G, Lk x e]; Xv, [B, Lk x Ev]; folded, [B, H * Lk x Eo]
   ContextLayout layout = ContextLayout::packed;  ///< of keys and values in orders that leave them as they are
+  int64_t capacity = 0;                          ///< keys that the tensors have room for, at least Lk
+  std::shared_ptr<Room> room = {};               ///< behind the last key; null if there is none
 };
 
-/// key [B, Lk, Ek], value [B, Lk, Ev]; lengths as in EngineContext; query_rows: all rows that will attend to one batch entry.
+/// key [B, Lk, Ek], value [B, Lk, Ev]; lengths as in EngineContext; layout: of raw keys and values. There is room for `capacity`
+/// keys unless a chain is folded.
 EngineContext make_engine_context(const Orders& orders,
                                   const EngineWeights& weights,
                                   const at::Tensor& key,
                                   const at::Tensor& value,
                                   std::vector<int64_t> lengths,
-                                  int64_t query_rows);
+                                  ContextLayout layout,
+                                  int64_t capacity = 0);
+
+/// Contexts as values: each function returns a new context and leaves its arguments as they are. `join` puts contexts of one
+/// batch and layout one behind the other and takes the first `keys` of them, in memory for `capacity` keys unless a chain is
+/// folded. Its lengths are all of these keys: it puts zeros for the values behind a part's own lengths, which the caller masks.
+EngineContext join(const EngineWeights& weights, const std::vector<EngineContext>& parts, int64_t keys, int64_t capacity);
+/// Keys of another context behind those of the first: written to its room if it can claim that, otherwise joined.
+EngineContext append(const EngineWeights& weights, const EngineContext& context, const EngineContext& more);
+/// The batch entries with these indices, int64 [n] on the CPU. The room is kept.
+EngineContext select_entries(const EngineContext& context, const at::Tensor& indices);
+/// The same context in tensors without room.
+EngineContext without_room(const EngineWeights& weights, const EngineContext& context);
 
 /// The left context of the logits for a constant query [Lq, Eq] in these orders, [Lq, ...].
 at::Tensor fold_query(const Orders& orders, const EngineWeights& weights, const at::Tensor& query);

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <memory>
 #include <utility>
 
 #include "cpu/huge_pages.h"
@@ -45,7 +46,7 @@ void each_block(const EngineContext& context, const F& f) {
 // K' of each head, packed: [B, G, d x Lk].
 Tensor project_keys(const EngineWeights& w, const EngineContext& context, const Tensor& key) {
   const auto& run = kernels();
-  const auto inner = w.G * w.d, size = run.packed_size(w.d, context.Lk);
+  const auto inner = w.G * w.d, size = run.packed_size(w.d, context.capacity);
   const auto keys = in_huge_pages(at::empty({context.B, w.G, size}, key.options().dtype(w.storage)));
   each_block(context, [&](int64_t b, int64_t first, int64_t n) {
     const auto k = at::empty({n, inner}, key.options());
@@ -71,7 +72,7 @@ Tensor project_rows(const EngineContext& context, const Tensor& x, const Packed&
 // V of each head, packed: [B, G, Lk x e].
 Tensor project_values(const EngineWeights& w, const EngineContext& context, const Tensor& value) {
   const auto& run = kernels();
-  const auto size = run.packed_size(context.Lk, w.e);
+  const auto size = run.packed_size(context.capacity, w.e), stride = context.capacity * run.panel;
   const auto values = in_huge_pages(at::empty({context.B, w.G, size}, value.options()));
   // If heads are whole panels, one product computes all.
   const auto products = w.e % run.panel == 0 ? 1 : w.G, columns = w.G / products * w.e;
@@ -81,10 +82,10 @@ Tensor project_values(const EngineWeights& w, const EngineContext& context, cons
       multiply({.sizes = {n, columns, w.Ev},
                 .a = {data(value) + (b * context.Lk + first) * w.Ev, w.Ev},
                 .b = products == 1 ? packed(w.value) : packed(w.value_fold(), i),
-                .c = {c, run.panel, /*in_panels=*/true, context.Lk * run.panel},
+                .c = {c, run.panel, /*in_panels=*/true, stride},
                 .bias = data(w.value_bias) + i * w.e,
                 .all_rows = context.Lk});
-      pad_last_panel(c, context.Lk * run.panel, n, columns);
+      pad_last_panel(c, stride, n, columns);
     }
   });
   return values.to(w.storage);
@@ -92,7 +93,7 @@ Tensor project_values(const EngineWeights& w, const EngineContext& context, cons
 
 // Xk', packed: [B, Ek x Lk].
 Tensor transpose_keys(const EngineWeights& w, const EngineContext& context, const Tensor& key) {
-  const auto size = kernels().packed_size(w.Ek, context.Lk);
+  const auto size = kernels().packed_size(w.Ek, context.capacity);
   const auto keys = in_huge_pages(at::empty({context.B, size}, key.options()));
   each_block(context, [&](int64_t b, int64_t first, int64_t n) {
     pack_transposed(data(key) + (b * context.Lk + first) * w.Ek, w.Ek, w.Ek, n, keys, b * size + first * w.Ek);
@@ -103,16 +104,24 @@ Tensor transpose_keys(const EngineWeights& w, const EngineContext& context, cons
 // Xv, packed: [B, Lk x Ev].
 Tensor pack_values(const EngineWeights& w, const EngineContext& context, const Tensor& value) {
   const auto& run = kernels();
-  const auto size = run.packed_size(context.Lk, w.Ev);
+  const auto size = run.packed_size(context.capacity, w.Ev);
   const auto values = in_huge_pages(at::empty({context.B, size}, value.options()));
   each_block(context, [&](int64_t b, int64_t first, int64_t n) {
     const auto* from = data(value) + (b * context.Lk + first) * w.Ev;
     auto* to = mutable_data(values) + b * size + first * run.panel;
     for (int64_t column = 0; column < w.Ev; column += run.panel) {
-      run.pack(from + column, w.Ev, n, std::min(run.panel, w.Ev - column), to + column * context.Lk, Storage::float32);
+      run.pack(from + column, w.Ev, n, std::min(run.panel, w.Ev - column), to + column * context.capacity, Storage::float32);
     }
   });
   return values;
+}
+
+// Xk or Xv as they are, with room behind them: [B, capacity, features].
+Tensor with_room(const EngineContext& context, const Tensor& x) {
+  if (context.capacity == context.Lk) return x;
+  const auto rows = in_huge_pages(at::empty({context.B, context.capacity, x.size(2)}, x.options()));
+  rows.narrow(1, 0, context.Lk).copy_(x);
+  return rows;
 }
 
 // Wq (Wk' Xk') of all heads context by context, packed: context.keys [B, Eq x H * length]; and bq (Wk' Xk'): context.key_bias [B, H * Lk].
@@ -172,7 +181,8 @@ EngineContext make_engine_context(const Orders& orders,
                                   const Tensor& key,
                                   const Tensor& value,
                                   std::vector<int64_t> lengths,
-                                  int64_t query_rows) {
+                                  ContextLayout layout,
+                                  int64_t capacity) {
   EngineContext context;
   context.orders = orders;
   context.B = key.size(0);
@@ -180,17 +190,23 @@ EngineContext make_engine_context(const Orders& orders,
   context.lengths = std::move(lengths);
   const auto Xk = key.resolve_neg().contiguous(), Xv = value.is_same(key) ? Xk : value.resolve_neg().contiguous();
   const bool raw_keys = is_raw(orders.logits), raw_values = is_raw(orders.values);
-  if (raw_keys || raw_values) context.layout = context_layout(query_rows, w.H);
+  if (raw_keys || raw_values) context.layout = layout;
+  context.capacity = context.Lk;
+  if (capacity > context.Lk && !is_folded(orders.logits) && !is_folded(orders.values)) {
+    context.capacity = capacity;
+    context.room = std::make_shared<Room>(context.Lk, capacity);
+  }
   const bool packs = context.layout == ContextLayout::packed;
   if (raw_keys) {
-    context.keys = packs ? transpose_keys(w, context, Xk) : Xk;
+    context.keys = packs ? transpose_keys(w, context, Xk) : with_room(context, Xk);
   } else if (orders.logits == Order::standard) {
     context.keys = project_keys(w, context, Xk);
   } else {
     fold_keys(w, context, Xk);
   }
   if (raw_values) {
-    context.values = packs ? pack_values(w, context, Xv) : Xv;
+    const bool one = raw_keys && Xv.is_same(Xk);
+    context.values = packs ? pack_values(w, context, Xv) : one ? context.keys : with_room(context, Xv);
   } else {
     context.values = orders.values == Order::standard ? project_values(w, context, Xv) : fold_values(w, context, Xv);
   }

@@ -13,12 +13,14 @@
 #include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/describe.h"
+#include "base/text.h"
 #include "frozen/engine.h"
 #include "frozen/state.h"
 #include "modules/inputs.h"
 #include "modules/layer.h"
 #include "modules/options.h"
 #include "modules/planning.h"
+#include "modules/queries.h"
 #include "plan/order_traits.h"
 
 namespace xattn {
@@ -52,28 +54,10 @@ detail::LayerWeights copied(const detail::LayerWeights& weights, const detail::L
   return copy;
 }
 
-// The number of keys of each batch entry, as far as the mask has it in host memory, and the rest of the mask.
-std::pair<std::vector<int64_t>, Mask> split_lengths(const Mask& mask, int64_t B, int64_t Lk) {
-  auto lengths = detail::host_lengths(mask);
-  if (lengths.empty()) return {std::vector<int64_t>(static_cast<size_t>(B), Lk), mask};
-  if (lengths.size() == 1) lengths.resize(static_cast<size_t>(B), lengths.front());
-  return {lengths, detail::without_lengths(mask)};
-}
-
 // The context length that a plan is made for.
 int64_t mean_length(const std::vector<int64_t>& lengths) {
   const auto count = static_cast<int64_t>(lengths.size()), sum = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
   return count == 0 ? 1 : std::max<int64_t>(1, (sum + count - 1) / count);
-}
-
-// The mask of a context for n consecutive queries of Lq rows each, for logits of this type.
-Mask for_queries(const Mask& mask, int64_t n, int64_t Lq, int64_t Lk, at::Device device, at::ScalarType type) {
-  if (n == 1) return mask;
-  const auto repeated = [n](const Tensor& x) { return x.size(2) == 1 ? x : x.repeat({1, 1, n, 1}); };
-  Mask result;
-  if (const auto keep = detail::allowed_keys(mask, Lq, Lk, device); keep.defined()) result = Mask::dense(repeated(keep));
-  if (const auto bias = detail::total_bias(mask, type); bias.defined()) result = result & Mask::bias(repeated(bias));
-  return result;
 }
 
 // Whether both are views of the same memory with the same sizes and strides.
@@ -119,8 +103,11 @@ PlanRequest Frozen::State::request(int64_t B, int64_t Lq, int64_t Lk, AttentionW
   return request;
 }
 
-PlanRequest Frozen::State::request_for_context(std::string_view caller, int64_t B, int64_t Lk, int64_t expected) const {
-  return detail::for_context(caller, request(B, 1, Lk, options.attention_weights()), expected);
+PlanRequest Frozen::State::request_for_context(std::string_view caller,
+                                               int64_t B,
+                                               int64_t Lk,
+                                               const ContextOptions& how) const {
+  return detail::for_context(caller, request(B, 1, Lk, options.attention_weights()), how);
 }
 
 detail::EngineCall Frozen::State::call(const Orders& orders, const Tensor& given, const AttentionOptions& how) const {
@@ -238,49 +225,43 @@ std::tuple<Tensor, Tensor> Frozen::forward_with(const std::optional<Tensor>& que
   if (!state().engine) {
     const auto dropped_keys = detail::drop_padding(state().weights, inputs);
     const auto orders = detail::orders_of(state().request(B, Lq, inputs.Lk(), returned));
-    const FrozenContext context(make_context(orders, inputs.key, inputs.value, inputs.mask, inputs.is_batched, Lq));
+    const FrozenContext context(FrozenContext::State::make(state_, orders, inputs, {}));
     return detail::results(attend_with(Xq, context, call), inputs.is_batched, dropped_keys);
   }
-  const auto [lengths, rest] = split_lengths(mask, B, inputs.Lk());
+  const auto [lengths, rest] = detail::split_lengths(mask, B, inputs.Lk());
   const auto orders = detail::orders_of(state().request(B, Lq, mean_length(lengths), returned));
   const auto engine_call = state().call(orders, Xq, state().attention_options(rest, call));
   return detail::results(detail::forward(orders, *state().engine, inputs.key, inputs.value, lengths, engine_call),
                          inputs.is_batched);
 }
 
-FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& options) const {
-  return context_for(kFrozen, key, value, mask, options);
+FrozenContext Frozen::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& how) const {
+  return context_for(kFrozen, key, value, mask, how);
 }
 
 FrozenContext Frozen::context_for(
-    std::string_view caller, const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& options) const {
+    std::string_view caller, const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& how) const {
   const detail::Inference inference;
-  const auto expected = options.expected_queries;
   auto inputs = detail::context_inputs(caller, state().weights, key, value, mask);
   detail::check_mask(caller, state().weights, inputs, std::nullopt);
   if (are_one(key, value)) inputs.value = inputs.key;
-  const auto keys = state().engine ? mean_length(split_lengths(mask, inputs.B(), inputs.Lk()).first) : inputs.Lk();
-  const auto orders = detail::orders_of(state().request_for_context(caller, inputs.B(), keys, expected));
-  const auto rows = expected == ContextOptions::kMany ? std::numeric_limits<int64_t>::max() : expected;
-  auto context = make_context(orders, inputs.key, inputs.value, mask, inputs.is_batched, rows);
-  detail::copy_shared(context->parts, inputs.key, inputs.value);
+  const bool kernels = uses_kernels();
+  const auto keys = kernels ? mean_length(detail::split_lengths(mask, inputs.B(), inputs.Lk()).first) : inputs.Lk();
+  const auto orders = detail::orders_of_kept(caller, state().request_for_context(caller, inputs.B(), keys, how));
+  const bool many = how.expected_queries == ContextOptions::kMany;
+  const auto rows = many ? std::numeric_limits<int64_t>::max() : how.expected_queries;
+  auto layout = detail::context_layout(rows, options().num_heads());
+  if (how.share && layout == detail::ContextLayout::packed) layout = detail::ContextLayout::pack_on_read;
+  const auto check_shared = [&](const char* name, const Tensor& x) {
+    check_value(!how.share || !kernels || (x.is_contiguous() && !x.is_neg()), caller,
+                "{} must be contiguous to be shared, but has strides [{}].", name, detail::joined(x.strides()));
+  };
+  check_shared("key", inputs.key);
+  check_shared("value", inputs.value);
+  auto context = FrozenContext::State::make(state_, orders, inputs, layout, how.capacity);
+  if (!how.share) detail::copy_shared(context->parts, inputs.key, inputs.value);
+  context->shared = how.share;
   return FrozenContext(std::move(context));
-}
-
-std::shared_ptr<FrozenContext::State> Frozen::make_context(
-    const Orders& orders, const Tensor& key, const Tensor& value, const Mask& mask, bool is_batched, int64_t rows) const {
-  auto context = std::make_shared<FrozenContext::State>(FrozenContext::State{state_, {}, mask, is_batched});
-  const auto B = key.size(0), Lk = key.size(1);
-  if (state().engine) {
-    auto [lengths, rest] = split_lengths(mask, B, Lk);
-    context->mask = rest;
-    context->parts = detail::make_engine_context(orders, *state().engine, key, value, std::move(lengths), rows);
-  } else {
-    const auto made = detail::make_context(detail::Layer(orders, state().weights, state().products), key, value);
-    context->parts = {
-        .orders = orders, .B = B, .Lk = Lk, .lengths = {}, .keys = made.keys, .key_bias = made.key_bias, .values = made.values};
-  }
-  return context;
 }
 
 std::tuple<Tensor, Tensor> Frozen::attend(const Tensor& query, const FrozenContext& context, const CallOptions& call) const {
@@ -292,10 +273,7 @@ std::tuple<Tensor, Tensor> Frozen::attend(const Tensor& query, const FrozenConte
 
 // query [B * n, Lq, Eq] for a context of B entries, with a batch axis.
 Tensor Frozen::query_for(std::string_view caller, const Tensor& query, const FrozenContext& context) const {
-  const auto given = query.defined() && query.dim() == 3 ? query.size(0) : 1;
-  const auto of_context = context.batch_size();
-  const auto B = of_context > 0 && given % of_context == 0 ? given : of_context;
-  return detail::query_input(caller, state().weights, query, context.is_batched(), B);
+  return detail::several_queries(caller, state().weights, query, context.is_batched(), context.batch_size());
 }
 
 void Frozen::check_context(std::string_view caller, const FrozenContext& context, int64_t Lq) const {
@@ -315,28 +293,20 @@ std::tuple<Tensor, Tensor> Frozen::attend(const FrozenContext& context, const Ca
 
 // query [B * n, Lq, Eq], which has been checked, or undefined for the constant one.
 AttentionResult Frozen::attend_with(const Tensor& query, const FrozenContext& context, const CallOptions& call) const {
-  const auto& [owner, parts, mask, batched] = context.state();
+  const auto& parts = context.state().parts;
+  const auto& mask = context.state().mask;
   const auto B = parts.B, Lq = query.defined() ? query.size(1) : state().query.size(0);
   check_context(kFrozen, context, Lq);
   auto how = state().attention_options(mask, call);
   if (state().engine) return detail::attend(*state().engine, parts, state().call(parts.orders, query, how));
-  // The n queries of a context become one, of n * Lq rows.
-  const auto Xq = query.defined() ? query : state().query.expand({B, -1, -1});
-  const auto n = B > 0 ? Xq.size(0) / B : 1;
-  how.mask = for_queries(mask, n, Lq, parts.Lk, parts.keys.device(), Xq.scalar_type());
+  const detail::Queries queries(query.defined() ? query : state().query.expand({B, -1, -1}), B);
+  how.mask = queries.mask(mask, parts.Lk, queries.rows.scalar_type());
   const detail::Layer layer(parts.orders, state().weights, state().products);
-  auto result =
-      detail::attend(layer, Xq.reshape({B, n * Lq, Xq.size(2)}), {parts.keys, parts.key_bias, parts.values, parts.Lk}, how);
-  result.output = result.output.view({B * n, Lq, result.output.size(2)});
-  if (how.weights == AttentionWeights::mean) result.weights = result.weights.reshape({B * n, Lq, result.weights.size(2)});
-  if (how.weights == AttentionWeights::per_head) {
-    result.weights = result.weights.unflatten(2, {n, Lq}).transpose(1, 2).flatten(0, 1);
-  }
-  return result;
+  return queries.results(detail::attend(layer, queries.rows, context.state().layer_context(), how));
 }
 
 std::string Frozen::explain(int64_t B, int64_t Lq, int64_t Lk, std::optional<int64_t> expected_queries) const {
-  return xattn::explain(expected_queries ? state().request_for_context(kFrozen, B, Lk, *expected_queries)
+  return xattn::explain(expected_queries ? state().request_for_context(kFrozen, B, Lk, {.expected_queries = *expected_queries})
                                          : state().request(B, Lq, Lk, options().attention_weights()));
 }
 

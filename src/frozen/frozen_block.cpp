@@ -67,7 +67,10 @@ FrozenContext FrozenBlock::context(const Tensor& key, const Tensor& value, const
   const detail::Inference inference;
   const auto& s = state();
   const auto [none, Xk, Xv] = detail::block_context(kFrozenBlock, s.weights, key, value, s.normalise());
-  return s.attention.context(Xk, Xv, mask, how);
+  const auto context = s.attention.context(Xk, Xv, mask, how);
+  auto state = std::make_shared<FrozenContext::State>(context.state());
+  state->norm = s.weights.context_norm();
+  return FrozenContext(std::move(state));
 }
 
 std::tuple<Tensor, Tensor> FrozenBlock::attend(const Tensor& query,

@@ -17,6 +17,7 @@
 #include "modules/layer.h"
 #include "modules/options.h"
 #include "modules/planning.h"
+#include "modules/queries.h"
 
 namespace xattn {
 
@@ -101,8 +102,8 @@ std::tuple<Tensor, Tensor> FrozenDecoupled::forward(const Tensor& query,
     if (i == 0) dropped_keys = dropped;
     const auto returned = i == 0 ? detail::returned_weights(first.options, call) : AttentionWeights::none;
     const auto orders = detail::orders_of(of_context.request(B, Lq, inputs.Lk(), returned));
-    parts.push_back(
-        {i, FrozenContext(layer(i).make_context(orders, inputs.key, inputs.value, inputs.mask, is_batched, Lq)), scale});
+    const auto layout = detail::context_layout(Lq, first.options.num_heads());
+    parts.push_back({i, FrozenContext(FrozenContext::State::make(layer(i).state_, orders, inputs, layout)), scale});
   }
   return detail::results(attend_to(Xq, parts, call), is_batched, dropped_keys);
 }
@@ -149,7 +150,7 @@ std::tuple<Tensor, Tensor> FrozenDecoupled::attend(const Tensor& query,
 AttentionResult FrozenDecoupled::attend_to(const Tensor& query, const std::vector<Part>& parts, const CallOptions& call) const {
   const auto& first = layer(0).state();
   for (const auto& part : parts) layer(part.index).check_context(caller_of(part.index), part.context, query.size(1));
-  const auto how = first.attention_options(parts.front().context.mask(), call);
+  auto how = first.attention_options(parts.front().context.mask(), call);
   if (layer(0).uses_kernels()) {
     auto engine_call = first.call(parts.front().context.orders(), query, how);
     for (size_t i = 1; i < parts.size(); ++i) {
@@ -159,14 +160,18 @@ AttentionResult FrozenDecoupled::attend_to(const Tensor& query, const std::vecto
     }
     return detail::attend(*first.engine, parts.front().context.state().parts, engine_call);
   }
-  std::vector<detail::Part> plain;
+  const detail::Queries queries(query, parts.front().context.batch_size());
+  const auto mask_of = [&](const FrozenContext& context) {
+    return queries.mask(context.mask(), context.length(), query.scalar_type());
+  };
+  std::vector<detail::Part> of_modules;
   for (const auto& [index, context, scale] : parts) {
-    const auto& [orders, B, Lk, lengths, keys, key_bias, values, layout] = context.state().parts;
     const auto& of_context = layer(index).state();
-    plain.push_back(
-        {detail::Layer(orders, of_context.weights, of_context.products), {keys, key_bias, values, Lk}, context.mask(), scale});
+    of_modules.push_back({detail::Layer(context.orders(), of_context.weights, of_context.products),
+                          context.state().layer_context(), mask_of(context), scale});
   }
-  return detail::attend_to(plain, query, how);
+  how.mask = of_modules.front().mask;
+  return queries.results(detail::attend_to(of_modules, queries.rows, how));
 }
 
 FrozenDecoupled FrozenDecoupled::with_scales(const std::vector<double>& scales) const {

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <xattn/attention.h>
+#include <xattn/context.h>
 #include <xattn/frozen.h>
 #include <xattn/mask.h>
 #include <xattn/plan.h>
@@ -15,9 +15,15 @@
 #include <memory>
 #include <optional>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "frozen/engine.h"
+#include "modules/inputs.h"
 #include "modules/layer.h"
+#include "modules/norm_weights.h"
+#include "modules/room.h"
+#include "plan/order_traits.h"
 
 namespace xattn {
 
@@ -25,9 +31,9 @@ namespace detail {
 
 inline constexpr auto kFrozen = "frozen";  ///< the caller in messages
 
-/// The state of a call: no gradients, and no autocast.
+/// The state of a call: ordinary results without gradients, and no autocast.
 struct Inference {
-  const at::NoGradGuard no_grad;
+  const OrdinaryTensors ordinary;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
@@ -36,6 +42,9 @@ bool runs_on_kernels(const at::Tensor& weight);
 
 /// Throws for a storage that does not exist, and for one where the kernels do not run.
 void check_storage(std::string_view caller, const std::optional<at::ScalarType>& storage, bool kernels);
+
+/// The number of keys of each batch entry, as far as the mask has it in host memory, and the rest of the mask.
+std::pair<std::vector<int64_t>, Mask> split_lengths(const Mask& mask, int64_t B, int64_t Lk);
 
 }  // namespace detail
 
@@ -58,7 +67,7 @@ struct Frozen::State {
                                            const State* first);
 
   PlanRequest request(int64_t B, int64_t Lq, int64_t Lk, AttentionWeights returned) const;
-  PlanRequest request_for_context(std::string_view caller, int64_t B, int64_t Lk, int64_t expected) const;
+  PlanRequest request_for_context(std::string_view caller, int64_t B, int64_t Lk, const ContextOptions& how) const;
   // query [B, Lq, Eq], or undefined for the constant one.
   detail::EngineCall call(const Orders& orders, const at::Tensor& query, const AttentionOptions& how) const;
   AttentionOptions attention_options(const Mask& mask, const CallOptions& call) const;
@@ -69,10 +78,27 @@ struct FrozenContext::State {
   detail::EngineContext parts;  // its keys and values are those of a LayerContext where the engine does not run
   Mask mask;                    // without the lengths of `parts`
   bool batched;
+  bool shared = false;            // whether keys and values are the caller's tensors
+  detail::NormWeights norm = {};  // of a block, which keys and values pass first
+
+  // layout: of raw keys and values on the kernels.
+  static std::shared_ptr<State> make(std::shared_ptr<const Frozen::State> owner,
+                                     const Orders& orders,
+                                     const detail::ContextInputs& inputs,
+                                     detail::ContextLayout layout,
+                                     int64_t capacity = 0);
+
+  detail::Layer layer() const { return {parts.orders, owner->weights, {}}; }
+  detail::LayerContext layer_context() const { return {parts.keys, parts.key_bias, parts.values, parts.Lk, parts.room}; }
+  void set(const detail::LayerContext& made);
+  // The mask with the lengths of `parts`.
+  Mask whole_mask() const;
+  // Replaces the keys by those of these contexts, one behind the other, without what follows the first `keys`.
+  void join(const std::vector<FrozenContext>& contexts, int64_t keys);
 
   template <class Change>
   void change_tensors(const Change& change) {
-    const bool one = parts.values.is_same(parts.keys);
+    const bool one = detail::is_one(parts);
     parts.keys = change(parts.keys);
     parts.values = one ? parts.keys : change(parts.values);
     if (parts.key_bias.defined()) parts.key_bias = change(parts.key_bias);

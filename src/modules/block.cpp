@@ -158,7 +158,9 @@ Context CrossAttentionBlockImpl::context(const Tensor& key, const Tensor& value,
   const auto weights = detail::weights_of(*this);
   const auto [none, Xk, Xv] = detail::block_context(kBlock, weights, key, value, detail::normalised);
   auto state = std::make_shared<Context::State>(attention->context(Xk, Xv, mask, how).state());
-  state->normalised_by = detail::stamp_of(weights.context_norm());
+  const auto norm = weights.context_norm();
+  if (norm.kind != NormKind::none) state->norm = norm;
+  state->normalised_by = detail::stamp_of(norm);
   return Context(std::move(state));
 }
 

@@ -2,26 +2,40 @@
 #include <xattn/context.h>
 
 #include <memory>
+#include <optional>
 #include <utility>
+#include <vector>
 
 #include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/describe.h"
 #include "cpu/matrix_product.h"
 #include "modules/context_state.h"
+#include "modules/inputs.h"
+#include "modules/layer_context.h"
 #include "plan/order_traits.h"
 
 namespace xattn {
 
+using at::Tensor;
+using detail::check_type;
+using detail::check_value;
+
+namespace {
+
+constexpr auto kContext = "context";
+
+}  // namespace
+
 Context::Context(std::shared_ptr<const State> state) : state_(std::move(state)) {}
 
 const Context::State& Context::state() const {
-  detail::check_value(state_ != nullptr, "context", "context must be made by a module, but is empty.");
+  check_value(state_ != nullptr, kContext, "context must be made by a module, but is empty.");
   return *state_;
 }
 
 const Orders& Context::orders() const {
-  return state().orders;
+  return state().layer.orders;
 }
 const at::Tensor& Context::key() const {
   return state().parts.keys;
@@ -40,6 +54,71 @@ int64_t Context::batch_size() const {
 }
 int64_t Context::length() const {
   return state().parts.Lk;
+}
+
+Context Context::join(const std::vector<Context>& contexts) {
+  check_value(!contexts.empty(), kContext, "contexts must be at least one, but are none.");
+  const auto& first = contexts.front().state();
+  std::vector<detail::LayerContext> parts;
+  std::vector<std::pair<Mask, int64_t>> masks;
+  for (const auto& context : contexts) {
+    const auto& s = context.state();
+    check_value(s.made_from == first.made_from && s.normalised_by == first.normalised_by, kContext,
+                "contexts must be made by one layer with the same weights, but they differ.");
+    check_value(s.layer.orders == first.layer.orders, kContext,
+                "contexts must be in one order, but are in {}, {} and in {}, {}. Make them for the same expected_queries.",
+                name_of(first.layer.orders.logits), name_of(first.layer.orders.values), name_of(s.layer.orders.logits),
+                name_of(s.layer.orders.values));
+    check_value(s.is_batched == first.is_batched && s.parts.keys.size(0) == first.parts.keys.size(0), kContext,
+                "contexts must have one batch, but have {} and {} entries.", first.parts.keys.size(0), s.parts.keys.size(0));
+    check_type(s.parts.keys.scalar_type() == first.parts.keys.scalar_type(), kContext,
+               "contexts must be of one type, but are {} and {}.", detail::type_of(first.parts.keys),
+               detail::type_of(s.parts.keys));
+    parts.push_back(s.parts);
+    masks.emplace_back(s.mask, s.parts.Lk);
+  }
+  auto joined = std::make_shared<State>(first);
+  joined->mask = detail::join_keys(masks);
+  joined->parts = detail::join(first.layer, parts);
+  return Context(std::move(joined));
+}
+
+Context Context::append(const Tensor& key, const Tensor& value, const Mask& mask) const {
+  const auto& s = state();
+  const auto& [orders, weights, products] = s.layer;
+  s.made_from.check(kContext, detail::stamp_of(weights, orders));
+  if (s.norm) s.normalised_by.check(kContext, detail::stamp_of(*s.norm));
+  auto inputs = detail::context_inputs(kContext, weights, key, value, mask);
+  detail::check_appended(kContext, inputs, s.is_batched, batch_size());
+  detail::check_mask(kContext, weights, inputs, std::nullopt);
+  if (s.norm) detail::normalise(inputs, *s.norm);
+  const auto more = detail::make_context(s.layer, inputs.key, inputs.value);
+  check_type(more.keys.scalar_type() == s.parts.keys.scalar_type(), kContext,
+             "key must become {}, the type of the context, but becomes {}. Make it and append to it under the same autocast.",
+             detail::type_of(s.parts.keys), detail::type_of(more.keys));
+  auto longer = std::make_shared<State>(s);
+  longer->mask = detail::join_keys({{s.mask, s.parts.Lk}, {mask & detail::causal_part(s.mask), more.Lk}});
+  longer->parts = detail::append(s.layer, s.parts, more);
+  return Context(std::move(longer));
+}
+
+Context Context::truncate(int64_t n) const {
+  const auto& s = state();
+  detail::check_length(kContext, n, s.parts.Lk);
+  auto first = std::make_shared<State>(s);
+  first->mask = detail::first_keys(s.mask, n);
+  first->parts = detail::truncate(s.layer, s.parts, n);
+  return Context(std::move(first));
+}
+
+Context Context::select(const Tensor& indices) const {
+  const auto& s = state();
+  check_value(s.is_batched, kContext, "context must be batched to select entries, but is unbatched.");
+  const auto entries = detail::entry_indices(kContext, indices, batch_size());
+  auto selected = std::make_shared<State>(s);
+  selected->mask = detail::select_entries(s.mask, entries);
+  selected->parts = detail::select_entries(s.layer, s.parts, entries.to(s.parts.keys.device()));
+  return Context(std::move(selected));
 }
 
 namespace detail {
@@ -74,9 +153,10 @@ WeightsStamp stamp_of(const NormWeights& norm) {
 }
 
 void check_context(std::string_view caller, const LayerWeights& w, const Context::State& context, const at::Tensor& query) {
-  const auto& [orders, parts, mask, is_batched, made_from, normalised_by] = context;
-  made_from.check(caller, stamp_of(w, orders));
-  check_mask(mask, caller, query.size(0), w.H, query.size(1), parts.Lk, query.device());
+  const auto& orders = context.layer.orders;
+  const auto& parts = context.parts;
+  context.made_from.check(caller, stamp_of(w, orders));
+  check_mask(context.mask, caller, parts.keys.size(0), w.H, query.size(1), parts.Lk, query.device());
   const auto type = product_type(query);
   check_type(
       is_raw(orders.logits) || parts.keys.scalar_type() == type, caller,
@@ -84,11 +164,15 @@ void check_context(std::string_view caller, const LayerWeights& w, const Context
       c10::getDtypeNames(type).first, type_of(parts.keys));
 }
 
-Context keep_context(const Layer& layer, const ContextInputs& inputs) {
+Context keep_context(const Layer& layer, const ContextInputs& inputs, const ContextOptions& how) {
   auto parts = make_context(layer, inputs.key, inputs.value);
-  copy_shared(parts, inputs.key, inputs.value);
+  if (how.capacity > parts.Lk && can_grow(layer, {parts})) {
+    parts = join(layer, {parts}, how.capacity);
+  } else if (!how.share) {
+    copy_shared(parts, inputs.key, inputs.value);
+  }
   return Context(std::make_shared<Context::State>(
-      Context::State{layer.orders, std::move(parts), inputs.mask, inputs.is_batched, stamp_of(layer.weights, layer.orders)}));
+      Context::State{layer, std::move(parts), inputs.mask, inputs.is_batched, stamp_of(layer.weights, layer.orders)}));
 }
 
 }  // namespace detail

@@ -6,11 +6,13 @@
 #include <xattn/plan.h>
 
 #include <cstdint>
+#include <optional>
 #include <string_view>
 #include <vector>
 
 #include "modules/inputs.h"
 #include "modules/layer.h"
+#include "modules/norm_weights.h"
 
 namespace xattn {
 namespace detail {
@@ -23,6 +25,7 @@ class WeightsStamp {
 
   /// Throws c10::ValueError unless `now` is of the same tensors, unchanged.
   void check(std::string_view caller, const WeightsStamp& now) const;
+  bool operator==(const WeightsStamp& other) const = default;
 
  private:
   // The tensor is held so that no other one can get its address.
@@ -41,8 +44,11 @@ WeightsStamp stamp_of(const LayerWeights& weights, const Orders& orders);
 /// Of a norm that keys and values pass; empty for NormKind::none.
 WeightsStamp stamp_of(const NormWeights& norm);
 
-/// Makes a context of checked inputs. Tensors that it would share with the caller are copied.
-Context keep_context(const Layer& layer, const ContextInputs& inputs);
+/// The same of a norm that keys and values pass before their projections.
+WeightsStamp stamp_of(const NormWeights& norm);
+
+/// Makes a context of checked inputs. Tensors that it would share with the caller are copied unless they are to be shared.
+Context keep_context(const Layer& layer, const ContextInputs& inputs, const ContextOptions& how);
 
 /// Throws unless a module with these weights can attend to the context now, with query [B, Lq, Eq].
 void check_context(std::string_view caller,
@@ -53,12 +59,13 @@ void check_context(std::string_view caller,
 }  // namespace detail
 
 struct Context::State {
-  Orders orders;
+  detail::Layer layer;  // that made it, without products of weights
   detail::LayerContext parts;
   Mask mask;
   bool is_batched;
   detail::WeightsStamp made_from;
-  detail::WeightsStamp normalised_by = {};  // the norm of a block that keys and values passed; empty if there was none
+  std::optional<detail::NormWeights> norm = {};  // of a block, which keys and values pass first
+  detail::WeightsStamp normalised_by = {};       // that norm; empty if there is none
 };
 
 }  // namespace xattn

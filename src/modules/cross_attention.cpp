@@ -10,11 +10,13 @@
 #include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/text.h"
+#include "cpu/matrix_product.h"
 #include "modules/context_state.h"
 #include "modules/inputs.h"
 #include "modules/layer.h"
 #include "modules/options.h"
 #include "modules/planning.h"
+#include "modules/queries.h"
 
 namespace xattn {
 
@@ -98,19 +100,22 @@ Context CrossAttentionImpl::context(const Tensor& key, const Tensor& value, cons
   const bool inputs_train = key.requires_grad() || value.requires_grad();
   const auto request =
       detail::request_of(*this, weights, inputs.B(), 1, inputs.Lk(), mask, options.attention_weights(), inputs_train);
-  const auto orders = detail::orders_of_context(kCrossAttention, request, how.expected_queries);
-  return detail::keep_context(detail::Layer(orders, std::move(weights), {}), inputs);
+  const auto orders = detail::orders_of_context(kCrossAttention, request, how);
+  return detail::keep_context(detail::Layer(orders, std::move(weights), {}), inputs, how);
 }
 
 std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Tensor& query, const Context& context, const CallOptions& call) {
   detail::check_module(kCrossAttention, *this);
   auto weights = detail::weights_of(*this);
   const auto& state = context.state();
-  const auto Xq = detail::query_input(kCrossAttention, weights, query, state.is_batched, context.batch_size());
+  const auto B = context.batch_size();
+  const auto Xq = detail::several_queries(kCrossAttention, weights, query, state.is_batched, B);
   detail::check_context(kCrossAttention, weights, state, Xq);
-  const auto how = detail::attention_options(kCrossAttention, options, call, state.mask, is_training());
-  return detail::results(detail::attend(detail::Layer(state.orders, std::move(weights)), Xq, state.parts, how),
-                         state.is_batched);
+  const detail::Queries queries(Xq, B);
+  const auto mask = queries.mask(state.mask, context.length(), detail::product_type(Xq));
+  const auto how = detail::attention_options(kCrossAttention, options, call, mask, is_training());
+  const detail::Layer layer(state.layer.orders, std::move(weights));
+  return detail::results(queries.results(detail::attend(layer, queries.rows, state.parts, how)), state.is_batched);
 }
 
 std::string CrossAttentionImpl::explain(int64_t B, int64_t Lq, int64_t Lk, const Mask& mask, const CallOptions& call) const {

@@ -14,6 +14,7 @@
 #include "modules/layer.h"
 #include "modules/options.h"
 #include "modules/planning.h"
+#include "modules/queries.h"
 #include "plan/order_traits.h"
 
 namespace xattn {
@@ -66,8 +67,8 @@ Context make_kept_context(const DecoupledCrossAttentionImpl& module,
   detail::check_mask(caller, weights, inputs, std::nullopt);
   const bool trains = key.requires_grad() || value.requires_grad();
   const auto request = xattn::request(module, weights, context, inputs.B(), 1, inputs.Lk(), mask, {}, trains);
-  const auto orders = detail::orders_of_context(caller, request, how.expected_queries);
-  return detail::keep_context(detail::Layer(orders, std::move(weights), {}), inputs);
+  const auto orders = detail::orders_of_context(caller, request, how);
+  return detail::keep_context(detail::Layer(orders, std::move(weights), {}), inputs, how);
 }
 
 }  // namespace
@@ -216,26 +217,28 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& que
                                                                const std::vector<Context>& added,
                                                                const CallOptions& call) {
   check_options();
-  const auto Xq =
-      detail::query_input(kDecoupled, detail::weights_of(*this, 0), query, context.is_batched(), context.batch_size());
+  const auto B = context.batch_size();
+  const auto Xq = detail::several_queries(kDecoupled, detail::weights_of(*this, 0), query, context.is_batched(), B);
+  const detail::Queries queries(Xq, B);
   detail::check_count(kDecoupled, added.size(), added_projections.size());
   std::vector<detail::Part> parts;
   for (size_t i = 0; i <= added.size(); ++i) {
     const auto& state = (i == 0 ? context : added[i - 1]).state();
     const auto caller = detail::caller_of(kDecoupled, i);
-    if (i > 0)
-      detail::check_batch(kDecoupled, i, state.is_batched, state.parts.keys.size(0), context.is_batched(),
-                          context.batch_size());
+    if (i > 0) detail::check_batch(kDecoupled, i, state.is_batched, state.parts.keys.size(0), context.is_batched(), B);
     auto weights = detail::weights_of(*this, i);
     detail::check_context(caller, weights, state, Xq);
-    check_value(detail::ends_in_heads(state.orders.values), caller,
+    const auto& orders = state.layer.orders;
+    check_value(detail::ends_in_heads(orders.values), caller,
                 "context must be made by this layer, for values that end in heads, but is in the order {}.",
-                name_of(state.orders.values));
+                name_of(orders.values));
     const auto scale = i == 0 ? 1 : options.added()[i - 1].scale();
-    if (scale != 0) parts.push_back({detail::Layer(state.orders, std::move(weights)), state.parts, state.mask, scale});
+    if (scale == 0) continue;
+    const auto mask = queries.mask(state.mask, state.parts.Lk, detail::product_type(Xq));
+    parts.push_back({detail::Layer(orders, std::move(weights)), state.parts, mask, scale});
   }
   const auto how = detail::attention_options(kDecoupled, attention->options, call, parts.front().mask, is_training());
-  return detail::results(detail::attend_to(parts, Xq, how), context.is_batched());
+  return detail::results(queries.results(detail::attend_to(parts, queries.rows, how)), context.is_batched());
 }
 
 std::string DecoupledCrossAttentionImpl::explain(int64_t B,

@@ -6,19 +6,12 @@
 #include "base/check.h"
 #include "base/text.h"
 #include "cpu/matrix_product.h"
+#include "modules/inputs.h"
 #include "plan/order_traits.h"
 
 namespace xattn::detail {
 
 using at::Tensor;
-
-namespace {
-
-std::string batch_of(bool is_batched, int64_t B) {
-  return is_batched ? formatted("a batch of {}", B) : "unbatched";
-}
-
-}  // namespace
 
 LayerWeights weights_of(const DecoupledCrossAttentionImpl& module, size_t context) {
   auto weights = weights_of(*module.attention);

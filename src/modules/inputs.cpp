@@ -47,11 +47,23 @@ ContextInputs context_inputs(
   check_input(caller, "value", value, "Lk", layer.value);
   check_value(key.sizes().slice(0, key.dim() - 1) == value.sizes().slice(0, value.dim() - 1), caller,
               "value must have the batch and length of key, {}, but has {}.", shape_of(key), shape_of(value));
-  return {batched(key), batched(value), mask, key.dim() == 3};
+  const auto Xk = batched(key);
+  return {Xk, value.is_same(key) ? Xk : batched(value), mask, key.dim() == 3};
 }
 
 void check_mask(std::string_view caller, const LayerWeights& layer, const ContextInputs& context, std::optional<int64_t> Lq) {
   check_mask(context.mask, caller, context.B(), layer.H, Lq, context.Lk(), context.key.device());
+}
+
+void check_appended(std::string_view caller, const ContextInputs& more, bool is_batched, int64_t B) {
+  check_value(more.is_batched == is_batched && more.B() == B, caller, "key must be {}, as the context, but is {}.",
+              batch_of(is_batched, B), batch_of(more.is_batched, more.B()));
+}
+
+void normalise(ContextInputs& context, const NormWeights& norm) {
+  const bool one = context.value.is_same(context.key);
+  context.key = normalised(context.key, norm);
+  context.value = one ? context.key : normalised(context.value, norm);
 }
 
 Tensor query_input(std::string_view caller, const LayerWeights& layer, const Tensor& query, bool is_batched, int64_t B) {
@@ -60,6 +72,10 @@ Tensor query_input(std::string_view caller, const LayerWeights& layer, const Ten
               "query must have shape {}Lq, {}] to match its context, but has {}.", is_batched ? formatted("[{}, ", B) : "[",
               query.size(-1), shape_of(query));
   return batched(query);
+}
+
+std::string batch_of(bool is_batched, int64_t B) {
+  return is_batched ? formatted("a batch of {}", B) : "unbatched";
 }
 
 int64_t drop_padding(const LayerWeights& layer, ContextInputs& context) {

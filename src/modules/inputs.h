@@ -7,10 +7,12 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
 
 #include "modules/layer.h"
+#include "modules/norm_weights.h"
 
 // The arguments of a call, checked and brought to one form, and its results as the caller expects them. `caller` begins a
 // message: "[caller] key must have ...".
@@ -38,12 +40,21 @@ ContextInputs context_inputs(
 /// Throws unless the mask fits these keys and, if their number is known, the query rows.
 void check_mask(std::string_view caller, const LayerWeights& layer, const ContextInputs& context, std::optional<int64_t> Lq);
 
+/// Throws unless keys and values that are appended to a context have its batch.
+void check_appended(std::string_view caller, const ContextInputs& more, bool is_batched, int64_t B);
+
+/// Applies a norm to keys and values, once if they are one tensor.
+void normalise(ContextInputs& context, const NormWeights& norm);
+
 /// query [B, Lq, Eq] or, unless `is_batched`, [Lq, Eq] -> [B, Lq, Eq]. Throws unless it fits the layer and its context.
 at::Tensor query_input(std::string_view caller, const LayerWeights& layer, const at::Tensor& query, bool is_batched, int64_t B);
 
 /// Drops the keys after the last that any batch entry needs, by lengths in host memory; none if bias_kv appends a key. Returns
 /// the number of dropped keys: returned weights get as many columns of zeros.
 int64_t drop_padding(const LayerWeights& layer, ContextInputs& context);
+
+/// "a batch of 2", or "unbatched".
+std::string batch_of(bool is_batched, int64_t B);
 
 /// [L, E] -> [1, L, E]; three axes stay.
 at::Tensor batched(const at::Tensor& x);

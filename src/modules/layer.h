@@ -7,11 +7,13 @@
 #include <xattn/plan.h>
 
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
 #include "attention/softmax.h"
 #include "modules/norm_weights.h"
+#include "modules/room.h"
 
 // A layer of attention in any order of its products, in plain tensor operations: one short function for each entry of the table
 // in plan.h, all of them differentiable, for all types and devices. Results that depend on the weights alone or on the context
@@ -73,15 +75,23 @@ struct Layer {
 
 /// Keys and values as the orders of a layer read them.
 struct LayerContext {
-  at::Tensor keys;      ///< standard: K, [B, G, Lk, d]; raw: Xk; folded: [B, H * Lk, Eq]
-  at::Tensor key_bias;  ///< added to the logits, [B, 1, H * Lk]; undefined where there is none
-  at::Tensor values;    ///< standard: V, [B, G, Lk, e]; raw: Xv; folded: [B, H * Lk, Eo]
-  int64_t Lk;           ///< without the key of bias_kv
+  at::Tensor keys;                  ///< standard: K, [B, G, Lk, d]; raw: Xk; folded: [B, H * Lk, Eq]
+  at::Tensor key_bias;              ///< added to the logits, [B, 1, H * Lk]; undefined where there is none
+  at::Tensor values;                ///< standard: V, [B, G, Lk, e]; raw: Xv; folded: [B, H * Lk, Eo]
+  int64_t Lk;                       ///< without the key of bias_kv
+  std::shared_ptr<Room> room = {};  ///< behind the last key; null if there is none
 };
+
+/// Whether keys and values of a context are one tensor.
+template <class AnyContext>
+bool is_one(const AnyContext& context) {
+  return context.values.is_same(context.keys);
+}
+
 /// Copies the tensors that a context would share with the caller, so that the caller's later changes do not affect it.
 template <class AnyContext>
 void copy_shared(AnyContext& context, const at::Tensor& key, const at::Tensor& value) {
-  const bool one = context.values.is_same(context.keys);
+  const bool one = is_one(context);
   if (context.keys.is_alias_of(key)) context.keys = context.keys.clone();
   if (one) {
     context.values = context.keys;

@@ -12,6 +12,7 @@
 #include "attention/mask_parts.h"
 #include "base/check.h"
 #include "cpu/matrix_product.h"
+#include "plan/order_traits.h"
 
 namespace xattn::detail {
 
@@ -67,16 +68,34 @@ Orders orders_of(const PlanRequest& request) {
   return request.pinned ? *request.pinned : make_plan(request).orders;
 }
 
-Orders orders_of_context(std::string_view caller, const PlanRequest& request, int64_t expected_queries) {
-  return expected_queries == ContextOptions::kMany ? Orders{} : orders_of(for_context(caller, request, expected_queries));
+Orders orders_of_context(std::string_view caller, const PlanRequest& request, const ContextOptions& how) {
+  const auto kept = for_context(caller, request, how);
+  return how.expected_queries == ContextOptions::kMany && !how.share ? Orders{} : orders_of_kept(caller, kept);
 }
 
-PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t expected_queries) {
+Orders orders_of_kept(std::string_view caller, const PlanRequest& request) {
+  const auto orders = orders_of(request);
+  if (!request.shares_context || (is_raw(orders.logits) && is_raw(orders.values))) return orders;
+  constexpr auto kRaw = Order::fold_into_query;
+  auto reason = request.pinned ? "the plan or autocast fixes another order" : illegal_for_logits(kRaw, request);
+  if (reason.empty()) reason = illegal_for_values(kRaw, request);
+  check_value(reason.empty(), caller, "share must be left out if a layer cannot read keys and values as given, but is set: {}.",
+              reason);
+  return {kRaw, kRaw};  // an axis is empty, for which the plan is the reference's
+}
+
+PlanRequest for_context(std::string_view caller, PlanRequest request, const ContextOptions& how) {
   constexpr int64_t kRowsOfACall = 64;  // assumed for each call while a context is planned
-  const bool many = expected_queries == ContextOptions::kMany;
-  check_value(expected_queries >= 0 || many, caller, "expected_queries must not be negative, but is {}.", expected_queries);
-  request.Lq = many ? kRowsOfACall : std::clamp<int64_t>(expected_queries, 1, kRowsOfACall);
-  request.context_rows = many ? PlanRequest::kKept : std::max<int64_t>(expected_queries, 1);
+  const auto expected = how.expected_queries;
+  const bool many = expected == ContextOptions::kMany;
+  check_value(expected >= 0 || many, caller, "expected_queries must not be negative, but is {}.", expected);
+  check_value(how.capacity >= 0, caller, "capacity must not be negative, but is {}.", how.capacity);
+  check_value(how.capacity == 0 || !how.share, caller, "capacity must be 0 for a shared context, but is {}.", how.capacity);
+  request.Lq = many ? kRowsOfACall : std::clamp<int64_t>(expected, 1, kRowsOfACall);
+  request.Lk = std::max(request.Lk, how.capacity);
+  request.context_rows = many ? PlanRequest::kKept : std::max<int64_t>(expected, 1);
+  request.shares_context = how.share;
+  request.context_grows = how.capacity > 0;
   return request;
 }
 

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <xattn/attention.h>
+#include <xattn/context.h>
 #include <xattn/cross_attention.h>
 #include <xattn/mask.h>
 #include <xattn/plan.h>
@@ -34,11 +35,15 @@ Orders orders_of(const PlanRequest& request);
 /// The sizes and norms of a layer; the caller adds rates, type and purpose.
 PlanRequest request_of(const LayerWeights& weights, int64_t B, int64_t Lq, int64_t Lk);
 
-/// The orders of a context that a module keeps: standard for an unknown number of query rows, else the cheapest.
-Orders orders_of_context(std::string_view caller, const PlanRequest& request, int64_t expected_queries);
+/// The orders of a context that a module keeps: standard for an unknown number of query rows, else the cheapest. Throws if the
+/// context cannot be kept as the options require.
+Orders orders_of_context(std::string_view caller, const PlanRequest& request, const ContextOptions& how);
 
-/// The request for a context that serves this many query rows over all calls (ContextOptions::expected_queries). Throws if < 0.
-PlanRequest for_context(std::string_view caller, PlanRequest request, int64_t expected_queries);
+/// The orders of a request from `for_context`. Throws if the context is shared and the layer cannot read it as it is.
+Orders orders_of_kept(std::string_view caller, const PlanRequest& request);
+
+/// The request for a context that serves the expected query rows over all calls. Throws for invalid options.
+PlanRequest for_context(std::string_view caller, PlanRequest request, const ContextOptions& how);
 
 /// Throws for orders that are illegal for such a layer, and for invalid rates.
 void check_plan(std::string_view caller, const PlanMode& plan, const CrossAttentionOptions& options);

@@ -19,6 +19,13 @@ namespace {
 using detail::check_value;
 using detail::uses_product;
 
+// Why a context cannot be kept as this order reads it; empty if it can.
+std::string_view illegal_for_context(Order order, const PlanRequest& request) {
+  if (request.shares_context && !detail::is_raw(order)) return "the context stays as given, because it is shared";
+  if (request.context_grows && detail::is_folded(order)) return "a folded context is copied for each append";
+  return {};
+}
+
 constexpr std::string_view kNoProduct = "the product of weights is larger than both and was not made";
 
 // `count` products of [m, k] by [k, n]. A call is charged `share` of their cost.
@@ -262,7 +269,8 @@ class Planner {
       return std::ranges::min_element(costs, {}, rank)->order;
     };
     const Orders apart{of_chain(plan_.logits), of_chain(plan_.values)};
-    return plan({}).seconds <= plan(apart).seconds ? Orders{} : apart;
+    const bool standard_is_legal = plan_.logits.front().illegal.empty() && plan_.values.front().illegal.empty();
+    return standard_is_legal && plan({}).seconds <= plan(apart).seconds ? Orders{} : apart;
   }
 
  private:
@@ -294,6 +302,7 @@ RunsOn detail::modules_run_on() {
 }
 
 std::string_view illegal_for_logits(Order order, const PlanRequest& request) {
+  if (const auto reason = illegal_for_context(order, request); !reason.empty()) return reason;
   if (order == Order::standard) return {};
   if (request.bias_kv) return "bias_kv adds a key that no projection made";
   const bool keeps_query_projection = order == Order::fold_into_query, keeps_key_projection = order == Order::fold_into_context;
@@ -305,6 +314,7 @@ std::string_view illegal_for_logits(Order order, const PlanRequest& request) {
 }
 
 std::string_view illegal_for_values(Order order, const PlanRequest& request) {
+  if (const auto reason = illegal_for_context(order, request); !reason.empty()) return reason;
   if (order != Order::standard && request.bias_kv) return "bias_kv adds a value that no projection made";
   if (request.sums_heads && !detail::ends_in_heads(order)) return "the output projection follows the sum of heads";
   if (request.weights_are_frozen && uses_product(order) && !values_product_pays(request)) return kNoProduct;

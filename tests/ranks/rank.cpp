@@ -346,6 +346,10 @@ void errors(const Ranks& ranks) {
           }));
   refused("key", "[context_parallel] key must have shape [B, Lk, 10], but has undefined.",
           message([&] { return parallel.context(rank == 0 ? Tensor() : y, y); }));
+  refused(
+      "key",
+      "[context_parallel] options must have neither capacity nor share, which are for contexts of one process, but have one.",
+      message([&] { return parallel.context(y, y, {}, {.capacity = rank == 0 ? 9 : 0}); }));
   ContextParallel apart(module, ranks.group, Queries::own);
   const auto of_apart = apart.context(y, y);
   refused("query", "[context_parallel] query must have shape [B, Lq, 6], but has [2, 3, 5].",

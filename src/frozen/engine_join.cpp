@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "cpu/huge_pages.h"
+#include "frozen/engine.h"
+
+// Contexts of the engine that are joined, grown and reordered, by copies between packed matrices. A panel of packed keys has one
+// column for each key. Appending writes columns behind the last key; products of a shorter context with these are discarded.
+namespace xattn::detail {
+
+using at::Tensor;
+using namespace engine;
+
+namespace {
+
+bool is_packed(const EngineContext& context, Order order) {
+  return !is_raw(order) || context.layout == ContextLayout::packed;
+}
+
+// Keys that are not folded: packed [B, (G,) panels, features, panel], or as given [B, keys, features].
+Tensor keys_of(const EngineWeights& w, const EngineContext& context) {
+  const auto order = context.orders.logits;
+  if (!is_packed(context, order)) return context.keys;
+  const auto panel = kernels().panel;
+  return context.keys.unflatten(-1, {divided_up(context.capacity, panel), is_raw(order) ? w.Ek : w.d, panel});
+}
+
+// Values that are not folded, with keys on the last axis but one: [B, (G,) panels, keys, panel], or [B, keys, features].
+Tensor values_of(const EngineWeights& w, const EngineContext& context) {
+  const auto order = context.orders.values;
+  if (!is_packed(context, order)) return context.values;
+  const auto panel = kernels().panel;
+  return context.values.unflatten(-1, {divided_up(is_raw(order) ? w.Ev : w.e, panel), context.capacity, panel});
+}
+
+// Copies the first n rows of `from` to rows of `to` from `first` on.
+void copy_rows(const Tensor& from, const Tensor& to, int64_t first, int64_t n) {
+  to.narrow(-2, first, n).copy_(from.narrow(-2, 0, n));
+}
+
+// The same for columns of packed matrices [..., panels, features, panel]. Each panel of `from` goes to two of `to`, unless
+// `first` begins one. Columns behind the last may be overwritten.
+void copy_columns(const Tensor& from, const Tensor& to, int64_t first, int64_t n) {
+  const auto panel = kernels().panel, panels = divided_up(n, panel), begin = first / panel, shift = first % panel;
+  const auto copy = [&](int64_t to_panel, int64_t count, int64_t to_column, int64_t from_column, int64_t columns) {
+    to.narrow(-3, to_panel, count)
+        .narrow(-1, to_column, columns)
+        .copy_(from.narrow(-3, 0, count).narrow(-1, from_column, columns));
+  };
+  if (n == 0) return;
+  copy(begin, panels, shift, 0, panel - shift);
+  const auto spilling = std::min(panels, to.size(-3) - begin - 1);
+  if (shift > 0 && spilling > 0) copy(begin + 1, spilling, 0, panel - shift, shift);
+}
+
+// Copies n keys and their values behind the first `first` of `to`, of the chains that are not folded.
+void copy_keys(const EngineWeights& w, const EngineContext& from, const EngineContext& to, int64_t first, int64_t n) {
+  const auto& [logits, values] = from.orders;
+  if (!is_folded(logits)) {
+    const auto copy = is_packed(from, logits) ? copy_columns : copy_rows;
+    copy(keys_of(w, from), keys_of(w, to), first, n);
+  }
+  if (!is_folded(values) && !is_one(to)) copy_rows(values_of(w, from), values_of(w, to), first, n);
+}
+
+// A context like another, with uninitialised tensors for the chains that are not folded.
+EngineContext empty_like(const EngineWeights& w, const EngineContext& like, bool one, int64_t Lk, int64_t capacity) {
+  auto context = like;
+  const auto& [logits, values] = like.orders;
+  context.Lk = Lk;
+  context.capacity = is_folded(logits) || is_folded(values) ? Lk : std::max(capacity, Lk);
+  context.room = context.capacity > Lk ? std::make_shared<Room>(Lk, context.capacity) : nullptr;
+  const auto empty = [&](Order order, const Tensor& x, int64_t packed_size) {
+    auto sizes = x.sizes().vec();
+    is_packed(like, order) ? sizes.back() = packed_size : sizes[1] = context.capacity;
+    return in_huge_pages(at::empty(sizes, x.options()));
+  };
+  const auto& run = kernels();
+  if (!is_folded(logits)) {
+    context.keys = empty(logits, like.keys, run.packed_size(is_raw(logits) ? w.Ek : w.d, context.capacity));
+  }
+  if (one) {
+    context.values = context.keys;
+  } else if (!is_folded(values)) {
+    context.values = empty(values, like.values, run.packed_size(context.capacity, is_raw(values) ? w.Ev : w.e));
+  }
+  return context;
+}
+
+// ---- Folded chains: the heads of a batch entry follow each other, each with as many keys as the entry has -------------------
+
+// Calls f(part, b, first key, keys, keys that are taken) for each entry of each part.
+template <class F>
+void each_entry(const std::vector<EngineContext>& parts, int64_t Lk, const F& f) {
+  int64_t first = 0;
+  for (const auto& part : parts) {
+    const auto left = std::max<int64_t>(0, std::min(part.Lk, Lk - first));
+    for (int64_t b = 0; b < part.B; ++b) {
+      const auto n = part.lengths[static_cast<size_t>(b)];
+      f(part, b, first, n, std::min(n, left));
+    }
+    first += left;
+  }
+}
+
+void join_folded_keys(const EngineWeights& w, const std::vector<EngineContext>& parts, EngineContext& joined) {
+  const auto B = joined.B, H = w.H, Lk = joined.Lk, panel = kernels().panel;
+  const auto options = parts.front().keys.options();
+  const auto rows = at::zeros({B, H, Lk, w.Eq}, options);
+  joined.key_bias = at::zeros({B, H * Lk}, parts.front().key_bias.options());
+  each_entry(parts, Lk, [&](const EngineContext& part, int64_t b, int64_t first, int64_t n, int64_t taken) {
+    const auto panels = part.keys.select(0, b).view({divided_up(H * part.Lk, panel), w.Eq, panel});
+    const auto columns = panels.transpose(1, 2).flatten(0, 1).narrow(0, 0, H * n).view({H, n, w.Eq});
+    rows.select(0, b).narrow(1, first, taken).copy_(columns.narrow(1, 0, taken));
+    const auto bias = part.key_bias.select(0, b).narrow(0, 0, H * n).view({H, n});
+    joined.key_bias.select(0, b).view({H, Lk}).narrow(1, first, taken).copy_(bias.narrow(1, 0, taken));
+  });
+  const auto panels = divided_up(H * Lk, panel);
+  const auto padded = at::constant_pad_nd(rows.flatten(1, 2), {0, 0, 0, panels * panel - H * Lk});
+  joined.keys = in_huge_pages(at::empty({B, panels * w.Eq * panel}, options));
+  joined.keys.view({B, panels, w.Eq, panel}).copy_(padded.view({B, panels, panel, w.Eq}).transpose(2, 3));
+}
+
+void join_folded_values(const EngineWeights& w, const std::vector<EngineContext>& parts, EngineContext& joined) {
+  const auto B = joined.B, H = w.H, Lk = joined.Lk, panel = kernels().panel, panels = divided_up(w.Eo, panel);
+  joined.values = in_huge_pages(at::zeros({B, panels * H * Lk * panel}, parts.front().values.options()));
+  const auto to = joined.values.view({B, panels, H, Lk, panel});
+  each_entry(parts, Lk, [&](const EngineContext& part, int64_t b, int64_t first, int64_t n, int64_t taken) {
+    const auto from = part.values.select(0, b).narrow(0, 0, panels * H * n * panel).view({panels, H, n, panel});
+    to.select(0, b).narrow(2, first, taken).copy_(from.narrow(2, 0, taken));
+  });
+}
+
+}  // namespace
+
+EngineContext join(const EngineWeights& w, const std::vector<EngineContext>& parts, int64_t keys, int64_t capacity) {
+  auto joined = empty_like(w, parts.front(), std::ranges::all_of(parts, is_one<EngineContext>), keys, capacity);
+  if (is_folded(joined.orders.logits)) join_folded_keys(w, parts, joined);
+  if (is_folded(joined.orders.values)) join_folded_values(w, parts, joined);
+  int64_t first = 0;
+  for (const auto& part : parts) {
+    const auto n = std::min(part.Lk, keys - first);
+    copy_keys(w, part, joined, first, n);
+    for (int64_t b = 0; b < joined.B && !is_folded(joined.orders.values); ++b) {
+      const auto length = part.lengths[static_cast<size_t>(b)];  // memory behind it may hold NaN
+      if (length < n) values_of(w, joined).select(0, b).narrow(-2, first + length, n - length).zero_();
+    }
+    first += n;
+  }
+  joined.lengths.assign(static_cast<size_t>(joined.B), keys);
+  return joined;
+}
+
+EngineContext append(const EngineWeights& w, const EngineContext& context, const EngineContext& more) {
+  const auto Lk = context.Lk + more.Lk;
+  const bool is_full = std::ranges::all_of(context.lengths, [&](int64_t length) { return length == context.Lk; });
+  const bool fits = is_full && (!is_one(context) || is_one(more));
+  if (!fits || !context.room || !context.room->claim(context.Lk, Lk)) {
+    return join(w, {context, more}, Lk, Room::for_growth(Lk));
+  }
+  auto longer = context;
+  longer.Lk = Lk;
+  longer.lengths.assign(static_cast<size_t>(context.B), Lk);
+  copy_keys(w, more, longer, context.Lk, more.Lk);
+  return longer;
+}
+
+EngineContext select_entries(const EngineContext& context, const Tensor& indices) {
+  auto selected = context;
+  const auto entries = [&](const Tensor& x) { return x.defined() ? in_huge_pages(x.index_select(0, indices)) : x; };
+  selected.keys = entries(context.keys);
+  selected.key_bias = entries(context.key_bias);
+  selected.values = is_one(context) ? selected.keys : entries(context.values);
+  selected.B = indices.size(0);
+  selected.lengths.clear();
+  for (int64_t i = 0; i < selected.B; ++i) {
+    selected.lengths.push_back(context.lengths[static_cast<size_t>(indices[i].item<int64_t>())]);
+  }
+  if (context.room) selected.room = std::make_shared<Room>(context.Lk, context.capacity);
+  return selected;
+}
+
+EngineContext without_room(const EngineWeights& w, const EngineContext& context) {
+  if (context.capacity == context.Lk) return context;
+  const auto copy = empty_like(w, context, is_one(context), context.Lk, context.Lk);
+  copy_keys(w, context, copy, 0, context.Lk);
+  return copy;
+}
+
+}  // namespace xattn::detail
