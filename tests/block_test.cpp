@@ -4,6 +4,7 @@
 #include <ATen/autocast_mode.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <xattn/frozen_block.h>
 #include <xattn/load.h>
 
 #include <algorithm>
@@ -114,6 +115,31 @@ TEST_P(BlockFixtureTest, MatchesPyTorch) {
   ASSERT_FALSE(fixture.types().empty());
   for (const auto device : devices()) {
     for (const auto type : fixture.types()) expect_matches(fixture, type, device);
+  }
+}
+
+TEST_P(BlockFixtureTest, MatchesPyTorchInEveryLegalOrderFrozenAndNot) {
+  const auto fixture = load_fixture("block/" + GetParam());
+  const torch::NoGradGuard no_grad;
+  const auto input = [&](const char* name) { return fixture.tensors.at(name).to(torch::kFloat); };
+  const auto query = input("query"), key = input("key"), value = input("value");
+  const auto allowed = block_tolerance(fixture, torch::kFloat);
+  for (const auto& orders : legal_orders(block_options(fixture).attention())) {
+    auto options = block_options(fixture);
+    auto attention = options.attention();
+    CrossAttentionBlock block(options.attention(attention.plan(PlanMode::pin(orders))));
+    load_weights(*block, fixture.tensors, {.prefix = "weights."});
+    const auto frozen = block->freeze();
+    const auto mask = fixture.mask(torch::kCPU);
+    const auto expect = [&](const std::tuple<Tensor, Tensor>& found, const std::string& how) {
+      const auto what = fixture.name + ", " + std::string(name_of(orders.logits)) + ", " + std::string(name_of(orders.values)) + how;
+      expect_close(std::get<0>(found), fixture.tensors.at("output"), allowed, "output of " + what);
+      expect_close(std::get<1>(found), fixture.tensors.at("attention_weights"), allowed, "attention_weights of " + what);
+    };
+    expect(block->forward(query, key, value, mask), "");
+    expect(block->attend(query, block->context(key, value, mask, {.expected_queries = 100})), " with a context");
+    expect(frozen.forward(query, key, value, mask), ", frozen");
+    expect(frozen.attend(query, frozen.context(key, value, mask)), ", frozen, with a context");
   }
 }
 

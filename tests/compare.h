@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <xattn/checkpoint.h>
+#include <xattn/cross_attention_options.h>
 #include <xattn/plan.h>
 
 #include <algorithm>
@@ -18,6 +19,22 @@ namespace xattn::test {
 inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 inline constexpr Order kAllOrders[] = {Order::standard, Order::fold_into_query, Order::prefold, Order::fold_into_context};
+
+/// The orders that are legal for such a layer.
+inline std::vector<Orders> legal_orders(const CrossAttentionOptions& options) {
+  PlanRequest request;
+  request.query_norm = request.key_norm = options.qk_norm() != NormKind::none;
+  request.bias_kv = options.bias_kv();
+  std::vector<Orders> legal;
+  for (const auto logits : kAllOrders) {
+    for (const auto values : kAllOrders) {
+      if (illegal_for_logits(logits, request).empty() && illegal_for_values(values, request).empty()) {
+        legal.push_back({logits, values});
+      }
+    }
+  }
+  return legal;
+}
 
 /// Every device of this machine. Suites that compute values run once on each.
 inline std::vector<torch::Device> devices() {

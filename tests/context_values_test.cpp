@@ -675,10 +675,10 @@ TEST(DecodingTest, CausalSelfAttentionTokenByTokenEqualsAllAtOnce) {
 }
 
 // A decoder of two layers: self-attention with the norm of its block, then cross attention to one memory for all beams.
-struct Decoder {
+struct TwoLayerDecoder {
   static constexpr int64_t kE = 12, kBeams = 3, kTokens = 10;
 
-  explicit Decoder(NormPlacement placement) {
+  explicit TwoLayerDecoder(NormPlacement placement) {
     const auto attention = CrossAttentionOptions(kE, kE, kE, kE).num_heads(3);
     for (int i = 0; i < 2; ++i) {
       self.emplace_back(CrossAttentionBlockOptions(attention).norm_context(true).feed_forward(0).norm_placement(placement));
@@ -695,9 +695,9 @@ struct Decoder {
 TEST(DecodingTest, TenTokensThroughTwoLayersWithReorderedBeamsEqualAllAtOnce) {
   torch::manual_seed(0);
   for (const auto placement : {NormPlacement::before, NormPlacement::after}) {
-    Decoder decoder(placement);
+    TwoLayerDecoder decoder(placement);
     const torch::NoGradGuard no_grad;
-    constexpr auto E = Decoder::kE, beams = Decoder::kBeams, tokens = Decoder::kTokens;
+    constexpr auto E = TwoLayerDecoder::kE, beams = TwoLayerDecoder::kBeams, tokens = TwoLayerDecoder::kTokens;
     const auto memory = torch::randn({2, 7, E}, torch::kDouble);
     const auto causal = Mask::causal(CausalAlignment::lower_right);
     const auto nothing = torch::zeros({2 * beams, 0, E}, torch::kDouble);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/decoupled.h>
+#include <xattn/frozen_decoupled.h>
 
 #include <ATen/autocast_mode.h>
 #include <gtest/gtest.h>
@@ -21,6 +22,7 @@
 
 #include "compare.h"
 #include "loading/recipes.h"
+#include "plan/order_traits.h"
 #include "test_util.h"
 
 namespace xattn::test {
@@ -489,6 +491,28 @@ TEST_P(DecoupledFixtureTest, MatchesDiffusers) {
   for (const auto device : devices()) {
     module->to(device);
     family.expect_output_of(module, device);
+  }
+}
+
+TEST_P(DecoupledFixtureTest, MatchesDiffusersInEveryLegalOrderFrozenAndNot) {
+  const DecoupledFamily family(GetParam());
+  auto module = family.made();
+  const torch::NoGradGuard no_grad;
+  const auto& expected = family.expected;
+  const auto query = expected.tensor("query"), text = expected.tensor("context"), image = expected.tensor("ip_context");
+  const auto mask = expected.contains("mask") ? Mask::key_padding(expected.tensor("mask")) : Mask();
+  for (const auto& orders : legal_orders(module->attention->options)) {
+    if (!detail::ends_in_heads(orders.values)) continue;
+    module->attention->options.plan(PlanMode::pin(orders));
+    const auto frozen = module->freeze();
+    const auto what = family.name + ", " + std::string(name_of(orders.logits)) + ", " + std::string(name_of(orders.values));
+    const auto expect = [&](const std::tuple<Tensor, Tensor>& found, const std::string& how) {
+      expect_close(std::get<0>(found), expected.tensor("output"), 1e-5, what + how);
+    };
+    expect(module->forward(query, text, text, {{image, image}}, mask), "");
+    expect(frozen.forward(query, text, text, {{image, image}}, mask), ", frozen");
+    expect(frozen.attend(query, frozen.context(text, text, mask), {frozen.added_context(0, image, image)}),
+           ", frozen, with contexts");
   }
 }
 

@@ -10,6 +10,7 @@
 #include <string>
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
 #include <vector>
 
 #include "attention/mask_parts.h"
@@ -80,6 +81,26 @@ TEST(ReadmeTest, SelfAttention) {
   auto [encoded, none] = layer->forward(x, x, x, {}, {.weights = xattn::AttentionWeights::none});
   EXPECT_EQ(encoded.sizes(), x.sizes());
   EXPECT_FALSE(none.defined());
+}
+
+TEST(ReadmeTest, Decoding) {
+  const auto attention = xattn::CrossAttentionOptions(384, 384, 384, 384).num_heads(6);
+  xattn::CrossAttentionBlock self_block(xattn::CrossAttentionBlockOptions(attention).norm_context(true).feed_forward(0));
+  xattn::CrossAttentionBlock cross_block{xattn::CrossAttentionBlockOptions(attention)};
+  const auto regions = torch::randn({1, 9, 384}), x = torch::randn({2, 1, 384});
+  const std::vector<std::pair<torch::Tensor, torch::Tensor>> steps = {{torch::tensor({1, 0}), torch::randn({2, 1, 384})},
+                                                                      {torch::tensor({0, 0}), torch::randn({2, 1, 384})}};
+  auto self = self_block->freeze(), cross = cross_block->freeze();  // norm_context and no feed-forward; the other with one
+  auto image = cross.context(regions, regions);                     // [1, Lk, 384], shared by all beams
+  auto past = self.context(x, x, xattn::Mask::causal(xattn::CausalAlignment::lower_right),  // x [beams, 1, 384]: the first word
+                           {.expected_queries = 448, .capacity = 448});
+  auto y = std::get<0>(cross.attend(std::get<0>(self.attend(x, past)), image));
+  for (const auto& [beams, word] : steps) {  // the beams that go on, and their next words
+    past = past.select(beams).append(word, word);
+    y = std::get<0>(cross.attend(std::get<0>(self.attend(word, past)), image));
+  }
+  EXPECT_EQ(past.length(), 3);
+  EXPECT_EQ(y.sizes(), torch::IntArrayRef({2, 1, 384}));
 }
 
 TEST(ReadmeTest, Masks) {
