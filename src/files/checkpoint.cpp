@@ -73,12 +73,11 @@ std::optional<std::string_view> name_of_other_file(std::string_view bytes) {
   std::ranges::transform(beginning, beginning.begin(),
                          [](char c) { return 'A' <= c && c <= 'Z' ? static_cast<char>(c + 32) : c; });
   const auto* other = std::ranges::find_if(kOthers, [&](const Other& one) { return beginning.starts_with(one.beginning); });
-  if (other != kOthers.end()) return other->what;
-  if (bytes.size() > 262 && bytes.substr(257, 5) == "ustar") {
-    return "is a tar archive, as the first versions of PyTorch wrote them, which is not read; save it again in Python: "
-           "torch.save(torch.load(PATH, map_location='cpu', weights_only=False), NEW_PATH)";
-  }
-  return {};
+  return other == kOthers.end() ? std::nullopt : std::optional(other->what);
+}
+
+bool is_tar(std::string_view bytes) {
+  return bytes.size() > 262 && bytes.substr(257, 5) == "ustar";
 }
 
 // JSON may begin with white space.
@@ -98,6 +97,9 @@ std::pair<FileFormat, Index> read_format(const std::string& path, Bytes file) {
   if (const auto other = name_of_other_file(bytes)) check_of(path).fail("{}", *other);
   if (is_safetensors(bytes)) return {FileFormat::safetensors, detail::read_safetensors(path, file)};
   if (is_legacy(bytes)) return {FileFormat::state_dict, detail::read_legacy(path, file)};
+  check_of(path)(!is_tar(bytes),
+                 "is a tar archive, as the first versions of PyTorch wrote them, which is not read; save it again in Python: "
+                 "torch.save(torch.load(PATH, map_location='cpu', weights_only=False), NEW_PATH)");
   check_of(path).fail(
       "must be a safetensors file, the index.json of a sharded set, or an archive of torch.save, torch.jit.save or "
       "torch.export.save, but is none of these");
