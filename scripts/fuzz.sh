@@ -12,7 +12,7 @@ lets each run for SECONDS (60) on inputs of its own making, grown from those in 
 hang, or take memory out of proportion is kept in tests/data/fuzz/TARGET/crashes, where the tests find it, and fails the script.
 Prints how many lines of each reader's source have been reached.
 
-  TARGET      safetensors, zip, pickle or json; all of them by default
+  TARGET      safetensors, zip, pickle, legacy or json; all of them by default
   -h, --help  show this
 
 example: scripts/fuzz.sh 600 zip pickle
@@ -20,7 +20,7 @@ END
 }
 
 seconds=60
-targets=(safetensors zip pickle json)
+targets=(safetensors zip pickle legacy json)
 case ${1:-} in
   -h | --help) usage; exit ;;
   '') ;;

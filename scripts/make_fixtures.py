@@ -46,6 +46,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -752,6 +753,28 @@ class SmallModel(nn.Module):
         return self.layers[1](self.layers[0](self.norm(self.first(x))))
 
 
+class Callback:
+    """An object of a class that no reader knows, with a tensor in it."""
+
+    def __init__(self):
+        self.best = torch.ones(2)
+
+
+class AttributeDict(dict):
+    """As Lightning saves hyperparameters."""
+
+
+def objects_beside(model: Tensors) -> dict:
+    """A checkpoint with what training programs save beside tensors, and with tensors that are not read."""
+    weight = torch.arange(6.0).view(2, 3)
+    model = {**model, "quantized": torch.quantize_per_tensor(weight, 0.5, 0, torch.qint8), "sparse": weight.to_sparse()}
+    model["meta"] = torch.empty(2, 3, device="meta")
+    objects = {"args": argparse.Namespace(lr=0.1, folder=Path("data")), "hyper_parameters": AttributeDict(width=3)}
+    objects |= {"metrics": defaultdict(list, loss=[0.5]), "best": numpy.float64(0.25), "history": numpy.arange(4.0)}
+    objects |= {"version": torch.torch_version.TorchVersion("2.0"), "log": io.BytesIO(b"text"), "callbacks": [Callback()]}
+    return {"epoch": 3, **objects, "model": model}
+
+
 SAVED_TYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool uint64 uint32 uint16 complex32 complex64 "
 SAVED_TYPES += "complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
 
@@ -768,7 +791,14 @@ def write_saved(folder: Path) -> list[str]:
     torch.save(model.state_dict(), folder / "state_dict.pt")
     checkpoint = {"epoch": 3, "loss": 0.5, "name": "small", "optimizer": optimizer.state_dict(), "model": model.state_dict()}
     torch.save(checkpoint, folder / "checkpoint.pt", pickle_protocol=4)
-    torch.save(model.state_dict(), folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    legacy = {"_use_new_zipfile_serialization": False}
+    torch.save(model.state_dict(), folder / "legacy.pt", **legacy)
+    for protocol in (1, 4):
+        torch.save(checkpoint, folder / f"legacy_protocol_{protocol}.pt", pickle_protocol=protocol, **legacy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of quantized tensors
+        torch.save(objects_beside(model.state_dict()), folder / "objects.pt")
+        torch.save(objects_beside(model.state_dict()), folder / "legacy_objects.pt", **legacy)
     torch.save(model, folder / "module.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -780,13 +810,17 @@ def write_saved(folder: Path) -> list[str]:
     views = {"base": base, "transposed": base.t(), "columns": base[:, 1::2], "row": base[2], "expanded": base[0].expand(5, 4)}
     views |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(3, 0, 2), "parameter": nn.Parameter(base[1])}
     torch.save(views, folder / "views.pt")
+    torch.save(views, folder / "legacy_views.pt", **legacy)
     copies = {name: x.detach().clone() for name, x in views.items()}
     write(folder / "views.safetensors", copies, {"shows": "the tensors of views.pt"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of complex32
         six = torch.arange(6).view(2, 3)
-        torch.save({name: six.to(getattr(torch, name)) for name in SAVED_TYPES.split()}, folder / "types.pt")
-    names = ("state_dict", "checkpoint", "legacy", "module", "scripted", "traced", "frozen", "views", "types")
+        types = {name: six.to(getattr(torch, name)) for name in SAVED_TYPES.split()}
+        torch.save(types, folder / "types.pt")
+        torch.save(types, folder / "legacy_types.pt", **legacy)
+    names = ("state_dict", "checkpoint", "objects", "module", "scripted", "traced", "frozen", "views", "types", "legacy")
+    names += tuple(f"legacy_{name}" for name in ("protocol_1", "protocol_4", "objects", "views", "types"))
     return [*(f"{name}.pt" for name in names), "state_dict.safetensors", "views.safetensors"]
 
 
@@ -804,6 +838,10 @@ def write_seeds(folder: Path) -> None:
     for name in ("views", "state_dict", "exported_types"):
         keep("safetensors", name, (folder / "files" / f"{name}.safetensors").read_bytes())
     keep("safetensors", "empty", struct.pack("<Q", 2) + b"{}")
+    other = {"a": ("F4", [3], [0, 2]), "b": ("F6_E2M3", [4], [2, 5]), "c": ("F99", [2], [5, 9])}
+    header = {name: dict(zip(("dtype", "shape", "data_offsets"), value, strict=True)) for name, value in other.items()}
+    header = json.dumps({"__metadata__": None, **header}).encode()
+    keep("safetensors", "other_types", struct.pack("<Q", len(header)) + header + bytes(9))
     for name in ("views", "state_dict", "frozen", "traced"):
         keep("zip", name, (folder / "files" / f"{name}.pt").read_bytes())
 
@@ -811,6 +849,8 @@ def write_seeds(folder: Path) -> None:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 keep("pickle", path.stem, archive.read(f"{path.stem}/data.pkl"))
+        else:
+            keep("legacy", path.stem, path.read_bytes())
     # These storages differ in size from the fuzzer's own, of 64 bytes each; the storages of the next three do not.
     flat = torch.zeros(16)
     model = {"weight": flat, "view": flat[2:].view(2, 7).t(), "wide": torch.zeros(8, dtype=torch.float64)}
@@ -895,7 +935,9 @@ def read(path: Path) -> tuple[Tensors, dict[str, str]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             saved = torch.load(path, weights_only=False)  # of TorchScript too
-            return saved.state_dict() if isinstance(saved, nn.Module) else saved.get("model", saved), {}
+            tensors = saved.state_dict() if isinstance(saved, nn.Module) else saved.get("model", saved)
+            plain = {x: y for x, y in tensors.items() if y.layout == torch.strided and not y.is_quantized and not y.is_meta}
+            return plain, {}
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 

@@ -511,6 +511,23 @@ TEST_P(AttentionTest, RefusesBadInputByName) {
   }
 }
 
+TEST(AttentionErrorTest, ErrorsAreOneLineWithoutABacktrace) {
+  const auto x = torch::ones({1, 2, 3, 4});
+  const auto what = [](const auto& call) -> std::string {
+    try {
+      call();
+    } catch (const std::exception& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(what([&] { attention(x, x[0], x); }), "[attention] k must have shape [1, G, Lk, 4], but has [2, 3, 4].");
+  EXPECT_EQ(what([&] { attention(x, x.to(torch::kDouble), x); }),
+            "[attention] k must be float32, the type of q, but is float64.");
+  EXPECT_THROW(attention(x, x[0], x), c10::ValueError);
+  EXPECT_THROW(attention(x, x.to(torch::kDouble), x), c10::TypeError);
+}
+
 // ---- The library's own kernels ----------------------------------------------------------------------------------------------
 
 class AttentionOnKernelsTest : public testing::Test {

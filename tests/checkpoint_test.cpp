@@ -8,12 +8,16 @@
 #include <xattn/safetensors.h>
 #include <xattn/state_dict.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "file_checks.h"
 #include "pickle_writer.h"
 #include "test_util.h"
 #include "zip_writer.h"
@@ -97,13 +101,84 @@ TEST(CheckpointTest, RefusesFilesOfUnknownFormats) {
   }
 }
 
-TEST(CheckpointTest, RefusesFilesFromBeforeTheZipFormatAndSaysHowToSaveThemAnew) {
-  const auto path = data_path("files/legacy.pt");
+TEST(CheckpointTest, NamesOtherFilesForWhatTheyAre) {
+  const auto refusal = [](const std::string& bytes) {
+    return test::refusal_by("checkpoint", "x", [&] { return open_checkpoint(std::as_bytes(std::span(bytes)), {}, "x"); });
+  };
+  EXPECT_EQ(refusal("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"),
+            "is a pointer of Git LFS to a file that was not fetched; run git lfs pull");
+  for (const std::string page : {"<!DOCTYPE html><html>", "\n  <html lang=\"en\">", "<!doctype HTML>"}) {
+    EXPECT_EQ(refusal(page), "is a web page; the download needs another address, or a login");
+  }
+  EXPECT_EQ(refusal("<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code></Error>"),
+            "is an XML document, perhaps a server's error; the download needs another address");
+  EXPECT_EQ(refusal(std::string("GGUF\3\0\0\0{\0\0\0\0\0\0\0", 16)),
+            "is a GGUF file, whose quantized weights are not read; take the model's safetensors");
+  EXPECT_TRUE(refusal("\x89HDF\r\n\x1a\n").starts_with("is an HDF5 file"));
+  EXPECT_TRUE(refusal("\x93NUMPY\1").starts_with("is a NumPy array"));
+  std::string tar(512, '\0');
+  tar.replace(257, 5, "ustar");
+  EXPECT_EQ(refusal(tar),
+            "is a tar archive, as the first versions of PyTorch wrote them, which is not read; save it again in Python: "
+            "torch.save(torch.load(PATH, map_location='cpu', weights_only=False), NEW_PATH)");
+}
+
+TEST(CheckpointTest, ReadsEveryFormatFromMemoryWithoutACopy) {
+  for (const std::string name :
+       {"files/state_dict.safetensors", "files/state_dict.pt", "files/legacy.pt", "files/scripted.pt", "files/exported.pt2"}) {
+    const auto expected = open_checkpoint(data_path(name));
+    auto bytes = test::read_bytes(data_path(name));
+    const auto checkpoint = open_checkpoint(std::as_bytes(std::span(bytes)), {}, "my file");
+    EXPECT_EQ(checkpoint.path(), "my file");
+    EXPECT_TRUE(checkpoint.files().empty());
+    EXPECT_EQ(checkpoint.format(), expected.format());
+    EXPECT_EQ(checkpoint.metadata(), expected.metadata());
+    ASSERT_EQ(checkpoint.tensors().size(), expected.tensors().size());
+    for (const auto& [tensor, info] : expected.tensors()) {
+      EXPECT_TRUE(torch::equal(checkpoint.tensor(tensor), expected.tensor(tensor))) << name << ", " << tensor;
+    }
+  }
+  // A change of the bytes is seen, because nothing was copied.
+  auto bytes = test::read_bytes(data_path("files/state_dict.safetensors"));
+  const auto checkpoint = open_checkpoint(std::as_bytes(std::span(bytes)));
+  const auto before = checkpoint.tensor("first.weight");
+  std::fill(bytes.end() - 500, bytes.end(), '\0');
+  EXPECT_FALSE(torch::equal(checkpoint.tensor("first.weight"), before));
+}
+
+TEST(CheckpointTest, KeepsTheOwnerOfItsBytes) {
+  auto owner = std::make_shared<const std::string>(test::read_bytes(data_path("files/state_dict.pt")));
+  const std::weak_ptr<const std::string> alive = owner;
+  {
+    const TempDir dir;
+    save_safetensors(dir.file("x"), NamedTensors{{"a", torch::ones({2})}});
+    const auto first = open_checkpoint(std::as_bytes(std::span(*owner)), owner);
+    const auto both = open_checkpoint(dir.file("x")).with(first, {{"first.bias", "b"}});
+    owner.reset();
+    EXPECT_EQ(both.tensor("b").sizes(), at::IntArrayRef({2}));
+    EXPECT_FALSE(alive.expired());
+  }
+  EXPECT_TRUE(alive.expired());
+}
+
+TEST(CheckpointTest, RefusesTheIndexOfASetInMemory) {
+  const std::string index = R"({"weight_map":{"a":"x.safetensors"}})";
   EXPECT_EQ(
-      error_of<FileError>([&] { return open_checkpoint(path); }),
-      "[checkpoint] " + path +
-          ": was written by torch.save in the format used before PyTorch 1.6, which is not read; save it again in Python: "
-          "torch.save(torch.load(PATH, map_location='cpu'), NEW_PATH)");
+      error_of<FileError>([&] { return open_checkpoint(std::as_bytes(std::span(index))); }),
+      "[checkpoint] file in memory: must be one file, but is the index of a sharded set, which names others; open the index "
+      "by its path");
+}
+
+TEST(CheckpointTest, ListsUnreadableTensorsOfShards) {
+  const TempDir dir;
+  std::filesystem::copy_file(data_path("files/objects.pt"), dir.file("x.bin"));
+  test::write_bytes(dir.file("index.json"), R"({"weight_map":{"first.bias":"x.bin","sparse":"x.bin"}})");
+  const auto checkpoint = open_checkpoint(dir.file("index.json"));
+  EXPECT_EQ(checkpoint.tensors().size(), 1U);
+  EXPECT_EQ(checkpoint.unreadable().at("sparse"), "it is made by torch._utils._rebuild_sparse_tensor");
+  EXPECT_EQ(error_of<FileError>([&] { checkpoint.with(checkpoint, {{"sparse", "other"}}); }),
+            "[checkpoint] " + dir.file("index.json") +
+                ": tensor \"sparse\" is not read: it is made by torch._utils._rebuild_sparse_tensor");
 }
 
 TEST(CheckpointTest, RefusesAMissingTensor) {

@@ -233,6 +233,7 @@ TEST_F(CliTest, InspectPrintsDocumentedJson) {
       {"name": "output_linear.weight", "type": "float32", "shape": [8, 8]},
       {"name": "query_linear.weight", "type": "float32", "shape": [8, 4]},
       {"name": "value_linear.weight", "type": "float32", "shape": [4, 6]}],
+    "unreadable": [],
     "layers": [
       {"prefix": "", "layout": "reference", "kind": "cross", "num_heads": null, "dim_query": 4, "dim_key": 5, "dim_value": 6, "dim_output": 8,
        "inner_qk": 8, "inner_v": 8, "group": 2,
@@ -250,6 +251,22 @@ TEST_F(CliTest, InspectReadsTorchScript) {
   EXPECT_EQ(document["tensors"].size(), 11U);
   EXPECT_EQ(document["layers"].size(), 1U);
   EXPECT_EQ(document["layers"][0]["prefix"], "fusion.");
+}
+
+TEST_F(CliTest, InspectShowsTensorsThatAreNotReadAndConvertRefusesThem) {
+  const auto path = data_path("files/objects.pt");
+  const auto text = xattn("inspect " + path).out;
+  EXPECT_NE(text.find("not read\n"
+                      "  \"meta\": it is made by torch._utils._rebuild_meta_tensor_no_storage\n"
+                      "  \"quantized\": it is made by torch._utils._rebuild_qtensor\n"),
+            std::string::npos)
+      << text;
+  const auto unreadable = json::parse(xattn("inspect " + path + " --json").out)["unreadable"];
+  ASSERT_EQ(unreadable.size(), 3U);
+  EXPECT_EQ(unreadable[2], json({{"name", "sparse"}, {"reason", "it is made by torch._utils._rebuild_sparse_tensor"}}));
+  EXPECT_EQ(
+      error(1, "convert " + path + " y.safetensors"),
+      "[checkpoint] " + path + ": tensor \"meta\" is not read: it is made by torch._utils._rebuild_meta_tensor_no_storage");
 }
 
 TEST_F(CliTest, InspectPrintsALineForEachTensor) {

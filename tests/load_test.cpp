@@ -9,9 +9,12 @@
 #include <xattn/safetensors.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <filesystem>
 #include <functional>
 #include <map>
+#include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -324,6 +327,35 @@ TEST(LoadTest, NamesTheFile) {
   save_safetensors(dir.file("x"), NamedTensors{{"weight", torch::ones({1, 2})}});
   EXPECT_EQ(error_of<LoadError>([&] { load_weights(*linear, dir.file("x")); }),
             "[load_weights] " + dir.file("x") + ": does not fit the module; missing: bias");
+}
+
+// A file in memory with two tensors of float32 and one that is not read.
+Checkpoint with_float4(const std::string& name) {
+  const std::string header = R"({"weight":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},)"
+                             R"("bias":{"dtype":"F32","shape":[1],"data_offsets":[8,12]},")" +
+                             name + R"(":{"dtype":"F4","shape":[2],"data_offsets":[12,13]}})";
+  const uint64_t length = header.size();
+  const auto bytes = std::make_shared<std::string>(std::string(reinterpret_cast<const char*>(&length), 8) + header);
+  bytes->append(13, '\0');
+  return open_checkpoint(std::as_bytes(std::span(*bytes)), bytes, "x");
+}
+
+TEST(LoadTest, NamesUnreadableTensorsThatTheModuleNeedsAndListsOthersAsUnexpected) {
+  torch::nn::Linear linear(2, 1);
+  EXPECT_EQ(error_of<LoadError>([&] { load_weights(*linear, with_float4("scale")); }),
+            "[load_weights] x: does not fit the module; unexpected: scale");
+  EXPECT_EQ(load_weights(*linear, with_float4("scale"), {.allow_unexpected = true}).loaded.size(), 2U);
+  torch::nn::BatchNorm1d norm(1);
+  const auto message = error_of<LoadError>([&] { load_weights(*norm, with_float4("running_mean"), {.allow_missing = true}); });
+  EXPECT_NE(message.find("running_mean is not read: it is of dtype \"F4\", which torch does not have"), std::string::npos)
+      << message;
+}
+
+TEST(LoadTest, ALayerIsNotMadeOfUnreadableTensors) {
+  EXPECT_EQ(
+      error_of<FileError>([&] { return cross_attention_from(with_float4("query_linear.weight"), {}); }),
+      "[load] x: must hold an attention layer, but tensor \"query_linear.weight\" is not read: it is of dtype \"F4\", which "
+      "torch does not have");
 }
 
 // ---- Finding layers ---------------------------------------------------------------------------------------------------------

@@ -181,10 +181,33 @@ TEST(Pt2Test, RefusesPickledWeightsOfOlderVersions) {
   EXPECT_EQ(pt2_refusal(records), "its constants are" + cure);
 }
 
-TEST(Pt2Test, RefusesPickledTensors) {
-  EXPECT_EQ(pt2_refusal(archive_with({.use_pickle = "true"})),
-            "tensor \"a\" is pickled, as objects and tensors of classes of their own are, and pickles are not run; save plain "
-            "tensors in Python: torch.save({NAME: TENSOR, ...}, NEW_PATH)");
+// Why tensor "a" of this archive is not read.
+std::string reason_of(const Fields& fields) {
+  const auto index = read_archive(archive_with(fields));
+  EXPECT_FALSE(index.tensors.contains("a"));
+  return index.unreadable.at("a");
+}
+
+TEST(Pt2Test, DoesNotReadPickledTensorsButTheOthers) {
+  EXPECT_EQ(reason_of({.use_pickle = "true"}),
+            "it is pickled, as objects and tensors of classes of their own are, and pickles are not run; save plain tensors in "
+            "Python: torch.save({NAME: TENSOR, ...}, NEW_PATH)");
+  const Fields pickled{.use_pickle = "true"};
+  const auto index = read_archive(archive(config_of("\"a\":" + pickled.json() + ",\"b\":" + Fields().json())));
+  EXPECT_EQ(index.tensors.size(), 1U);
+  EXPECT_EQ(index.unreadable.size(), 1U);
+}
+
+TEST(Pt2Test, NamesPackagesOfAOTInductor) {
+  const std::string message =
+      "is a package compiled by AOTInductor, whose weights have no names; save the program before it is compiled, in Python: "
+      "torch.export.save(PROGRAM, NEW_PATH)";
+  EXPECT_EQ(pt2_refusal(test::zip_of({{"x/archive_format", "pt2"},
+                                      {"x/archive_version", "0"},
+                                      {"x/byteorder", "little"},
+                                      {"x/data/aotinductor/model/c.wrapper.so", "ELF"}})),
+            message);
+  EXPECT_EQ(pt2_refusal(test::zip_of({{"data/aotinductor/model/a.cpp", ""}, {"version", "3"}})), message);
 }
 
 TEST(Pt2Test, RefusesOtherVersionsAndByteOrders) {
@@ -264,15 +287,14 @@ TEST(Pt2Test, RefusesATensorWithoutMeta) {
             "tensor \"a\" must have tensor_meta/layout, a non-negative integer");
 }
 
-TEST(Pt2Test, RefusesTypesThatPyTorchDoesNotHave) {
+TEST(Pt2Test, DoesNotReadTypesThatPyTorchDoesNotHave) {
   for (const std::string number : {"0", "14", "27", "36", "18446744073709551615"}) {
-    EXPECT_EQ(pt2_refusal(archive_with({.dtype = number})),
-              "tensor \"a\" has dtype " + number + ", which is not one of PyTorch's type numbers");
+    EXPECT_EQ(reason_of({.dtype = number}), "it has dtype " + number + ", which is not one of PyTorch's type numbers");
   }
 }
 
-TEST(Pt2Test, RefusesTensorsThatAreNotStrided) {
-  EXPECT_EQ(pt2_refusal(archive_with({.layout = "1"})), "tensor \"a\" must have layout 7, strided, but has 1");
+TEST(Pt2Test, DoesNotReadTensorsThatAreNotStrided) {
+  EXPECT_EQ(reason_of({.layout = "1"}), "it has layout 1, not 7, strided");
 }
 
 TEST(Pt2Test, RefusesMissingRecords) {

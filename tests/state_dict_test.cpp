@@ -118,14 +118,57 @@ TEST(StateDictTest, SaysHowToConvertFilesThatItDoesNotRead) {
   };
   EXPECT_EQ(
       message("module.pt"),
-      "[pickle] " + data_path("files/module.pt") +
+      "[state dict] " + data_path("files/module.pt") +
           ": holds an object of class __main__.SmallModel, which is not a tensor; if you trust the file, whose code this runs, "
           "save only the tensors, in Python: torch.save(torch.load(PATH, weights_only=False).state_dict(), NEW_PATH)");
+}
+
+TEST(StateDictTest, PassesOverObjectsOfOtherClasses) {  // an argparse.Namespace, NumPy arrays, a callback, ...
+  const auto path = data_path("files/objects.pt");
+  const auto checkpoint = open_checkpoint(path);
+  const auto expected = load_tensors(data_path("files/state_dict.safetensors"));
+  EXPECT_EQ(checkpoint.tensors().size(), expected.size());
+  for (const auto& [name, tensor] : expected) EXPECT_TRUE(torch::equal(checkpoint.tensor(name), tensor)) << name;
+  EXPECT_EQ(checkpoint.metadata(), (std::map<std::string, std::string>{{"epoch", "3"}, {"state_dict_key", "model"}}));
+}
+
+TEST(StateDictTest, ListsTensorsThatAreNotReadAndRefusesThemWhenAskedFor) {
+  const auto path = data_path("files/objects.pt");
+  const auto checkpoint = open_checkpoint(path);
+  const std::map<std::string, std::string> expected = {{"meta", "it is made by torch._utils._rebuild_meta_tensor_no_storage"},
+                                                       {"quantized", "it is made by torch._utils._rebuild_qtensor"},
+                                                       {"sparse", "it is made by torch._utils._rebuild_sparse_tensor"}};
+  EXPECT_EQ(checkpoint.unreadable(), expected);
+  EXPECT_EQ(lazy(checkpoint).unreadable, expected);
+  for (const auto& [name, reason] : expected) {
+    EXPECT_FALSE(checkpoint.contains(name));
+    EXPECT_EQ(error_of<FileError>([&] { return checkpoint.tensor(name); }),
+              "[checkpoint] " + path + ": tensor \"" + name + "\" is not read: " + reason);
+  }
+  EXPECT_EQ(error_of<FileError>([&] { return load_tensors(path); }),
+            "[checkpoint] " + path + ": tensor \"meta\" is not read: " + expected.at("meta"));
+}
+
+// Why tensor "a" of this file is not read.
+std::string reason_of(const std::string& tensor) {
+  const auto unreadable = opened(archive(one(tensor))).unreadable();
+  return unreadable.contains("a") ? unreadable.at("a") : "it is read";
+}
+
+TEST(StateDictTest, NamesTheClassThatATensorDependsOn) {
+  const auto object = global("torchao.quantization", "Scale") + ")R";
+  EXPECT_EQ(reason_of(global("torch._utils", "_rebuild_tensor_v2") + "(" + object + "K\1))tR"),
+            "it depends on an object of class torchao.quantization.Scale");
+  EXPECT_EQ(reason_of(global("torch._utils", "_rebuild_parameter") + "(" + object + "\x88}tR"),
+            "it is made by torchao.quantization.Scale");
   EXPECT_EQ(
-      message("legacy.pt"),
-      "[checkpoint] " + data_path("files/legacy.pt") +
-          ": was written by torch.save in the format used before PyTorch 1.6, which is not read; save it again in Python: "
-          "torch.save(torch.load(PATH, map_location='cpu'), NEW_PATH)");
+      reason_of(global("torch._tensor", "_rebuild_from_type_v2") + "(" + global("torch._utils", "_rebuild_wrapper_subclass") +
+                global("torch.distributed.tensor", "DTensor") + ")}" + text("mesh") + object + "stR"),
+      "it is made by torch._utils._rebuild_wrapper_subclass");
+  EXPECT_EQ(reason_of(global("torch._tensor", "_rebuild_from_type_v2") + "(" + global("torch._utils", "_rebuild_tensor_v2") +
+                      object + "(" + floats(2) + integer(0) + "(K\2t(K\1tt}tR"),
+            "it is read")
+      << "an instance of another class, but whose numbers are a plain tensor's";
 }
 
 // ---- Finding the state dict -------------------------------------------------------------------------------------------------
@@ -267,6 +310,20 @@ TEST(StateDictTest, RefusesAnythingButADictOfTensors) {
   EXPECT_EQ(refusal_of(dict(text("a") + "](" + two_zeros() + "e")), "holds no tensors by name");
 }
 
+TEST(StateDictTest, RefusesAnObjectInPlaceOfTensorsByTheNameOfItsClass) {
+  const auto message = [](const std::string& name, const std::string& part) {
+    return "holds an object of class " + name +
+           ", which is not a tensor; if you trust the file, whose code this runs, save only the tensors, in Python: "
+           "torch.save(torch.load(PATH, weights_only=False)" +
+           part + ".state_dict(), NEW_PATH)";
+  };
+  const auto model = global("__main__", "Net") + ")\x81}b", args = global("argparse", "Namespace") + ")\x81}b";
+  EXPECT_EQ(refusal_of(model), message("__main__.Net", ""));
+  EXPECT_EQ(refusal_of(dict(text("args") + args + text("model") + model)), message("__main__.Net", "['model']"));
+  EXPECT_EQ(refusal_of(dict(text("epoch") + "K\1" + text("args") + args)), message("argparse.Namespace", "['args']"));
+  EXPECT_EQ(refusal_of(global("a\x1b[1m", "b") + ")R"), message("a\\x1b[1m.b", ""));
+}
+
 TEST(StateDictTest, RefusesTensorsWhoseNamesAreNotTexts) {
   EXPECT_EQ(refusal_of(dict(integer(0) + two_zeros())), "must name its tensors by texts, but has another key after \"\"");
   EXPECT_EQ(refusal_of(dict(text("x") + dict(integer(0) + two_zeros()) + text("y") + two_zeros())),
@@ -275,6 +332,9 @@ TEST(StateDictTest, RefusesTensorsWhoseNamesAreNotTexts) {
 
 TEST(StateDictTest, RefusesANameGivenTwice) {
   EXPECT_EQ(refusal_of(dict(text("a") + two_zeros() + text("a") + two_zeros())), "has the name \"a\" twice");
+  const auto sparse = global("torch._utils", "_rebuild_sparse_tensor") + ")R";
+  EXPECT_EQ(refusal_of(dict(text("a") + two_zeros() + text("a") + sparse)), "has the name \"a\" twice");
+  EXPECT_EQ(refusal_of(dict(text("a") + sparse + text("a") + two_zeros())), "has the name \"a\" twice");
   EXPECT_EQ(refusal_of(dict(text("a.b") + two_zeros() + text("a") + dict(text("b") + two_zeros()))),
             "has the name \"a.b\" twice");
 }
@@ -315,17 +375,16 @@ TEST(StateDictTest, RefusesStoragesOfAnotherSizeThanTheirRecords) {
   EXPECT_EQ(refusal_of(one(tensor(test::pickle::storage("FloatStorage", "1", 2), {2}, {1})), "zip"), "has no entry \"data/1\"");
 }
 
-TEST(StateDictTest, RefusesUnknownTypes) {
-  EXPECT_EQ(refusal_of(one(tensor(test::pickle::storage("QInt8Storage", "0", 8), {2}, {1}))),
-            "tensor \"a\" is of type \"QInt8Storage\" in \"QInt8Storage\", which is not read");
-  EXPECT_EQ(refusal_of(one(tensor(test::pickle::storage("UntypedStorage", "0", 8), {2}, {1}))),
-            "tensor \"a\" is of type \"UntypedStorage\" in \"UntypedStorage\", which is not read");
+TEST(StateDictTest, DoesNotReadUnknownTypes) {
+  EXPECT_EQ(reason_of(tensor(test::pickle::storage("QInt8Storage", "0", 8), {2}, {1})),
+            "it is of type \"QInt8Storage\" in \"QInt8Storage\"");
+  EXPECT_EQ(reason_of(tensor(test::pickle::storage("UntypedStorage", "0", 8), {2}, {1})),
+            "it is of type \"UntypedStorage\" in \"UntypedStorage\"");
 }
 
-TEST(StateDictTest, RefusesTensorsOfOtherKinds) {
+TEST(StateDictTest, DoesNotReadTensorsOfOtherKinds) {
   for (const std::string function : {"_rebuild_sparse_tensor", "_rebuild_qtensor", "_rebuild_meta_tensor_no_storage"}) {
-    EXPECT_EQ(refusal_of(one(global("torch._utils", function) + ")R")),
-              "tensor \"a\" is of a kind that is not read, made by torch._utils." + function);
+    EXPECT_EQ(reason_of(global("torch._utils", function) + ")R"), "it is made by torch._utils." + function);
   }
 }
 
@@ -339,10 +398,10 @@ TEST(StateDictTest, RefusesRecordsThatAreNotTensors) {
   EXPECT_EQ(refusal_of(one(rebuild + "(" + floats(2) + "K\1(Nt)tR")), "tensor \"a\" must have a shape and strides of integers");
 }
 
-TEST(StateDictTest, RefusesConjugateViews) {
-  EXPECT_EQ(refusal_of(one(global("torch._utils", "_rebuild_tensor_v2") + "(" + floats(2) + "K\1))NN" +
-                           dict(text("conj") + "\x88") + "tR")),
-            "tensor \"a\" is a conjugate or negative view, which is not read");
+TEST(StateDictTest, DoesNotReadConjugateViews) {
+  EXPECT_EQ(reason_of(global("torch._utils", "_rebuild_tensor_v2") + "(" + floats(2) + "K\1))NN" + dict(text("conj") + "\x88") +
+                      "tR"),
+            "it is a conjugate or negative view");
 }
 
 TEST(StateDictTest, RefusesNumbersOfTheOtherByteOrder) {

@@ -5,10 +5,12 @@
 #include <xattn/export.h>
 #include <xattn/file_error.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -19,7 +21,8 @@ using NamedTensors = std::map<std::string, at::Tensor>;
 
 enum class FileFormat {
   safetensors,  ///< one file, or a sharded set through its index.json; https://github.com/huggingface/safetensors
-  state_dict,   ///< torch.save of a state dict, or of a checkpoint that contains one; also a sharded set
+  state_dict,  ///< torch.save of a state dict, or of a checkpoint that contains one, by any PyTorch since 0.1.12; also a sharded
+               ///< set
   torchscript,  ///< torch.jit.save, or torch::save of a C++ module
   pt2,          ///< torch.export.save
 };
@@ -40,6 +43,7 @@ XATTN_API int64_t byte_count(const TensorInfo& info);
 struct LazyTensors {
   std::map<std::string, TensorInfo> infos;
   std::function<at::Tensor(const std::string& name)> make;
+  std::map<std::string, std::string> unreadable = {};  ///< names of others that cannot be created, with the reasons
 };
 
 /// Wraps tensors that are already in memory. Throws c10::ValueError if one is undefined.
@@ -62,12 +66,16 @@ class XATTN_API Checkpoint {
   std::vector<std::string> files() const;
   FileFormat format() const;
   const std::map<std::string, TensorInfo>& tensors() const;
+  /// Tensors that are in the file but are not read, by name, each with the reason: quantized and sparse ones, those of types that
+  /// torch does not have (F4), those that classes of other libraries make. They are not among `tensors()`.
+  const std::map<std::string, std::string>& unreadable() const;
   const std::map<std::string, std::string>& metadata() const;
 
   bool contains(const std::string& name) const { return tensors().contains(name); }
 
   /// Reads this tensor alone into a new CPU tensor with its own memory, whatever device it was saved from. Contiguous unless it
-  /// was saved as a view that repeats elements (`expand`). Throws FileError if there is no such tensor or the file has changed.
+  /// was saved as a view that repeats elements (`expand`). Throws FileError if there is no such tensor, if it is one of
+  /// `unreadable()`, or if the file has changed.
   at::Tensor tensor(const std::string& name) const;
 
   /// Returns this file with tensors of another file added: `names` maps names in the other file to names here. Path, format and
@@ -80,14 +88,25 @@ class XATTN_API Checkpoint {
 
 /// Opens a file; its format is detected from its contents. Throws FileError, one line naming the defect, unless the
 /// descriptions of all tensors are valid, their data lies in the file, no tensor is larger than the file, and all tensors
-/// together are at most 32 times as large (views may repeat elements). For files from before PyTorch 1.6, and for objects other
-/// than tensors, the message has the line of Python that saves them again in a supported form.
+/// together are at most 32 times as large (views may repeat elements). Objects of other classes in a pickle (options, callbacks,
+/// NumPy arrays) are passed over. If a file holds an object in place of all tensors, the message has the line of Python that
+/// saves the tensors; a web page, a pointer of Git LFS, a GGUF file and a compiled package are named for what they are.
 [[nodiscard]] XATTN_API Checkpoint open_checkpoint(const std::string& path);
+
+/// Opens a file that is in memory, in any of these formats but the index of a sharded set, without copying it. The bytes must
+/// neither move nor change while a copy of the Checkpoint exists: either `owner` keeps them, or the caller does. `name` stands
+/// for the path in messages and in `path()`; `files()` is empty.
+///
+///   auto file = std::make_shared<std::vector<std::byte>>(download());
+///   auto checkpoint = xattn::open_checkpoint(*file, file);
+[[nodiscard]] XATTN_API Checkpoint open_checkpoint(std::span<const std::byte> bytes,
+                                                   std::shared_ptr<const void> owner = {},
+                                                   const std::string& name = "file in memory");
 
 /// The tensors of a file, each read on demand.
 XATTN_API LazyTensors lazy(const Checkpoint& checkpoint);
 
-/// Reads all tensors of a file.
+/// Reads all tensors of a file. Throws FileError if one is unreadable.
 XATTN_API NamedTensors load_tensors(const std::string& path);
 
 }  // namespace xattn

@@ -153,6 +153,7 @@ void convert(const ConvertArguments& arguments) {
   }
   check_output(arguments.output, {arguments.input});
   const auto checkpoint = open_checkpoint(arguments.input);
+  for (const auto& [name, reason] : checkpoint.unreadable()) checkpoint.tensor(name);  // throws: nothing is left out
   auto tensors = lazy(checkpoint);
   if (!arguments.to.empty()) {
     const auto& to = detail::layout_named(arguments.to);

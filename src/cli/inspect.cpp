@@ -31,6 +31,8 @@ constexpr auto kInspectFooter = R"(Example: xattn inspect weights.safetensors
   format    "safetensors", "state dict", "torchscript" or "pt2"
   metadata  object of strings
   tensors   list of {name, type, shape}, by name; types as in "float32"
+  unreadable
+            list of {name, reason}, by name: tensors that are in the file but are not read
   layers    list of {prefix, layout, kind, num_heads, dim_query, dim_key, dim_value, dim_output, inner_qk, inner_v, group,
             query_bias, key_bias, value_bias, output_bias, qk_norm, added_contexts, unexpected, misshapen}, by prefix. kind is
             "cross", "self" or "unknown"; num_heads is null if the weights do not determine it; inner_qk and inner_v are the
@@ -106,11 +108,10 @@ Json as_json(const Checkpoint& file, const Found& found) {
   for (const auto& [name, info] : file.tensors()) {
     tensors.push_back({{"name", name}, {"type", type_name(info)}, {"shape", info.shape}});
   }
-  return {{"format", to_string(file.format())},
-          {"metadata", file.metadata()},
-          {"tensors", tensors},
-          {"layers", found.layers},
-          {"blocks", found.blocks}};
+  Json unreadable = Json::array();
+  for (const auto& [name, reason] : file.unreadable()) unreadable.push_back({{"name", name}, {"reason", reason}});
+  return {{"format", to_string(file.format())}, {"metadata", file.metadata()}, {"tensors", tensors},
+          {"unreadable", unreadable},           {"layers", found.layers},      {"blocks", found.blocks}};
 }
 
 // A value in a line of text. Names from the file become shortened JSON strings, which cannot control the terminal; of a list,
@@ -136,6 +137,10 @@ void print(const Checkpoint& file, const Found& found) {
   for (const auto& [name, info] : file.tensors()) {
     const auto shape = fmt::format("[{}]", fmt::join(info.shape, ", "));
     std::cout << fmt::format("  {:{}}  {:15}  {}\n", in_quotes(name), width, type_name(info), shape);
+  }
+  if (!file.unreadable().empty()) std::cout << "not read\n";
+  for (const auto& [name, reason] : file.unreadable()) {
+    std::cout << fmt::format("  {}: {}\n", in_quotes(name), detail::one_line(reason));
   }
   if (!file.metadata().empty()) std::cout << "metadata\n";
   for (const auto& [key, value] : file.metadata()) std::cout << fmt::format("  {}: {}\n", in_quotes(key), in_quotes(value));

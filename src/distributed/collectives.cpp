@@ -35,8 +35,8 @@ void keep(AutogradContext* context, const RanksPtr& ranks) {
 }
 
 void check_first_derivative() {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !at::GradMode::is_enabled(),
+  if (!at::GradMode::is_enabled()) return;
+  throw c10::NotImplementedError(
       "[context_parallel] create_graph must be false: attention over several ranks has first derivatives only.");
 }
 
@@ -67,8 +67,7 @@ void Ranks::run(const Tensor& x, const Start& start) {
     work->wait();
   } catch (const std::exception& error) {
     const std::string what = error.what();
-    TORCH_CHECK_WITH(
-        DistBackendError, false,
+    throw c10::DistBackendError(
         formatted("[context_parallel] rank {} of {} {} ({}).", rank(), size(), happened, what.substr(0, what.find('\n'))));
   }
 }

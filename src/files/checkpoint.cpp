@@ -24,6 +24,7 @@ struct Checkpoint::Contents {
   std::string path;
   FileFormat format = FileFormat::safetensors;
   std::vector<std::shared_ptr<const detail::MappedFile>> files;
+  std::vector<std::shared_ptr<const void>> owners;  // of bytes that are no files
   detail::Index index;
   std::map<std::string, TensorInfo> infos;
 };
@@ -46,11 +47,37 @@ bool is_safetensors(std::string_view bytes) {
   return bytes.size() > 8 && bytes[8] == '{';
 }
 
-// Before zip archives, torch.save wrote tar archives, and then pickles of protocol 2 or later.
-bool is_old(std::string_view bytes) {
-  const bool pickle = bytes.size() > 2 && bytes[0] == '\x80' && bytes[1] >= 2 && bytes[1] <= 5;
-  const bool tar = bytes.size() > 262 && bytes.substr(257, 5) == "ustar";
-  return pickle || tar;
+// Before zip archives, torch.save wrote pickles: of protocol 2 or later, or of a long number in digits.
+bool is_legacy(std::string_view bytes) {
+  const bool has_protocol = bytes.size() > 2 && bytes[0] == '\x80' && bytes[1] >= 2 && bytes[1] <= 5;
+  return has_protocol || bytes.starts_with("L119547037146038801333356");
+}
+
+// What a file is that people take for weights, and what to do about it; nothing if it is none of these.
+std::optional<std::string_view> name_of_other_file(std::string_view bytes) {
+  struct Other {
+    std::string_view beginning;  // in lower case
+    std::string_view what;
+  };
+  constexpr std::array kOthers{
+      Other{"version https://git-lfs.github.com/", "is a pointer of Git LFS to a file that was not fetched; run git lfs pull"},
+      Other{"<!doctype html", "is a web page; the download needs another address, or a login"},
+      Other{"<html", "is a web page; the download needs another address, or a login"},
+      Other{"<?xml", "is an XML document, perhaps a server's error; the download needs another address"},
+      Other{"gguf", "is a GGUF file, whose quantized weights are not read; take the model's safetensors"},
+      Other{"\x89hdf", "is an HDF5 file, as Keras writes them, which is not read; save the tensors as safetensors in Python"},
+      Other{"\x93numpy", "is a NumPy array, which is not read; save it as safetensors in Python"},
+  };
+  const auto first = std::min(bytes.find_first_not_of(" \t\r\n"), bytes.size());
+  std::string beginning(bytes.substr(first, 64));
+  std::ranges::transform(beginning, beginning.begin(),
+                         [](char c) { return 'A' <= c && c <= 'Z' ? static_cast<char>(c + 32) : c; });
+  const auto* other = std::ranges::find_if(kOthers, [&](const Other& one) { return beginning.starts_with(one.beginning); });
+  return other == kOthers.end() ? std::nullopt : std::optional(other->what);
+}
+
+bool is_tar(std::string_view bytes) {
+  return bytes.size() > 262 && bytes.substr(257, 5) == "ustar";
 }
 
 // JSON may begin with white space.
@@ -67,12 +94,12 @@ std::pair<FileFormat, Index> read_format(const std::string& path, Bytes file) {
     if (zip.has("data.pkl")) return {FileFormat::state_dict, read_state_dict(path, zip)};
     return {FileFormat::pt2, read_pt2(path, zip)};
   }
+  if (const auto other = name_of_other_file(bytes)) check_of(path).fail("{}", *other);
   if (is_safetensors(bytes)) return {FileFormat::safetensors, detail::read_safetensors(path, file)};
-  if (is_old(bytes)) {
-    check_of(path).fail(
-        "was written by torch.save in the format used before PyTorch 1.6, which is not read; save it again in Python: "
-        "torch.save(torch.load(PATH, map_location='cpu'), NEW_PATH)");
-  }
+  if (is_legacy(bytes)) return {FileFormat::state_dict, detail::read_legacy(path, file)};
+  check_of(path)(!is_tar(bytes),
+                 "is a tar archive, as the first versions of PyTorch wrote them, which is not read; save it again in Python: "
+                 "torch.save(torch.load(PATH, map_location='cpu', weights_only=False), NEW_PATH)");
   check_of(path).fail(
       "must be a safetensors file, the index.json of a sharded set, or an archive of torch.save, torch.jit.save or "
       "torch.export.save, but is none of these");
@@ -105,7 +132,7 @@ std::pair<FileFormat, Index> read_file(const std::string& path, Bytes file) {
 void read_shards(Checkpoint::Contents& contents, const detail::ShardIndex& shards) {
   const auto check = check_of(contents.path);
   const auto folder = std::filesystem::path(contents.path).parent_path();
-  std::map<std::string, std::map<std::string, StoredTensor>> opened;
+  std::map<std::string, Index> opened;
   for (const auto& [name, file_name] : shards.file_of) {
     auto shard = opened.find(file_name);
     if (shard == opened.end()) {
@@ -117,19 +144,37 @@ void read_shards(Checkpoint::Contents& contents, const detail::ShardIndex& shard
             "must name shards that are all safetensors or all state dicts, but {} is {}", in_quotes(file_name),
             to_string(format));
       contents.format = format;
-      shard = opened.emplace(file_name, std::move(index.tensors)).first;
+      shard = opened.emplace(file_name, std::move(index)).first;
     }
-    const auto tensor = shard->second.find(name);
-    check(tensor != shard->second.end(), "says that {} is in {}, but it is not there", in_quotes(name), in_quotes(file_name));
-    contents.index.tensors.emplace(name, tensor->second);
+    const auto& [tensors, metadata, unreadable] = shard->second;
+    const auto tensor = tensors.find(name);
+    const auto reason = unreadable.find(name);
+    check(tensor != tensors.end() || reason != unreadable.end(), "says that {} is in {}, but it is not there", in_quotes(name),
+          in_quotes(file_name));
+    if (tensor != tensors.end()) {
+      contents.index.tensors.emplace(name, tensor->second);
+    } else {
+      contents.index.unreadable.emplace(name, reason->second);
+    }
   }
   contents.index.metadata = shards.metadata;
 }
 
 const StoredTensor& find(const Checkpoint::Contents& contents, const std::string& name) {
+  const auto reason = contents.index.unreadable.find(name);
+  check_of(contents.path)(reason == contents.index.unreadable.end(), "tensor {} is not read: {}", in_quotes(name),
+                          reason == contents.index.unreadable.end() ? "" : reason->second);
   const auto found = contents.index.tensors.find(name);
   check_of(contents.path)(found != contents.index.tensors.end(), "has no tensor {}", in_quotes(name));
   return found->second;
+}
+
+// Fills in what follows from the index.
+Checkpoint finished(std::shared_ptr<Checkpoint::Contents> contents) {
+  for (const auto& [name, stored] : contents->index.tensors) {
+    contents->infos.emplace(name, TensorInfo{stored.type, stored.shape});
+  }
+  return Checkpoint(std::move(contents));
 }
 
 }  // namespace
@@ -148,10 +193,17 @@ Checkpoint open_checkpoint(const std::string& path) {
   } else {
     std::tie(contents->format, contents->index) = read_file(path, file);
   }
-  for (const auto& [name, stored] : contents->index.tensors) {
-    contents->infos.emplace(name, TensorInfo{stored.type, stored.shape});
-  }
-  return Checkpoint(std::move(contents));
+  return finished(std::move(contents));
+}
+
+Checkpoint open_checkpoint(std::span<const std::byte> bytes, std::shared_ptr<const void> owner, const std::string& name) {
+  check_of(name)(!is_json(detail::as_text(bytes)),
+                 "must be one file, but is the index of a sharded set, which names others; open the index by its path");
+  auto contents = std::make_shared<Checkpoint::Contents>();
+  contents->path = name;
+  if (owner) contents->owners.push_back(std::move(owner));
+  std::tie(contents->format, contents->index) = read_file(name, bytes);
+  return finished(std::move(contents));
 }
 
 Checkpoint::Checkpoint(std::shared_ptr<const Contents> contents) : contents_(std::move(contents)) {}
@@ -172,6 +224,10 @@ FileFormat Checkpoint::format() const {
 
 const std::map<std::string, TensorInfo>& Checkpoint::tensors() const {
   return contents_->infos;
+}
+
+const std::map<std::string, std::string>& Checkpoint::unreadable() const {
+  return contents_->index.unreadable;
 }
 
 const std::map<std::string, std::string>& Checkpoint::metadata() const {
@@ -195,8 +251,10 @@ at::Tensor Checkpoint::tensor(const std::string& name) const {
 Checkpoint Checkpoint::with(const Checkpoint& other, const std::map<std::string, std::string>& names) const {
   auto contents = std::make_shared<Contents>(*contents_);
   std::ranges::copy(other.contents_->files, std::back_inserter(contents->files));
+  std::ranges::copy(other.contents_->owners, std::back_inserter(contents->owners));
   for (const auto& [theirs, ours] : names) {
-    const bool is_new = contents->index.tensors.emplace(ours, find(*other.contents_, theirs)).second;
+    const bool is_new = !contents->index.unreadable.contains(ours) &&
+                        contents->index.tensors.emplace(ours, find(*other.contents_, theirs)).second;
     check_of(path())(is_new, "already has a tensor {}", in_quotes(ours));
     contents->infos.emplace(ours, other.tensors().at(theirs));
   }
@@ -223,12 +281,14 @@ LazyTensors lazy(NamedTensors tensors) {
 }
 
 LazyTensors lazy(const Checkpoint& checkpoint) {
-  return {checkpoint.tensors(), [checkpoint](const std::string& name) { return checkpoint.tensor(name); }};
+  return {checkpoint.tensors(), [checkpoint](const std::string& name) { return checkpoint.tensor(name); },
+          checkpoint.unreadable()};
 }
 
 NamedTensors load_tensors(const std::string& path) {
   const auto checkpoint = open_checkpoint(path);
   NamedTensors tensors;
+  for (const auto& [name, reason] : checkpoint.unreadable()) checkpoint.tensor(name);  // throws
   for (const auto& [name, info] : checkpoint.tensors()) tensors.emplace(name, checkpoint.tensor(name));
   return tensors;
 }

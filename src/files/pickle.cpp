@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <charconv>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "base/text.h"
@@ -19,15 +21,15 @@ using Node = Pickle::Node;
 
 constexpr std::string_view kPickle = "pickle";
 constexpr Id kNowhere = ~Id{0};
-constexpr size_t kMaxBytes = size_t{1} << 26;  // about a hundred thousand tensors; nodes can then be counted in 32 bits
 
 // The result of a call to a global.
 enum class Use : uint8_t {
-  name,           // none: must not be called
+  name,           // a record without contents
   dict,           // a new dict
   tensor,         // a tensor, from its arguments
   other_tensor,   // a tensor of a kind that is not read
-  first,          // the first argument: a tensor that becomes a parameter, a list with its type
+  parameter,      // the first argument, a tensor
+  first,          // the first argument: a list with its type
   with_state,     // a tensor with attributes: the function, its class, the function's arguments, the attributes
   other,          // a value that no reader needs
   script_object,  // an object, if made by NEWOBJ
@@ -41,11 +43,12 @@ struct Globals {
 
 // The globals of torch._weights_only_unpickler and of TorchScript.
 constexpr std::array kGlobals{
-    Globals{"collections", Use::dict, {"OrderedDict"}},
-    Globals{"torch._utils", Use::tensor, {"_rebuild_tensor_v2", "_rebuild_tensor_v3"}},
-    Globals{"torch._utils", Use::first, {"_rebuild_parameter", "_rebuild_parameter_with_state"}},
+    Globals{"collections", Use::dict, {"OrderedDict", "defaultdict"}},
+    Globals{"torch._utils", Use::tensor, {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"}},
+    Globals{"torch._utils", Use::parameter, {"_rebuild_parameter", "_rebuild_parameter_with_state"}},
     Globals{"torch._tensor", Use::with_state, {"_rebuild_from_type_v2"}},
-    Globals{"torch.nn.parameter", Use::name, {"Parameter"}},
+    Globals{"torch.nn.parameter", Use::parameter, {"Parameter"}},
+    Globals{"torch.autograd.variable", Use::parameter, {"Variable"}},
     Globals{"torch.storage", Use::name, {"UntypedStorage"}},
     Globals{"torch.serialization", Use::other, {"_get_layout"}},
     Globals{"torch", Use::other, {"Size", "device"}},
@@ -62,8 +65,7 @@ class Machine {
   Machine(const std::string& path, Bytes bytes, PickleNames names) : check_(kPickle, path), bytes_(bytes), names_(names) {}
 
   Pickle run() {
-    check_(bytes_.size() <= kMaxBytes, "has {} bytes, over the limit of {}", bytes_.size(), kMaxBytes);
-    pickle_.bytes = bytes_.size();
+    check_(bytes_.size() <= kMaxPickle, "has {} bytes, over the limit of {}", bytes_.size(), kMaxPickle);
     pickle_.nodes.resize(kShared);
     pickle_.nodes[kFalseNode].kind = pickle_.nodes[kTrueNode].kind = Kind::boolean;
     pickle_.nodes[kTrueNode].integer = 1;
@@ -72,6 +74,7 @@ class Machine {
     while (step()) {
     }
     pickle_.root = pop();
+    pickle_.bytes = position_;
     return std::move(pickle_);
   }
 
@@ -98,6 +101,8 @@ class Machine {
       case 0x94: memoize(memo_.size()); break;       // MEMOIZE
       case 'h': recall(number<uint8_t>()); break;    // BINGET
       case 'j': recall(number<uint32_t>()); break;   // LONG_BINGET
+      case 'p': memoize(index_of_line()); break;     // PUT
+      case 'g': recall(index_of_line()); break;      // GET
 
       case 'N': push(kNoneNode); break;                        // NONE
       case 0x88: push(kTrueNode); break;                       // NEWTRUE
@@ -107,12 +112,17 @@ class Machine {
       case 'M': push_integer(number<uint16_t>()); break;       // BININT2
       case 0x8a: push_long(take(number<uint8_t>())); break;    // LONG1
       case 0x8b: push_long(take(number<uint32_t>())); break;   // LONG4
+      case 'I':                                                // INT
+      case 'L': push_decimal(line()); break;                   // LONG
       case 'G': push_real(number<uint64_t>()); break;          // BINFLOAT
+      case 'F': push_float(line()); break;                     // FLOAT
       case 'U':                                                // SHORT_BINSTRING
       case 0x8c: push_text(take(number<uint8_t>())); break;    // SHORT_BINUNICODE
       case 'T':                                                // BINSTRING
       case 'X': push_text(take(number<uint32_t>())); break;    // BINUNICODE
       case 0x8d: push_text(take(number<uint64_t>())); break;   // BINUNICODE8
+      case 'S': push_quoted(line()); break;                    // STRING
+      case 'V': push_escaped(line()); break;                   // UNICODE
       case 'C': push_other(take(number<uint8_t>())); break;    // SHORT_BINBYTES
       case 'B': push_other(take(number<uint32_t>())); break;   // BINBYTES
       case 0x8e:                                               // BINBYTES8
@@ -139,8 +149,13 @@ class Machine {
       case 0x93: global_of_stack(); break;  // STACK_GLOBAL
       case 'R': call(false); break;         // REDUCE
       case 0x81: call(true); break;         // NEWOBJ
+      case 0x92: pop(), call(true); break;  // NEWOBJ_EX, with named arguments
+      case 'i': call_of_lines(); break;     // INST
+      case 'o': call_of_stack(); break;     // OBJ
       case 'b': build(); break;             // BUILD
       case 'Q': storage(); break;           // BINPERSID
+      case 'P':
+        check_.fail("has a text in place of a storage, as torch.save with protocol 0 writes it: PyTorch cannot read it");
       default: check_(false, "has the instruction 0x{:02x} at byte {}, which is not read", opcode, begin_);
     }
     return true;
@@ -171,6 +186,14 @@ class Machine {
     const auto size = rest.find('\n');
     check_(size != std::string_view::npos, "ends inside the instruction at byte {}", begin_);
     return take(size + 1).substr(0, size);
+  }
+
+  size_t index_of_line() {
+    const auto text = line();
+    size_t index = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), index);
+    expect(error == std::errc() && end == text.data() + text.size(), "a number");
+    return index;
   }
 
   // ---- Stack and memo -------------------------------------------------------------------------------------------------------
@@ -212,7 +235,7 @@ class Machine {
   }
 
   void memoize(size_t index) {
-    expect(index < bytes_.size(), "a smaller number");  // writers count from zero
+    expect(index < 256 || index < position_, "a smaller number");  // writers count from zero
     if (index >= memo_.size()) memo_.resize(index + 1, kNowhere);
     memo_[index] = top();
   }
@@ -242,7 +265,81 @@ class Machine {
 
   void push_real(uint64_t big_endian) { add(Kind::real).real = std::bit_cast<double>(__builtin_bswap64(big_endian)); }
 
+  // INT and LONG; protocols 0 and 1 write booleans as 00 and 01.
+  void push_decimal(std::string_view text) {
+    if (text == "00" || text == "01") return push(text == "01" ? kTrueNode : kFalseNode);
+    if (text.ends_with('L')) text.remove_suffix(1);
+    int64_t value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error == std::errc::result_out_of_range) return push(kOtherNode);
+    expect(error == std::errc() && end == text.data() + text.size(), "an integer");
+    push_integer(value);
+  }
+
+  void push_float(std::string_view text) {
+    double value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    expect(error == std::errc() && end == text.data() + text.size(), "a number");
+    add(Kind::real).real = value;
+  }
+
   void push_text(std::string_view text) { set_text(add(Kind::text), text); }
+
+  // Bytes in quotes, as Python's repr writes them.
+  void push_quoted(std::string_view text) {
+    const bool quoted = text.size() >= 2 && (text[0] == '\'' || text[0] == '"') && text.back() == text[0];
+    expect(quoted, "a text in quotes");
+    const auto inner = text.substr(1, text.size() - 2);
+    if (inner.find('\\') == std::string_view::npos) return push_text(inner);
+    std::string decoded;
+    for (size_t i = 0; i < inner.size(); ++i) {
+      if (inner[i] != '\\') {
+        decoded += inner[i];
+        continue;
+      }
+      expect(++i < inner.size(), "a character behind a backslash");
+      constexpr std::string_view kLetters = "ntr\\'\"", kMeant = "\n\t\r\\'\"";
+      const auto letter = kLetters.find(inner[i]);
+      const auto code = inner[i] == 'x' ? hexadecimal_at(inner, i + 1, 2) : std::nullopt;
+      expect(letter != std::string_view::npos || code.has_value(), "an escape that Python writes");
+      decoded += code ? static_cast<char>(*code) : kMeant[letter];
+      if (code) i += 2;
+    }
+    push_text(kept(std::move(decoded)));
+  }
+
+  // UTF-16 in Latin-1, with other characters as \uXXXX or \UXXXXXXXX.
+  void push_escaped(std::string_view text) {
+    const bool is_plain = std::ranges::none_of(text, [](char c) { return c == '\\' || (c & 0x80) != 0; });
+    if (is_plain) return push_text(text);
+    std::string decoded;
+    for (size_t i = 0; i < text.size(); ++i) {
+      const size_t digits = text.substr(i).starts_with("\\u") ? 4 : text.substr(i).starts_with("\\U") ? 8 : 0;
+      const auto code = digits == 0 ? static_cast<unsigned char>(text[i]) : hexadecimal_at(text, i + 2, digits);
+      expect(code.has_value(), "hexadecimal digits");
+      append_utf8(decoded, *code);
+      if (digits > 0) i += 1 + digits;
+    }
+    push_text(kept(std::move(decoded)));
+  }
+
+  static std::optional<uint32_t> hexadecimal_at(std::string_view text, size_t begin, size_t digits) {
+    uint32_t value = 0;
+    if (begin + digits > text.size()) return {};
+    const auto* last = text.data() + begin + digits;
+    const auto [end, error] = std::from_chars(text.data() + begin, last, value, 16);
+    return error == std::errc() && end == last ? std::optional(value) : std::nullopt;
+  }
+
+  static void append_utf8(std::string& text, uint32_t code) {
+    const auto put = [&text](uint32_t byte) { text += static_cast<char>(byte); };
+    const int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;  // bytes behind the first
+    constexpr std::array<uint32_t, 4> kFirst = {0, 0xc0, 0xe0, 0xf0};
+    put(kFirst.at(static_cast<size_t>(more)) | code >> 6 * more);
+    for (int i = more - 1; i >= 0; --i) put(0x80 | (code >> 6 * i & 0x3f));
+  }
+
+  std::string_view kept(std::string text) { return *pickle_.texts.insert(std::move(text)).first; }
 
   void push_other(std::string_view) { push(kOtherNode); }
 
@@ -265,8 +362,11 @@ class Machine {
   void append(Kind kind, size_t count) {
     expect(above_mark() > count, "more values");
     const auto container = stack_[stack_.size() - count - 1];
-    expect(pickle_.kind(container) == kind, kind == Kind::list ? "a list" : "a dict");
-    extend(container, std::span(stack_).last(count));
+    const auto found = pickle_.kind(container);
+    if (found != Kind::foreign && found != Kind::other) {
+      expect(found == kind, kind == Kind::list ? "a list" : "a dict");
+      extend(container, std::span(stack_).last(count));
+    }
     stack_.resize(stack_.size() - count);
   }
 
@@ -303,47 +403,95 @@ class Machine {
 
   void push_global(std::string_view module, std::string_view name) {
     const auto found = use_of(module == "__builtin__" ? "builtins" : module, name);
+    if (!found) return set_text(add(Kind::foreign), kept(formatted("{}.{}", module, name)));
+    const bool is_shown = found == Use::other_tensor;
     auto& node = add(Kind::global);
-    node.use = static_cast<uint8_t>(found);
-    set_text(node, name);
+    node.use = static_cast<uint8_t>(*found);
+    set_text(node, is_shown ? kept(formatted("{}.{}", module, name)) : name);
   }
 
-  Use use_of(std::string_view module, std::string_view name) const {
+  // Nothing for a foreign name.
+  std::optional<Use> use_of(std::string_view module, std::string_view name) const {
     const auto* known = std::ranges::find_if(kGlobals, [&](const Globals& globals) {
       return globals.module == module && !name.empty() && std::ranges::count(globals.names, name) > 0;
     });
     if (known != kGlobals.end()) return known->use;
-    if (module == "torch._utils" && name.starts_with("_rebuild_")) return Use::other_tensor;
+    if (module.starts_with("torch.") && name.starts_with("_rebuild_")) return Use::other_tensor;
     if (module == "torch" && name.find('.') == std::string_view::npos) return Use::name;  // classes of storages, types
     if (names_ == PickleNames::torchscript) return Use::script_object;
-    check_.fail(
-        "holds an object of class {}.{}, which is not a tensor; if you trust the file, whose code this runs, save only the "
-        "tensors, in Python: torch.save(torch.load(PATH, weights_only=False){}, NEW_PATH)",
-        shown(module), shown(name), stack_.empty() ? ".state_dict()" : "['model']");
+    return {};
   }
 
   // REDUCE or, `as_object`, NEWOBJ: replaces a global and a tuple of arguments with the result of the call.
   void call(bool as_object) {
     auto arguments = pop();
     auto global = pop();
-    expect(pickle_.kind(arguments) == Kind::tuple && pickle_.kind(global) == Kind::global, "a class and a tuple");
+    const bool is_foreign = pickle_.kind(global) == Kind::foreign;
+    expect(pickle_.kind(arguments) == Kind::tuple && (is_foreign || pickle_.kind(global) == Kind::global),
+           "a class and a tuple");
+    if (is_foreign) return push(global);
     if (use(global) == Use::with_state) {
       const auto items = pickle_.items(arguments);
-      const bool sound = items.size() == 4 && pickle_.kind(items[0]) == Kind::global && pickle_.kind(items[2]) == Kind::tuple &&
-                         (use(items[0]) == Use::tensor || use(items[0]) == Use::other_tensor);
+      const auto is = [&](size_t i, Kind kind) { return pickle_.kind(items[i]) == kind; };
+      const bool sound = items.size() == 4 && is(2, Kind::tuple) &&
+                         (is(0, Kind::foreign) ||
+                          (is(0, Kind::global) && (use(items[0]) == Use::tensor || use(items[0]) == Use::other_tensor)));
       expect(sound, "a tensor with attributes");
       global = items[0];
       arguments = items[2];
+      if (pickle_.kind(global) == Kind::foreign) return push_other_tensor(global);
     }
     const auto items = pickle_.items(arguments);
     switch (use(global)) {
-      case Use::dict: expect(items.empty(), "no arguments"), add(Kind::dict); break;
+      case Use::name: set_text(add(Kind::foreign), kept(formatted("torch.{}", pickle_.text(global)))); break;
+      case Use::dict: push_dict({items.begin(), items.end()}); break;
       case Use::tensor: add_sharing(Kind::tensor, arguments); break;
-      case Use::other_tensor: set_text(add(Kind::other_tensor), pickle_.text(global)); break;
+      case Use::other_tensor: push_other_tensor(global); break;
+      case Use::parameter:
+        expect(!items.empty(), "an argument");
+        pickle_.kind(items[0]) == Kind::foreign ? push_other_tensor(items[0]) : push(items[0]);
+        break;
       case Use::first: expect(!items.empty(), "an argument"), push(items[0]); break;
       case Use::script_object: as_object ? void(add(Kind::object)) : push(kOtherNode); break;
       case Use::other: push(kOtherNode); break;
-      default: expect(false, "something that can be called");
+      case Use::with_state: break;  // has been replaced
+    }
+  }
+
+  void call_of_lines() {
+    collect(Kind::tuple, since_mark());
+    const auto arguments = pop();
+    global_of_lines();
+    push(arguments);
+    call(false);
+  }
+
+  void call_of_stack() {
+    const auto count = since_mark();
+    expect(count > 0, "a class");
+    collect(Kind::tuple, count - 1);
+    call(false);
+  }
+
+  // A tensor that is not read, with the name of the function or class that makes it.
+  void push_other_tensor(Id name) { set_text(add(Kind::other_tensor), pickle_.text(name)); }
+
+  // OrderedDict(), OrderedDict([[key, value], ...]) as Python 2 writes it, defaultdict(FACTORY).
+  void push_dict(const std::vector<Id>& arguments) {
+    add(Kind::dict);
+    const auto dict = stack_.back();
+    for (const auto argument : arguments) {
+      if (pickle_.kind(argument) != Kind::list) continue;
+      const auto count = pickle_.items(argument).size();
+      copied_ += count;
+      expect(copied_ <= position_, "fewer pairs");  // a list could be given again and again
+      for (size_t i = 0; i < count; ++i) {
+        const auto pair = pickle_.items(argument)[i];
+        const auto kind = pickle_.kind(pair);
+        expect((kind == Kind::list || kind == Kind::tuple) && pickle_.items(pair).size() == 2, "pairs");
+        const std::array<Id, 2> entry = {pickle_.items(pair)[0], pickle_.items(pair)[1]};
+        extend(dict, entry);
+      }
     }
   }
 
@@ -359,18 +507,21 @@ class Machine {
   void build() {
     const auto state = pop();
     const auto kind = pickle_.kind(top());
-    expect(kind == Kind::object || kind == Kind::dict || kind == Kind::other, "something that has a state");
-    if (kind != Kind::object) return;  // an OrderedDict's attributes
+    if (kind == Kind::dict || kind == Kind::tensor || kind == Kind::other_tensor) return;  // attributes, hooks
+    if (kind == Kind::foreign || kind == Kind::other) return;
+    expect(kind == Kind::object, "something that has a state");
     expect(pickle_.nodes[top()].size == 0, "an object without a state");
     extend(top(), {&state, 1});
   }
 
   void storage() {
     const auto tuple = pop();
-    const auto has = [&](size_t i, Kind kind) { return pickle_.kind(pickle_.items(tuple)[i]) == kind; };
-    const bool sound = pickle_.kind(tuple) == Kind::tuple && pickle_.items(tuple).size() == 5 && has(0, Kind::text) &&
-                       pickle_.text(pickle_.items(tuple)[0]) == "storage" && has(1, Kind::global) && has(2, Kind::text) &&
-                       has(3, Kind::text) && has(4, Kind::integer);
+    const auto items = pickle_.kind(tuple) == Kind::tuple ? pickle_.items(tuple) : std::span<const Id>();
+    const auto has = [&](size_t i, Kind kind) { return i < items.size() && pickle_.kind(items[i]) == kind; };
+    const auto is = [&](std::string_view what) { return has(0, Kind::text) && pickle_.text(items[0]) == what; };
+    if (is("module") && has(1, Kind::foreign)) return push(items[1]);  // a class, with its source
+    const bool sound = is("storage") && (has(1, Kind::global) || has(1, Kind::foreign)) && has(2, Kind::text) &&
+                       has(3, Kind::text) && has(4, Kind::integer) && items.size() <= 6;
     expect(sound, "a storage's class, key, device and size");
     add_sharing(Kind::storage, tuple);
   }
@@ -383,6 +534,7 @@ class Machine {
   std::vector<Id> stack_;
   std::vector<size_t> marks_;  // stack sizes at the marks
   std::vector<Id> memo_;
+  size_t copied_ = 0;  // pairs
   Pickle pickle_;
 };
 

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -26,13 +28,22 @@ struct PickledType {
 
 const PickledType* find_pickled_type(at::ScalarType type);  ///< null if there is none
 
-/// The tensors of an archive of torch.save or torch.jit.save, collected by name. Throws FileError with "[reader] path: reason".
+/// The size of the items of a storage by the name of its class, in bytes; nothing if torch has no such class.
+std::optional<size_t> size_of_items(std::string_view storage_class);
+
+/// The bytes of the storage with this key. Throws FileError if there is none.
+using FindStorage = std::function<Bytes(std::string_view key)>;
+
+/// The storages of an archive, which must outlive this. Throws FileError if the archive is big-endian.
+FindStorage storages_of(std::string_view reader, const std::string& path, const ZipFile& zip);
+
+/// The tensors of a pickle of torch.save or torch.jit.save, collected by name. Throws FileError with "[reader] path: reason".
 class PickledTensors {
  public:
-  /// `container` is the kind of value whose entries name tensors: dict, or object in TorchScript. All arguments must outlive
-  /// this. Throws FileError if the archive is big-endian.
+  /// `container` is the kind of value whose entries name tensors: dict, or object in TorchScript. The texts and the pickle must
+  /// outlive this.
   PickledTensors(
-      std::string_view reader, const std::string& path, const ZipFile& zip, const Pickle& pickle, Pickle::Kind container);
+      std::string_view reader, const std::string& path, FindStorage find_storage, const Pickle& pickle, Pickle::Kind container);
 
   /// Name, value, name, value, ... of a container; nothing for an optimizer's state dict, which holds no weights.
   std::span<const Pickle::Id> entries(Pickle::Id container) const;
@@ -49,16 +60,18 @@ class PickledTensors {
   void charge(size_t cost);
 
   std::map<std::string, StoredTensor> tensors;
+  std::map<std::string, std::string> unreadable;  ///< as in Index
 
  private:
   enum class Holds : uint8_t { unknown, being_asked, none, some };
 
   void add(const std::string& name, Pickle::Id tensor);
+  std::optional<std::string> reason_not_to_read(Pickle::Id tensor) const;
   std::vector<int64_t> integers(const std::string& name, Pickle::Id tuple) const;
   Bytes storage(const std::string& name, std::span<const Pickle::Id> storage, size_t item) const;
 
   FileCheck check_;
-  const ZipFile& zip_;
+  FindStorage find_storage_;
   const Pickle& pickle_;
   Pickle::Kind container_;
   std::vector<Holds> holds_;  // by id

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <optional>
@@ -57,23 +58,27 @@ class Entry {
   Entry(const std::string& path, const std::string& name, const Json& json)
       : check_(kPt2, path), tensor_("tensor " + in_quotes(name)), json_(json) {}
 
-  /// The tensor, a view of a storage in `folder`.
+  /// Why the tensor is sound, but not read; nothing if it is read.
+  std::optional<std::string> reason_not_to_read() const {
+    if (get<bool>("use_pickle")) {
+      return "it is pickled, as objects and tensors of classes of their own are, and pickles are not run; save plain tensors "
+             "in "
+             "Python: torch.save({NAME: TENSOR, ...}, NEW_PATH)";
+    }
+    const auto layout = get<uint64_t>("tensor_meta/layout");
+    if (layout != kStrided) return formatted("it has layout {}, not {}, strided", layout, kStrided);
+    const auto number = get<uint64_t>("tensor_meta/dtype");
+    if (!type_of_number(number)) return formatted("it has dtype {}, which is not one of PyTorch's type numbers", number);
+    return {};
+  }
+
+  /// The tensor, a view of a storage in `folder`. REQUIRES: no reason not to read it.
   StoredTensor read(const ZipFile& zip, const std::string& folder) const {
-    check_(!get<bool>("use_pickle"),
-           "{} is pickled, as objects and tensors of classes of their own are, and pickles are not run; save plain tensors in "
-           "Python: torch.save({{NAME: TENSOR, ...}}, NEW_PATH)",
-           tensor_);
     const auto record = folder + get<std::string>("path_name");
     check_(zip.has(record), "{} should be in {}, which is not there", tensor_, in_quotes(record));
-    const auto layout = get<uint64_t>("tensor_meta/layout");
-    check_(layout == kStrided, "{} must have layout {}, strided, but has {}", tensor_, kStrided, layout);
-    const auto number = get<uint64_t>("tensor_meta/dtype");
-    const auto type = type_of_number(number);
-    check_(type.has_value(), "{} has dtype {}, which is not one of PyTorch's type numbers", tensor_, number);
-
     std::string reason;
-    auto view = view_of(zip.bytes(record), *type, counts("tensor_meta/sizes"), counts("tensor_meta/strides"),
-                        count("tensor_meta/storage_offset"), &reason);
+    auto view = view_of(zip.bytes(record), *type_of_number(get<uint64_t>("tensor_meta/dtype")), counts("tensor_meta/sizes"),
+                        counts("tensor_meta/strides"), count("tensor_meta/storage_offset"), &reason);
     check_(view.has_value(), "{} {}", tensor_, reason);
     return *std::move(view);
   }
@@ -111,17 +116,22 @@ Index read_pt2(const std::string& path, const ZipFile& zip) {
   };
 
   check(!zip.has("serialized_exported_program.json"), kOldForm, "its weights are");
+  std::vector<std::string_view> models;
+  for (const auto& [name, entry] : zip.entries()) {
+    const auto record = std::string_view(name).substr(zip.folder().size());
+    if (record.starts_with("models/") && record.ends_with(".json")) models.push_back(record.substr(7, record.size() - 12));
+  }
+  const bool is_compiled = std::ranges::any_of(
+      zip.entries(), [](const auto& entry) { return entry.first.find("data/aotinductor/") != std::string::npos; });
+  check(!models.empty() || !is_compiled,
+        "is a package compiled by AOTInductor, whose weights have no names; save the program before it is compiled, in Python: "
+        "torch.export.save(PROGRAM, NEW_PATH)");
   check(says("archive_format", "pt2"),
         "must be an archive of torch.save, torch.jit.save or torch.export.save, but is a zip file without data.pkl and without "
         "archive_format pt2");
   check(says("archive_version", "0"), "must have archive_version 0");
   check(says("byteorder", "little"), "must have byteorder little");
 
-  std::vector<std::string_view> models;
-  for (const auto& [name, entry] : zip.entries()) {
-    const auto record = std::string_view(name).substr(zip.folder().size());
-    if (record.starts_with("models/") && record.ends_with(".json")) models.push_back(record.substr(7, record.size() - 12));
-  }
   check(models.size() == 1, "must have one model, models/NAME.json, but has {}", models.size());
 
   Index index;
@@ -134,7 +144,14 @@ Index read_pt2(const std::string& path, const ZipFile& zip) {
     check(json.is_object() && json.contains("config") && json["config"].is_object(), "{} must have config, an object",
           in_quotes(config));
     for (const auto& [name, entry] : json["config"].items()) {
-      const bool is_new = index.tensors.emplace(name, Entry(path, name, entry).read(zip, folder)).second;
+      const Entry tensor(path, name, entry);
+      const auto reason = tensor.reason_not_to_read();
+      const bool is_new = !index.tensors.contains(name) && !index.unreadable.contains(name);
+      if (reason) {
+        index.unreadable.emplace(name, *reason);
+      } else {
+        index.tensors.emplace(name, tensor.read(zip, folder));
+      }
       check(is_new, "has the tensor {} twice, in weights and in constants", in_quotes(name));
     }
   }

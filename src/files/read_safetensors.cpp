@@ -18,7 +18,7 @@ constexpr char kHeaderNotJson[] = "header is not JSON in UTF-8, at its byte {}";
 
 // The description of one tensor in the header.
 struct HeaderEntry {
-  std::optional<at::ScalarType> type;
+  std::optional<std::string> type;
   std::optional<std::vector<uint64_t>> shape;
   std::optional<std::vector<uint64_t>> offsets;
 };
@@ -61,9 +61,7 @@ class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
       metadata[field_] = value;
       return true;
     }
-    const auto* type = find_safetensors_type(value);
-    check_(type, "tensor {} has the dtype {}, which torch does not have", in_quotes(name_), in_quotes(value));
-    set(records[name_].type, type->type);
+    set(records[name_].type, value);
     return true;
   }
 
@@ -96,7 +94,10 @@ class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
     return true;
   }
 
-  bool null() override { refuse(); }
+  bool null() override {
+    if (level_ != 1 || name_ != kSafetensorsMetadata) refuse();  // some writers have null for no metadata
+    return true;
+  }
   bool boolean(bool) override { refuse(); }
   bool number_integer(int64_t) override { refuse(); }
   bool number_float(double, const std::string&) override { refuse(); }
@@ -131,17 +132,21 @@ class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
   std::vector<uint64_t> list_;  // read so far
 };
 
+// The bits of an element of types that torch has no tensors of; nothing for types that the format does not name.
+std::optional<uint64_t> bits_of_other_type(std::string_view type) {
+  if (type == "F4") return 4;
+  return type == "F6_E2M3" || type == "F6_E3M2" ? std::optional<uint64_t>(6) : std::nullopt;
+}
+
 // The tensors in the data of a file. As the format requires, they must fill the data exactly.
-std::map<std::string, StoredTensor> laid_out(const std::string& path,
-                                             const std::map<std::string, HeaderEntry>& records,
-                                             Bytes data) {
+Index laid_out(const std::string& path, const std::map<std::string, HeaderEntry>& records, Bytes data) {
   const FileCheck check(kSafetensors, path);
   struct Place {
     std::string_view name;
     uint64_t begin;
     uint64_t end;
   };
-  std::map<std::string, StoredTensor> tensors;
+  Index index;
   std::vector<Place> in_order;
   for (const auto& [name, record] : records) {
     const uint64_t begin = record.offsets->at(0);
@@ -152,16 +157,24 @@ std::map<std::string, StoredTensor> laid_out(const std::string& path,
           in_quotes(name), end, data.size());
     // Sizes from 2^63 on become negative, which count_elements rejects.
     std::vector<int64_t> shape(record.shape->begin(), record.shape->end());
+    const auto* type = find_safetensors_type(*record.type);
+    const auto bits =
+        type != nullptr ? std::optional<uint64_t>(8 * c10::elementSize(type->type)) : bits_of_other_type(*record.type);
     const auto elements = count_elements(shape);
-    uint64_t bytes = 0;
-    const bool counted =
-        elements && !__builtin_mul_overflow(static_cast<uint64_t>(*elements), c10::elementSize(*record.type), &bytes);
-    check(counted, "shape {} of tensor {} has too many elements to count", text, in_quotes(name));
-    check(bytes == end - begin, "tensor {} of type {} and shape {} takes {} bytes, but its data_offsets [{}, {}] hold {}",
-          in_quotes(name), find_safetensors_type(*record.type)->name, text, bytes, begin, end, end - begin);
-    auto strides = contiguous_strides(shape);
-    tensors.emplace(name, StoredTensor{*record.type, std::move(shape), std::move(strides), data.subspan(begin, bytes)});
+    uint64_t all_bits = 0;
+    check(elements && !__builtin_mul_overflow(static_cast<uint64_t>(*elements), bits.value_or(1), &all_bits),
+          "shape {} of tensor {} has too many elements to count", text, in_quotes(name));
+    const auto bytes = all_bits / 8 + (all_bits % 8 != 0 ? 1 : 0);
+    check(!bits || bytes == end - begin,
+          "tensor {} of type {} and shape {} takes {} bytes, but its data_offsets [{}, {}] hold {}", in_quotes(name),
+          shown(*record.type), text, bytes, begin, end, end - begin);
     in_order.push_back({name, begin, end});
+    if (type == nullptr) {
+      index.unreadable.emplace(name, formatted("it is of dtype {}, which torch does not have", in_quotes(*record.type)));
+      continue;
+    }
+    auto strides = contiguous_strides(shape);
+    index.tensors.emplace(name, StoredTensor{type->type, std::move(shape), std::move(strides), data.subspan(begin, bytes)});
   }
 
   std::ranges::sort(in_order, {}, [](const Place& place) { return std::pair(place.begin, place.end); });
@@ -172,7 +185,7 @@ std::map<std::string, StoredTensor> laid_out(const std::string& path,
     filled = end;
   }
   check(filled == data.size(), "has {} bytes of data, but its tensors end at {}", data.size(), filled);
-  return tensors;
+  return index;
 }
 
 }  // namespace
@@ -196,7 +209,9 @@ Index read_safetensors(const std::string& path, Bytes file) {
 
   HeaderParser parser(path);
   nlohmann::json::sax_parse(header, &parser);
-  return {laid_out(path, parser.records, after_length.subspan(header_size)), std::move(parser.metadata)};
+  auto index = laid_out(path, parser.records, after_length.subspan(header_size));
+  index.metadata = std::move(parser.metadata);
+  return index;
 }
 
 }  // namespace xattn::detail

@@ -37,16 +37,18 @@ std::optional<std::string> as_metadata(const Pickle& pickle, Pickle::Id value) {
 
 class Reader {
  public:
-  Reader(const std::string& path, const ZipFile& zip)
+  Reader(const std::string& path, const Pickle& pickle, FindStorage find_storage)
       : check_(kStateDict, path),
-        pickle_(read_pickle(path, zip.bytes("data.pkl"), PickleNames::state_dict)),
-        found_(kStateDict, path, zip, pickle_, Pickle::Kind::dict) {}
+        pickle_(pickle),
+        found_(kStateDict, path, std::move(find_storage), pickle_, Pickle::Kind::dict) {}
 
   Index read() {
     auto dict = pickle_.root;
+    refuse_object(dict, "");
     check_(pickle_.kind(dict) == Pickle::Kind::dict,
            "must hold a dict of tensors by name, but holds {}; save it so in Python: torch.save({{'NAME': tensor}}, PATH)",
            pickle_.kind(dict) == Pickle::Kind::tensor ? "one tensor" : "something else");
+    if (!found_.holds_tensors(dict)) refuse_objects(dict);
     check_(found_.holds_tensors(dict) || pickle_.items(dict).empty(), "holds no tensors by name");
     std::string chosen;
     add_metadata(dict);
@@ -60,11 +62,32 @@ class Reader {
     }
     if (!chosen.empty()) metadata_[kChosen] = chosen;
     found_.add_all("", dict);
-    return {std::move(found_.tensors), std::move(metadata_)};
+    return {std::move(found_.tensors), std::move(metadata_), std::move(found_.unreadable)};
   }
 
  private:
   using Entry = std::pair<Pickle::Id, Pickle::Id>;
+
+  // Objects are records without contents: a whole module in place of its tensors cannot be read. `place` is Python's way to it.
+  void refuse_object(Pickle::Id value, const std::string& place) const {
+    check_(pickle_.kind(value) != Pickle::Kind::foreign,
+           "holds an object of class {}, which is not a tensor; if you trust the file, whose code this runs, save only the "
+           "tensors, in Python: torch.save(torch.load(PATH, weights_only=False){}.state_dict(), NEW_PATH)",
+           pickle_.kind(value) == Pickle::Kind::foreign ? shown(pickle_.text(value)) : "", place);
+  }
+
+  // Throws if an entry of a dict without tensors is an object: the one under a known key, or else the first.
+  void refuse_objects(Pickle::Id dict) const {
+    const auto entries = found_.entries(dict);
+    const auto refuse = [&](const auto& is_meant) {
+      for (size_t i = 0; i < entries.size(); i += 2) {
+        if (pickle_.kind(entries[i]) != Pickle::Kind::text || !is_meant(pickle_.text(entries[i]))) continue;
+        refuse_object(entries[i + 1], formatted("['{}']", shown(pickle_.text(entries[i]))));
+      }
+    };
+    refuse([](std::string_view key) { return std::ranges::count(kModelKeys, key) > 0; });
+    refuse([](std::string_view) { return true; });
+  }
 
   // The entry of a checkpoint that holds the model's state dict: the one under a known key, or the only one with tensors.
   std::optional<Entry> nested(Pickle::Id checkpoint) {
@@ -97,15 +120,20 @@ class Reader {
   }
 
   FileCheck check_;
-  Pickle pickle_;
+  const Pickle& pickle_;
   PickledTensors found_;
   std::map<std::string, std::string> metadata_;
 };
 
 }  // namespace
 
+Index read_pickled_state_dict(const std::string& path, const Pickle& pickle, const FindStorage& find_storage) {
+  return Reader(path, pickle, find_storage).read();
+}
+
 Index read_state_dict(const std::string& path, const ZipFile& zip) {
-  return Reader(path, zip).read();
+  const auto pickle = read_pickle(path, zip.bytes("data.pkl"), PickleNames::state_dict);
+  return read_pickled_state_dict(path, pickle, storages_of(kStateDict, path, zip));
 }
 
 }  // namespace xattn::detail

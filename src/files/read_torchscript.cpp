@@ -21,7 +21,7 @@ Index read_torchscript(const std::string& path, const ZipFile& zip) {
   const FileCheck check(kTorchScript, path);
   const auto pickle = read_pickle(path, zip.bytes("data.pkl"), PickleNames::torchscript);
   check(pickle.kind(pickle.root) == Pickle::Kind::object, "must hold a module, but holds something else");
-  PickledTensors found(kTorchScript, path, zip, pickle, Pickle::Kind::object);
+  PickledTensors found(kTorchScript, path, storages_of(kTorchScript, path, zip), pickle, Pickle::Kind::object);
   if (found.holds_tensors(pickle.root)) {
     found.add_all("", pickle.root);
   } else {
@@ -29,7 +29,7 @@ Index read_torchscript(const std::string& path, const ZipFile& zip) {
         !zip.has("constants/0"),
         "has no parameters, but constants without names, as torch.jit.freeze makes them; save the module before it is frozen");
   }
-  return {std::move(found.tensors), {}};
+  return {std::move(found.tensors), {}, std::move(found.unreadable)};
 }
 
 }  // namespace xattn::detail

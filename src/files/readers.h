@@ -4,6 +4,7 @@
 #include <map>
 #include <string>
 
+#include "files/pickled_tensors.h"
 #include "files/stored_tensor.h"
 #include "files/zip.h"
 
@@ -23,6 +24,12 @@ ShardIndex read_shard_index(const std::string& path, Bytes file);
 
 /// Archives of `torch.save`: a state dict, or a checkpoint that contains one.
 Index read_state_dict(const std::string& path, const ZipFile& zip);
+
+/// The same from its pickle, whose storages lie elsewhere.
+Index read_pickled_state_dict(const std::string& path, const Pickle& pickle, const FindStorage& find_storage);
+
+/// Files of `torch.save` from before PyTorch 1.6, which are no archives.
+Index read_legacy(const std::string& path, Bytes file);
 
 /// Archives of `torch.jit.save`, or `torch::save` of a C++ module: parameters and buffers by name.
 Index read_torchscript(const std::string& path, const ZipFile& zip);

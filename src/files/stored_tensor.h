@@ -27,7 +27,8 @@ struct StoredTensor {
 /// The tensors of a file by name, and its metadata.
 struct Index {
   std::map<std::string, StoredTensor> tensors;
-  std::map<std::string, std::string> metadata;
+  std::map<std::string, std::string> metadata = {};
+  std::map<std::string, std::string> unreadable = {};  ///< tensors that are sound but not read, with what they are
 };
 
 inline constexpr size_t kMaxAxes = 64;  ///< the limit of most of torch's operators

@@ -56,6 +56,10 @@ void explain_none(const Checkpoint& checkpoint, const std::string& prefix) {
     constexpr std::string_view kPacked = "qweight";  // GPTQ's and AWQ's name for weights of four bits
     if (std::ranges::any_of(layer_layouts(), is_weight) || name.ends_with(kPacked)) refuse_quantized(checkpoint, name);
   }
+  for (const auto& [name, reason] : checkpoint.unreadable()) {
+    load_check(checkpoint.path())(!name.starts_with(prefix), "must hold an attention layer, but tensor {} is not read: {}",
+                                  in_quotes(name), reason);
+  }
   const auto advice = advice_on(names);
   load_check(checkpoint.path())(advice.empty(), "must hold an attention layer in a layout that is known, but holds none{}",
                                 advice);

@@ -209,7 +209,13 @@ class Loader {
       const auto recipe = recipe_of(name);
       const auto info = source_.infos.find(recipe.source);
       if (info == source_.infos.end()) {
-        absent.push_back(name);
+        const auto reason = source_.unreadable.find(recipe.source);
+        if (reason == source_.unreadable.end()) {
+          absent.push_back(name);
+        } else {
+          used.insert(recipe.source);
+          report_.misshapen.push_back(formatted("{} is not read: {}", name, reason->second));
+        }
         continue;
       }
       used.insert(recipe.source);
@@ -234,12 +240,14 @@ class Loader {
       if (std::ranges::count(report_.misshapen, reason) == 0) report_.misshapen.push_back(reason);
     }
     std::ranges::sort(report_.loaded);
-    for (const auto& [full_name, info] : source_.infos) {
+    const auto sort_in = [&](const std::string& full_name) {
       const bool below = full_name.starts_with(prefix_);
-      if (used.contains(full_name) || (!below && !unexplained_.contains(full_name))) continue;
+      if (used.contains(full_name) || (!below && !unexplained_.contains(full_name))) return;
       auto& list = surrounding_.contains(full_name) ? report_.surrounding : report_.unexpected;
       list.push_back(below ? full_name.substr(prefix_.size()) : full_name);
-    }
+    };
+    for (const auto& [full_name, info] : source_.infos) sort_in(full_name);
+    for (const auto& [full_name, reason] : source_.unreadable) sort_in(full_name);
   }
 
   void refuse_faults() {

@@ -70,6 +70,10 @@ void fuzz_pickle(Bytes file) {
   read_or_refuse([&] { take_tensors(detail::read_torchscript("x", zip)); });
 }
 
+void fuzz_legacy(Bytes file) {
+  read_or_refuse([&] { take_tensors(detail::read_legacy("x", file)); });
+}
+
 void fuzz_json(Bytes file) {
   read_or_refuse([&] { detail::read_shard_index("x", file); });
   const auto archive = zip_of({{"x/archive_format", "pt2"},
