@@ -132,7 +132,8 @@ TEST_P(BlockFixtureTest, MatchesPyTorchInEveryLegalOrderFrozenAndNot) {
     const auto frozen = block->freeze();
     const auto mask = fixture.mask(torch::kCPU);
     const auto expect = [&](const std::tuple<Tensor, Tensor>& found, const std::string& how) {
-      const auto what = fixture.name + ", " + std::string(name_of(orders.logits)) + ", " + std::string(name_of(orders.values)) + how;
+      const auto what =
+          fixture.name + ", " + std::string(name_of(orders.logits)) + ", " + std::string(name_of(orders.values)) + how;
       expect_close(std::get<0>(found), fixture.tensors.at("output"), allowed, "output of " + what);
       expect_close(std::get<1>(found), fixture.tensors.at("attention_weights"), allowed, "attention_weights of " + what);
     };

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/decoupled.h>
-#include <xattn/frozen_decoupled.h>
 
 #include <ATen/autocast_mode.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <xattn/checkpoint.h>
 #include <xattn/find_layers.h>
+#include <xattn/frozen_decoupled.h>
 #include <xattn/ip_adapter.h>
 #include <xattn/load.h>
 #include <xattn/load_modules.h>
