@@ -818,7 +818,8 @@ def write_saved(folder: Path) -> list[str]:
         six = torch.arange(6).view(2, 3)
         types = {name: six.to(getattr(torch, name)) for name in SAVED_TYPES.split()}
         torch.save(types, folder / "types.pt")
-        torch.save(types, folder / "legacy_types.pt", **legacy)
+        untyped = {name for name in types if name.startswith(("uint16", "uint32", "uint64", "complex32", "float8"))}
+        torch.save({name: types[name] for name in types if name not in untyped}, folder / "legacy_types.pt", **legacy)
     names = ("state_dict", "checkpoint", "objects", "module", "scripted", "traced", "frozen", "views", "types", "legacy")
     names += tuple(f"legacy_{name}" for name in ("protocol_1", "protocol_4", "objects", "views", "types"))
     return [*(f"{name}.pt" for name in names), "state_dict.safetensors", "views.safetensors"]
