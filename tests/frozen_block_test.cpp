@@ -271,7 +271,7 @@ TEST(FrozenBlockTest, HoldsItsWeightsOnceUntilACallFolds) {
   }
 }
 
-TEST(FrozenTest, HoldsWeightsOnceAndAPinnedPlanOnlyWhatItReads) {
+TEST(FrozenMemoryTest, HoldsWeightsOnceAndAPinnedPlanOnlyWhatItReads) {
   CrossAttention attention(CrossAttentionOptions(256, 192, 192, 256).num_heads(4));
   int64_t weights = 0;
   for (const auto& parameter : attention->parameters()) weights += static_cast<int64_t>(parameter.nbytes());

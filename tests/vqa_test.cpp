@@ -294,6 +294,7 @@ TEST(VqaPretrainedTest, GoesIntoTheCheckpoint) {
           "trust whoever made the file");
   auto trained = load_trained(run.output, torch::kCPU, examples::Code::run);
   const auto batch = some_tensors(12);
+  model->freeze();  // as a loaded one is
   EXPECT_TRUE(trained.model->forward(batch.boards, batch.words).scores.equal(model->forward(batch.boards, batch.words).scores));
   EXPECT_FALSE(std::filesystem::exists(run.state_path()));
 

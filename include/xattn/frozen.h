@@ -152,6 +152,7 @@ class XATTN_API Frozen {
   Frozen(const CrossAttentionImpl& module, const FreezeOptions& options);
   const State& state() const;
   at::Tensor query_for(std::string_view caller, const at::Tensor& query, const FrozenContext& context) const;
+  void check_owner(const FrozenContext& context) const;
   void check_context(std::string_view caller, const FrozenContext& context, int64_t Lq) const;
   AttentionResult attend_with(const at::Tensor& query, const FrozenContext& context, const CallOptions& call) const;
   std::tuple<at::Tensor, at::Tensor> forward_with(const std::optional<at::Tensor>& query,

@@ -266,8 +266,7 @@ FrozenContext Frozen::context_for(
 
 std::tuple<Tensor, Tensor> Frozen::attend(const Tensor& query, const FrozenContext& context, const CallOptions& call) const {
   const detail::Inference inference;
-  check_value(context.state().owner == state_, kFrozen,
-              "context must be made by the Frozen that attends to it, but is another's.");
+  check_owner(context);
   return detail::results(attend_with(query_for(kFrozen, query, context), context, call), context.is_batched());
 }
 
@@ -286,9 +285,14 @@ void Frozen::check_context(std::string_view caller, const FrozenContext& context
 std::tuple<Tensor, Tensor> Frozen::attend(const FrozenContext& context, const CallOptions& call) const {
   const detail::Inference inference;
   check_value(state().query.defined(), kFrozen, "query must be given to freeze or to attend, but is given to neither.");
-  check_value(context.state().owner == state_, kFrozen,
-              "context must be made by the Frozen that attends to it, but is another's.");
+  check_owner(context);
   return detail::results(attend_with({}, context, call), context.is_batched());
+}
+
+void Frozen::check_owner(const FrozenContext& context) const {
+  const auto& own = state();
+  check_value(context.state().owner.get() == &own, kFrozen,
+              "context must be made by the Frozen that attends to it, but is another's.");
 }
 
 // query [B * n, Lq, Eq], which has been checked, or undefined for the constant one.

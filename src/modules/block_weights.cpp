@@ -74,6 +74,7 @@ BlockInputs block_inputs(std::string_view caller,
                          const Tensor& key,
                          const Tensor& value,
                          Normalise normalise) {
+  check_input(caller, w, "query", query, "Lq");
   const bool forgets_norm =
       query.is_same(key) && !w.norm_context && w.norms_before() && w.attention_norm.kind != NormKind::none;
   check_value(!forgets_norm, caller,
