@@ -122,6 +122,8 @@ def main():
     )
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.blocks and (arguments.weights != ["none"] or arguments.limit or arguments.goals or "cuda" in arguments.runtime):
+        parser.error("--blocks excludes --weights, --limit, --goals and --runtime cuda")
     if arguments.packages:
         return print(*PACKAGES, *([] if arguments.runtime == ["cuda"] else PACKAGES_CPU))
     if arguments.only:

@@ -215,12 +215,12 @@ def summary(store, shapes):
             )
         cells = {shape["name"]: store["rows"].get(shape["name"], {}).get("none", {}).get(t, {}) for shape in shapes}
         gains = [f"{name} {median(c[OURS['frozen']]) / median(c[HALF]):.2f}" for name, c in cells.items() if HALF in c]
-        if gains and "context_bytes" not in store:  # otherwise the table has them
+        if gains and "context_bytes" not in store:  # the table of blocks has a column of them
             lines[-1] += f" Speedup with weights and context stored in bfloat16: {'; '.join(gains)}."
         for name, sizes in store.get("context_bytes", {}).items():
-            if SHARED in sizes:
-                texts = [f"{size / 1e6:.3g} MB, {time_text(median(cells[name][c]))} ({c.removeprefix('libtorch, ')})" for c, size in sizes.items()]
-                lines[-1] += f" Memory of all contexts of {name}, and time of a call: {'; '.join(texts)}."
+            if SHARED in cells.get(name, {}):
+                text = lambda c: f"{c.split(', ', 1)[1]} {sizes[c] / 1e6:.3g} MB, {time_text(median(cells[name][c]))}"
+                lines[-1] += f" Memory of all contexts and time of a call of {name}: {'; '.join(map(text, sizes))}."
     return "\n".join(lines)
 
 
@@ -400,7 +400,8 @@ def main():
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--blocks", action="store_true")
     arguments = parser.parse_args()
-    path = BENCH / ("results-blocks.json" if arguments.blocks else "results.json" if arguments.device == "cpu" else "results-cuda.json")
+    suffix = "-blocks" if arguments.blocks else "-cuda" if arguments.device == "cuda" else ""
+    path = BENCH / f"results{suffix}.json"
     store = json.loads(path.read_text()) if path.exists() else {}
     shapes = read_blocks() if arguments.blocks else read_shapes()
     order = {shape["name"]: i for i, shape in enumerate(shapes)}

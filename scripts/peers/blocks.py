@@ -83,8 +83,8 @@ class Block:
 
 
 def forward(block, ops, inputs):
-    """The output of a row. `ops` has the operations of a runtime: linear, norm, gate, activation, add, heads: [B, L, H d] -> [B, H, L, d]
-    (or whatever `attend` takes), attend: -> [B, Lq, H d]. Weights are given by name."""
+    """The output of a row. `ops` has the operations of a runtime, with weights by name: linear, norm, gate, activation, add,
+    heads: [B, L, H d] -> [B, H, L, d] (or whatever its attend takes), attend: -> [B, Lq, H d]."""
     query, *rest = inputs
     if block.kind == "linear":
         return ops.linear(query, "linear")

@@ -119,7 +119,7 @@ Candidate operators(const char* name, const BenchBlock& b, Attend attend) {
           }};
 }
 
-// ---- This library ------------------------------------------------------------------------------------------------------------
+// ---- This library -----------------------------------------------------------------------------------------------------------
 
 // Adds the size of a frozen layer's context; that of a module's is not reported.
 void add_bytes(std::optional<int64_t>& sum, const xattn::FrozenContext& context) {
@@ -188,7 +188,7 @@ Candidate module(const BenchBlock& b) {
   return of_blocks("module", b, blocks);
 }
 
-// ---- Random numbers -----------------------------------------------------------------------------------------------------------
+// ---- Random numbers ---------------------------------------------------------------------------------------------------------
 
 xattn::CrossAttentionOptions attention_options(const BlockRow& row) {
   const auto has_bias = [&](char letter) { return row.biases.find(letter) != std::string::npos; };

@@ -29,11 +29,11 @@ BenchBlock make_block(const BlockRow& row);
 torch::Tensor exact(const BenchBlock& block);
 
 /// All candidates, for a block that outlives them:
-///   eager   linear, norms, matmul, softmax: the definition on LibTorch's operators; a linear layer has this and frozen ones alone
+///   eager   linear, norms, matmul, softmax: the definition on LibTorch's operators; linear rows have it and frozen ones only
 ///   sdpa    the same with at::scaled_dot_product_attention
 ///   module  CrossAttentionBlock, DecoupledCrossAttention
-///   frozen  the module frozen; also with weights and contexts in bfloat16 and, if several blocks keep theirs, with contexts that
-///           share the key (ContextOptions::share)
+///   frozen  the module frozen; also with weights and contexts in bfloat16 and, if several blocks keep their contexts, with
+///           contexts that share the key (ContextOptions::share)
 std::vector<Candidate> candidates(const BenchBlock& block);
 
 }  // namespace bench
