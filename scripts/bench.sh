@@ -6,11 +6,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 usage() {
   cat <<'END'
 usage: scripts/bench.sh [--quick] [--shape NAME]... [--limit GFLOP] [--passes N] [--seconds S] [--compile all] [--device cpu|cuda]
+       scripts/bench.sh --blocks [--shape NAME]... [--passes N] [--seconds S]
 
 Measures this library beside other runtimes on layers of real models, and writes the results to src/bench: results.json, the table in
 README.md, and the plots.
 
   --quick        one short pass over the smaller rows; no returned weights, no crossovers
+  --blocks       whole modules (blocks.json) instead of single layers: writes results-blocks.json and their table in README.md
   --shape NAME   only rows whose names contain this; repeatable. The other rows keep their earlier results
   --limit GFLOP  leave out rows of more operations, in 1e9; by default no limit in the first pass and 500 in later ones, because a
                  call of a larger row takes seconds
@@ -27,12 +29,13 @@ example: scripts/bench.sh --quick --shape "SD1.5 16x16"
 END
 }
 
-quick=0 passes=3 seconds=0.5 device=cpu limit=0 compile=goals shapes=()
+quick=0 passes=3 seconds=0.5 device=cpu limit=0 compile=goals blocks=0 name=--shape shapes=()
 while (($#)); do
   case $1 in
     -h | --help) usage; exit ;;
     --quick) quick=1 passes=1 seconds=0.2 limit=20 ;;
-    --shape) shapes+=(--shape "${2:?"--shape needs a name"}"); shift ;;
+    --blocks) blocks=1 name=--row ;;
+    --shape) shapes+=("${2:?"--shape needs a name"}"); shift ;;
     --limit) limit=${2:?"--limit needs a number"}; shift ;;
     --compile) compile=${2:?"--compile needs a word"}; shift ;;
     --passes) passes=${2:?"--passes needs a number"}; shift ;;
@@ -42,6 +45,10 @@ while (($#)); do
   esac
   shift
 done
+if ((blocks)) && [[ $quick == 1 || $limit != 0 || $device != cpu ]]; then
+  echo "scripts/bench.sh: --blocks excludes --quick, --limit and --device" >&2
+  exit 2
+fi
 case $device in
   cpu) runtimes=(pytorch compile onnxruntime openvino) ;;
   cuda) runtimes=(cuda) ;;
@@ -80,10 +87,16 @@ threads=(1)
 if [[ $device == cpu ]] && (($(nproc) > 1)); then threads=(1 2); fi
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
+ours=($folder/xattn_bench) device_option=(--device $device) blocks_option=()
+if ((blocks)); then ours+=(blocks) device_option=() blocks_option=(--blocks); fi
+named=()
+for shape in "${shapes[@]}"; do named+=("$name" "$shape"); done
 turn=6  # rows before another runtime takes over, so that other load, which changes within minutes, affects all of them
 for ((pass = 1; pass <= passes; ++pass)); do
   if ((pass > 1 && limit == 0)); then limit=500; fi
-  list=$($folder/xattn_bench --list --limit "$limit" "${shapes[@]}" | sed 's/  .*//')
+  limited=(--limit "$limit")
+  if ((blocks)); then limited=(); fi
+  list=$("${ours[@]}" --list "${limited[@]}" "${named[@]}" | sed 's/  .*//')
   if [[ -z $list ]]; then
     if ((pass > 1)); then break; fi
     echo "scripts/bench.sh: --limit $limit leaves no row" >&2
@@ -93,26 +106,30 @@ for ((pass = 1; pass <= passes; ++pass)); do
   for count in "${threads[@]}"; do
     # Returned weights are measured once, with one thread.
     weights=(--weights none)
-    if ((pass == 1 && count == 1 && !quick)); then weights+=(mean per-head); fi
+    if ((blocks)); then
+      weights=()
+    elif ((pass == 1 && count == 1 && !quick)); then
+      weights+=(mean per-head)
+    fi
     for ((first = 0; first < ${#rows[@]}; first += turn)); do
       options=(--seconds "$seconds" --threads "$count")
-      for row in "${rows[@]:first:turn}"; do options+=(--shape "$row"); done
+      for row in "${rows[@]:first:turn}"; do options+=("$name" "$row"); done
       part=$results/$pass.$count.$first
-      $folder/xattn_bench --json --device $device "${options[@]}" "${weights[@]}" > "$part.libtorch.json"
+      "${ours[@]}" --json "${device_option[@]}" "${options[@]}" "${weights[@]}" > "$part.libtorch.json"
       for runtime in "${runtimes[@]}"; do
         chosen=("${weights[@]}")
         if [[ $runtime == compile ]]; then
           if ((pass > 1)); then continue; fi
           chosen=()
-          if [[ $compile == goals && ${#shapes[@]} == 0 ]]; then chosen+=(--goals); fi
+          if [[ $compile == goals && ${#shapes[@]} == 0 && $blocks == 0 ]]; then chosen+=(--goals); fi
         fi
-        $python scripts/bench_peers.py --runtime "$runtime" "${options[@]}" "${chosen[@]}" > "$part.$runtime.json"
+        $python scripts/bench_peers.py "${blocks_option[@]}" --runtime "$runtime" "${options[@]}" "${chosen[@]}" > "$part.$runtime.json"
       done
     done
-    if ((pass == 1 && !quick)) && [[ $device == cpu && ${#shapes[@]} == 0 ]]; then
+    if ((pass == 1 && !quick && !blocks)) && [[ $device == cpu && ${#shapes[@]} == 0 ]]; then
       $folder/xattn_bench --json --crossover --threads "$count" > "$results/crossover.$count.json"
       $folder/xattn_bench --json --regret --threads "$count" --limit 20 --seconds 0.2 > "$results/regret.$count.json"
     fi
   done
 done
-$python scripts/bench_report.py --device $device "$results"/*.json
+$python scripts/bench_report.py --device $device "${blocks_option[@]}" "$results"/*.json

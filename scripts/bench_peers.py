@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Times the rows of src/bench/shapes.csv in other runtimes, each in a process of its own, at its best settings.
+"""Times the rows of src/bench/shapes.csv in other runtimes, each in a process of its own, at its best settings; with --blocks, those of
+blocks.json.
 
     .venv-bench/bin/python scripts/bench_peers.py --shape "SD1.5 16x16" --threads 1 2
+    .venv-bench/bin/python scripts/bench_peers.py --blocks --row "BLIP text block"
 
 Prints one JSON object, as `xattn_bench --json` does. Each candidate is compared with float64 before it is timed; the candidates of a
 runtime take turns.
@@ -37,6 +39,7 @@ def versions(runtime):
 def run_one(arguments):
     """Times all rows in one runtime with one number of threads, in this process."""
     import torch
+    from peers.blocks import Block, read_blocks
     from peers.layer import Absent, Layer, choose, gigabytes_free, gigabytes_needed, gflop, measure, read_shapes
     from peers.with_torch import check, exact
 
@@ -51,6 +54,11 @@ def run_one(arguments):
     # Sums of float32 differ from float64 by some 1e-6, of bfloat16 by 1e-2.
     allowed = 5e-2 if on_gpu else 1e-4
     results, skipped = [], []
+
+    def where(row, wanted):
+        print(f"{runtime}, {threads} threads, weights {wanted}: {row['name']}", file=sys.stderr)
+        type = "bfloat16" if on_gpu else "float32"
+        return {"row": row["name"], "weights": wanted, "threads": threads, "type": type, "runtime": runtime}
 
     def run_row(layer, wanted, where):
         ready = {}
@@ -71,7 +79,10 @@ def run_one(arguments):
         for (name, (_, error)), each in zip(ready.items(), times):
             results.append(where | {"candidate": name, "error": error} | each)
 
-    for row in choose(read_shapes(), arguments.shape):
+    for row in choose(read_blocks(), arguments.shape) if arguments.blocks else []:
+        with torch.inference_mode():
+            run_row(Block(row), "none", where(row, "none"))
+    for row in [] if arguments.blocks else choose(read_shapes(), arguments.shape):
         train = row["timed"] == "backward"
         too_long = arguments.limit and gflop(row) > arguments.limit
         if too_long or (arguments.goals and not row["goal"]):
@@ -79,33 +90,27 @@ def run_one(arguments):
         for wanted in arguments.weights:
             if wanted != "none" and (train or row["maps"] in ("-", "thrown away")):
                 continue
-            where = {
-                "row": row["name"],
-                "weights": wanted,
-                "threads": threads,
-                "type": "bfloat16" if on_gpu else "float32",
-                "runtime": runtime,
-            }
-            print(f"{runtime}, {threads} threads, weights {wanted}: {row['name']}", file=sys.stderr)
+            here = where(row, wanted)
             needed, free = gigabytes_needed(row, logits=True), gigabytes_free()
             if needed > free and not on_gpu:
                 skipped.append(
-                    where | {"candidate": "all", "reason": f"needs {needed:.1f} GB of memory, and {free:.1f} are free"}
+                    here | {"candidate": "all", "reason": f"needs {needed:.1f} GB of memory, and {free:.1f} are free"}
                 )
                 continue
             with torch.set_grad_enabled(train), torch.inference_mode(not train):
                 try:
-                    run_row(Layer(row), wanted, where)
+                    run_row(Layer(row), wanted, here)
                 except Absent as reason:
-                    skipped.append(where | {"candidate": "all", "reason": str(reason)})
+                    skipped.append(here | {"candidate": "all", "reason": str(reason)})
     print(json.dumps({"versions": versions(runtime), "results": results, "skipped": skipped}))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--shape", action="append", default=[], help="the row of this name, or all rows whose names contain it; repeatable"
+        "--shape", "--row", action="append", default=[], help="the row of this name, or all rows whose names contain it; repeatable"
     )
+    parser.add_argument("--blocks", action="store_true", help="the rows of blocks.json; without --weights, --limit and --goals")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--weights", nargs="+", default=["none"], choices=["none", "mean", "per-head"])
     parser.add_argument("--runtime", nargs="+", default=RUNTIMES, choices=[*RUNTIMES, "cuda"])
@@ -117,6 +122,8 @@ def main():
     )
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.blocks and (arguments.weights != ["none"] or arguments.limit or arguments.goals or "cuda" in arguments.runtime):
+        parser.error("--blocks excludes --weights, --limit, --goals and --runtime cuda")
     if arguments.packages:
         return print(*PACKAGES, *([] if arguments.runtime == ["cuda"] else PACKAGES_CPU))
     if arguments.only:
@@ -138,6 +145,7 @@ def main():
                 "--weights",
                 *arguments.weights,
                 *(["--goals"] if arguments.goals else []),
+                *(["--blocks"] if arguments.blocks else []),
             ]
             for name in arguments.shape:
                 command += ["--shape", name]

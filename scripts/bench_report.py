@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Merges the output of xattn_bench and bench_peers.py into src/bench/results.json, and writes from it the table between the markers in
-src/bench/README.md and the plots beside it. For scripts/bench.sh.
+src/bench/README.md and the plots beside it; with --blocks results-blocks.json and the table of blocks, without plots. For scripts/bench.sh.
 
     .venv-bench/bin/python scripts/bench_report.py [FILE ...]
 
@@ -9,7 +9,8 @@ Each FILE is the output of one process; names that differ only in the number bef
 Rows that are in no file keep their entries in results.json. Without files, the table and plots are written from results.json alone.
 
 results.json: {date, machine, versions, peaks: {threads: 1e9 operations a second}, crossover: {threads: cells}, regret: {threads: rows},
-  rows: {row: {weights: {threads: {"runtime, candidate": [passes: [us, low, high]]}}}}}; for a GPU results-cuda.json.
+  rows: {row: {weights: {threads: {"runtime, candidate": [passes: [us, low, high]]}}}}}; for a GPU results-cuda.json. With --blocks
+  also context_bytes: {row: {"runtime, candidate": bytes}}.
 """
 
 import argparse
@@ -20,12 +21,15 @@ import re
 import statistics
 from pathlib import Path
 
+from peers.blocks import read_blocks
 from peers.layer import read_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "src" / "bench"
-OURS = ["libtorch, frozen", "libtorch, module", "libtorch, folded"]
+OURS = {"frozen": "libtorch, frozen", "module": "libtorch, module", "by hand": "libtorch, folded"}
 HALF = "libtorch, frozen, bfloat16"  # also ours: weights and context are stored in bfloat16
+SHARED = "libtorch, frozen, shared"  # also ours: contexts are the caller's tensor
+OURS_OF_BLOCKS = {"frozen": "libtorch, frozen", "bfloat16": HALF, "module": "libtorch, module"}
 NAMES = {
     "libtorch, eager": "LibTorch, eager",
     "libtorch, sdpa": "LibTorch, SDPA",
@@ -67,6 +71,8 @@ def merge(store, files):
             name = f"{r['runtime']}, {r['candidate']}"
             passes = rows[r["row"]][r["weights"]][str(r["threads"])].setdefault(name, [])
             passes.append([rounded(r[key]) for key in ("us", "low", "high")])
+            if "context_bytes" in r:
+                store.setdefault("context_bytes", {}).setdefault(r["row"], {})[name] = r["context_bytes"]
 
 
 def dump(store):
@@ -93,7 +99,7 @@ def median(passes):
 
 def fastest_peer(cell):
     """Name and passes of the fastest candidate that is not ours; None if there is none."""
-    peers = {name: passes for name, passes in cell.items() if name not in (*OURS, HALF)}
+    peers = {name: passes for name, passes in cell.items() if name not in (*OURS.values(), HALF, SHARED)}
     return min(peers.items(), key=lambda item: median(item[1])) if peers else None
 
 
@@ -134,25 +140,24 @@ def ratio_text(peer, ours, spread=False):
     return f"{text} ({digits(least)}–{digits(most)})" if spread else text
 
 
-def table(store, shapes, weights="none"):
-    threads = sorted({t for row in store["rows"].values() for t in row.get(weights, {})}, key=int)
+def table(store, shapes, columns=OURS):
+    threads = sorted({t for row in store["rows"].values() for t in row.get("none", {})}, key=int)
     head, line = "| layer |", "|---|"
     for t in threads:
-        head += f" fastest other, {t} thread{'s' * (t != '1')} | frozen | module | by hand |"
-        line += "---|---|---|---|"
+        head += f" fastest other, {t} thread{'s' * (t != '1')} | {' | '.join(columns)} |"
+        line += "---|" * (1 + len(columns))
     lines = [head, line]
     for shape in shapes:
-        by_threads = store["rows"].get(shape["name"], {}).get(weights, {})
+        by_threads = store["rows"].get(shape["name"], {}).get("none", {})
         cells = []
         for t in threads:
             peer = fastest_peer(by_threads.get(t, {}))
             if peer is None:
-                cells += ["–"] * 4
+                cells += ["–"] * (1 + len(columns))
                 continue
             name, passes = peer
-            ours = [by_threads[t].get(each) for each in OURS]
             cells.append(f"{time_text(median(passes))} {label(name)}")
-            cells += [ratio_text(passes, ours[0], spread=True), ratio_text(passes, ours[1]), ratio_text(passes, ours[2])]
+            cells += [ratio_text(passes, by_threads[t].get(ours), spread=column == "frozen") for column, ours in columns.items()]
         if any(cell != "–" for cell in cells):
             lines.append(f"| {shape['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -160,7 +165,7 @@ def table(store, shapes, weights="none"):
 
 def best_of_ours(shape, cell):
     """`frozen`, or with gradients `module`."""
-    return cell.get("libtorch, module" if shape["timed"] == "backward" else "libtorch, frozen")
+    return cell.get(OURS["module" if shape.get("timed") == "backward" else "frozen"])
 
 
 def ratios(store, shapes, threads):
@@ -182,7 +187,7 @@ def goals(store, shapes):
         found[threads] = [
             (shape["name"], reached[shape["name"]], float(shape["goal"].split("/")[i]))
             for shape in shapes
-            if shape["goal"] and shape["name"] in reached
+            if shape.get("goal") and shape["name"] in reached
         ]
     return found
 
@@ -209,13 +214,17 @@ def summary(store, shapes):
                 f"fastest ones, {100 * max(regret):.1f} % at worst ({len(regret)} rows)."
             )
         cells = {shape["name"]: store["rows"].get(shape["name"], {}).get("none", {}).get(t, {}) for shape in shapes}
-        gains = [f"{name} {median(c[OURS[0]]) / median(c[HALF]):.2f}" for name, c in cells.items() if HALF in c]
-        if gains:
+        gains = [f"{name} {median(c[OURS['frozen']]) / median(c[HALF]):.2f}" for name, c in cells.items() if HALF in c]
+        if gains and "context_bytes" not in store:  # the table of blocks has a column of them
             lines[-1] += f" Speedup with weights and context stored in bfloat16: {'; '.join(gains)}."
+        for name, sizes in store.get("context_bytes", {}).items():
+            if SHARED in cells.get(name, {}):
+                text = lambda c: f"{c.split(', ', 1)[1]} {sizes[c] / 1e6:.3g} MB, {time_text(median(cells[name][c]))}"
+                lines[-1] += f" Memory of all contexts and time of a call of {name}: {'; '.join(map(text, sizes))}."
     return "\n".join(lines)
 
 
-def write_readme(store, shapes):
+def write_readme(store, shapes, marker="speed", columns=OURS):
     readme = ROOT / "src/bench/README.md"
     text = readme.read_text()
     machine, versions = store["machine"], store["versions"]
@@ -225,10 +234,10 @@ def write_readme(store, shapes):
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB; peak in float32, measured: {peaks} threads. "
         f"{software}. {store['date']}."
     )
-    block = f"{note}\n\n{summary(store, shapes)}\n\n{table(store, shapes)}"
-    pattern = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.S)
+    block = f"{note}\n\n{summary(store, shapes)}\n\n{table(store, shapes, columns)}"
+    pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.S)
     if not pattern.search(text):
-        raise SystemExit("bench_report.py: src/bench/README.md has no markers <!-- speed --> and <!-- /speed -->")
+        raise SystemExit(f"bench_report.py: src/bench/README.md has no markers <!-- {marker} --> and <!-- /{marker} -->")
     readme.write_text(pattern.sub(lambda m: m[1] + block + "\n" + m[2], text))
 
 
@@ -389,17 +398,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--blocks", action="store_true")
     arguments = parser.parse_args()
-    order = {shape["name"]: i for i, shape in enumerate(read_shapes())}
-    path = BENCH / ("results.json" if arguments.device == "cpu" else "results-cuda.json")
+    suffix = "-blocks" if arguments.blocks else "-cuda" if arguments.device == "cuda" else ""
+    path = BENCH / f"results{suffix}.json"
     store = json.loads(path.read_text()) if path.exists() else {}
-    shapes = read_shapes()
+    shapes = read_blocks() if arguments.blocks else read_shapes()
+    order = {shape["name"]: i for i, shape in enumerate(shapes)}
     if arguments.files:
         merge(store, arguments.files)
         store["rows"] = dict(sorted(store["rows"].items(), key=lambda item: order[item[0]]))
         path.write_text(dump(store))
     if arguments.device == "cuda":
         print(table(store, shapes))
+        return
+    if arguments.blocks:
+        write_readme(store, shapes, "blocks", OURS_OF_BLOCKS)
+        print(summary(store, shapes))
         return
     write_readme(store, shapes)
     plot_ratios(store, shapes)

@@ -3,9 +3,12 @@
 #include <torch/torch.h>
 #include <xattn/plan.h>
 
+#include <cstdint>
 #include <cstdio>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <sstream>
 #include <string>
 
 #include "programs/shapes.h"
@@ -80,6 +83,54 @@ TEST(BenchTest, EveryCandidateOfTheSmallRowsIsCorrect) {
   EXPECT_EQ(candidates, (std::set<std::string>{"eager", "folded", "frozen", rounding, "mha", "module", "sdpa"}));
   EXPECT_TRUE(report.at("peaks").contains("1"));
   for (const auto& skipped : report.at("skipped")) EXPECT_NE(skipped.at("reason"), "");
+}
+
+// All rows of blocks, which takes seconds.
+const nlohmann::json& results_of_blocks() {
+  static const auto report = nlohmann::json::parse(bench("blocks --check --threads 2 --json"));
+  return report.at("results");
+}
+
+TEST(BenchTest, EveryCandidateOfEveryBlockIsCorrect) {
+  std::map<std::string, std::set<std::string>> candidates;
+  for (const auto& result : results_of_blocks()) {
+    const std::string name = result.at("candidate");
+    candidates[result.at("row")].insert(name);
+    EXPECT_LT(result.at("error"), name == "frozen, bfloat16" ? 2e-2 : 1e-5) << result;
+  }
+  std::istringstream rows(bench("blocks --list"));
+  size_t count = 0;
+  for (std::string row; std::getline(rows, row); ++count) {
+    std::set<std::string> expected = {"eager", "frozen", "frozen, bfloat16"};
+    if (row.find("vocabulary") == std::string::npos) expected.insert({"sdpa", "module"});
+    if (row.find("contexts kept") != std::string::npos && row.find("12 blocks") != std::string::npos) {
+      expected.insert("frozen, shared");
+    }
+    EXPECT_EQ(candidates[row], expected) << row;
+  }
+  EXPECT_EQ(count, candidates.size());
+}
+
+TEST(BenchTest, SharedContextsTakeNoMemoryAndBfloat16HalfOfIt) {
+  std::map<std::string, int64_t> bytes;
+  for (const auto& result : results_of_blocks()) {
+    const std::string row = result.at("row");
+    if (row.find("12 blocks, contexts kept") != std::string::npos && result.contains("context_bytes")) {
+      bytes[result.at("candidate")] = result.at("context_bytes");
+    }
+  }
+  constexpr int64_t kProjected = 12 * 2 * 1500 * 768 * 4;  // keys and values of all blocks, in float32
+  EXPECT_GE(bytes.at("frozen"), kProjected);
+  EXPECT_LT(bytes.at("frozen"), 1.1 * kProjected);
+  EXPECT_LE(bytes.at("frozen, bfloat16"), 0.5 * static_cast<double>(bytes.at("frozen")) + 1024);
+  EXPECT_EQ(bytes.at("frozen, shared"), 0);
+}
+
+TEST(BenchTest, NamesOfBlocksDiffer) {
+  std::istringstream rows(bench("blocks --list"));
+  std::set<std::string> names;
+  for (std::string row; std::getline(rows, row);) EXPECT_TRUE(names.insert(row).second) << row;
+  EXPECT_GT(names.size(), 10U);
 }
 
 }  // namespace

@@ -9,24 +9,100 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from . import blocks
 from .layer import EPS, Absent
+
+
+class Graph:
+    """An ONNX graph in the making; nodes and constants are known by their names."""
+
+    def __init__(self):
+        self.nodes, self.constants, self.inputs, self.feeds = [], [], [], {}
+
+    def constant(self, name, array):
+        self.constants.append(numpy_helper.from_array(numpy.ascontiguousarray(array), name))
+        return name
+
+    def node(self, kind, *inputs, domain="", outputs=None, **attributes):
+        outputs = outputs or [f"{kind}_{len(self.nodes)}"]
+        self.nodes.append(helper.make_node(kind, inputs, outputs, domain=domain, **attributes))
+        return outputs[0]
+
+    def shape(self, *sizes):
+        return self.constant(f"shape_{len(self.constants)}", numpy.array(sizes, numpy.int64))
+
+    def given(self, name, array):
+        kind = TensorProto.FLOAT if array.dtype == numpy.float32 else TensorProto.INT32
+        self.inputs.append(helper.make_tensor_value_info(name, kind, array.shape))
+        self.feeds[name] = array
+        return name
+
+    def model(self, outputs, opset=18):
+        """The model for outputs, pairs of a name and sizes; what to feed it; the outputs."""
+        infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in outputs]
+        graph = helper.make_graph(self.nodes, "attention", self.inputs, infos, self.constants)
+        opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=9), self.feeds, outputs
+
+
+class BlockGraph(Graph):
+    """The operations of a row of blocks.json; `operator`: with the MultiHeadAttention operator of ONNX Runtime."""
+
+    def __init__(self, block, operator):
+        super().__init__()
+        self.block, self.operator = block, operator
+
+    def weight(self, name):
+        return self.constant(name, self.block.weights[name])
+
+    def linear(self, x, name):
+        y = self.node("MatMul", x, self.constant(name + "_w", self.block.weights[name + "_w"].T))
+        return self.add(y, self.weight(name + "_b")) if name + "_b" in self.block.weights else y
+
+    def norm(self, x, name):
+        if self.block.norm == "rms":
+            return self.node("SimplifiedLayerNormalization", x, self.weight(name + "_w"), axis=-1, epsilon=blocks.EPS)
+        return self.node("LayerNormalization", x, self.weight(name + "_w"), self.weight(name + "_b"), axis=-1, epsilon=blocks.EPS)
+
+    def gate(self, x, name):
+        return self.node("Mul", x, self.node("Tanh", self.weight(name)))
+
+    def activation(self, x):
+        return self.node({"relu": "Relu", "gelu": "Gelu"}[self.block.activation], x)
+
+    def add(self, x, y):
+        return self.node("Add", x, y)
+
+    def heads(self, x):
+        if self.operator:
+            return x
+        return self.node("Transpose", self.node("Reshape", x, self.shape(0, 0, self.block.H, -1)), perm=[0, 2, 1, 3])
+
+    def attend(self, q, k, v):
+        scale = float(self.block.scale)
+        if self.operator:
+            return self.node("MultiHeadAttention", q, k, v, domain="com.microsoft", num_heads=self.block.H, scale=scale)
+        scaled = self.node("Mul", q, self.constant(f"scale_{len(self.constants)}", numpy.float32(scale)))
+        logits = self.node("MatMul", scaled, self.node("Transpose", k, perm=[0, 1, 3, 2]))
+        mixed = self.node("MatMul", self.node("Softmax", logits, axis=-1), v)
+        return self.node("Reshape", self.node("Transpose", mixed, perm=[0, 2, 1, 3]), self.shape(0, 0, -1))
+
+
+def block_model(block, operator):
+    if operator and block.kind == "linear":
+        raise Absent("it has no attention")
+    graph = BlockGraph(block, operator)
+    inputs = [graph.given(f"input_{i}", array) for i, array in enumerate(block.inputs)]
+    output = blocks.forward(block, graph, inputs)
+    return graph.model([(output, [block.B, block.Lq, getattr(block, "Eo", block.Eq)])], opset=20)
 
 
 def onnx_model(layer, wanted, operator):
     """The layer as an ONNX graph: of plain operations, or with the MultiHeadAttention operator of ONNX Runtime."""
-    nodes, constants = [], []
-
-    def constant(name, array):
-        constants.append(numpy_helper.from_array(numpy.ascontiguousarray(array), name))
-        return name
-
-    def node(kind, *inputs, domain="", outputs=None, **attributes):
-        outputs = outputs or [f"{kind}_{len(nodes)}"]
-        nodes.append(helper.make_node(kind, inputs, outputs, domain=domain, **attributes))
-        return outputs[0]
-
-    def shape(*sizes):
-        return constant(f"shape_{len(constants)}", numpy.array(sizes, numpy.int64))
+    if isinstance(layer, blocks.Block):
+        return block_model(layer, operator)
+    graph = Graph()
+    constant, node, shape, given = graph.constant, graph.node, graph.shape, graph.given
 
     def linear(x, name):
         weight = constant("w" + name, getattr(layer, "w" + name).T)
@@ -53,17 +129,6 @@ def onnx_model(layer, wanted, operator):
             return x
         expanded = node("Expand", node("Unsqueeze", x, shape(2)), shape(1, 1, layer.H // layer.G, 1, 1))
         return node("Reshape", expanded, shape(0, layer.H, layer.Lk, -1))
-
-    inputs, feeds = [], {}
-
-    def given(name, array):
-        inputs.append(
-            helper.make_tensor_value_info(
-                name, TensorProto.FLOAT if array.dtype == numpy.float32 else TensorProto.INT32, array.shape
-            )
-        )
-        feeds[name] = array
-        return name
 
     query = constant("query", layer.query) if layer.learned else given("query", layer.query)
     q = norm_of(linear(query, "q"), layer.H, layer.nq, "nq")
@@ -102,10 +167,7 @@ def onnx_model(layer, wanted, operator):
         [layer.B, layer.Lq, layer.Eo],
         [layer.B, layer.Lq, layer.Lk] if wanted == "mean" else [layer.B, layer.H, layer.Lq, layer.Lk],
     ]
-    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in zip(outputs, sizes)]
-    graph = helper.make_graph(nodes, "attention", inputs, infos, constants)
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=9), feeds, list(zip(outputs, sizes))
+    return graph.model(list(zip(outputs, sizes)))
 
 
 def numpy_context(layer):

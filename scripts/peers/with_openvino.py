@@ -7,8 +7,58 @@ import numpy
 import openvino as ov
 from openvino import opset13 as ops
 
+from . import blocks
 from .layer import Absent
 from .with_onnx import numpy_context, onnx_model, write_model
+
+
+class BlockOps:
+    """The operations of a row of blocks.json, in OpenVINO's own."""
+
+    def __init__(self, block):
+        self.block = block
+
+    def weight(self, name):
+        return ops.constant(numpy.ascontiguousarray(self.block.weights[name]))
+
+    def linear(self, x, name):
+        y = ops.matmul(x, self.weight(name + "_w"), False, True)
+        return ops.add(y, self.weight(name + "_b")) if name + "_b" in self.block.weights else y
+
+    def norm(self, x, name):
+        last, eps = ops.constant(numpy.array([-1])), numpy.float32(blocks.EPS)
+        if self.block.norm == "rms":
+            squares = ops.reduce_mean(ops.power(x, numpy.float32(2)), last, True)
+            normal = ops.multiply(x, ops.divide(numpy.float32(1), ops.sqrt(ops.add(squares, eps))))
+            return ops.multiply(normal, self.weight(name + "_w"))
+        normal = ops.mvn(x, last, True, blocks.EPS, "INSIDE_SQRT")
+        return ops.add(ops.multiply(normal, self.weight(name + "_w")), self.weight(name + "_b"))
+
+    def gate(self, x, name):
+        return ops.multiply(x, ops.tanh(self.weight(name)))
+
+    def activation(self, x):
+        return ops.relu(x) if self.block.activation == "relu" else ops.gelu(x, "erf")
+
+    def add(self, x, y):
+        return ops.add(x, y)
+
+    def heads(self, x):
+        sizes = ops.constant(numpy.array([0, 0, self.block.H, -1]))
+        return ops.transpose(ops.reshape(x, sizes, True), ops.constant(numpy.array([0, 2, 1, 3])))
+
+    def attend(self, q, k, v):
+        factor = self.block.scale * self.block.d**0.5  # the operation divides by the square root
+        q = q if factor == 1 else ops.multiply(q, numpy.float32(factor))
+        mixed = ops.transpose(ops.scaled_dot_product_attention(q, k, v), ops.constant(numpy.array([0, 2, 1, 3])))
+        return ops.reshape(mixed, ops.constant(numpy.array([0, 0, -1])), True)
+
+
+def block_model(block):
+    if block.kind == "linear":
+        raise Absent("it has no attention")
+    inputs = [ops.parameter(array.shape, numpy.float32) for array in block.inputs]
+    return ov.Model([blocks.forward(block, BlockOps(block), inputs)], inputs), block.inputs
 
 
 def candidates_openvino(layer, wanted, threads):
@@ -51,7 +101,7 @@ def candidates_openvino(layer, wanted, threads):
         core = ov.Core()
         with tempfile.TemporaryDirectory() as folder:
             if fused:
-                model, feeds = sdpa_model()
+                model, feeds = block_model(layer) if isinstance(layer, blocks.Block) else sdpa_model()
             else:
                 graph, named, _ = onnx_model(layer, wanted, False)
                 model = core.read_model(write_model(graph, folder))

@@ -10,6 +10,7 @@ import torch._inductor.config as config
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import blocks
 from .layer import EPS, Absent, Layer
 
 
@@ -68,8 +69,52 @@ class Steps:
         return (self.merge(mixed, w),)
 
 
+class BlockModule(torch.nn.Module):
+    """A row of blocks.json; `fused`: with scaled_dot_product_attention."""
+
+    def __init__(self, block, fused):
+        super().__init__()
+        self.block, self.fused = block, fused
+        for name, array in block.weights.items():
+            self.register_parameter(name, torch.nn.Parameter(torch.from_numpy(array), requires_grad=False))
+
+    def forward(self, *inputs):
+        return (blocks.forward(self.block, self, inputs),)
+
+    def linear(self, x, name):
+        return F.linear(x, getattr(self, name + "_w"), getattr(self, name + "_b", None))
+
+    def norm(self, x, name):
+        weight = getattr(self, name + "_w")
+        if self.block.norm == "rms":
+            return F.rms_norm(x, weight.shape, weight, blocks.EPS)
+        return F.layer_norm(x, weight.shape, weight, getattr(self, name + "_b"), blocks.EPS)
+
+    def gate(self, x, name):
+        return x * getattr(self, name).tanh()
+
+    def activation(self, x):
+        return F.relu(x) if self.block.activation == "relu" else F.gelu(x)
+
+    def add(self, x, y):
+        return x + y
+
+    def heads(self, x):
+        return x.view(x.shape[0], x.shape[1], self.block.H, -1).transpose(1, 2)
+
+    def attend(self, q, k, v):
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(q, k, v, scale=self.block.scale)
+        else:
+            mixed = torch.matmul(torch.softmax(torch.matmul(q, k.transpose(-2, -1)) * self.block.scale, -1), v)
+        return mixed.transpose(1, 2).flatten(2)
+
+
 def exact(layer, wanted):
     """Places of queries, and the results that every candidate must reproduce there, in float64."""
+    if isinstance(layer, blocks.Block):
+        inputs = [torch.from_numpy(array).double() for array in layer.inputs]
+        return torch.arange(layer.Lq), BlockModule(layer, False).double()(*inputs)
     most = 128  # few enough to be quick
     places = torch.arange(layer.Lq) if layer.Lq <= most else torch.arange(most) * (layer.Lq - 1) // (most - 1)
     part = copy.copy(layer)
@@ -99,6 +144,9 @@ def check(name, found, truth, allowed):
 
 def torch_calls(layer, wanted, transform=None, device="cpu", dtype=None):
     """Functions that make eager and sdpa; `transform` compiles a module for inputs."""
+    if isinstance(layer, blocks.Block):
+        names = ["eager"] if layer.kind == "linear" else ["eager", "sdpa"]
+        return {name: lambda fused=name == "sdpa": block_call(layer, fused, transform) for name in names}
     w = torch_layer(layer, device, dtype)
     steps = Steps(w)
     train = layer.timed == "backward"
@@ -153,6 +201,13 @@ def torch_calls(layer, wanted, transform=None, device="cpu", dtype=None):
     return result
 
 
+def block_call(block, fused, transform):
+    module = BlockModule(block, fused).eval()
+    inputs = [torch.from_numpy(array) for array in block.inputs]
+    run = transform(module, inputs) if transform else module
+    return lambda: run(*inputs)
+
+
 def mha_call(layer, wanted, batch_first):
     if layer.timed == "attend":
         raise Absent("it keeps no context")
@@ -196,6 +251,8 @@ def mha_call(layer, wanted, batch_first):
 
 def candidates_pytorch(layer, wanted, threads):
     calls = torch_calls(layer, wanted)
+    if isinstance(layer, blocks.Block):
+        return calls
     calls["mha, sequence first"] = lambda: mha_call(layer, wanted, False)
     calls["mha, batch first"] = lambda: mha_call(layer, wanted, True)
     return calls
@@ -228,7 +285,7 @@ def candidates_compile(layer, wanted, threads):
 
         return apply
 
-    name = "sdpa" if wanted == "none" else "eager"
+    name = "sdpa" if "sdpa" in torch_calls(layer, wanted) else "eager"
     return {
         f"{name}, {text}".rstrip(", "): torch_calls(layer, wanted, transform(*setting))[name]
         for text, setting in settings.items()

@@ -65,23 +65,32 @@ void BenchReport::threads(int count) {
   if (!as_json_) std::cout << fmt::format("threads {}: at most {:.0f} GFLOP/s\n", count, peak_);
 }
 
-void BenchReport::row(const shapes::Shape& shape, const std::string& weights) {
-  const auto operations = shapes::count_operations(shape);
-  gflop_ = 1e-9 * operations.standard;
-  where_ = {{"row", shape.name},
+void BenchReport::begin_row(const std::string& name, const std::string& weights) {
+  where_ = {{"row", name},
             {"weights", weights},
             {"threads", threads_},
             {"type", cpu_ ? "float32" : "bfloat16"},
             {"runtime", "libtorch"}};
   if (as_json_) {
-    std::cerr << fmt::format("libtorch, {} threads, weights {}: {}\n", threads_, weights, shape.name);
+    std::cerr << fmt::format("libtorch, {} threads, weights {}: {}\n", threads_, weights, name);
   } else {
-    std::cout << fmt::format(
-        "\n{}; threads {}, weights {}; fewest operations: logits {}, values {}, {:.2f} times fewer than "
-        "standard\n",
-        shape.name, threads_, weights, name_of(operations.orders.logits), name_of(operations.orders.values),
-        operations.times_fewer);
+    std::cout << fmt::format("\n{}; threads {}, weights {}", name, threads_, weights);
   }
+}
+
+void BenchReport::row(const shapes::Shape& shape, const std::string& weights) {
+  const auto operations = shapes::count_operations(shape);
+  gflop_ = 1e-9 * operations.standard;
+  begin_row(shape.name, weights);
+  if (as_json_) return;
+  std::cout << fmt::format("; fewest operations: logits {}, values {}, {:.2f} times fewer than standard\n",
+                           name_of(operations.orders.logits), name_of(operations.orders.values), operations.times_fewer);
+}
+
+void BenchReport::row(const BlockRow& row) {
+  gflop_ = 0;
+  begin_row(row.name, "none");
+  if (!as_json_) std::cout << "\n";
 }
 
 void BenchReport::result(const Candidate& candidate, double error, const Times& times) {
@@ -93,12 +102,15 @@ void BenchReport::result(const Candidate& candidate, double error, const Times& 
                {"high", times.high},
                {"least", times.least},
                {"samples", times.samples}});
+  if (candidate.context_bytes) json["context_bytes"] = *candidate.context_bytes;
   json_["results"].push_back(json);
   if (as_json_) return;
   const auto rate = 1e6 * gflop_ / times.median;  // 1e9 operations of the standard order a second
-  const auto share = peak_ > 0 ? fmt::format("{:6.0f} % of peak", 100 * rate / peak_) : "";
-  std::cout << fmt::format("  {:<16}{:>12.1f} us [{:.1f}, {:.1f}], least {:.1f}, {} samples,{} error {:.0e}\n", candidate.name,
-                           times.median, times.low, times.high, times.least, times.samples, share, error);
+  const auto share = peak_ > 0 && gflop_ > 0 ? fmt::format("{:6.0f} % of peak,", 100 * rate / peak_) : "";
+  const auto bytes = candidate.context_bytes ? fmt::format(", contexts {} bytes", *candidate.context_bytes) : "";
+  std::cout << fmt::format("  {:<16}{:>12.1f} us [{:.1f}, {:.1f}], least {:.1f}, {} samples,{} error {:.0e}{}\n",
+                           candidate.name, times.median, times.low, times.high, times.least, times.samples, share, error,
+                           bytes);
 }
 
 void BenchReport::skipped(const std::string& candidate, const std::string& reason) {

@@ -3,7 +3,9 @@
 
 #include <xattn/frozen.h>
 
+#include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,11 +17,12 @@ namespace bench {
 struct Candidate {
   std::string name;
   std::function<Outputs()> call;
-  std::vector<torch::Tensor> leaves = {};  ///< the tensors that get gradients
-  bool leaves_of_layer = true;             ///< whether these are layer.leaves(), so that their gradients are compared
-  bool holds_logits = false;               ///< keeps the logits of all heads in memory
-  bool rounds = false;                     ///< stores numbers with fewer digits than the layer has
-  std::string absent = {};                 ///< why it cannot run this row, or empty
+  std::vector<torch::Tensor> leaves = {};     ///< the tensors that get gradients
+  bool leaves_of_layer = true;                ///< whether these are layer.leaves(), so that their gradients are compared
+  bool holds_logits = false;                  ///< keeps the logits of all heads in memory
+  bool rounds = false;                        ///< stores numbers with fewer digits than the layer has
+  std::string absent = {};                    ///< why it cannot run this row, or empty
+  std::optional<int64_t> context_bytes = {};  ///< memory of the contexts that a frozen module of a block row keeps
 };
 
 /// All candidates, for a layer that outlives them:

@@ -31,12 +31,6 @@ Tensor linear(const torch::nn::Linear& module, const Tensor& x) {
   return at::linear(x, module->weight, module->bias);
 }
 
-double relative_error(const Tensor& found, const Tensor& expected) {
-  const auto size = expected.abs().max().item<double>();
-  const auto largest = (found.to(at::kDouble) - expected).abs().max().item<double>();
-  return size == 0 ? largest : largest / size;
-}
-
 std::vector<Tensor> gradients(const Outputs& outputs, const std::vector<Tensor>& leaves, const Tensor& grad) {
   return torch::autograd::grad({std::get<0>(outputs)}, leaves, {grad}, {}, false, /*allow_unused=*/true);
 }
@@ -78,6 +72,16 @@ Outputs Eager::attend(const Context& context) const {
   return {project_output(at::matmul(weights, v)), returned_weights(layer, weights)};
 }
 
+double compare(const std::string& what, const Tensor& found, const Tensor& expected, bool rounds) {
+  // Sums in float32 differ by about 1e-6; products in TF32 or bfloat16 by 1e-3.
+  const auto allowed = rounds ? 5e-2 : 1e-4;
+  const auto size = expected.abs().max().item<double>();
+  const auto largest = (found.to(at::kDouble) - expected).abs().max().item<double>();
+  const auto difference = size == 0 ? largest : largest / size;
+  if (!(difference <= allowed)) throw std::runtime_error(fmt::format("{} differs from float64 by {:.1e}", what, difference));
+  return difference;
+}
+
 Exact exact(const BenchLayer& layer) {
   constexpr int64_t kPlaces = 128;  // few enough to be quick in float64
   Exact result;
@@ -99,28 +103,23 @@ Exact exact(const BenchLayer& layer) {
 }
 
 double check(const Candidate& candidate, const BenchLayer& layer, const Exact& exact) {
-  // Sums in float32 differ by about 1e-6; products in TF32 or bfloat16 by 1e-3.
-  const auto allowed = layer.key.scalar_type() == at::kFloat && !candidate.rounds ? 1e-4 : 5e-2;
+  const bool rounds = layer.key.scalar_type() != at::kFloat || candidate.rounds;
   double error = 0;
-  const auto compare = [&](const char* what, const Tensor& found, const Tensor& expected) {
-    const auto difference = relative_error(found.detach(), expected.detach());
-    if (!(difference <= allowed)) {
-      throw std::runtime_error(
-          fmt::format("{}: {} of {} differs from float64 by {:.1e}", layer.shape.name, what, candidate.name, difference));
-    }
-    error = std::max(error, difference);
+  const auto compare_one = [&](const char* what, const Tensor& found, const Tensor& expected) {
+    const auto text = fmt::format("{}: {} of {}", layer.shape.name, what, candidate.name);
+    error = std::max(error, compare(text, found.detach(), expected.detach(), rounds));
   };
   const torch::AutoGradMode grad_mode(layer.grad.defined());
   const auto outputs = candidate.call();
   const auto& [output, weights] = outputs;
-  compare("output", output.index_select(1, exact.places), exact.output);
-  if (exact.weights.defined()) compare("weights", weights.index_select(-2, exact.places), exact.weights);
+  compare_one("output", output.index_select(1, exact.places), exact.output);
+  if (exact.weights.defined()) compare_one("weights", weights.index_select(-2, exact.places), exact.weights);
   if (!layer.grad.defined()) return error;
   const auto grads = gradients(outputs, candidate.leaves, layer.grad);
   for (size_t i = 0; candidate.leaves_of_layer && i < grads.size(); ++i) {
     const auto& leaf = candidate.leaves[i];
     if (leaf.is_same(layer.module->key_linear->bias)) continue;  // it has no influence, so its gradient is only rounding
-    compare("a gradient", grads[i].defined() ? grads[i] : torch::zeros_like(leaf), exact.grads[i]);
+    compare_one("a gradient", grads[i].defined() ? grads[i] : torch::zeros_like(leaf), exact.grads[i]);
   }
   return error;
 }

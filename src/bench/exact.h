@@ -4,6 +4,7 @@
 #include <torch/types.h>
 
 #include <functional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -24,6 +25,10 @@ struct Eager {
   torch::Tensor project_output(const torch::Tensor&) const;  ///< [B, H, Lq, e] -> [B, Lq, Eo]
   Outputs attend(const Context& context) const;
 };
+
+/// The largest difference of two tensors, relative to the largest element of the second. Throws std::runtime_error if it is more
+/// than rounding explains; `what` begins the message.
+double compare(const std::string& what, const torch::Tensor& found, const torch::Tensor& expected, bool rounds);
 
 /// The results that every candidate must reproduce, in float64; for a long query at some places only.
 struct Exact {

@@ -12,6 +12,8 @@
 
 #include "bench/bench_layer.h"
 #include "bench/bench_report.h"
+#include "bench/block_candidates.h"
+#include "bench/block_rows.h"
 #include "bench/candidates.h"
 #include "bench/exact.h"
 #include "bench/measure.h"
@@ -26,7 +28,8 @@ using shapes::Shape;
 using shapes::Timed;
 using xattn::AttentionWeights;
 
-constexpr auto kFooter = R"(Example: xattn_bench --shape "SD1.5 16x16" --threads 1
+constexpr auto kFooter = R"(Examples: xattn_bench --shape "SD1.5 16x16" --threads 1
+          xattn_bench blocks --row BLIP
 
 Rows are layers of real models. Every candidate is compared with float64 and then timed; the candidates of a row take turns. The
 share of the processor's measured peak counts the operations of the standard order: above 100 %, a candidate needs fewer.
@@ -36,7 +39,8 @@ share of the processor's measured peak counts the operations of the standard ord
   versions   {runtime: version}
   peaks      {threads: 1e9 float32 operations a second, measured}
   results    list of {row, weights, threads, type, runtime, candidate, error, us, low, high, least, samples}: the largest error
-             relative to the largest element; median, quartiles and least of the times of a call
+             relative to the largest element; median, quartiles and least of the times of a call; with `blocks`, the
+             context_bytes of frozen modules that keep contexts
   skipped    list of {row, weights, threads, type, runtime, candidate, reason}
   crossover  {threads: list of {Lq, Lk, chosen, us}}, with --crossover
   regret     {threads: list of {row, chosen, us, best, best_us, left_out}}, with --regret)";
@@ -55,6 +59,7 @@ struct Arguments {
   bool regret = false;
   bool json = false;
   bool list = false;
+  bool check = false;
 };
 
 std::vector<Shape> chosen_rows(const Arguments& arguments) {
@@ -119,22 +124,62 @@ void run_row(const Shape& shape, const std::string& weights, c10::Device device,
   for (size_t i = 0; i < ready.size(); ++i) report.result(ready[i], errors[i], times[i]);
 }
 
+void run_row(const BlockRow& row, const Arguments& arguments, BenchReport& report) {
+  report.row(row);
+  const auto block = make_block(row);
+  const c10::InferenceMode inference;
+  const auto truth = exact(block);
+  const auto ready = candidates(block);
+  std::vector<double> errors;
+  std::vector<std::function<void()>> calls;
+  for (const auto& candidate : ready) {
+    const auto what = row.name + ": output of " + candidate.name;
+    errors.push_back(compare(what, std::get<0>(candidate.call()), truth, candidate.rounds));
+    calls.push_back([&candidate] { candidate.call(); });
+  }
+  auto times = std::vector<Times>(calls.size());
+  if (!arguments.check) times = measure(calls, arguments.seconds, [] {});
+  for (size_t i = 0; i < ready.size(); ++i) report.result(ready[i], errors[i], times[i]);
+}
+
 void list(const std::vector<Shape>& rows) {
   for (const auto& s : rows) {
     std::cout << fmt::format("{:<50}  B {} H {} Lq {} Lk {}, {} {} -> {}\n", s.name, s.B, s.H, s.Lq, s.Lk, s.Eq, s.Ek, s.Eo);
   }
 }
 
-void run(Arguments arguments) {
+// By default 1 and, where there are several and the device is not a GPU, 2.
+std::vector<int> numbers_of_threads(const Arguments& arguments, bool cpu) {
+  if (!arguments.threads.empty()) return arguments.threads;
+  return cpu && at::get_num_threads() > 1 ? std::vector{1, 2} : std::vector{1};
+}
+
+void run_blocks(const Arguments& arguments) {
+  std::vector<BlockRow> rows;
+  for (const auto& name : arguments.names.empty() ? std::vector<std::string>{""} : arguments.names) {
+    const auto found = block_rows(name);
+    if (found.empty()) throw program::UsageError("--row", "no row has " + name + " in its name; --list shows all");
+    rows.insert(rows.end(), found.begin(), found.end());
+  }
+  if (arguments.list) {
+    for (const auto& row : rows) std::cout << row.name << "\n";
+    return;
+  }
+  BenchReport report(arguments.json, "cpu");
+  for (const int count : numbers_of_threads(arguments, true)) {
+    program::set_threads(count);
+    report.threads(count);
+    for (const auto& row : rows) run_row(row, arguments, report);
+  }
+  report.end();
+}
+
+void run(const Arguments& arguments) {
   const auto rows = chosen_rows(arguments);
   if (arguments.list) return list(rows);
   const auto device = program::find_device(arguments.device);
   BenchReport report(arguments.json, arguments.device);
-  if (arguments.threads.empty()) {
-    arguments.threads = {1};
-    if (device.is_cpu() && at::get_num_threads() > 1) arguments.threads.push_back(2);
-  }
-  for (const int count : arguments.threads) {
+  for (const int count : numbers_of_threads(arguments, device.is_cpu())) {
     program::set_threads(count);
     report.threads(count);
     if (arguments.crossover) {
@@ -163,17 +208,27 @@ int main(int argc, char** argv) {
   program::Program program("xattn_bench", "Times cross attention in several ways, on layers of real models.");
   program.option("--shape", arguments.names, "The row of this name, or all rows whose names contain it; repeatable",
                  {.one_at_a_time = true});
-  program.option("--threads", arguments.threads, "Numbers of threads; by default 1 and 2", {.range = {{1, 1024}}});
+  const auto add_shared_options = [&arguments](program::Command& command) {
+    command.option("--threads", arguments.threads, "Numbers of threads; by default 1 and 2", {.range = {{1, 1024}}});
+    command.option("--seconds", arguments.seconds, "For each candidate of a row", {.positive = true});
+    command.flag("--list", arguments.list, "Print the names of the rows, and nothing else");
+    command.flag("--json", arguments.json, "Print JSON, as described below");
+  };
+  add_shared_options(program);
   program.option("--weights", arguments.weights,
                  "Which attention weights to return; mean and per-head only for rows whose weights someone uses",
                  {.one_of = {"none", "mean", "per-head"}});
   program.option("--device", arguments.device, "cpu, in float32, or cuda or cuda:N, in bfloat16", {.device = true});
-  program.option("--seconds", arguments.seconds, "For each candidate of a row", {.positive = true});
   program.option("--limit", arguments.limit, "Leave out rows of more operations, in 1e9; 0 for none", {.not_negative = true});
   program.flag("--crossover", arguments.crossover, "Time pinned orders over a grid of lengths, instead of the rows");
   program.flag("--regret", arguments.regret, "Time every pair of orders of a frozen layer beside the pair that it chooses");
-  program.flag("--list", arguments.list, "Print the names of the rows, and nothing else");
-  program.flag("--json", arguments.json, "Print JSON, as described below");
   program.footer(bench::kFooter);
-  return program.run(argc, argv, [&] { bench::run(arguments); });
+  bool blocks = false;
+  auto command = program.subcommand("blocks", "Time whole modules of real models instead: blocks, decoupled layers, stacks.",
+                                    [&blocks] { blocks = true; });
+  command.option("--row", arguments.names, "The row of this name, or all rows whose names contain it; repeatable",
+                 {.one_at_a_time = true});
+  add_shared_options(command);
+  command.flag("--check", arguments.check, "Compare the candidates with float64, and leave the times 0");
+  return program.run(argc, argv, [&] { blocks ? bench::run_blocks(arguments) : bench::run(arguments); });
 }

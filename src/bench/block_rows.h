@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <xattn/block_options.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace bench {
+
+enum class BlockKind { decoupled, block, linear };
+
+/// One row of blocks.json, which describes its fields. The file is embedded into the program.
+struct BlockRow {
+  std::string name;
+  BlockKind kind = BlockKind::block;
+  bool kept = false;
+  int64_t layers = 1;
+  int64_t B = 1, H = 1, Lq = 1, Lk = 1, image = 0, Eq = 1, Ek = 1, Eo = 1, inner = 1;
+  std::string biases;
+  std::optional<double> scale;
+  xattn::NormKind norm = xattn::NormKind::none;
+  xattn::NormPlacement placement = xattn::NormPlacement::before;
+  bool self = false;
+  bool gate = false;
+  int64_t hidden = 0;
+  xattn::Activation activation = xattn::Activation::gelu;
+};
+
+/// The row of this name or, if there is none, the rows whose names contain `text`; all rows for an empty text.
+std::vector<BlockRow> block_rows(std::string_view text);
+
+}  // namespace bench
