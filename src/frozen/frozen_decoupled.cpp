@@ -6,9 +6,7 @@
 #include <cmath>
 #include <utility>
 
-#include "attention/mask_parts.h"
 #include "base/check.h"
-#include "base/describe.h"
 #include "base/text.h"
 #include "frozen/engine.h"
 #include "frozen/state.h"
