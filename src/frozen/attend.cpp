@@ -21,20 +21,16 @@ using namespace engine;
 
 namespace {
 
-int64_t bytes(const Tensor& x) {
-  return static_cast<int64_t>(x.nbytes());
-}
-
 // Bytes of the weights that query rows are multiplied by; a constant query has already been multiplied by those of the logits.
 int64_t bytes_of_weights(const EngineWeights& w, const Orders& orders, bool query_is_given) {
   int64_t total = 0;
   if (query_is_given && !is_folded(orders.logits)) {
-    total += bytes(orders.logits == Order::prefold ? w.logits_product.data : w.query.data);
-    if (orders.logits == Order::fold_into_query) total += bytes(w.key_fold().data);
+    total += bytes_of(orders.logits == Order::prefold ? w.logits_product.data : w.query.data);
+    if (orders.logits == Order::fold_into_query) total += bytes_of(w.key_fold().data);
   }
   if (is_folded(orders.values)) return total;
-  if (orders.values == Order::prefold) return total + bytes(w.values_product.data);
-  return total + bytes(w.output.data) + (orders.values == Order::standard ? 0 : bytes(w.value_fold().data));
+  if (orders.values == Order::prefold) return total + bytes_of(w.values_product.data);
+  return total + bytes_of(w.output.data) + (orders.values == Order::standard ? 0 : bytes_of(w.value_fold().data));
 }
 
 bool is_small(const EngineWeights& w, int64_t B, int64_t Lq, int64_t Lk) {
@@ -154,7 +150,7 @@ class Attend {
 
   BytesRead bytes_read() const {
     const auto bytes_of_a_key =
-        (bytes(context_.keys) + bytes(context_.values)) / std::max<int64_t>(1, context_.B * context_.capacity);
+        (bytes_of(context_.keys) + bytes_of(context_.values)) / std::max<int64_t>(1, context_.B * context_.capacity);
     return {bytes_of_weights(w_, context_.orders, query_.defined()), bytes_of_a_key * context_.Lk};
   }
 

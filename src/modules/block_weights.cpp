@@ -74,13 +74,12 @@ BlockInputs block_inputs(std::string_view caller,
                          const Tensor& key,
                          const Tensor& value,
                          Normalise normalise) {
-  check_input(caller, w, "query", query, "Lq");
+  const auto Xq = block_query(caller, w, query, normalise);
   const bool forgets_norm =
       query.is_same(key) && !w.norm_context && w.norms_before() && w.attention_norm.kind != NormKind::none;
   check_value(!forgets_norm, caller,
               "key must be another tensor than the query, unless norm_context is set, but is the same: a block of "
               "self-attention with norms before normalises keys and values, too.");
-  const auto Xq = block_query(caller, w, query, normalise);
   if (w.norm_context && key.is_same(query) && value.is_same(query)) return {Xq, Xq, Xq};
   auto inputs = block_context(caller, w, key, value, normalise);
   inputs.query = Xq;
