@@ -5,7 +5,7 @@
     python3 scripts/stack_fixtures.py                          write all families
     python3 scripts/stack_fixtures.py --output FOLDER t5 bart  write two of them elsewhere
 
-Needs torch, numpy, safetensors and transformers. For each FAMILY it writes
+Needs torch, numpy, safetensors, transformers and openai-whisper. For each FAMILY it writes
 
     FAMILY.safetensors             the weights of a model as its own class saves them, all of them redrawn
     FAMILY.STACK.safetensors       for each stack: x [B, L, E], what enters the first layer, and output [B, L, E], what leaves
@@ -43,6 +43,7 @@ class Stack:
     inputs: Tensors
     output: Tensor
     told: dict[str, str] = field(default_factory=dict)
+    package: str = ""
 
 
 def padding(length: int) -> Tensor:
@@ -109,6 +110,7 @@ def described(model: nn.Module, **stacks: Stack) -> tuple[Tensors, dict[str, Sta
     """A model of transformers, with its config.json."""
     for stack in stacks.values():
         stack.told |= {"config": model.config.to_json_string(use_diff=False)}
+        stack.package = "transformers"
     return saved(model), stacks
 
 
@@ -151,6 +153,24 @@ def whisper(draw: Draw) -> tuple[Tensors, dict[str, Stack]]:
         encoder=seen("encoder", "model.encoder.", encoder, encoder.layers[0], lambda: encoder(sound)),
         decoder=seen("decoder", "model.decoder.", decoder, decoder.layers[0], lambda: decoder(**decode), memory=memory),
     )
+
+
+@family(whisper_openai=())
+def whisper_openai(draw: Draw) -> tuple[Tensors, dict[str, Stack]]:
+    """OpenAI's own class, whose file has no config.json."""
+    module = importlib.import_module("whisper.model")
+    model = draw.fill(module.Whisper(module.ModelDimensions(3, LK, E, HEADS, 2, 12, 8, E, HEADS, 2)))
+    encoder, decoder, told = model.encoder, model.decoder, {"num_heads": str(HEADS)}
+    sound, memory = draw.normal(B, 3, 2 * LK), draw.normal(B, LK, E)
+    words = torch.randint(12, (B, L), generator=draw.generator)
+    with module.disable_sdpa():
+        entered, heard = watch(lambda: encoder(sound), encoder.blocks[0])
+        decoded, normed, _ = watch(lambda: decoder(words, memory), decoder.blocks[0], decoder.ln)
+    inputs = {"x": decoded.args[0], "memory": memory}
+    return model.state_dict(), {
+        "encoder": Stack("encoder", "encoder.", encoder, {"x": entered.args[0]}, heard.output, dict(told), "openai-whisper"),
+        "decoder": Stack("decoder", "decoder.", decoder, inputs, normed.output, dict(told), "openai-whisper"),
+    }
 
 
 @family(t5=("relu", 128), t5_gated=("gated-gelu", 10))
@@ -234,7 +254,7 @@ def write_family(folder: Path, name: str) -> int:
     paths = [folder / f"{name}.safetensors"]
     write(paths[0], file, {"format": "pt", "family": name}, script)
     for part, stack in stacks.items():
-        versions = {x: importlib.metadata.version(x) for x in ("transformers",) if "config" in stack.told}
+        versions = {stack.package: importlib.metadata.version(stack.package)} if stack.package else {}
         versions["torch"] = torch.__version__
         metadata = {"family": name, "kind": stack.kind, "prefix": stack.prefix} | stack.told
         metadata["class"] = f"{type(stack.stack).__module__}.{type(stack.stack).__qualname__}"

@@ -51,6 +51,7 @@ struct StackFixture {
     StackOptionsFromFile options{.prefix = told("prefix"), .causal = told("causal") != "false", .dtype = torch::kDouble};
     if (!told("config").empty()) return options;
     options.num_heads = std::stoll(told("num_heads"));
+    if (told("norm_placement").empty()) return options;
     options.norm_placement = told("norm_placement") == "before" ? NormPlacement::before : NormPlacement::after;
     options.activation = told("activation") == "relu" ? Activation::relu : Activation::gelu;
     return options;
@@ -535,6 +536,37 @@ TEST(LoadStacksTest, T5MustHaveItsNormAndItsBiasInTheFirstLayerAlone) {
   t5.tensors.erase("decoder.block.0." + bias);
   EXPECT_EQ(t5.decoder_error(),
             "stack \"decoder.\" must have a relative position bias, \"decoder.block.0." + bias + "\", but has none");
+}
+
+TEST(LoadStacksTest, ReadsWhisperAsMlxNamesIt) {
+  const StackOptionsFromFile options = {.num_heads = 2};
+  const Changed original("whisper_openai");
+  Changed mlx("whisper_openai", json{{"n_audio_head", 4}, {"n_text_head", 2}});
+  for (const auto& [name, tensor] : original.tensors) {
+    const auto at = name.find("mlp.");
+    if (at == std::string::npos) continue;
+    mlx.tensors.erase(name);
+    mlx.tensors[name.substr(0, at) + (name[at + 4] == '0' ? "mlp1" : "mlp2") + name.substr(at + 5)] = tensor;
+  }
+  const auto encoder = copy_of(*encoder_from(original.saved(), options));
+  const auto decoder = copy_of(*decoder_from(original.saved(), options));
+  for (const auto& [name, tensor] : copy_of(*encoder_from(mlx.saved()))) EXPECT_TRUE(tensor.equal(encoder.at(name))) << name;
+  for (const auto& [name, tensor] : copy_of(*decoder_from(mlx.saved()))) EXPECT_TRUE(tensor.equal(decoder.at(name))) << name;
+  EXPECT_EQ(encoder_from(mlx.saved())->options.layers()[0].attention().num_heads(), 4);
+  EXPECT_EQ(decoder_from(mlx.saved())->options.layers()[0].self().attention().num_heads(), 2);
+}
+
+TEST(LoadStacksTest, ADecoderDoesNotTakeTheNormOfAnEncoder) {
+  Changed whisper("whisper_openai");
+  for (const auto* part : {"weight", "bias"}) {
+    const std::string ending(part);
+    whisper.tensors["encoder.ln." + ending] = whisper.tensors.at("encoder.ln_post." + ending);
+  }
+  EXPECT_EQ(whisper.encoder_error({.num_heads = 2}),
+            "stack \"encoder.\" must have only names that layout whisper explains; unexpected: ln.bias, ln.weight");
+  whisper.remove("decoder.ln.");
+  EXPECT_EQ(whisper.decoder_error({.num_heads = 2}),
+            R"(stack "decoder." must have a norm behind its layers, "ln", but has none)");
 }
 
 TEST(LoadStacksTest, ChecksTheNormBehindTheLayers) {

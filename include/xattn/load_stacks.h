@@ -32,8 +32,8 @@ struct StackOptionsFromFile {
 
 /// An encoder with all layers of a file, the norm behind them, and T5's relative position bias:
 ///
-///   BERT, RoBERTa; ViT; BLIP's vision model; BART, Marian, mBART, M2M-100, Pegasus, Whisper; T5, Flan-T5, mT5;
-///   torch.nn.TransformerEncoder
+///   BERT, RoBERTa; ViT; BLIP's vision model; BART, Marian, mBART, M2M-100, Pegasus, Whisper, also as OpenAI and MLX name it;
+///   T5, Flan-T5, mT5; torch.nn.TransformerEncoder
 ///
 /// What stands in front of the first layer is the caller's, and so are poolers: embeddings of tokens, positions and patches with
 /// their norms (BART's layernorm_embedding), Whisper's convolutions. A model that attends causally needs a causal mask.

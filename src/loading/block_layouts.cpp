@@ -80,6 +80,16 @@ std::vector<BlockLayout> make_block_layouts() {
       .norm_placement = kAfter,
       .activation = Activation::gelu,
       .activation_in_config = {"hidden_act"}};
+  const BlockLayout whisper = {.name = "whisper",  // Whisper (OpenAI)
+                               .attention = "cross_attn.",
+                               .norms = {"cross_attn_ln", "mlp_ln"},
+                               .feed_forward = {"mlp.0", "mlp.2"},
+                               .beside = {"attn.", "attn_ln."},
+                               .norm_placement = kBefore,
+                               .activation = Activation::gelu};
+  auto whisper_mlx = whisper;
+  whisper_mlx.name = "whisper_mlx";
+  whisper_mlx.feed_forward = {"mlp1", "mlp2"};
 
   auto fc1_fc2_encoder = encoder_of(fc1_fc2, "fc1_fc2_encoder", "self_attn.", "self_attn_layer_norm");
   fc1_fc2_encoder.num_heads = {"encoder_attention_heads", "num_attention_heads", "num_heads"};
@@ -97,6 +107,11 @@ std::vector<BlockLayout> make_block_layouts() {
   t5_gated_encoder.name = "t5_gated_encoder";
   t5_gated_encoder.feed_forward = {"layer.1.DenseReluDense.wi_0", "layer.1.DenseReluDense.wo", "layer.1.DenseReluDense.wi_1"};
   t5_gated_encoder.activation = t5_gated.activation;
+  auto whisper_encoder = encoder_of(whisper, "whisper_encoder", "attn.", "attn_ln");
+  whisper_encoder.num_heads = {"n_audio_head"};
+  auto whisper_mlx_encoder = whisper_encoder;
+  whisper_mlx_encoder.name = "whisper_mlx_encoder";
+  whisper_mlx_encoder.feed_forward = whisper_mlx.feed_forward;
   return {
       fc1_fc2,
       torch,
@@ -123,13 +138,8 @@ std::vector<BlockLayout> make_block_layouts() {
       bert,
       t5,
       t5_gated,
-      {.name = "whisper",  // Whisper (OpenAI)
-       .attention = "cross_attn.",
-       .norms = {"cross_attn_ln", "mlp_ln"},
-       .feed_forward = {"mlp.0", "mlp.2"},
-       .beside = {"attn.", "attn_ln."},
-       .norm_placement = kBefore,
-       .activation = Activation::gelu},
+      whisper,
+      whisper_mlx,
       {.name = "gpt2",  // GPT-2 with cross-attention
        .attention = "crossattention.",
        .norms = {"ln_cross_attn", "ln_2", NormKind::layer, 1e-5, {"layer_norm_epsilon"}},
@@ -156,6 +166,9 @@ std::vector<BlockLayout> make_block_layouts() {
       t5_encoder,
       t5_gated_encoder,
       decoder_of(t5_encoder, "t5_decoder"),
+      whisper_encoder,
+      whisper_mlx_encoder,
+      decoder_of(whisper_encoder, "whisper_decoder"),
       {.name = "vit",  // ViT, DeiT, AST
        .attention = "attention.",
        .norms = {"layernorm_before", "layernorm_after", NormKind::layer, 1e-12, of_vision("layer_norm_eps")},

@@ -66,7 +66,8 @@ std::optional<FoundBlock> block_at(const std::string& prefix,
 // A stack of this layout at a prefix, if one of its layers is there.
 std::optional<FoundStack> stack_at(
     const std::string& prefix, const StackLayout& layout, StackKind kind, const Attention& attention, const Infos& tensors) {
-  FoundStack stack{prefix, layout.name, {}};
+  const bool decodes = kind == StackKind::decoder;
+  FoundStack stack{prefix, layout.name, decodes && !layout.decoder_norm.empty() ? layout.decoder_norm : layout.norm};
   std::map<int64_t, std::set<std::string>> names;  // of each layer
   for_each_in_layers(prefix + layout.layers, tensors,
                      [&](int64_t number, const std::string& name) { names[number].insert(name); });
@@ -75,12 +76,11 @@ std::optional<FoundStack> stack_at(
       return attention.contains(stack.layer_prefix(layer.first) + block_layout_named(name).attention);
     });
   };
-  if (std::ranges::any_of(names, has_cross) != (kind == StackKind::decoder)) return {};
+  if (std::ranges::any_of(names, has_cross) != decodes) return {};
 
   std::map<int64_t, FoundStackLayer> found;
   for (const auto& [number, of_layer] : names) {
     const auto at = stack.layer_prefix(number);
-    const bool decodes = kind == StackKind::decoder;
     auto self = block_at(at, decodes ? std::vector{layout.decoder} : layout.encoder, attention, tensors);
     auto cross = decodes ? block_at(at, layout.cross, attention, tensors) : std::nullopt;
     if (self && cross.has_value() == decodes) found.emplace(number, FoundStackLayer{*std::move(self), std::move(cross)});
@@ -150,8 +150,8 @@ std::vector<std::string> unexplained_names(const FoundStack& stack, const Infos&
   }
   if (!layout.relative_position_bias.empty()) explained.insert(stack.layer_prefix(0) + layout.relative_position_bias);
   for (const auto& [weight, bias] : kNormEndings) {
-    if (layout.norm.empty()) break;
-    explained.insert({stack.prefix + layout.norm + weight, stack.prefix + layout.norm + bias});
+    if (stack.norm.empty()) break;
+    explained.insert({stack.prefix + stack.norm + weight, stack.prefix + stack.norm + bias});
   }
   for (auto item = tensors.lower_bound(stack.prefix); item != tensors.end() && item->first.starts_with(stack.prefix); ++item) {
     const auto name = item->first.substr(stack.prefix.size());

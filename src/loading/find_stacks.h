@@ -22,7 +22,8 @@ struct FoundStackLayer {
 struct FoundStack {
   std::string prefix;  ///< of its names; empty, or ending in a dot
   std::string layout;  ///< see stack_layouts.h
-  std::vector<FoundStackLayer> layers;
+  std::string norm;    ///< the name of the norm behind the layers, if there is one
+  std::vector<FoundStackLayer> layers = {};
   std::string fault = {};  ///< why a layer behind those is missing, if one is
 
   std::string layer_prefix(int64_t number) const;

@@ -114,8 +114,8 @@ class StackReader {
   std::optional<NormOptions> norm_behind(const CrossAttentionBlockOptions& last) {
     const std::vector shape = {last.attention().dim_query()};
     for (const auto& [weight, bias] : detail::kNormEndings) {
-      const auto full = stack_.prefix + layout_.norm;
-      if (layout_.norm.empty() || !infos_.contains(full + weight)) continue;
+      const auto full = stack_.prefix + stack_.norm;
+      if (stack_.norm.empty() || !infos_.contains(full + weight)) continue;
       const bool has_bias = infos_.contains(full + bias);
       for (const auto& [parameter, name] : {std::pair("norm.weight", full + weight), {"norm.bias", full + bias}}) {
         if (!infos_.contains(name)) continue;
@@ -127,7 +127,7 @@ class StackReader {
       return NormOptions(last.norm(), shape.front()).eps(last.norm_eps()).bias(has_bias);
     }
     check_(!layout_.has_norm, "stack {} must have a norm behind its layers, {}, but has none", in_quotes(stack_.prefix),
-           in_quotes(layout_.norm));
+           in_quotes(stack_.norm));
     return {};
   }
 

@@ -34,6 +34,15 @@ const std::vector<StackLayout>& stack_layouts() {
        .has_norm = true,
        .relative_position_bias = "layer.0.SelfAttention.relative_attention_bias.weight",
        .beside = {"embed_tokens."}},
+      {.name = "whisper",  // Whisper (OpenAI, MLX)
+       .layers = "blocks.",
+       .encoder = {"whisper_encoder", "whisper_mlx_encoder"},
+       .decoder = "whisper_decoder",
+       .cross = {"whisper", "whisper_mlx"},
+       .norm = "ln_post",
+       .decoder_norm = "ln",
+       .has_norm = true,
+       .beside = {"conv1.", "conv2.", "token_embedding.", "positional_embedding"}},
       {.name = "vit",  // ViT, DeiT
        .layers = "encoder.layer.",
        .encoder = {"vit"},

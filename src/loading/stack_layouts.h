@@ -16,6 +16,7 @@ struct StackLayout {
   std::string decoder = {};                 ///< of the self-attention of a decoder's layer; empty if there are no decoders
   std::vector<std::string> cross = {};      ///< of the rest of a decoder's layer, of which one fits
   std::string norm = {};                    ///< behind the last layer, in front of ".weight"; empty if there is none
+  std::string decoder_norm = {};            ///< the same of a decoder; empty if it has the same name
   bool has_norm = false;                    ///< whether all files with these names have the norm
   std::string relative_position_bias = {};  ///< below the first layer; all files have it
   /// Names that are the caller's, as BlockLayout::beside: embeddings, convolutions, poolers.
