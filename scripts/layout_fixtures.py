@@ -6,7 +6,8 @@
     python3 scripts/layout_fixtures.py --output FOLDER t5 wan   write two of them elsewhere
 
 Needs torch, numpy, safetensors, transformers, diffusers, accelerate, einops, einops-exts, and for one or two families each
-flamingo-pytorch, open-flamingo, perceiver-pytorch, x-transformers, openai-whisper and mlx[cpu]. A family whose package is
+flamingo-pytorch, open-flamingo, perceiver-pytorch, x-transformers, openai-whisper, mlx[cpu], timm, kornia, open_clip_torch
+and bidirectional-cross-attention. A family whose package is
 missing is named and skipped, and the script then fails. For each FAMILY it writes
 
     FAMILY.safetensors                the weights of a tiny model under the names that such files have: a cross-attention layer
@@ -26,6 +27,7 @@ ip_context. Metadata, all text:
     qk_norm, qk_norm_eps              "rms per_head", "rms across_heads"
     input_norm, input_norm_eps        "query NAME, context NAME"
     ip_scale                          factor of the second context
+    positions                         the tensor of learned positions, which `query` and the others already contain
     base, base_prefix                 another family that has the rest of the layer, and its prefix there
     block                             JSON: names of tensors as in the file, the rest by the names of CrossAttentionBlockOptions
     note                              anything else of importance
@@ -92,7 +94,7 @@ class Layout:
     input_norms: tuple[str, str] = ("", "")  # norms of the layer itself, of the query and of the context
     second: tuple[tuple[str, str, str], ...] = ()  # key, value and key norm of a second context
     bias_kv: bool = False  # the layer has bias_k and bias_v, which no mask hides
-    ignored: Names = ()  # may follow the layer's prefix, too
+    ignored: Names = ()  # may follow the layer's prefix, too; all names that begin so, if it ends in a point
 
 
 def linear(name: str) -> Linear:
@@ -125,6 +127,7 @@ DIFFUSERS = separate(
     qk_norms=(("norm_q", "norm_k"),),
     second=(("add_k_proj", "add_v_proj", "norm_added_k"), ("processor.to_k_ip.0", "processor.to_v_ip.0", "")),
 )
+TIMM_NORMS = (("q_norm", "k_norm"),)
 LAYER_NORM = tuple(f"output.LayerNorm.{x}" for x in ("weight", "bias", "gamma", "beta"))
 LAYOUTS = {
     "torch_packed": torch_layout(packed=True),
@@ -134,6 +137,7 @@ LAYOUTS = {
         "q_proj", "k_proj", "v_proj", "o_proj", qk_norms=(("q_norm", "k_norm"), ("q_layer_norm", "k_layer_norm"))
     ),
     "bert": separate("self.query", "self.key", "self.value", "output.dense", ignored=LAYER_NORM),
+    "albert": separate("query", "key", "value", "dense", ignored=("LayerNorm.",)),
     "qformer": separate("attention.query", "attention.key", "attention.value", "output.dense", ignored=LAYER_NORM),
     "t5": separate("q", "k", "v", "o", scale=1.0, ignored=("relative_attention_bias.weight",)),
     "whisper_openai": separate("query", "key", "value", "out"),
@@ -147,6 +151,27 @@ LAYOUTS = {
     "wan_original": separate("q", "k", "v", "o", qk_norms=(("norm_q", "norm_k"),), second=(("k_img", "v_img", "norm_k_img"),)),
     "ip_adapter_original": dataclasses.replace(DIFFUSERS, second=(("to_k_ip", "to_v_ip", ""),)),
     "blip_vision": Layout(*(fused("qkv", i, 3) for i in range(3)), linear("projection")),
+    "timm": Layout(*(fused("qkv", i, 3) for i in range(3)), linear("proj"), qk_norms=TIMM_NORMS, ignored=("pos_embed",)),
+    "timm_separate": separate("q", "k", "v", "proj"),
+    "timm_key_value": key_value_fused("q", "kv", "proj"),
+    "timm_pool": key_value_fused(
+        "q", "kv", "proj", qk_norms=TIMM_NORMS, ignored=("latent", "norm.", "mlp.", "pos_embed")
+    ),
+    "clip_pool": separate("q_proj", "k_proj", "v_proj", "c_proj", ignored=("positional_embedding",)),
+    "pixart_original": key_value_fused("q_linear", "kv_linear", "proj"),
+    "pix2struct": separate("query", "key", "value", "output", scale=1.0),
+    "lightglue": separate("to_qk", "to_qk", "to_v", "to_out", ignored=("ffn.",)),
+    "bidirectional": separate("to_qk", "context_to_qk", "context_to_v", "to_out", ignored=("to_v.", "context_to_out.")),
+    "to_kv": key_value_fused("to_q", "to_kv", "to_out"),
+    "to_kv_sequential": key_value_fused("to_q", "to_kv", "to_out.0"),
+    "fc": separate("fc_q", "fc_k", "fc_v", "fc_o"),
+    "espnet": separate("linear_q", "linear_k", "linear_v", "linear_out"),
+    "xlm": separate("q_lin", "k_lin", "v_lin", "out_lin"),
+    "annotated": separate(*(f"linears.{i}" for i in range(4))),
+    "linear": separate("q_linear", "k_linear", "v_linear", "out"),
+    "w": separate("w_q", "w_k", "w_v", "w_o"),
+    "d2l": separate("W_q", "W_k", "W_v", "W_o"),
+    "flash_attn": key_value_fused("Wq", "Wkv", "out_proj"),
     "x_transformers": separate("to_q", "to_k", "to_v", "to_out"),
     "mlx": separate("query_proj", "key_proj", "value_proj", "out_proj"),
     "reference": separate("query_linear", "key_linear", "value_linear", "output_linear"),
@@ -208,6 +233,7 @@ class Made:
     ip_scale: float | None = None
     packages: Names = ()
     note: str = ""
+    positions: str = ""
     base: str = ""
     base_prefix: str = ""
     rest: Tensors = field(default_factory=dict)  # of the layer, if not in this file
@@ -653,6 +679,66 @@ def t5(draw: Draw, feed_forward: str) -> Made:
     return Made("t5", file, prefix, attention, inputs, call.output, 4, call.result[2], **more)
 
 
+@family("pix2struct")
+def pix2struct(draw: Draw) -> Made:
+    options = {"vocab_size": 12, "hidden_size": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
+    text = options | {"relative_attention_num_buckets": 4, "decoder_start_token_id": 0}
+    vision = {"hidden_size": 16, "patch_embed_hidden_size": 8, "d_ff": 24, "d_kv": 4, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 4, "seq_len": 8, "patch_size": 2}
+    config = config_of("Pix2StructConfig", text_config=text, vision_config=vision)
+    model = hugging_face("Pix2StructForConditionalGeneration", config, draw)
+    layer, mask, context = model.decoder.layer[0], draw.padding(), draw.normal(B, LK, 16)
+    around, dense = layer.encoder_decoder_attention, layer.mlp
+    options = {"encoder_hidden_states": context, "encoder_attention_mask": additive(mask)}
+    call, branch, result = watch(lambda: layer(draw.normal(B, LQ, 16), **options), around.attention, around)
+    inputs, name = {"query": call.get("hidden_states", 0), "context": context, "mask": mask}, "decoder.layer.0."
+    names = ("encoder_decoder_attention.layer_norm", "mlp.layer_norm")
+    names += tuple(f"mlp.DenseReluDense.{x}" for x in ("wi_0", "wo", "wi_1"))
+    styles = ("rms", "before", around.layer_norm.variance_epsilon, activation(dense.DenseReluDense.act))
+    block = Block(branch.get("hidden_states", 0), result.output, *styles, *(name + n for n in names))
+    more = {"scale": 1.0, "packages": HF, "block": block}
+    prefix = f"{name}encoder_decoder_attention.attention."
+    return Made("pix2struct", saved(model), prefix, around.attention, inputs, call.output, 4, **more)
+
+
+@family("lightglue_hf")
+def lightglue_hf(draw: Draw) -> Made:
+    """One layer: its self-attention has rotary embeddings, its cross-attention none."""
+    options = {"descriptor_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = config_of("LightGlueConfig", **options)
+    config._attn_implementation = "eager"
+    module = importlib.import_module("transformers.models.lightglue.modeling_lightglue")
+    model = draw.fill(nn.ModuleDict({"transformer_layers": nn.ModuleList([module.LightGlueTransformerLayer(config, 0)])}))
+    attention, mask = model["transformer_layers"][0].cross_attention, draw.padding()
+    # the class shapes keys as it shapes queries, so both images have as many points
+    inputs = {"query": draw.normal(B, LK, 16), "context": draw.normal(B, LK, 16), "mask": mask}
+    options = {"encoder_hidden_states": inputs["context"], "encoder_attention_mask": additive(mask)}
+    call, _ = watch(lambda: attention(inputs["query"], **options), attention)
+    prefix = "transformer_layers.0.cross_attention."
+    return Made("o_proj", model.state_dict(), prefix, attention, inputs, call.output, 4, call.result[1], packages=HF)
+
+
+@family("albert")
+def albert(draw: Draw) -> Made:
+    options = {"vocab_size": 12, "embedding_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    options |= {"intermediate_size": 24, "max_position_embeddings": 8}
+    model = hugging_face("AlbertModel", config_of("AlbertConfig", **options), draw)
+    attention, x = model.encoder.albert_layer_groups[0].albert_layers[0].attention, draw.normal(B, LK, 16)
+    call, _ = watch(lambda: attention(x), attention.dense)
+    prefix = "encoder.albert_layer_groups.0.albert_layers.0.attention."
+    return Made("albert", saved(model), prefix, attention, {"query": x, "context": x}, call.output, 4, packages=HF)
+
+
+@family("distilbert")
+def distilbert(draw: Draw) -> Made:
+    options = {"vocab_size": 12, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 4, "max_position_embeddings": 8}
+    model = hugging_face("DistilBertModel", config_of("DistilBertConfig", **options), draw)
+    attention, x = model.transformer.layer[0].attention, draw.normal(B, LK, 16)
+    call, _ = watch(lambda: attention(x), attention)
+    inputs = {"query": x, "context": x}
+    return Made("xlm", saved(model), "transformer.layer.0.attention.", attention, inputs, call.output, 4, packages=HF)
+
+
 @family("gpt2")
 def gpt2(draw: Draw) -> Made:
     options = {"vocab_size": 12, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 4, "n_inner": 24}
@@ -905,6 +991,19 @@ def pixart(draw: Draw) -> Made:
     return diffusers_made(model, model.transformer_blocks[0].attn2, "transformer_blocks.0.attn2.", inputs)
 
 
+@family("pixart_original")
+def pixart_original(draw: Draw) -> Made:
+    """By renaming and joining, as the converter of diffusers does, backwards."""
+    made = pixart(draw)
+    own = {name.removeprefix(made.prefix): x for name, x in made.file.items() if name.startswith(made.prefix)}
+    file = {f"q_linear.{x}": own[f"to_q.{x}"] for x in ("weight", "bias")}
+    file |= {f"kv_linear.{x}": torch.cat((own[f"to_k.{x}"], own[f"to_v.{x}"])) for x in ("weight", "bias")}
+    file |= {f"proj.{x}": own[f"to_out.0.{x}"] for x in ("weight", "bias")}
+    made.prefix, made.layout, made.note = "blocks.0.cross_attn.", "pixart_original", "by renaming and joining"
+    made.file = under(made.prefix, file) | {"blocks.0.scale_shift_table": draw.normal(6, 16)}
+    return made
+
+
 @family(sana=({},), sana_qk_norm=({"qk_norm": "rms_norm_across_heads"},))
 def sana(draw: Draw, qk_norm: dict) -> Made:
     options = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
@@ -1049,6 +1148,184 @@ def perceiver_lucidrains(draw: Draw) -> Made:
     more["note"] = "files of other versions have layers.0.0. in front"
     prefix = "layers.0.cross_attn."
     return Made("perceiver_lucidrains", model.state_dict(), prefix, layer.fn, inputs, call.output, layer.fn.heads, **more)
+
+
+@family(to_kv=("to_kv", "", True), to_kv_sequential=("to_kv_sequential", ".0", False))
+def to_kv(draw: Draw, layout: str, ending: str, biased: bool) -> Made:
+    """perceiver-pytorch's class without its norms, as others have it; with a bias of keys and values alone."""
+    package = importlib.import_module("perceiver_pytorch.perceiver_pytorch")
+    attention = package.Attention(16, 24, heads=2, dim_head=6)
+    attention.to_kv = nn.Linear(24, 24, bias=biased)
+    draw.fill(attention)
+    inputs = {"query": draw.normal(B, LQ, 16), "context": draw.normal(B, LK, 24), "mask": draw.padding()}
+    call, _ = watch(lambda: attention(inputs["query"], context=inputs["context"], mask=inputs["mask"]), attention)
+    prefix = "layers.0.cross_attn."
+    file = under(prefix, renamed(attention.state_dict(), ("to_out.", f"to_out{ending}.")))
+    more = {"packages": ("perceiver-pytorch",), "note": "by renaming" if ending else ""}
+    return Made(layout, file, prefix, attention, inputs, call.output, attention.heads, **more)
+
+
+@family("bidirectional")
+def bidirectional(draw: Draw) -> Made:
+    package = importlib.import_module("bidirectional_cross_attention")
+    attention = draw.fill(package.BidirectionalCrossAttention(dim=16, context_dim=24, heads=2, dim_head=6))
+    inputs = {"query": draw.normal(B, LQ, 16), "context": draw.normal(B, LK, 24), "mask": draw.padding()}
+    options = {"context_mask": inputs["mask"], "return_attn": True}
+    call, _ = watch(lambda: attention(inputs["query"], inputs["context"], **options), attention)
+    file, more = under("joint.", attention.state_dict()), {"packages": ("bidirectional-cross-attention",)}
+    return Made("bidirectional", file, "joint.", attention, inputs, call.output, attention.heads, call.result[2], **more)
+
+
+@family(lightglue=(4, "transformers.0."), lighterglue=(1, "cross_attn.0."))
+def lightglue(draw: Draw, heads: int, outer: str) -> Made:
+    """The names of the class, and those of the published files; of two directions the first."""
+    block = draw.fill(importlib.import_module("kornia.feature.lightglue").CrossBlock(16, heads))
+    mask = draw.padding()
+    inputs = {"query": draw.normal(B, LQ, 16), "context": draw.normal(B, LK, 16), "mask": mask}
+    entered = []  # `to_out` is called for both directions
+    block.to_out.register_forward_hook(lambda _module, _args, result: entered.append(result))
+    with torch.no_grad():
+        block(inputs["query"], inputs["context"], mask[:, None, None])
+    prefix = outer if outer.startswith("cross_attn") else f"{outer}cross_attn."
+    file = under(prefix, block.state_dict())
+    return Made("lightglue", file, prefix, block, inputs, entered[0], heads, packages=("kornia",))
+
+
+# timm's ViT with an attention pool, and parts of its other models.
+TIMM = ("timm",)
+
+
+def timm_vit(draw: Draw, **options) -> nn.Module:
+    module = importlib.import_module("timm.models.vision_transformer")
+    options = {"depth": 1} | options | {"img_size": 4, "patch_size": 2, "embed_dim": 16, "num_heads": 4, "mlp_ratio": 1.5}
+    return draw.fill(module.VisionTransformer(num_classes=3, **options))
+
+
+@family(timm_vit=({},), timm_vit_qk_norm=({"qk_norm": True},))
+def timm_vit_family(draw: Draw, options: dict) -> Made:
+    model = timm_vit(draw, **options)
+    attention, x = model.blocks[0].attn, draw.normal(B, LK, 16)
+    more = {"packages": TIMM}
+    if options:
+        with torch.no_grad():
+            attention.qkv.weight[:32] *= 0.02
+            attention.qkv.bias[:32] *= 0.02
+        more["qk_norm_eps"] = attention.q_norm.eps
+    call, _ = watch(lambda: attention(x), attention)
+    return Made("timm", model.state_dict(), "blocks.0.attn.", attention, {"query": x, "context": x}, call.output, 4, **more)
+
+
+@family("timm_pool")
+def timm_pool(draw: Draw) -> Made:
+    model = timm_vit(draw, global_pool="map")
+    return timm_pool_made(draw, model.attn_pool, model.state_dict(), "attn_pool.")
+
+
+@family(
+    timm_pool_qk_norm=({"qk_norm": True, "latent_dim": 12, "latent_len": 3},),
+    timm_pool_positions=({"pos_embed": "abs", "feat_size": LK},),
+)
+def timm_pool_alone(draw: Draw, options: dict) -> Made:
+    module = importlib.import_module("timm.layers")
+    pool = draw.fill(module.AttentionPoolLatent(16, num_heads=4, norm_layer=module.LayerNorm, **options))
+    if "qk_norm" in options:
+        draw.shrink(pool.q, pool.kv)
+    return timm_pool_made(draw, pool, under("head.attn_pool.", pool.state_dict()), "head.attn_pool.")
+
+
+def timm_pool_made(draw: Draw, pool: nn.Module, file: Tensors, prefix: str) -> Made:
+    x, more = draw.normal(B, LK, 16), {"packages": TIMM, "note": "the query is the tensor latent, the same for all"}
+    call, _ = watch(lambda: pool(x), pool.proj)
+    inputs = {"query": pool.latent.detach().expand(B, -1, -1).contiguous(), "context": x}
+    if pool.pos_embed is not None:
+        inputs["context"], more["positions"] = x + pool.pos_embed.detach(), "pos_embed"
+    if not isinstance(pool.q_norm, nn.Identity):
+        more["qk_norm_eps"] = pool.q_norm.eps
+    return Made("timm_pool", file, prefix, pool, inputs, call.output, pool.num_heads, **more)
+
+
+@family(clip_pool=("open_clip.modified_resnet",), timm_attention_pool=("timm.layers",))
+def clip_pool(draw: Draw, name: str) -> Made:
+    """The attention pool of CLIP's ResNets: the mean of all tokens attends to itself and to them."""
+    module = importlib.import_module(name)
+    if name == "timm.layers":
+        pool, layout, positions = module.AttentionPool2d(16, 2, out_features=12, num_heads=4), "timm", "pos_embed"
+    else:
+        pool, layout, positions = module.AttentionPool2d(2, 16, 4, 12), "clip_pool", "positional_embedding"
+    draw.fill(pool)
+    image = draw.normal(B, 16, 2, 2)
+    with torch.no_grad():
+        output = pool(image)
+        x = image.flatten(2).transpose(1, 2)
+        x = torch.cat((x.mean(1, keepdim=True), x), 1) + getattr(pool, positions)
+    inputs, prefix = {"query": x[:, :1], "context": x}, "visual.attnpool."
+    more = {"packages": ("timm" if layout == "timm" else "open_clip_torch",), "positions": positions}
+    return Made(layout, under(prefix, pool.state_dict()), prefix, pool, inputs, output.reshape(B, 1, 12), 4, **more)
+
+
+@family("cait")
+def cait(draw: Draw) -> Made:
+    attention = draw.fill(importlib.import_module("timm.models.cait").ClassAttn(16, num_heads=4, qkv_bias=True))
+    x, prefix = draw.normal(B, LK, 16), "blocks_token_only.0.attn."
+    call, _ = watch(lambda: attention(x), attention)
+    inputs = {"query": x[:, :1], "context": x}
+    file = under(prefix, attention.state_dict())
+    return Made("timm_separate", file, prefix, attention, inputs, call.output.reshape(B, 1, 16), 4, packages=TIMM)
+
+
+@family("pvt")
+def pvt(draw: Draw) -> Made:
+    attention = draw.fill(importlib.import_module("timm.models.pvt_v2").Attention(16, num_heads=4, qkv_bias=True))
+    x, prefix = draw.normal(B, 4, 16), "stages.3.blocks.0.attn."
+    call, _ = watch(lambda: attention(x, (2, 2)), attention)
+    file = under(prefix, attention.state_dict())
+    return Made("timm_key_value", file, prefix, attention, {"query": x, "context": x}, call.output, 4, packages=TIMM)
+
+
+class Plain(nn.Module):
+    """Attention by its definition, with the linears at the places that a layout names; heads of keys and values may differ."""
+
+    def __init__(self, layout: Layout, heads: int, inner: int, value_inner: int, bias: bool):
+        super().__init__()
+        self.layout, self.heads = layout, heads
+        sizes = {layout.query.weight: (16, inner), layout.output.weight: (value_inner, 16)}
+        sizes[layout.value.weight] = (24, value_inner)
+        sizes[layout.key.weight] = (24, inner * layout.key.parts)
+        for name, (width, out) in sizes.items():
+            *path, last = name.removesuffix(".weight").split(".")
+            parent = self
+            for part in path:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(last, nn.Linear(width, out, bias=bias))
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        def project(where: Linear, y: Tensor) -> Tensor:
+            y = self.get_submodule(where.weight.removesuffix(".weight"))(y).chunk(where.parts, -1)[where.part]
+            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        q, k, v = (project(w, y) for w, y in ((self.layout.query, x), (self.layout.key, context), (self.layout.value, context)))
+        output = F.scaled_dot_product_attention(q, k, v, mask[:, None, None])
+        return self.get_submodule(self.layout.output.weight.removesuffix(".weight"))(output.transpose(1, 2).flatten(2))
+
+
+@family(
+    meshed_memory=("fc", "decoder.layers.0.enc_att.attention.", 20, True),
+    espnet=("espnet", "decoder.decoders.0.src_attn.", 16, True),
+    annotated=("annotated", "decoder.layers.0.src_attn.", 16, True),
+    tutorial_linear=("linear", "decoder.layers.0.cross_attn.", 16, True),
+    tutorial_w=("w", "decoder.layers.0.cross_attention_block.", 16, False),
+    d2l=("d2l", "decoder.blks.block0.cross_attention.", 16, False),
+    flash_attn=("flash_attn", "transformer.layers.0.cross_attn.", 16, True),
+)
+def plain(draw: Draw, layout: str, prefix: str, value_inner: int, bias: bool) -> Made:
+    module = draw.fill(Plain(LAYOUTS[layout], 4, 16, value_inner, bias))
+    inputs = {"query": draw.normal(B, LQ, 16), "context": draw.normal(B, LK, 24), "mask": draw.padding()}
+    with torch.no_grad():
+        output = module(inputs["query"], inputs["context"], inputs["mask"])
+    name = f"by definition, with the names of {layout}"
+    return Made(layout, under(prefix, module.state_dict()), prefix, name, inputs, output, 4)
 
 
 @family("x_transformers")
@@ -1235,7 +1512,7 @@ def check(name: str, made: Made) -> None:
     assert (made.scale or 1.0) == (layout.scale or 1.0)
     present = {x.removeprefix(made.prefix) for x in made.file if x.startswith(made.prefix)}
     assert present, f"{name}: nothing has the prefix {made.prefix}"
-    unused = present - used - set(layout.ignored)
+    unused = {x for x in present - used if not any(x == i or (i[-1] == "." and x.startswith(i)) for i in layout.ignored)}
     assert not unused, f"{name}: unused {sorted(unused)}"
     mask = made.inputs.get("mask")
     assert mask is None or mask.any(-1).all(), f"{name}: a query has no key"
@@ -1265,7 +1542,7 @@ def describe(name: str, made: Made) -> dict[str, str]:
     if any(layout.input_norms):
         sides = zip(("query", "context"), layout.input_norms, strict=True)
         metadata["input_norm"] = ", ".join(f"{side} {norm}" for side, norm in sides if norm)
-    optional = ("kv_heads", "scale", "qk_norm_eps", "input_norm_eps", "ip_scale", "note", "base", "base_prefix")
+    optional = ("kv_heads", "scale", "qk_norm_eps", "input_norm_eps", "ip_scale", "positions", "note", "base", "base_prefix")
     return metadata | {x: str(getattr(made, x)) for x in optional if getattr(made, x) not in (None, "")}
 
 

@@ -5,7 +5,7 @@
     python3 scripts/stack_fixtures.py                          write all families
     python3 scripts/stack_fixtures.py --output FOLDER t5 bart  write two of them elsewhere
 
-Needs torch, numpy, safetensors, transformers and openai-whisper. For each FAMILY it writes
+Needs torch, numpy, safetensors, transformers, timm and openai-whisper. For each FAMILY it writes
 
     FAMILY.safetensors             the weights of a model as its own class saves them, all of them redrawn
     FAMILY.STACK.safetensors       for each stack: x [B, L, E], what enters the first layer, and output [B, L, E], what leaves
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from layout_fixtures import ENCODER_DECODER, TOKENS, Draw, Tensors, config_of, hugging_face, saved, watch, write
+from layout_fixtures import ENCODER_DECODER, TOKENS, Draw, Tensors, config_of, hugging_face, saved, timm_vit, watch, write
 
 DATA = Path(__file__).resolve().parent.parent / "tests" / "data" / "stacks"
 B, L, LK, E, HEADS = 2, 4, 5, 8, 2
@@ -216,6 +216,16 @@ def vit(draw: Draw) -> tuple[Tensors, dict[str, Stack]]:
     model, image = hugging_face("ViTForImageClassification", config, draw), draw.normal(B, 1, 4, 4)
     layers = next(x for x in model.vit.modules() if isinstance(x, nn.ModuleList))
     return described(model, encoder=seen("encoder", "vit.", model.vit, layers[0], lambda: model.vit(image)))
+
+
+@family(timm=())
+def timm(draw: Draw) -> tuple[Tensors, dict[str, Stack]]:
+    model, image = timm_vit(draw, depth=2), draw.normal(B, 3, 4, 4)
+    call, normed, _ = watch(lambda: model(image), model.blocks[0], model.norm)
+    told = {"num_heads": "4", "norm_placement": "before", "activation": "gelu"}
+    return model.state_dict(), {
+        "encoder": Stack("encoder", "", model, {"x": call.args[0]}, normed.output, told, "timm"),
+    }
 
 
 @family(blip=())

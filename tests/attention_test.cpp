@@ -96,7 +96,7 @@ TEST_P(AttentionTest, DefinitionEqualsItsFormulaNumberByNumber) {
     for (const auto& [name, mask] : masks(device_)) {
       AttentionOptions options{.mask = mask, .scale = 0.7, .weights = AttentionWeights::per_head, .log_sum_exp = true};
       const auto result = attention(q, k, v, options);
-      const auto keep = detail::allowed_keys(mask, kLq, kLk, device_), bias = detail::total_bias(mask);
+      const auto keep = detail::allowed_keys(mask, kLq, kLk, device_), bias = detail::total_bias(mask, kLk);
       const auto allowed = (keep.defined() ? keep.cpu() : torch::ones({1, 1, 1, 1}, torch::kBool)).expand({kB, kH, kLq, kLk});
       const auto added = (bias.defined() ? bias.cpu() : torch::zeros({1, 1, 1, 1}, torch::kDouble)).expand({kB, kH, kLq, kLk});
       for (int64_t b = 0; b < kB; ++b) {

@@ -106,7 +106,8 @@ std::vector<std::string> examples() {
   for (const auto& entry : std::filesystem::directory_iterator(data_path("layouts"))) {
     const auto file = entry.path().filename().string();
     if (!file.ends_with(".expect.safetensors") || file.ends_with(".block.expect.safetensors")) continue;
-    if (file.starts_with("ip_adapter")) continue;  // parts of layers
+    if (file.starts_with("ip_adapter")) continue;                                           // parts of layers
+    if (open_checkpoint(entry.path().string()).metadata().contains("positions")) continue;  // see LearnedPositionsTest
     names.push_back(file.substr(0, file.find('.')));
   }
   std::ranges::sort(names);
@@ -175,6 +176,60 @@ TEST(UnexplainedTest, EveryOtherNameBelowALayerIsRefusedByName) {
     const SavedLayer alone(with(bart_layer(""), name));
     expect_part(alone.error(), std::string("unexpected: ") + name);
   }
+}
+
+TEST(LearnedPositionsTest, AreRefusedByNameUntilTheCallerAddsThem) {
+  for (const auto* name : {"clip_pool", "timm_pool_positions", "timm_attention_pool"}) {
+    const Example example{name};
+    auto options = example.options();
+    const auto message = error_of<FileError>([&] { return cross_attention_from(example.weights, options); });
+    expect_part(message,
+                "unexpected: " + example.about.at("positions") + "; learned positions are not part of the layer: add them");
+    options.allow_unexpected = true;
+    auto module = cross_attention_from(example.weights, options);
+    expect_part(error_of<LoadError>([&] { load_weights(*module, example.weights, {.prefix = example.prefix()}); }),
+                "unexpected: " + example.about.at("positions"));
+  }
+}
+
+TEST(OtherAttentionTest, OfTheSameNamesIsRefused) {
+  NamedTensors set_transformer, memory;
+  for (const auto* part : {"q", "k", "v", "o"}) {
+    set_transformer[std::string("enc.0.mab0.fc_") + part + ".weight"] = torch::randn({8, 8});
+    set_transformer[std::string("decoder.enc_att.fc_") + part + ".weight"] = torch::randn({8, 8});
+    const std::string projection = *part == 'o' ? "out" : part;
+    memory["memory_attention.layers.0.cross_attn_image." + projection + "_proj.weight"] = torch::randn({8, 8});
+  }
+  const SavedLayer saved(set_transformer), sam(memory);
+  expect_part(saved.error({.prefix = "enc.0.mab0", .num_heads = 2}),
+              "fc_q.weight must be of a layer that computes attention alone, but is of the Set Transformer");
+  EXPECT_EQ(saved.made({.prefix = "decoder.enc_att", .num_heads = 2})->options.num_heads(), 2);
+  expect_part(sam.error(), "but is of SAM 2's memory, whose queries and keys have rotary embeddings");
+  CrossAttention module(CrossAttentionOptions(8, 8, 8, 8).num_heads(2).qkv_bias(false).output_bias(false));
+  expect_part(error_of<LoadError>([&] { load_weights(*module, saved.open(), {.prefix = "enc.0.mab0"}); }), "Set Transformer");
+}
+
+TEST(OtherAttentionTest, WithRotaryEmbeddingsIsRefusedByItsConfig) {
+  NamedTensors vit, glue;
+  for (const auto& [name, out] : {std::pair("qkv", 24), {"proj", 8}}) {
+    vit[std::string("blocks.0.attn.") + name + ".weight"] = torch::randn({out, 8});
+  }
+  for (const auto* layer : {"self_attention", "cross_attention"}) {
+    for (const auto* part : {"q", "k", "v", "o"}) {
+      glue[std::string("transformer_layers.0.") + layer + "." + part + "_proj.weight"] = torch::randn({8, 8});
+    }
+  }
+  for (const auto* name :
+       {"eva02_base_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch16_rope_224", "vit_pe_core_base"}) {
+    expect_part(SavedLayer(vit, json{{"architecture", name}}).error(), "which has rotary embeddings of its queries and keys");
+  }
+  EXPECT_EQ(SavedLayer(vit, json{{"architecture", "vit_base_patch16_224"}, {"model_args", {{"num_heads", 4}}}})
+                .made({})
+                ->options.num_heads(),
+            4);
+  const SavedLayer saved(glue, json{{"model_type", "lightglue"}, {"num_attention_heads", 2}});
+  expect_part(saved.error({.prefix = "transformer_layers.0.self_attention"}), "rotary embeddings of its queries and keys");
+  EXPECT_EQ(saved.made({.prefix = "transformer_layers.0.cross_attention"})->options.num_heads(), 2);
 }
 
 TEST(UnexplainedTest, LowRankWeightsAreRefusedWithTheWayToMergeThem) {
@@ -593,6 +648,18 @@ TEST(LayerConfigTest, PerceiversDecodersHaveHeadsOfTheirOwn) {
   }
   const SavedLayer saved(tensors, {{"num_cross_attention_heads", 8}});
   expect_part(saved.error({.without_input_norms = true}), "the number of heads of \"decoding_cross_attention.attention.\"");
+}
+
+TEST(LayerConfigTest, T5GemmaWithoutItsConfigIsRefusedBecauseOfItsSoftCap) {
+  auto tensors = gemma_layer("decoder.layers.0.cross_attn.");
+  tensors["decoder.layers.0.pre_cross_attn_layernorm.weight"] = torch::ones({8});
+  const std::string message =
+      "layer \"decoder.layers.0.cross_attn.\" is T5Gemma's, whose config.json says whether logits are capped softly by "
+      "\"attn_logit_softcapping\", but there is none";
+  expect_part(SavedLayer(tensors).error(), message);
+  expect_part(SavedLayer(tensors, json{{"num_attention_heads", 2}}).error(), message);
+  const json none = {{"decoder", {{"attn_logit_softcapping", nullptr}, {"query_pre_attn_scalar", 16}}}};
+  EXPECT_EQ(SavedLayer(tensors, none).made()->options.scale(), 0.25);
 }
 
 TEST(LayerConfigTest, SoftCapsOfLogitsAreRefused) {

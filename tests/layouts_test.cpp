@@ -3,10 +3,12 @@
 
 #include <torch/torch.h>
 #include <xattn/find_layers.h>
+#include <xattn/load.h>
 #include <xattn/load_modules.h>
 #include <xattn/safetensors.h>
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <string>
 #include <vector>
@@ -32,6 +34,7 @@ struct Family {
     const auto found = expected.metadata().find(key);
     return found == expected.metadata().end() ? "" : found->second;
   }
+  bool has_positions() const { return !metadata("positions").empty(); }  // which are added to the inputs already
   int64_t heads() const { return std::stoll(metadata("num_heads")); }
   torch::Tensor input(const std::string& input_name) const {
     return expected.contains(input_name) ? expected.tensor(input_name) : torch::Tensor();
@@ -65,6 +68,7 @@ TEST_P(LayoutsTest, FindsTheLayerAndComputesTheFamilysOutput) {
   const auto attention = cross_attention_from(family.weights, {.prefix = family.metadata("prefix"),
                                                                .num_heads = family.heads(),
                                                                .attention_weights = AttentionWeights::per_head,
+                                                               .allow_unexpected = family.has_positions(),
                                                                .without_input_norms = true});  // they are applied below
   auto [query_norm, context_norm] = input_norms(family.weights, several);
   const auto key = family.input(family.expected.contains("key") ? "key" : "context");
@@ -107,7 +111,176 @@ TEST_P(LayoutsTest, SpellsTheLayerAsItWasFound) {
   }
 }
 
+TEST_P(LayoutsTest, LoadsIntoALayerOfTheSameOptions) {
+  const Family family{GetParam()};
+  const auto prefix = family.metadata("prefix");
+  const LayerOptions made{
+      .prefix = prefix, .num_heads = family.heads(), .allow_unexpected = family.has_positions(), .without_input_norms = true};
+  const auto expected = cross_attention_from(family.weights, made);
+  CrossAttention attention(expected->options);
+  const auto report = load_weights(*attention, family.weights,
+                                   {.prefix = prefix, .allow_unexpected = family.has_positions(), .without_input_norms = true});
+  EXPECT_EQ(report.loaded.size(), attention->parameters().size());
+  for (const auto& item : expected->named_parameters()) {
+    EXPECT_TRUE(attention->named_parameters()[item.key()].equal(item.value())) << item.key();
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Families, LayoutsTest, testing::ValuesIn(families()), [](const auto& info) { return info.param; });
+
+TEST(LayoutsOfOneWeightTest, AreRefusedForALayerWhoseQueryAndKeyDiffer) {
+  const Family family{"lightglue"};
+  const auto layer = choose_layer(family.weights, family.metadata("prefix"));
+  NamedTensors parameters;
+  for (const auto& [name, recipe] : detail::recipes(layer, family.weights.tensors())) {
+    parameters.emplace(name, recipe.make(lazy(family.weights)));
+  }
+  const auto& layout = detail::layout_named("lightglue");
+  EXPECT_EQ(detail::spell(parameters, layout).size(), 6U);
+  parameters.at("key_linear.weight") = parameters.at("key_linear.weight") + 1;
+  EXPECT_EQ(error_of<c10::ValueError>([&] { detail::spell(parameters, layout); }),
+            "[layouts] layout lightglue has one to_qk.weight for query and key, but theirs differ.");
+}
+
+TEST(LayoutsOfTwoDirectionsTest, TheOtherOneIsAskedForByName) {
+  const Family family{"bidirectional"};
+  const auto tensor = [&](const std::string& name) { return family.weights.tensor("joint." + name); };
+  const auto attention = cross_attention_from(family.weights, {.layout = "bidirectional_context", .num_heads = 2});
+  const torch::NoGradGuard no_grad;
+  const auto x = family.input("query"), context = family.input("context");
+  const auto heads = [](const torch::Tensor& y, const torch::Tensor& weight) {
+    return y.matmul(weight.t()).unflatten(-1, {2, 6}).transpose(1, 2);
+  };
+  const auto logits = heads(x, tensor("to_qk.weight")).matmul(heads(context, tensor("context_to_qk.weight")).transpose(2, 3));
+  const auto weights = (logits / std::sqrt(6.0)).softmax(2).transpose(2, 3);  // over x, for each row of the context
+  const auto merged = weights.matmul(heads(x, tensor("to_v.weight"))).transpose(1, 2).flatten(2);
+  const auto expected = merged.matmul(tensor("context_to_out.weight").t()) + tensor("context_to_out.bias");
+  EXPECT_TRUE(std::get<0>(attention.ptr()->forward(context, x, x)).allclose(expected, 1e-5, 1e-5));
+}
+
+// ---- Layouts of a user -----------------------------------------------------------------------------------------------------
+
+// Names that no table has: keys in front of values in one transposed weight, norms of queries and keys, a scale.
+Layout own_layout() {
+  return {.name = "mine",
+          .projections = {LinearNames{"ask.w", "ask.b"},
+                          {"tell.w", "tell.b", 0, 2, 2},
+                          {"tell.w", "tell.b", 1, 2, 2},
+                          {"say.w", ""}},
+          .transposed = true,
+          .scale = 0.4,
+          .qk_norm = {"ask_norm", "tell_norm", 1e-3},
+          .beside = {"counter", "around."}};
+}
+
+// A layer of 8 features and a context of 12, with 2 heads of 3, by these names.
+NamedTensors own_file() {
+  const auto draw = [](const std::vector<int64_t>& shape) { return torch::randn(shape); };
+  return {{"a.ask.w", draw({8, 6})},           {"a.ask.b", draw({6})},
+          {"a.tell.w", draw({12, 12})},        {"a.tell.b", draw({12})},
+          {"a.say.w", draw({6, 8})},           {"a.ask_norm.weight", draw({3})},
+          {"a.tell_norm.weight", draw({3})},   {"a.counter", draw({})},
+          {"a.around.norm.weight", draw({8})}, {"b.q_proj.weight", draw({4, 4})},
+          {"b.k_proj.weight", draw({4, 4})},   {"b.v_proj.weight", draw({4, 4})},
+          {"b.out_proj.weight", draw({4, 4})}};
+}
+
+struct OwnLayer {
+  OwnLayer() { save_safetensors(dir.file("x.safetensors"), tensors); }
+  Checkpoint file() const { return open_checkpoint(dir.file("x.safetensors")); }
+  TempDir dir;
+  NamedTensors tensors = own_file();
+};
+
+TEST(OwnLayoutTest, FindsTheLayersThatHaveItsNames) {
+  const OwnLayer own;
+  EXPECT_TRUE(std::ranges::all_of(find_layers(own.file().tensors()), [](const auto& layer) { return layer.prefix == "b."; }));
+  const auto layers = find_layers(own.file().tensors(), own_layout());
+  ASSERT_EQ(layers.size(), 1U);
+  EXPECT_EQ(layers[0].prefix, "a.");
+  EXPECT_EQ(layers[0].layout, "mine");
+  EXPECT_EQ(layers[0].kind, AttentionKind::cross);
+  EXPECT_EQ(layers[0].possible_heads(), std::vector<int64_t>({2}));
+  EXPECT_EQ(unexplained_names(layers[0], own.file().tensors()), std::vector<std::string>());
+  EXPECT_EQ(choose_layer(own.file(), "a", own_layout()).prefix, "a.");
+}
+
+TEST(OwnLayoutTest, ALayerIsMadeAndComputesWhatTheLayoutSays) {
+  const OwnLayer own;
+  const auto attention =
+      cross_attention_from(own.file(), {.layout = own_layout(), .attention_weights = AttentionWeights::per_head});
+  const torch::NoGradGuard no_grad;
+  const auto x = torch::randn({2, 3, 8}), context = torch::randn({2, 5, 12});
+  const auto heads = [](const torch::Tensor& y) { return y.unflatten(-1, {2, 3}).transpose(1, 2); };
+  const auto norm = [](const torch::Tensor& y, const torch::Tensor& weight) {
+    return y / (y.square().mean(-1, true) + 1e-3).sqrt() * weight;
+  };
+  const auto& t = own.tensors;
+  const auto both = (context.matmul(t.at("a.tell.w")) + t.at("a.tell.b")).chunk(2, -1);
+  const auto q = norm(heads(x.matmul(t.at("a.ask.w")) + t.at("a.ask.b")), t.at("a.ask_norm.weight"));
+  const auto k = norm(heads(both[0]), t.at("a.tell_norm.weight"));
+  const auto expected_weights = (0.4 * q.matmul(k.transpose(-1, -2))).softmax(-1);
+  const auto expected = expected_weights.matmul(heads(both[1])).transpose(1, 2).flatten(2).matmul(t.at("a.say.w"));
+  const auto [output, weights] = attention.ptr()->forward(x, context, context);
+  EXPECT_TRUE(weights.allclose(expected_weights, 1e-5, 1e-6));
+  EXPECT_TRUE(output.allclose(expected, 1e-5, 1e-5));
+}
+
+TEST(OwnLayoutTest, LoadsIntoModulesAndChecksTheScale) {
+  const OwnLayer own;
+  const auto expected = cross_attention_from(own.file(), {.layout = own_layout()});
+  CrossAttention attention(expected->options);
+  EXPECT_EQ(load_weights(*attention, own.file(), {.layout = own_layout()}).loaded.size(), 8U);
+  EXPECT_TRUE(attention->value_linear->weight.equal(expected->value_linear->weight));
+  EXPECT_EQ(load_weights(*attention, own.tensors, {.prefix = "a", .layout = own_layout()}).surrounding.size(), 2U);
+  auto options = expected->options;
+  CrossAttention other(options.scale(1));
+  const auto message = error_of<LoadError>([&] { load_weights(*other, own.file(), {.layout = own_layout()}); });
+  EXPECT_NE(message.find("the module must have scale 0.4, as layout mine needs, but has 1"), std::string::npos) << message;
+}
+
+TEST(OwnLayoutTest, NamesThatItDoesNotExplainAreRefused) {
+  OwnLayer own;
+  auto layout = own_layout();
+  layout.beside = {"counter"};
+  EXPECT_EQ(unexplained_names(choose_layer(own.file(), {}, layout), own.file().tensors()),
+            std::vector<std::string>({"around.norm.weight"}));
+  const auto message = error_of<FileError>([&] { return cross_attention_from(own.file(), {.layout = layout}); });
+  EXPECT_NE(message.find("must have only names that layout mine explains; unexpected: around.norm.weight"), std::string::npos)
+      << message;
+}
+
+TEST(OwnLayoutTest, MayHaveTheNameOfOneOfTheTable) {
+  const OwnLayer own;
+  auto layout = own_layout();
+  layout.name = "bert";
+  EXPECT_EQ(cross_attention_from(own.file(), {.layout = layout})->options.scale(), 0.4);
+  EXPECT_TRUE(find_layers(own.file().tensors(), "bert").empty());
+}
+
+TEST(OwnLayoutTest, MustBeWhole) {
+  const auto error = [](const auto& change) {
+    auto layout = own_layout();
+    change(layout);
+    return error_of<c10::ValueError>([&] { return find_layers({}, layout); });
+  };
+  EXPECT_EQ(error([](auto& layout) { layout.name = ""; }), "[layouts] layout \"\" must have a name, but has not.");
+  EXPECT_EQ(error([](auto& layout) { layout.projections[3].weight = ""; }),
+            "[layouts] layout \"mine\" must have the names of four weights, but has not.");
+  EXPECT_EQ(error([](auto& layout) { layout.projections[2].part = 2; }),
+            "[layouts] layout \"mine\" must have a part of tell.w from 0 to 1, but has not.");
+  EXPECT_EQ(error([](auto& layout) { layout.projections[0].parts = 0; }),
+            "[layouts] layout \"mine\" must have a part of ask.w from 0 to -1, but has not.");
+}
+
+TEST(OwnLayoutTest, ARowOfTheTableMayBeChanged) {
+  auto rows = layouts();
+  auto layout = *std::ranges::find(rows, "out_proj", &Layout::name);
+  layout.name = "scaled";
+  layout.scale = 0.25;
+  const OwnLayer own;
+  EXPECT_EQ(cross_attention_from(own.file(), {.prefix = "b", .layout = layout, .num_heads = 2})->options.scale(), 0.25);
+}
 
 }  // namespace
 }  // namespace xattn

@@ -3,6 +3,9 @@
 
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <xattn/attention.h>
+
+#include <sstream>
 
 #include "attention/mask_parts.h"
 #include "compare.h"
@@ -20,6 +23,12 @@ using detail::needed_keys;
 using detail::rows_without_keys;
 using detail::shard_of_keys;
 using detail::total_bias;
+
+std::string formatted_shape(const torch::Tensor& tensor) {
+  std::ostringstream text;
+  text << tensor.scalar_type() << " " << tensor.sizes();
+  return text.str();
+}
 
 // A boolean table from rows of 0 and 1.
 torch::Tensor table(std::vector<std::vector<int>> rows) {
@@ -39,7 +48,7 @@ TEST(MaskTest, DefaultRestrictsNothing) {
   const Mask mask;
   EXPECT_TRUE(mask.is_none());
   EXPECT_FALSE(allowed_keys(mask, 2, 3, torch::kCPU).defined());
-  EXPECT_FALSE(total_bias(mask).defined());
+  EXPECT_FALSE(total_bias(mask, 3).defined());
   EXPECT_FALSE(rows_without_keys(mask, 2, 3, torch::kCPU).defined());
 }
 
@@ -88,22 +97,22 @@ TEST(MaskTest, AndKeepsWhatBothAllowAndAddsBiases) {
   const auto a = torch::randn({4, 5}), b = torch::randn({2, 3, 1, 5});
   const auto mask = Mask::dense(keep) & Mask::bias(a) & Mask::key_padding(valid) & Mask::bias(b);
   EXPECT_TRUE(expanded(mask, 2, 3, 4, 5)[1][0].equal(keep & valid[1]));
-  EXPECT_TRUE(total_bias(mask).equal(a + b));
+  EXPECT_TRUE(total_bias(mask, 5).equal(a + b));
 }
 
 TEST(MaskTest, BiasesAreAddedUpInTheTypeOfTheLogits) {
   const auto a = torch::randn({4, 5}).to(torch::kBFloat16), b = torch::randn({4, 5}).to(torch::kBFloat16);
   const auto mask = Mask::bias(a) & Mask::bias(b);
   for (const auto type : {torch::kFloat, torch::kDouble}) {
-    EXPECT_TRUE(total_bias(mask, type).equal((a.to(type) + b.to(type)).view({1, 1, 4, 5}))) << type;
+    EXPECT_TRUE(total_bias(mask, 5, type).equal((a.to(type) + b.to(type)).view({1, 1, 4, 5}))) << type;
   }
-  EXPECT_EQ(total_bias(mask, torch::kBFloat16).scalar_type(), torch::kFloat);
-  EXPECT_TRUE(total_bias(mask, torch::kBFloat16).equal(total_bias(mask, torch::kFloat)));
+  EXPECT_EQ(total_bias(mask, 5, torch::kBFloat16).scalar_type(), torch::kFloat);
+  EXPECT_TRUE(total_bias(mask, 5, torch::kBFloat16).equal(total_bias(mask, 5, torch::kFloat)));
 }
 
 TEST(MaskTest, ABiasForbidsWhereItIsMinusInfinityInTheTypeOfTheLogits) {
   const auto mask = Mask::bias(torch::tensor({{std::numeric_limits<double>::lowest(), -1e9}, {-1e9, -1e9}}, torch::kDouble));
-  const auto forbidden = [&](at::ScalarType type) { return total_bias(mask, type).isneginf().view({2, 2}); };
+  const auto forbidden = [&](at::ScalarType type) { return total_bias(mask, 2, type).isneginf().view({2, 2}); };
   const auto empty = [&](at::ScalarType type) { return rows_without_keys(mask, 2, 2, torch::kCPU, type).view({2}); };
   EXPECT_TRUE(forbidden(torch::kDouble).equal(table({{0, 0}, {0, 0}})));
   EXPECT_TRUE(forbidden(torch::kFloat).equal(table({{1, 0}, {0, 0}})));
@@ -140,8 +149,8 @@ TEST(MaskTest, ThrowsOnImpossibleSizesAndBatches) {
 TEST(MaskTest, CatJoinsTheBatchesOfMasksThatWereBuiltAlike) {
   const auto one = Mask::bias(torch::randn({1, 2, 1, 5})), each = Mask::bias(torch::randn({2, 1, 4, 5}));
   const auto joined = Mask::cat({{one, 3}, {each, 2}});
-  const auto all = torch::cat({total_bias(one).expand({3, 2, 4, 5}), total_bias(each).expand({2, 2, 4, 5})});
-  EXPECT_TRUE(total_bias(joined).equal(all));
+  const auto all = torch::cat({total_bias(one, 5).expand({3, 2, 4, 5}), total_bias(each, 5).expand({2, 2, 4, 5})});
+  EXPECT_TRUE(total_bias(joined, 5).equal(all));
   const auto lengths = Mask::cat({{Mask::lengths(torch::tensor({2}), 5), 2}, {Mask::lengths(torch::tensor({0, 4}), 5), 2}});
   EXPECT_EQ(host_lengths(lengths), (std::vector<int64_t>{2, 2, 0, 4}));
   EXPECT_EQ(host_lengths(Mask::lengths(at::_neg_view(torch::tensor({-2, -4})), 6)), (std::vector<int64_t>{2, 4}));
@@ -160,7 +169,7 @@ TEST(MaskTest, BroadcastsWithoutCopying) {
   const auto valid = torch::ones({2, 5}, torch::kBool);
   EXPECT_EQ(allowed_keys(Mask::key_padding(valid), 1000, 5, torch::kCPU).data_ptr(), valid.data_ptr());
   const auto bias = torch::zeros({4, 5});
-  EXPECT_EQ(total_bias(Mask::bias(bias)).data_ptr(), bias.data_ptr());
+  EXPECT_EQ(total_bias(Mask::bias(bias), 5).data_ptr(), bias.data_ptr());
 }
 
 TEST(MaskTest, FindsRowsWithoutKeys) {
@@ -183,7 +192,7 @@ TEST(MaskTest, FromMultiheadAttentionTurnsIgnoredIntoForbidden) {
   const auto per_head = Mask::from_multihead_attention({}, attn_mask, 2);
   EXPECT_TRUE(expanded(per_head, 2, 2, 5, 3).equal(~attn_mask.view({2, 2, 5, 3})));
   const auto bias = torch::randn({5, 3});
-  EXPECT_TRUE(total_bias(Mask::from_multihead_attention({}, bias, 2)).view({5, 3}).equal(bias));
+  EXPECT_TRUE(total_bias(Mask::from_multihead_attention({}, bias, 2), 3).view({5, 3}).equal(bias));
   EXPECT_TRUE(Mask::from_multihead_attention({}, {}, 2).is_none());
 }
 
@@ -191,16 +200,72 @@ TEST(MaskTest, FromScaledDotProductAttentionKeepsTrueAndReadsThreeAxesAsHeads) {
   const auto keep = torch::rand({3, 4, 5}) > 0.5;
   EXPECT_TRUE(expanded(Mask::from_scaled_dot_product_attention(keep), 2, 3, 4, 5)[1].equal(keep));
   const auto bias = torch::randn({4, 5});
-  EXPECT_TRUE(total_bias(Mask::from_scaled_dot_product_attention(bias)).view({4, 5}).equal(bias));
+  EXPECT_TRUE(total_bias(Mask::from_scaled_dot_product_attention(bias), 5).view({4, 5}).equal(bias));
   EXPECT_TRUE(is_causal_only(Mask::from_scaled_dot_product_attention({}, true), 4, 4));
   EXPECT_TRUE(Mask::from_scaled_dot_product_attention({}).is_none());
+}
+
+// Every number of axes that torch's function takes, and a last axis that stands for all keys.
+TEST(MaskTest, FromScaledDotProductAttentionBroadcastsAsTorchDoesOverTheKeysToo) {
+  const int64_t B = 2, H = 3, Lq = 4, Lk = 5;
+  const auto q = torch::randn({B, H, Lq, 8}), k = torch::randn({B, H, Lk, 8}), v = torch::randn({B, H, Lk, 6});
+  const std::vector<std::vector<int64_t>> shapes = {
+      {B, H, Lq, 1}, {1, H, 1, 1}, {B, 1, 1, 1}, {1, 1, 1, 1}, {H, Lq, 1}, {Lq, 1}, {1, 1}, {1}, {}, {Lk}, {1, Lk}, {H, 1, Lk}};
+  for (const auto& shape : shapes) {
+    for (const bool is_bias : {false, true}) {
+      const auto given = is_bias ? torch::randn(shape).requires_grad_() : torch::rand(shape) > 0.3;
+      const auto dense = given.detach().expand({B, H, Lq, Lk}).contiguous();
+      const auto mask = Mask::from_scaled_dot_product_attention(given), full = Mask::from_scaled_dot_product_attention(dense);
+      const auto trace = formatted_shape(given);
+      for (const auto path : {AttentionPath::automatic, AttentionPath::definition}) {
+        const AttentionOptions options{.mask = mask, .weights = AttentionWeights::per_head, .log_sum_exp = true, .path = path};
+        auto of_full = options;
+        of_full.mask = full;
+        const auto result = attention(q, k, v, options), expected = attention(q, k, v, of_full);
+        expect_close(result.output, expected.output, 1e-6, trace);
+        expect_close(result.weights, expected.weights, 1e-6, trace);
+        const auto rows = expected.log_sum_exp.isfinite();
+        EXPECT_TRUE(result.log_sum_exp.isfinite().equal(rows)) << trace;
+        expect_close(result.log_sum_exp.masked_select(rows), expected.log_sum_exp.masked_select(rows), 1e-6, trace);
+      }
+      const auto allowed = allowed_keys(mask, Lq, Lk, torch::kCPU);
+      const auto theirs = torch::scaled_dot_product_attention(q, k, v, given.detach().expand({B, H, Lq, Lk}));
+      const auto has_key = is_bias ? torch::ones({1, 1, 1, 1}, torch::kBool) : allowed.any(-1, true);
+      expect_close(attention(q, k, v, {.mask = mask}).output * has_key, theirs.nan_to_num(0) * has_key, 1e-5, trace);
+      if (!is_bias) continue;
+      const auto loss = attention(q, k, v, {.mask = mask, .log_sum_exp = true}).log_sum_exp.sum();
+      EXPECT_EQ(torch::autograd::grad({loss}, {given})[0].sizes(), given.sizes()) << trace;
+    }
+  }
+}
+
+TEST(MaskTest, AnAxisForAllKeysStaysOneInContextsOfEveryLength) {
+  const auto keep = torch::tensor({true, false}).view({2, 1, 1, 1});
+  const auto rows = Mask::from_scaled_dot_product_attention(keep);
+  const auto bias = Mask::from_scaled_dot_product_attention(torch::randn({2, 1, 1, 1}));
+  for (const int64_t Lk : {0, 1, 3}) EXPECT_TRUE(allowed_keys(rows, 4, Lk, torch::kCPU).equal(keep.expand({2, 1, 1, Lk})));
+  EXPECT_TRUE(allowed_keys(first_keys(rows, 7), 4, 7, torch::kCPU).equal(keep.expand({2, 1, 1, 7})));
+  EXPECT_TRUE(allowed_keys(shard_of_keys(rows, 3, 2, 4, 9, torch::kCPU), 4, 2, torch::kCPU).equal(keep.expand({2, 1, 1, 2})));
+  EXPECT_TRUE(allowed_keys(rows.slice(1, 2), 4, 3, torch::kCPU).equal(keep.slice(0, 1).expand({1, 1, 1, 3})));
+  EXPECT_TRUE(
+      allowed_keys(Mask::cat({{rows, 2}, {rows, 2}}), 4, 3, torch::kCPU).equal(torch::cat({keep, keep}).expand({4, 1, 1, 3})));
+  const auto longer = detail::with_bias_kv(rows & bias, 4, 3, torch::kCPU);
+  EXPECT_TRUE(allowed_keys(longer, 4, 4, torch::kCPU)
+                  .equal(torch::cat({keep.expand({2, 1, 1, 3}), torch::ones({2, 1, 1, 1}, torch::kBool)}, 3)));
+  EXPECT_TRUE(total_bias(longer, 4).select(3, 3).equal(torch::zeros({2, 1, 1})));
+  const auto joined = detail::join_keys({{rows & bias, 3}, {Mask(), 2}});
+  EXPECT_TRUE(allowed_keys(joined, 4, 5, torch::kCPU)
+                  .equal(torch::cat({keep.expand({2, 1, 1, 3}), torch::ones({2, 1, 1, 2}, torch::kBool)}, 3)));
+  EXPECT_TRUE(total_bias(joined, 5).equal(torch::cat({total_bias(bias, 3), torch::zeros({2, 1, 1, 2})}, 3)));
+  EXPECT_EQ(error_of<c10::ValueError>([&] { check_mask(Mask::dense(keep), "attention", 2, 3, 4, 5, torch::kCPU); }),
+            "[attention] mask (dense) must fit [B, H, Lq, Lk] = [2, 3, 4, 5], but has [2, 1, 1, 1].");  // as mask.h says
 }
 
 TEST(MaskTest, FromAdditiveForbidsLargeNegativeNumbersAndKeepsTheRestAsBias) {
   const double least = std::numeric_limits<float>::lowest();
   const auto mask = Mask::from_additive(torch::tensor({{0.0, -1.5, -10000.0}, {least, -kInfinity, 2.0}}));
   EXPECT_TRUE(allowed_keys(mask, 2, 3, torch::kCPU).view({2, 3}).equal(table({{1, 1, 0}, {0, 0, 1}})));
-  EXPECT_TRUE(total_bias(mask).view({2, 3}).equal(torch::tensor({{0.0, -1.5, 0.0}, {0.0, 0.0, 2.0}})));
+  EXPECT_TRUE(total_bias(mask, 3).view({2, 3}).equal(torch::tensor({{0.0, -1.5, 0.0}, {0.0, 0.0, 2.0}})));
 }
 
 TEST(MaskTest, IsCausalOnlyWhereAFlagOfTheKernelExpressesIt) {
@@ -264,7 +329,7 @@ TEST(MaskTest, KeysBehindAllHostLengthsAreNotNeeded) {
   const auto both = lengths & Mask::bias(torch::randn({3, 6})) & Mask::causal(CausalAlignment::upper_left);
   EXPECT_TRUE(
       allowed_keys(first_keys(both, 4), 3, 4, torch::kCPU).equal(allowed_keys(both, 3, 6, torch::kCPU).narrow(3, 0, 4)));
-  EXPECT_TRUE(total_bias(first_keys(both, 4)).equal(total_bias(both).narrow(3, 0, 4)));
+  EXPECT_TRUE(total_bias(first_keys(both, 4), 4).equal(total_bias(both, 6).narrow(3, 0, 4)));
   EXPECT_TRUE(first_keys(lengths, 2).is_none());  // all remaining keys are needed
 }
 

@@ -231,6 +231,21 @@ TEST(ReadmeTest, SecondContext) {
   EXPECT_TRUE(layer->added_projections[0]->key_linear->weight.equal(weight));
 }
 
+TEST(ReadmeTest, OwnLayout) {
+  const test::TempDir dir;
+  const auto draw = [](int64_t out, int64_t in) { return torch::randn({out, in}); };
+  const NamedTensors tensors = {{"ask.weight", draw(16, 16)}, {"tell.weight", draw(32, 24)}, {"say.weight", draw(16, 16)}};
+  save_safetensors(dir.file("x.safetensors"), tensors);
+  auto checkpoint = open_checkpoint(dir.file("x.safetensors"));
+  xattn::Layout mine{.name = "mine",
+                     .projections = {xattn::LinearNames{"ask.weight", "ask.bias"},
+                                     {"tell.weight", "tell.bias", 0, 2, 2},  // keys, then values
+                                     {"tell.weight", "tell.bias", 1, 2, 2},
+                                     {"say.weight", "say.bias"}}};
+  auto attention = xattn::cross_attention_from(checkpoint, {.layout = mine, .num_heads = 8});
+  EXPECT_TRUE(attention->value_linear->weight.equal(tensors.at("tell.weight").slice(0, 16)));
+}
+
 TEST(ReadmeTest, Core) {
   auto q = torch::randn({2, 8, 4, 64}), k = torch::randn({2, 2, 6, 64}), v = torch::randn({2, 2, 6, 64});
   // q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e]

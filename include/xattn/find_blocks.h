@@ -23,10 +23,10 @@ struct XATTN_API FoundBlock {
   CrossAttentionBlockOptions options;
 };
 
-/// All blocks with cross-attention in a file, in order of prefix, found by names and shapes only. If `layout` is given, only
-/// those whose attention has it.
+/// All blocks with cross-attention in a file, in order of prefix, found by names and shapes only. With a `layout`, only those
+/// whose attention has it.
 [[nodiscard]] XATTN_API std::vector<FoundBlock> find_blocks(const std::map<std::string, TensorInfo>& tensors,
-                                                            const std::string& layout = {});
+                                                            const LayoutChoice& layout = {});
 
 /// Names that neither the block's layout nor that of its attention explains, as for a layer.
 [[nodiscard]] XATTN_API std::vector<std::string> unexplained_names(const FoundBlock& block,
@@ -36,6 +36,6 @@ struct XATTN_API FoundBlock {
 /// it is given, else the only one. Throws FileError, listing prefixes, if no block or several remain.
 [[nodiscard]] XATTN_API FoundBlock choose_block(const Checkpoint& checkpoint,
                                                 const std::optional<std::string>& prefix = {},
-                                                const std::string& layout = {});
+                                                const LayoutChoice& layout = {});
 
 }  // namespace xattn

@@ -4,22 +4,18 @@
 #include <xattn/checkpoint.h>
 #include <xattn/cross_attention_options.h>
 #include <xattn/export.h>
+#include <xattn/layout.h>
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 namespace xattn {
 
-/// A naming scheme for attention layers that the library reads and writes.
-struct Layout {
-  std::string name;     ///< "out_proj", as for LayerOptions::layout
-  std::string used_by;  ///< "BART, mBART, M2M-100, ..."
-};
-
-/// All layouts, in the order in which they are tried.
+/// The library's table of layouts, in the order in which they are tried.
 [[nodiscard]] XATTN_API std::vector<Layout> layouts();
 
 enum class AttentionKind {
@@ -39,6 +35,7 @@ struct XATTN_API FoundLayer {
   /// Biases and norms whose sizes do not match their weights, as in "q_proj.bias must have shape [16], but has [7]"; the
   /// options are those of a layer without them.
   std::vector<std::string> misshapen = {};
+  std::shared_ptr<const Layout> own_layout = {};  ///< the layout that you gave, if it is not one of the table
 
   /// The numbers of heads that the widths allow; the weights do not determine which of them the model has.
   std::vector<int64_t> possible_heads() const;
@@ -47,10 +44,10 @@ struct XATTN_API FoundLayer {
   CrossAttentionOptions with_heads(int64_t num_heads) const;
 };
 
-/// All attention layers of a file, in order of prefix, found by names and shapes only. If `layout` is given, only layers in it.
-/// Throws c10::ValueError, listing the names, if there is no such layout.
+/// All attention layers of a file, in order of prefix, found by names and shapes only. With a `layout`, only layers in it.
+/// Throws c10::ValueError, listing the names, if the table has no layout of this name.
 [[nodiscard]] XATTN_API std::vector<FoundLayer> find_layers(const std::map<std::string, TensorInfo>& tensors,
-                                                            const std::string& layout = {});
+                                                            const LayoutChoice& layout = {});
 
 /// Names that may change what the layer computes and that its layout does not explain: names below the layer's prefix, without
 /// it, and low-rank weights for the layer in kohya's naming ("lora_unet_..."), which are at the top level of a file.
@@ -62,6 +59,6 @@ struct XATTN_API FoundLayer {
 /// layer or several remain.
 [[nodiscard]] XATTN_API FoundLayer choose_layer(const Checkpoint& checkpoint,
                                                 const std::optional<std::string>& prefix = {},
-                                                const std::string& layout = {});
+                                                const LayoutChoice& layout = {});
 
 }  // namespace xattn

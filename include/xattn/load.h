@@ -5,6 +5,7 @@
 #include <xattn/checkpoint.h>
 #include <xattn/export.h>
 #include <xattn/file_error.h>
+#include <xattn/layout.h>
 
 #include <map>
 #include <optional>
@@ -18,7 +19,7 @@ struct LoadOptions {
   /// Prefix of the names to load, as in "decoder.layers.0.cross.", with or without the trailing dot; it is removed from the
   /// names. If not given, all names are loaded; for a module that is itself a layer or block, those of the file's only one.
   std::optional<std::string> prefix = {};
-  std::string layout = {};           ///< of attention layers; detected from names if empty; see find_layers.h
+  LayoutChoice layout = {};          ///< of attention layers; detected from names if not given; see layout.h
   bool allow_missing = false;        ///< leave parameters and buffers that the file does not have unchanged
   bool allow_unexpected = false;     ///< ignore names in the file that the module does not have
   bool without_input_norms = false;  ///< the caller applies the norms in front of layers: see `input_norms` in load_modules.h

@@ -20,7 +20,7 @@ namespace xattn {
 
 struct LayerOptions {
   std::optional<std::string> prefix = {};  ///< of the layer, with or without the trailing dot; see choose_layer
-  std::string layout = {};                 ///< detected from names if empty; see find_layers.h
+  LayoutChoice layout = {};                ///< detected from names if not given; see layout.h
   std::optional<int64_t> num_heads = {};   ///< from config.json beside the file if not given
   std::optional<double> qk_norm_eps = {};  ///< from config.json, or that of the layout's family, if not given
   AttentionWeights attention_weights = AttentionWeights::mean;
@@ -50,7 +50,7 @@ struct LayerOptions {
 
 struct BlockOptionsFromFile {
   std::optional<std::string> prefix = {};  ///< of the block, with or without the trailing dot; see choose_block
-  std::string layout = {};                 ///< of the attention, as in LayerOptions
+  LayoutChoice layout = {};                ///< of the attention, as in LayerOptions
   std::optional<int64_t> num_heads = {};   ///< from config.json beside the file, like the next three, if not given
   std::optional<NormPlacement> norm_placement = {};
   std::optional<Activation> activation = {};

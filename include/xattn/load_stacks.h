@@ -5,6 +5,7 @@
 #include <xattn/block_options.h>
 #include <xattn/checkpoint.h>
 #include <xattn/export.h>
+#include <xattn/layout.h>
 #include <xattn/stacks.h>
 
 #include <cstdint>
@@ -19,7 +20,7 @@ struct StackOptionsFromFile {
   /// "model.encoder.layers.0.fc1.weight", "bert.encoder." of BERT, "vit." of ViT, "vision_model." of BLIP. The file's only
   /// encoder or decoder if not given.
   std::optional<std::string> prefix = {};
-  std::string layout = {};                ///< of the attention, as in LayerOptions
+  LayoutChoice layout = {};               ///< of the attention, as in LayerOptions
   std::optional<int64_t> num_heads = {};  ///< from config.json beside the file, like the next three, if not given
   std::optional<NormPlacement> norm_placement = {};
   std::optional<Activation> activation = {};

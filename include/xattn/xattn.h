@@ -22,6 +22,7 @@
 #include <xattn/frozen_decoupled.h>
 #include <xattn/frozen_linear.h>
 #include <xattn/ip_adapter.h>
+#include <xattn/layout.h>
 #include <xattn/load.h>
 #include <xattn/load_modules.h>
 #include <xattn/load_stacks.h>

@@ -137,7 +137,7 @@ LibTorchMask libtorch_mask(const Mask& mask, const Tensor& q, const Tensor& k, d
   if (mask.is_none()) return {};
   const auto type = q.scalar_type();
   const auto allowed = detail::allowed_keys(mask, Lq, Lk, q.device());
-  auto bias = detail::total_bias(mask, type);
+  auto bias = detail::total_bias(mask, Lk, type);
   const bool has_bias = bias.defined();
   if (!has_bias) bias = at::zeros({}, q.options());
   if (!q.is_cpu()) bias = bias.to(type);  // kernels on other devices take no other type

@@ -45,7 +45,7 @@ SoftmaxStage::SoftmaxStage(
       scale_(scale),
       diagonal_(causal_diagonal(mask, Lq, Lk)),
       allowed_tensor_(contiguous(allowed_keys(without_causal(mask), Lq, Lk, at::kCPU))),
-      bias_tensor_(contiguous(total_bias(mask, at::kFloat))),
+      bias_tensor_(contiguous(total_bias(mask, Lk, at::kFloat))),
       allowed_(allowed_tensor_),
       bias_(bias_tensor_),
       all_have_keys_(!may_have_empty_rows(mask, Lq, Lk)),

@@ -81,10 +81,15 @@ bool all_are_causal(const Mask& mask) {
   return std::ranges::all_of(MaskAccess::parts(mask), is_causal);
 }
 
-std::vector<at::Tensor> biases_of(const Mask& mask) {
+// The tensor of a part with an axis of Lk keys.
+at::Tensor over_keys(const MaskPart& part, int64_t Lk) {
+  return part.all_keys ? part.tensor.expand({-1, -1, -1, Lk}).contiguous() : part.tensor;  // kernels read along the keys
+}
+
+std::vector<at::Tensor> biases_of(const Mask& mask, int64_t Lk) {
   std::vector<at::Tensor> biases;
   for (const auto& part : MaskAccess::parts(mask)) {
-    if (part.kind == MaskKind::bias) biases.push_back(part.tensor);
+    if (part.kind == MaskKind::bias) biases.push_back(over_keys(part, Lk));
   }
   return biases;
 }
@@ -138,6 +143,7 @@ MaskPart joined_parts(const std::vector<std::pair<MaskPart, int64_t>>& parts) {
     }
   }
   joined.tensor = at::cat(tensors);
+  joined.all_keys = std::ranges::all_of(parts, [](const auto& one) { return one.first.all_keys; });
   joined.lengths = in_host_memory ? std::move(lengths) : std::vector<int64_t>();
   return joined;
 }
@@ -178,6 +184,7 @@ std::optional<MaskPart> joined_along_keys(const std::vector<std::pair<Mask, int6
   }
   auto joined = *first;
   joined.tensor = at::cat(tensors, 3);
+  joined.all_keys = false;
   joined.lengths.clear();
   return joined;
 }
@@ -252,8 +259,11 @@ Mask Mask::from_multihead_attention(const at::Tensor& key_padding_mask, const at
 Mask Mask::from_scaled_dot_product_attention(const at::Tensor& attn_mask, bool is_causal) {
   Mask mask = is_causal ? causal(CausalAlignment::upper_left) : Mask();
   if (!attn_mask.defined()) return mask;
-  const auto aligned = attn_mask.dim() == 3 ? attn_mask.unsqueeze(0) : attn_mask;  // [1, H|1, Lq|1, Lk]
-  return mask & (attn_mask.scalar_type() == at::kBool ? dense(aligned) : bias(aligned));
+  auto aligned = attn_mask;  // [B|1, H|1, Lq|1, Lk|1]
+  while (aligned.dim() < 4) aligned = aligned.unsqueeze(0);
+  auto given = attn_mask.scalar_type() == at::kBool ? dense(aligned) : bias(aligned);
+  given.parts_.front().all_keys = aligned.size(3) == 1;
+  return mask & given;
 }
 
 Mask Mask::from_additive(const at::Tensor& mask) {
@@ -316,12 +326,12 @@ Mask Mask::to(at::Device device) const {
 void detail::check_mask(
     const Mask& mask, std::string_view caller, int64_t B, int64_t H, std::optional<int64_t> Lq, int64_t Lk, at::Device device) {
   const auto fits = [](int64_t size, int64_t expected) { return size == 1 || size == expected; };
-  for (const auto& [kind, name, tensor, lengths] : MaskAccess::parts(mask)) {
+  for (const auto& [kind, name, tensor, all_keys, lengths] : MaskAccess::parts(mask)) {
     if (!tensor.defined()) continue;
-    check_value(
-        fits(tensor.size(0), B) && fits(tensor.size(1), H) && (!Lq || fits(tensor.size(2), *Lq)) && tensor.size(3) == Lk,
-        caller, "mask ({}) must fit [B, H, Lq, Lk] = [{}, {}, {}, {}], but has {}.", name, B, H,
-        Lq ? std::to_string(*Lq) : "Lq", Lk, shape_of(tensor));
+    check_value(fits(tensor.size(0), B) && fits(tensor.size(1), H) && (!Lq || fits(tensor.size(2), *Lq)) &&
+                    (all_keys || tensor.size(3) == Lk),
+                caller, "mask ({}) must fit [B, H, Lq, Lk] = [{}, {}, {}, {}], but has {}.", name, B, H,
+                Lq ? std::to_string(*Lq) : "Lq", Lk, shape_of(tensor));
     check_type(tensor.device() == device, caller, "mask ({}) must be on {}, as the inputs, but is on {}.", name, device.str(),
                tensor.device().str());
   }
@@ -331,15 +341,15 @@ at::Tensor detail::allowed_keys(const Mask& mask, int64_t Lq, int64_t Lk, at::De
   at::Tensor all;
   const auto join = [&all](const at::Tensor& part) { all = all.defined() ? at::logical_and(all, part) : part; };
   for (const auto& part : MaskAccess::parts(mask)) {
-    if (part.kind == MaskKind::keep) join(part.tensor);
+    if (part.kind == MaskKind::keep) join(over_keys(part, Lk));
   }
   const auto last = causal_diagonal(mask, Lq, Lk);
   if (last) join(at::ones({1, 1, Lq, Lk}, at::dtype(at::kBool).device(device)).tril(*last));
   return all;
 }
 
-at::Tensor detail::total_bias(const Mask& mask, std::optional<at::ScalarType> logits) {
-  const auto biases = biases_of(mask);
+at::Tensor detail::total_bias(const Mask& mask, int64_t Lk, std::optional<at::ScalarType> logits) {
+  const auto biases = biases_of(mask, Lk);
   if (biases.empty()) return {};
   if (!logits) {
     if (biases.size() == 1) return biases.front();
@@ -354,11 +364,12 @@ at::Tensor detail::total_bias(const Mask& mask, std::optional<at::ScalarType> lo
 }
 
 bool detail::has_bias(const Mask& mask) {
-  return !biases_of(mask).empty();
+  return std::ranges::any_of(MaskAccess::parts(mask), [](const MaskPart& part) { return part.kind == MaskKind::bias; });
 }
 
 bool detail::is_learned(const Mask& mask) {
-  return std::ranges::any_of(biases_of(mask), [](const at::Tensor& bias) { return bias.requires_grad(); });
+  return std::ranges::any_of(MaskAccess::parts(mask),
+                             [](const MaskPart& part) { return part.kind == MaskKind::bias && part.tensor.requires_grad(); });
 }
 
 std::optional<int64_t> detail::causal_diagonal(const Mask& mask, int64_t Lq, int64_t Lk) {
@@ -390,7 +401,7 @@ at::Tensor detail::rows_without_keys(
   if (Lk == 0) return at::ones({1, 1, 1, 1}, at::dtype(at::kBool).device(device));
   const auto allowed = allowed_keys(mask, Lq, Lk, device);
   if (!has_bias(mask)) return at::logical_not(at::any(allowed, -1, /*keepdim=*/true));
-  const auto bias = total_bias(mask, logits).detach();
+  const auto bias = total_bias(mask, Lk, logits).detach();
   const auto all = allowed.defined() ? at::where(allowed, bias, kMinusInfinity) : bias;
   return at::eq(at::amax(all, -1, /*keepdim=*/true), kMinusInfinity);
 }
@@ -399,7 +410,7 @@ Mask detail::with_bias_kv(const Mask& mask, int64_t Lq, int64_t Lk, at::Device d
   Mask longer;
   const auto allowed = allowed_keys(mask, Lq, Lk, device);
   if (allowed.defined()) longer = Mask::dense(at::constant_pad_nd(allowed, {0, 1}, true));
-  for (const auto& bias : biases_of(mask)) longer = longer & Mask::bias(at::constant_pad_nd(bias, {0, 1}, 0));
+  for (const auto& bias : biases_of(mask, Lk)) longer = longer & Mask::bias(at::constant_pad_nd(bias, {0, 1}, 0));
   return longer;
 }
 
@@ -431,6 +442,7 @@ int64_t detail::needed_keys(const Mask& mask, int64_t Lk) {
 
 Mask detail::first_keys(const Mask& mask, int64_t Lk) {
   const auto cut = with_changed_tensors(mask, [Lk](MaskPart& part) {
+    if (part.all_keys) return;
     check_value(0 <= Lk && Lk <= part.tensor.size(3), "mask", "Lk must lie in [0, {}], but is {}.", part.tensor.size(3), Lk);
     part.tensor = part.tensor.narrow(3, 0, Lk);
     for (auto& length : part.lengths) length = std::min(length, Lk);
@@ -475,6 +487,7 @@ Mask detail::shard_of_keys(const Mask& mask, int64_t first, int64_t n, int64_t L
   check_value(first >= 0 && n >= 0 && n <= Lk - first, "mask",
               "keys [first, first + n) must lie in [0, {}), but are [{}, {} + {}).", Lk, first, first, n);
   const auto shard = with_changed_tensors(without_causal(mask), [=](MaskPart& part) {
+    if (part.all_keys) return;
     check_value(part.tensor.size(3) == Lk, "mask", "{} must be for {} keys, but has shape {}.", part.name, Lk,
                 shape_of(part.tensor));
     part.tensor = part.tensor.narrow(3, first, n);

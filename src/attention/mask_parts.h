@@ -23,9 +23,9 @@ void check_mask(
 /// All restrictions combined: bool, broadcastable to [B, H, Lq, Lk] with a full last axis; undefined if there is none.
 at::Tensor allowed_keys(const Mask& mask, int64_t Lq, int64_t Lk, at::Device device);
 
-/// The sum of all biases, broadcastable to [B, H, Lq, Lk]; undefined if there is none. With the type of the logits, it is
+/// The sum of all biases, broadcastable to [B, H, Lq, Lk] with a full last axis; undefined if there is none. With the type of the logits, it is
 /// float32 (float64 for float64) and -inf wherever that type has -inf; without one, a single bias is returned unchanged.
-at::Tensor total_bias(const Mask& mask, std::optional<at::ScalarType> logits = {});
+at::Tensor total_bias(const Mask& mask, int64_t Lk, std::optional<at::ScalarType> logits = {});
 
 bool has_bias(const Mask& mask);
 

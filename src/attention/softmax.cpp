@@ -52,7 +52,7 @@ SoftmaxResult softmax_over_keys(const Tensor& products,
                                 std::optional<LogSumExpBase> log_sum_exp) {
   const auto Lq = products.size(2), Lk = products.size(3);
   const auto allowed = allowed_keys(mask, Lq, Lk, products.device());
-  const auto bias = total_bias(mask, type);
+  const auto bias = total_bias(mask, Lk, type);
   SoftmaxResult result;
   result.empty_rows = rows_without_keys(mask, Lq, Lk, products.device(), type);
 

@@ -28,10 +28,10 @@ namespace xattn::cli {
 namespace {
 
 using detail::advice_on;
-using detail::LayerLayout;
 using detail::name_roles;
 using detail::NameRole;
 using detail::recipes;
+using detail::spell;
 
 struct ConvertArguments {
   std::string input;
@@ -55,12 +55,12 @@ NamedTensors parameters_of(const FoundLayer& layer, const LazyTensors& tensors, 
 void check_convertible(const std::string& file,
                        const FoundLayer& layer,
                        const std::map<std::string, TensorInfo>& tensors,
-                       const LayerLayout& to) {
+                       const Layout& to) {
   const auto prefix = detail::in_quotes(layer.prefix);
   const auto refuse = [&](const std::string& reason) {
     throw FileError(fmt::format("[convert] {}: layer {} {}", file, prefix, reason));
   };
-  const auto& from = detail::layout_named(layer.layout);
+  const auto& from = detail::layout_of(layer);
   const bool is_other = &from != &to;
   std::vector<std::string> unexpected;
   for (const auto& [name, role] : name_roles(layer, tensors)) {
@@ -88,10 +88,7 @@ void check_convertible(const std::string& file,
 
 // Renames the attention layers, cross and self, to another layout; data is made only when it is read. Throws FileError, naming
 // the file, if two tensors would have one name.
-LazyTensors renamed(const std::string& path,
-                    LazyTensors tensors,
-                    const std::vector<FoundLayer>& layers,
-                    const detail::LayerLayout& to) {
+LazyTensors renamed(const std::string& path, LazyTensors tensors, const std::vector<FoundLayer>& layers, const Layout& to) {
   LazyTensors result{tensors.infos, {}};
   std::map<std::string, FoundLayer> layer_of;  // by new name
   for (const auto& layer : layers) {

@@ -140,6 +140,18 @@ std::vector<BlockLayout> make_block_layouts() {
       t5_gated,
       whisper,
       whisper_mlx,
+      {.name = "pix2struct",  // Pix2Struct's decoder
+       .attention = "encoder_decoder_attention.attention.",
+       .norms = {"encoder_decoder_attention.layer_norm",
+                 "mlp.layer_norm",
+                 NormKind::rms,
+                 1e-6,
+                 {"text_config.layer_norm_epsilon", "layer_norm_epsilon"}},
+       .feed_forward = {"mlp.DenseReluDense.wi_0", "mlp.DenseReluDense.wo", "mlp.DenseReluDense.wi_1"},
+       .beside = {"self_attention."},
+       .norm_placement = kBefore,
+       .activation = Activation::gelu_tanh,
+       .activation_in_config = {"text_config.dense_act_fn", "dense_act_fn"}},
       {.name = "gpt2",  // GPT-2 with cross-attention
        .attention = "crossattention.",
        .norms = {"ln_cross_attn", "ln_2", NormKind::layer, 1e-5, {"layer_norm_epsilon"}},
@@ -186,6 +198,12 @@ std::vector<BlockLayout> make_block_layouts() {
        .activation_in_config = of_vision("hidden_act"),
        .is_self = true,
        .num_heads = of_vision("num_attention_heads")},
+      {.name = "timm",  // ViT, DeiT, MAE and DINO in timm and in their own files
+       .attention = "attn.",
+       .norms = {"norm1", "norm2", NormKind::layer, 1e-6},
+       .feed_forward = {"mlp.fc1", "mlp.fc2"},
+       .norm_placement = kBefore,
+       .is_self = true},
   };
 }
 

@@ -32,7 +32,7 @@ struct BlockNorms {
   std::string feed_forward;  ///< empty without the branch
   NormKind kind = NormKind::layer;
   double eps = 1e-5;                            ///< the family's value unless its config.json says otherwise
-  std::vector<std::string> eps_in_config = {};  ///< as LayerLayout::num_heads
+  std::vector<std::string> eps_in_config = {};  ///< as Layout::num_heads
 };
 
 /// A row of the table in block_layouts.cpp.
@@ -53,7 +53,7 @@ struct BlockLayout {
   std::optional<Activation> activation = {};
   std::vector<std::string> activation_in_config = {};
   bool is_self = false;                     ///< self-attention, which is found only as part of a stack: see stack_layouts.h
-  std::vector<std::string> num_heads = {};  ///< as LayerLayout::num_heads, and in its place if not empty
+  std::vector<std::string> num_heads = {};  ///< as Layout::num_heads, and in its place if not empty
 };
 
 /// The whole table, in the order in which layouts are tried.

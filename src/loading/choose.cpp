@@ -47,14 +47,16 @@ FoundStack choose(const std::string& file,
   return choose_one(file, stacks, prefix);
 }
 
-void explain_none(const Checkpoint& checkpoint, const std::string& prefix) {
+void explain_none(const Checkpoint& checkpoint, const std::string& prefix, const LayoutChoice& choice) {
   std::vector<std::string> names;
   for (const auto& [name, info] : checkpoint.tensors()) {
     if (!name.starts_with(prefix)) continue;
     names.push_back(name);
     const auto is_weight = [&name = name](const auto& layout) { return name.ends_with(layout.projections[0].weight); };
     constexpr std::string_view kPacked = "qweight";  // GPTQ's and AWQ's name for weights of four bits
-    if (std::ranges::any_of(layer_layouts(), is_weight) || name.ends_with(kPacked)) refuse_quantized(checkpoint, name);
+    if ((choice.own() && is_weight(*choice.own())) || std::ranges::any_of(layer_layouts(), is_weight) ||
+        name.ends_with(kPacked))
+      refuse_quantized(checkpoint, name);
   }
   for (const auto& [name, reason] : checkpoint.unreadable()) {
     load_check(checkpoint.path())(!name.starts_with(prefix), "must hold an attention layer, but tensor {} is not read: {}",

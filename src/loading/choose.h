@@ -37,8 +37,8 @@ FoundStack choose(const std::string& file,
                   StackKind kind,
                   const std::optional<std::string>& prefix);
 
-/// Throws FileError if no layer was found below a prefix for a known reason: quantized or low-rank weights.
-void explain_none(const Checkpoint& checkpoint, const std::string& prefix);
+/// Throws FileError if no layer of this layout was found below a prefix for a known reason: quantized or low-rank weights.
+void explain_none(const Checkpoint& checkpoint, const std::string& prefix, const LayoutChoice& layout);
 
 /// Throws FileError unless the tensor has a floating point type.
 void refuse_quantized(const Checkpoint& checkpoint, const std::string& name);

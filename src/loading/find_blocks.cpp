@@ -112,7 +112,7 @@ std::optional<FoundBlock> detail::match_block(const BlockLayout& layout, const F
   return BlockMatch(tensors, layout, prefix).block(attention);
 }
 
-std::vector<FoundBlock> find_blocks(const Infos& tensors, const std::string& layout) {
+std::vector<FoundBlock> find_blocks(const Infos& tensors, const LayoutChoice& layout) {
   std::vector<FoundBlock> blocks;
   for (const auto& attention : find_layers(tensors, layout)) {
     if (auto block = block_around(attention, tensors)) blocks.push_back(*std::move(block));
@@ -124,10 +124,10 @@ std::vector<std::string> unexplained_names(const FoundBlock& block, const Infos&
   return detail::names_of(detail::NameRole::unexplained, detail::name_roles(block, tensors));
 }
 
-FoundBlock choose_block(const Checkpoint& checkpoint, const std::optional<std::string>& prefix, const std::string& layout) {
+FoundBlock choose_block(const Checkpoint& checkpoint, const std::optional<std::string>& prefix, const LayoutChoice& layout) {
   const auto blocks = find_blocks(checkpoint.tensors(), layout);
   if (blocks.empty() && find_layers(checkpoint.tensors(), layout).empty()) {
-    detail::explain_none(checkpoint, prefix.value_or(""));
+    detail::explain_none(checkpoint, prefix.value_or(""), layout);
   }
   return detail::choose(checkpoint.path(), blocks, prefix);
 }

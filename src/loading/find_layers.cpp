@@ -19,7 +19,6 @@ namespace {
 
 using detail::formatted;
 using detail::Infos;
-using detail::LayerLayout;
 using Shape = std::vector<int64_t>;
 
 struct Sizes {
@@ -30,7 +29,7 @@ struct Sizes {
 // A layer of this layout at a prefix, if it is present and its shapes fit together.
 class Match {
  public:
-  Match(const Infos& tensors, const LayerLayout& layout, const std::string& prefix)
+  Match(const Infos& tensors, const Layout& layout, const std::string& prefix)
       : tensors_(tensors), layout_(layout), prefix_(prefix) {}
 
   // The number of tensors that the layout explains, to prefer the layout that explains more.
@@ -38,6 +37,7 @@ class Match {
 
   std::optional<FoundLayer> layer() {
     if (!layout_.prefix_has.empty() && !detail::has_component(prefix_, layout_.prefix_has)) return {};
+    if (!std::ranges::all_of(layout_.has, [&](const auto& name) { return take(name); })) return {};
     const auto& names = layout_.projections;
     const auto query = weight(names[0]);   // [H * d, Eq]
     const auto key = weight(names[1]);     // [G * d, Ek]
@@ -65,6 +65,10 @@ class Match {
       const bool norm = added.key_norm.empty() || find(added.key_norm + ".weight");
       if (norm && take(added.key + ".weight") && take(added.value + ".weight")) layer.added.push_back(added.key);
     }
+    if (detail::has_component(prefix_, layout_.other_in)) {
+      misshapen_.push_back(
+          formatted("{} must be of a layer that computes attention alone, but is {}", names[0].weight, layout_.other));
+    }
     layer.misshapen = std::move(misshapen_);
     return layer;
   }
@@ -82,7 +86,7 @@ class Match {
     return is_there;
   }
 
-  std::optional<Sizes> weight(const detail::LinearNames& names) {
+  std::optional<Sizes> weight(const LinearNames& names) {
     const auto* info = find(names.weight);
     if (!info || info->shape.size() != 2) return {};
     auto out = info->shape[0], in = info->shape[1];
@@ -92,7 +96,7 @@ class Match {
     return Sizes{out / names.parts, in};
   }
 
-  bool bias(const detail::LinearNames& names, int64_t out) {
+  bool bias(const LinearNames& names, int64_t out) {
     if (!take(names.bias)) return false;
     const auto& shape = find(names.bias)->shape;
     if (shape == Shape{out * names.bias_parts}) return true;
@@ -146,7 +150,7 @@ class Match {
   }
 
   const Infos& tensors_;
-  const LayerLayout& layout_;
+  const Layout& layout_;
   const std::string& prefix_;
   std::set<std::string> explained_;
   std::vector<std::string> misshapen_;
@@ -154,7 +158,9 @@ class Match {
 
 // The kind according to a model's names. The last word that implies a kind counts: "cross_attn.self_attn" is self.
 AttentionKind kind_by_name(std::string_view prefix) {
-  constexpr std::array kCross = {"cross", "encoder_attn", "EncDecAttention", "multihead_attn", "attn2", "src_attn", "enc_attn"};
+  constexpr std::array kCross = {"cross",     "encoder_att", "EncDecAttention", "multihead_attn",
+                                 "attn2",     "src_attn",    "enc_att",         "encoder_decoder_att",
+                                 "attn_pool", "attnpool",    "attention_pool"};
   constexpr std::array kSelf = {"self", "attn1", "SelfAttention"};
   const auto end_of_last = [prefix](const auto& words) {
     size_t end = 0;
@@ -167,9 +173,7 @@ AttentionKind kind_by_name(std::string_view prefix) {
   return cross == self ? AttentionKind::unknown : cross > self ? AttentionKind::cross : AttentionKind::self;
 }
 
-std::optional<FoundLayer> layer_at(const Infos& tensors,
-                                   const std::string& prefix,
-                                   const std::vector<const LayerLayout*>& layouts) {
+std::optional<FoundLayer> layer_at(const Infos& tensors, const std::string& prefix, const std::vector<const Layout*>& layouts) {
   std::optional<FoundLayer> best;
   size_t most = 0;
   for (const auto* layout : layouts) {
@@ -186,25 +190,33 @@ std::optional<FoundLayer> layer_at(const Infos& tensors,
 }  // namespace
 
 std::vector<Layout> layouts() {
-  std::vector<Layout> all;
-  for (const auto& layout : detail::layer_layouts()) all.push_back({layout.name, layout.used_by});
-  return all;
+  return detail::layer_layouts();
 }
 
-std::vector<FoundLayer> find_layers(const Infos& tensors, const std::string& layout) {
-  const auto* only = layout.empty() ? nullptr : &detail::layout_named(layout);
-  std::map<std::string, std::vector<const LayerLayout*>> places;  // layouts whose query projection is at a prefix
+std::vector<FoundLayer> find_layers(const Infos& tensors, const LayoutChoice& choice) {
+  std::vector<const Layout*> wanted;
+  if (choice.own()) {
+    wanted = {choice.own().get()};
+  } else if (!choice.is_any()) {
+    wanted = {&detail::layout_named(choice.name())};
+  } else {
+    for (const auto& layout : detail::layer_layouts()) wanted.push_back(&layout);
+  }
+  std::map<std::string, std::vector<const Layout*>> places;  // layouts whose query projection is at a prefix
   for (const auto& [name, info] : tensors) {
-    for (const auto& one : detail::layer_layouts()) {
-      const auto& ending = one.projections[0].weight;
-      if ((only && only != &one) || !name.ends_with(ending)) continue;
+    for (const auto* layout : wanted) {
+      const auto& ending = layout->projections[0].weight;
+      if (!name.ends_with(ending)) continue;
       const auto prefix = name.substr(0, name.size() - ending.size());
-      if (prefix.empty() || prefix.ends_with('.')) places[prefix].push_back(&one);
+      if (prefix.empty() || prefix.ends_with('.')) places[prefix].push_back(layout);
     }
   }
   std::vector<FoundLayer> layers;
   for (const auto& [prefix, possible] : places) {
-    if (auto layer = layer_at(tensors, prefix, possible)) layers.push_back(*std::move(layer));
+    auto layer = layer_at(tensors, prefix, possible);
+    if (!layer) continue;
+    layer->own_layout = choice.own();
+    layers.push_back(*std::move(layer));
   }
   return layers;
 }
@@ -240,9 +252,10 @@ std::vector<std::string> unexplained_names(const FoundLayer& layer, const Infos&
   return detail::names_of(detail::NameRole::unexplained, detail::name_roles(layer, tensors));
 }
 
-FoundLayer choose_layer(const Checkpoint& checkpoint, const std::optional<std::string>& prefix, const std::string& layout) {
+FoundLayer choose_layer(const Checkpoint& checkpoint, const std::optional<std::string>& prefix, const LayoutChoice& layout) {
   const auto layers = find_layers(checkpoint.tensors(), layout);
-  if (layers.empty() || (prefix && !detail::find_at(layers, *prefix))) detail::explain_none(checkpoint, prefix.value_or(""));
+  if (layers.empty() || (prefix && !detail::find_at(layers, *prefix)))
+    detail::explain_none(checkpoint, prefix.value_or(""), layout);
   return detail::choose(checkpoint.path(), layers, prefix);
 }
 

@@ -111,7 +111,7 @@ std::string FoundStack::layer_prefix(int64_t number) const {
   return formatted("{}{}{}.", prefix, stack_layout_named(layout).layers, number);
 }
 
-std::vector<FoundStack> find_stacks(const Infos& tensors, StackKind kind, const std::string& attention_layout) {
+std::vector<FoundStack> find_stacks(const Infos& tensors, StackKind kind, const LayoutChoice& attention_layout) {
   Attention attention;
   for (auto& layer : find_layers(tensors, attention_layout)) attention.emplace(layer.prefix, layer);
   std::map<std::string, std::set<const StackLayout*>> places;

@@ -31,7 +31,7 @@ struct FoundStack {
 
 /// All stacks of this kind, in order of prefix, found by names and shapes only: those of which at least one layer is whole. If
 /// `attention_layout` is given, only those whose attention has it.
-std::vector<FoundStack> find_stacks(const Infos& tensors, StackKind kind, const std::string& attention_layout);
+std::vector<FoundStack> find_stacks(const Infos& tensors, StackKind kind, const LayoutChoice& attention_layout);
 
 /// Names below the stack's prefix, without it, that its layouts do not explain, and low-rank weights for it.
 std::vector<std::string> unexplained_names(const FoundStack& stack, const Infos& tensors);

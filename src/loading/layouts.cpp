@@ -2,6 +2,8 @@
 #include "loading/layouts.h"
 
 #include <algorithm>
+#include <memory>
+#include <utility>
 
 #include "base/text.h"
 
@@ -22,14 +24,30 @@ std::array<LinearNames, 4> linears(const std::string& q, const std::string& k, c
   return {linear(q), linear(k), linear(v), linear(out)};
 }
 
+// One of the equal parts that a weight and its bias pack.
+LinearNames part(const std::string& name, int part, int parts) {
+  return {name + ".weight", name + ".bias", part, parts, parts};
+}
+
+// Query, then key and value in one weight, each of which may have a bias.
+std::array<LinearNames, 4> key_value(const std::string& q, const std::string& kv, const std::string& out) {
+  return {linear(q), part(kv, 0, 2), part(kv, 1, 2), linear(out)};
+}
+
+// Query, key and value in one weight.
+std::array<LinearNames, 4> query_key_value(const std::string& qkv, const std::string& out) {
+  return {part(qkv, 0, 3), part(qkv, 1, 3), part(qkv, 2, 3), linear(out)};
+}
+
 // Query, then key and value in one weight; only the output may have a bias.
 std::array<LinearNames, 4> packed_key_value(const std::string& q, const std::string& kv, const LinearNames& out) {
   return {without_bias(q), LinearNames{kv + ".weight", "", 0, 2}, LinearNames{kv + ".weight", "", 1, 2}, out};
 }
 
-std::vector<LayerLayout> make_layouts() {
+std::vector<Layout> make_layouts() {
   const Names heads = {"decoder_attention_heads", "num_attention_heads", "num_heads", "n_head",
                        "mask_decoder_config.num_attention_heads"};
+  constexpr auto kMemory = "of SAM 2's memory, whose queries and keys have rotary embeddings";
   const Names norm_behind = {"output.LayerNorm.weight", "output.LayerNorm.bias", "output.LayerNorm.gamma",
                              "output.LayerNorm.beta"};
   // Wan's image-to-video models; up to three IP-Adapters at once.
@@ -63,11 +81,15 @@ std::vector<LayerLayout> make_layouts() {
       {.name = "out_proj",
        .used_by = "BART, mBART, M2M-100, Marian, Pegasus, fairseq, Whisper, DETR (Hugging Face), MusicGen, SAM",
        .projections = linears("q_proj", "k_proj", "v_proj", "out_proj"),
+       .other_in = {"memory_attention"},
+       .other = kMemory,
        .num_heads = heads},
       {.name = "o_proj",
-       .used_by = "Mllama, Moonshine, DETR (newer Hugging Face)",
+       .used_by = "Mllama, Moonshine, DETR (newer Hugging Face), LightGlue (Hugging Face)",
        .projections = linears("q_proj", "k_proj", "v_proj", "o_proj"),
        .qk_norm = {"q_norm", "k_norm", 1e-5, {"rms_norm_eps"}},
+       .other_in = {"memory_attention"},
+       .other = kMemory,
        .num_heads = {"decoder_num_attention_heads", "decoder_attention_heads", "num_attention_heads"},
        .scale_root_in_config = "query_pre_attn_scalar"},
       {.name = "idefics",
@@ -79,6 +101,11 @@ std::vector<LayerLayout> make_layouts() {
        .used_by = "BERT, BLIP's text model, ALBEF",
        .projections = linears("self.query", "self.key", "self.value", "output.dense"),
        .beside = norm_behind,
+       .num_heads = {"num_attention_heads"}},
+      {.name = "albert",
+       .used_by = "ALBERT",
+       .projections = linears("query", "key", "value", "dense"),
+       .beside_here = {"LayerNorm."},
        .num_heads = {"num_attention_heads"}},
       {.name = "qformer",
        .used_by = "Q-Former of BLIP-2 and InstructBLIP",
@@ -113,10 +140,7 @@ std::vector<LayerLayout> make_layouts() {
        .num_heads = {"n_text_head"}},
       {.name = "gpt2",
        .used_by = "GPT-2 with cross-attention",
-       .projections = {linear("q_attn"),
-                       LinearNames{"c_attn.weight", "c_attn.bias", 0, 2, 2},
-                       {"c_attn.weight", "c_attn.bias", 1, 2, 2},
-                       linear("c_proj")},
+       .projections = key_value("q_attn", "c_attn", "c_proj"),
        .transposed = true,
        .beside = {"masked_bias"},
        .causal_mask = "bias",
@@ -143,11 +167,77 @@ std::vector<LayerLayout> make_layouts() {
        .num_heads = {"num_cross_attention_heads", "num_attention_heads", "attention_head_dim"}},
       {.name = "blip_vision",
        .used_by = "BLIP's vision model (Hugging Face)",
-       .projections = {LinearNames{"qkv.weight", "qkv.bias", 0, 3, 3},
-                       {"qkv.weight", "qkv.bias", 1, 3, 3},
-                       {"qkv.weight", "qkv.bias", 2, 3, 3},
-                       linear("projection")},
+       .projections = query_key_value("qkv", "projection"),
        .num_heads = {"vision_config.num_attention_heads", ".num_attention_heads"}},
+      {.name = "timm",
+       .used_by = "timm's ViT, DeiT and class attention's relatives, MAE, DINO; CLIP's attention pool in timm",
+       .projections = query_key_value("qkv", "proj"),
+       .qk_norm = {"q_norm", "k_norm"},
+       .num_heads = {"model_args.num_heads", "num_heads"}},
+      {.name = "timm_separate",
+       .used_by = "timm's class attention (CaiT); CLIP's attention pool in timm",
+       .projections = linears("q", "k", "v", "proj"),
+       .num_heads = {"model_args.num_heads", "num_heads"}},
+      {.name = "timm_key_value",
+       .used_by = "PVT, SegFormer's original files, without reduction of keys",
+       .projections = key_value("q", "kv", "proj")},
+      {.name = "timm_pool",
+       .used_by = "timm's attention pool, whose query is the tensor latent",
+       .has = {"latent"},
+       .projections = key_value("q", "kv", "proj"),
+       .qk_norm = {"q_norm", "k_norm"},
+       .beside_here = {"latent", "norm.", "mlp."}},
+      {.name = "clip_pool",
+       .used_by = "the attention pool of CLIP's ResNets (OpenAI, OpenCLIP)",
+       .projections = linears("q_proj", "k_proj", "v_proj", "c_proj")},
+      {.name = "pixart",
+       .used_by = "the original files of PixArt, Sana and Open-Sora",
+       .projections = key_value("q_linear", "kv_linear", "proj")},
+      {.name = "pix2struct",
+       .used_by = "Pix2Struct's decoder (Hugging Face)",
+       .prefix_has = {"encoder_decoder_attention"},  // others with these names may have another scale
+       .projections = {without_bias("query"), without_bias("key"), without_bias("value"), without_bias("output")},
+       .scale = 1.0,
+       .num_heads = {"text_config.num_heads", "num_heads"}},
+      {.name = "lightglue",
+       .used_by = "LightGlue, LighterGlue",
+       .projections = linears("to_qk", "to_qk", "to_v", "to_out"),
+       .beside_here = {"ffn."}},
+      {.name = "bidirectional",
+       .used_by = "bidirectional-cross-attention, the direction from its context",
+       .projections = linears("to_qk", "context_to_qk", "context_to_v", "to_out"),
+       .beside_here = {"to_v.", "context_to_out."}},
+      {.name = "bidirectional_context",
+       .used_by = "bidirectional-cross-attention, the direction to its context; only if it is asked for by name",
+       .projections = linears("context_to_qk", "to_qk", "to_v", "context_to_out"),
+       .beside_here = {"context_to_v.", "to_out."}},
+      {.name = "to_kv",
+       .used_by = "layers of lucidrains without norms of their own",
+       .projections = key_value("to_q", "to_kv", "to_out")},
+      {.name = "to_kv_sequential",
+       .used_by = "the same with a dropout behind the output",
+       .projections = key_value("to_q", "to_kv", "to_out.0")},
+      {.name = "fc",
+       .used_by = "meshed-memory Transformer, and tutorials",
+       .projections = linears("fc_q", "fc_k", "fc_v", "fc_o"),
+       .other_in = {"mab", "mab0", "mab1"},
+       .other = "of the Set Transformer, which adds projected queries to the heads and has another scale"},
+      {.name = "espnet",
+       .used_by = "ESPnet, WeNet, NeMo, without relative positions",
+       .projections = linears("linear_q", "linear_k", "linear_v", "linear_out")},
+      {.name = "xlm",
+       .used_by = "XLM, FlauBERT, DistilBERT",
+       .projections = linears("q_lin", "k_lin", "v_lin", "out_lin"),
+       .num_heads = {"n_heads"}},
+      {.name = "annotated",
+       .used_by = "The Annotated Transformer",
+       .projections = linears("linears.0", "linears.1", "linears.2", "linears.3")},
+      {.name = "linear",
+       .used_by = "tutorials with q_linear and out",
+       .projections = linears("q_linear", "k_linear", "v_linear", "out")},
+      {.name = "w", .used_by = "tutorials with w_q and w_o", .projections = linears("w_q", "w_k", "w_v", "w_o")},
+      {.name = "d2l", .used_by = "Dive into Deep Learning", .projections = linears("W_q", "W_k", "W_v", "W_o")},
+      {.name = "flash_attn", .used_by = "flash-attn's cross-attention", .projections = key_value("Wq", "Wkv", "out_proj")},
       {.name = "x_transformers",
        .used_by = "x-transformers",
        .projections = {without_bias("to_q"), without_bias("to_k"), without_bias("to_v"), linear("to_out")}},
@@ -160,13 +250,17 @@ std::vector<LayerLayout> make_layouts() {
 
 }  // namespace
 
-const std::vector<LayerLayout>& layer_layouts() {
+const std::vector<Layout>& layer_layouts() {
   static const auto layouts = make_layouts();
   return layouts;
 }
 
-const LayerLayout& layout_named(std::string_view name) {
+const Layout& layout_named(std::string_view name) {
   return row_named(layer_layouts(), name);
+}
+
+const Layout& layout_of(const FoundLayer& layer) {
+  return layer.own_layout ? *layer.own_layout : layout_named(layer.layout);
 }
 
 bool has_component(const std::string& prefix, const std::vector<std::string>& words) {
@@ -174,7 +268,7 @@ bool has_component(const std::string& prefix, const std::vector<std::string>& wo
   return std::ranges::any_of(words, [&](const auto& word) { return components.find("." + word + ".") != std::string::npos; });
 }
 
-std::vector<ParameterName> parameter_names(const LayerLayout& layout) {
+std::vector<ParameterName> parameter_names(const Layout& layout) {
   constexpr std::array kProjections = {"query_linear", "key_linear", "value_linear", "output_linear"};
   std::vector<ParameterName> names;
   const auto add = [&](const std::string& parameter, const std::string& name, int part, int parts, bool transposed) {
@@ -196,3 +290,20 @@ std::vector<ParameterName> parameter_names(const LayerLayout& layout) {
 }
 
 }  // namespace xattn::detail
+
+namespace xattn {
+
+LayoutChoice::LayoutChoice(Layout own) : name_(own.name) {
+  const auto check = [&](bool ok, const std::string& expectation) {
+    detail::check_value(ok, "layouts", "layout {} must have {}, but has not.", detail::in_quotes(own.name), expectation);
+  };
+  check(!own.name.empty(), "a name");
+  for (const auto& [weight, bias, part, parts, bias_parts] : own.projections) {
+    check(!weight.empty(), "the names of four weights");
+    check(part >= 0 && part < parts, detail::formatted("a part of {} from 0 to {}", weight, parts - 1));
+    check(bias_parts == 1 || part < bias_parts, detail::formatted("a part of {} from 0 to {}", bias, bias_parts - 1));
+  }
+  own_ = std::make_shared<const Layout>(std::move(own));
+}
+
+}  // namespace xattn

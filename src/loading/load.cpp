@@ -170,7 +170,7 @@ class Loader {
 
   // The module must compute what the layout computes; nothing in the tensors would reveal a difference.
   void check_arithmetic(const FoundLayer& layer, const std::string& path, const CrossAttentionImpl& attention) {
-    const auto& scale = detail::layout_named(layer.layout).scale;
+    const auto& scale = detail::layout_of(layer).scale;
     if (scale) require(path, "scale", *scale, *attention.options.scale(), layer.layout);
   }
 

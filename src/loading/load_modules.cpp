@@ -49,8 +49,8 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint,
 
   auto eps = options.qk_norm_eps;
   if (!eps) eps = config.qk_norm_eps(layer);
-  const auto& known_in = detail::layout_named(layer.layout).qk_norm.eps_known_in;
-  const bool eps_known = eps || sizes.qk_norm() == NormKind::none || !options.layout.empty() || known_in.empty() ||
+  const auto& known_in = detail::layout_of(layer).qk_norm.eps_known_in;
+  const bool eps_known = eps || sizes.qk_norm() == NormKind::none || !options.layout.is_any() || known_in.empty() ||
                          detail::has_component(layer.prefix, known_in);
   check(
       eps_known,
@@ -63,7 +63,7 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint,
 }
 
 CrossAttentionOptions sizes_of(const Checkpoint& checkpoint, const FoundLayer& layer, const LayerOptions& options) {
-  return sizes_of(checkpoint, detail::ModelConfig(checkpoint), layer, options, detail::layout_named(layer.layout).num_heads);
+  return sizes_of(checkpoint, detail::ModelConfig(checkpoint), layer, options, detail::layout_of(layer).num_heads);
 }
 
 bool has_arithmetic(at::ScalarType type) {
@@ -145,7 +145,7 @@ CrossAttentionBlockOptions block_options(const Checkpoint& checkpoint,
                               .num_heads = options.num_heads,
                               .qk_norm_eps = options.qk_norm_eps,
                               .attention_weights = options.attention_weights};
-  const auto& heads_in_config = layout.num_heads.empty() ? layout_named(found.attention.layout).num_heads : layout.num_heads;
+  const auto& heads_in_config = layout.num_heads.empty() ? layout_of(found.attention).num_heads : layout.num_heads;
   auto result = found.options;
   result.attention(sizes_of(checkpoint, config, found.attention, of_layer, heads_in_config))
       .norm_placement(known(placement, "norm_placement", "before, after"))
@@ -212,7 +212,7 @@ std::pair<Norm, Norm> input_norms(const Checkpoint& checkpoint, const FoundLayer
     load_weights(*made, checkpoint, {.prefix = prefix});
     return made;
   };
-  const auto& [of_query, of_context] = detail::layout_named(layer.layout).input_norms;
+  const auto& [of_query, of_context] = detail::layout_of(layer).input_norms;
   return {norm(of_query, layer.options.dim_query()), norm(of_context, layer.options.dim_key())};
 }
 

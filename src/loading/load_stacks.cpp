@@ -30,7 +30,7 @@ using detail::TensorRecipe;
 FoundStack chosen(const Checkpoint& checkpoint, const StackOptionsFromFile& options, StackKind kind) {
   const auto stacks = detail::find_stacks(checkpoint.tensors(), kind, options.layout);
   if (stacks.empty() && find_layers(checkpoint.tensors(), options.layout).empty()) {
-    detail::explain_none(checkpoint, options.prefix.value_or(""));
+    detail::explain_none(checkpoint, options.prefix.value_or(""), options.layout);
   }
   return detail::choose(checkpoint.path(), stacks, kind, options.prefix);
 }

@@ -70,7 +70,8 @@ std::optional<Activation> activation_named(std::string_view name) {
 
 }  // namespace
 
-ModelConfig::ModelConfig(const Checkpoint& checkpoint) : check_(load_check(checkpoint.path())) {
+ModelConfig::ModelConfig(const Checkpoint& checkpoint)
+    : check_(load_check(checkpoint.path())), tensors_(&checkpoint.tensors()) {
   constexpr size_t kMaxConfig = 8'000'000;  // bytes; a config that names tens of thousands of classes has one million
   const auto path = (std::filesystem::path(checkpoint.path()).parent_path() / "config.json").string();
   std::error_code error;
@@ -96,24 +97,41 @@ void ModelConfig::refuse_other_attention(const FoundLayer& layer) const {
     std::string_view value;  // prefix of its text
     bool with_norms;         // only layers with norms of queries and keys
     std::string_view reason;
+    bool only_self = false;  // only self-attention
   };
   constexpr std::array kRefused = {
       Refused{"model_type", "t5gemma2", false, "attention to its own tokens and to the context in one softmax"},
       Refused{"model_type", "gemma", true, "norms whose weights count from one"},
       Refused{"model_type", "t5gemma", true, "norms whose weights count from one"},
+      Refused{"model_type", "lightglue", false, "rotary embeddings of its queries and keys", true},
       Refused{"_class_name", "HunyuanDiT2D", false, "rotary embeddings of its queries"},
       Refused{"qk_norm", "l2", false, "norms of queries and keys that have no weights"},
       Refused{"qk_norm", "fp32_layer_norm", false, "norms of queries and keys that have no weights"},
   };
   if (layer.layout == "qformer") return;  // the config is that of the language model in the same file
   const bool has_norms = layer.options.qk_norm() != NormKind::none;
-  for (const auto& [name, value, with_norms, reason] : kRefused) {
+  for (const auto& [name, value, with_norms, reason, only_self] : kRefused) {
     for (const auto& text : all<std::string>({std::string(name)})) {
-      const bool refused = text.starts_with(value) && (has_norms || !with_norms);
+      const bool refused =
+          text.starts_with(value) && (has_norms || !with_norms) && (layer.kind == AttentionKind::self || !only_self);
       check_(!refused, "its config.json says {} {}, which has {}: not computed", name, in_quotes(text), reason);
     }
   }
-  refuse_soft_caps(layout_named(layer.layout).num_heads);
+  for (const auto& text : all<std::string>({"architecture"})) {  // of timm
+    constexpr std::array kRotary = {"eva", "dinov3", "rope", "vit_pe"};
+    const bool is_rotary = std::ranges::any_of(kRotary, [&](const auto* word) { return text.find(word) != std::string::npos; });
+    check_(!is_rotary,
+           "its config.json says architecture {}, which has rotary embeddings of its queries and keys: not computed",
+           in_quotes(text));
+  }
+  constexpr const char* kCap = "attn_logit_softcapping";
+  const auto around = layer.prefix.substr(0, layer.prefix.rfind('.', layer.prefix.size() - 2) + 1);
+  const bool is_t5gemma = !layer.prefix.empty() && tensors_->contains(around + "pre_cross_attn_layernorm.weight");
+  const bool cap_known = std::ranges::any_of(places_of(kCap), [&](const auto& place) { return find(json_, place); });
+  check_(!is_t5gemma || cap_known,
+         "layer {} is T5Gemma's, whose config.json says whether logits are capped softly by {}, but there is none",
+         in_quotes(layer.prefix), in_quotes(kCap));
+  refuse_soft_caps(layout_of(layer).num_heads);
 }
 
 // Throws for soft caps of logits, in the parts of the config where numbers of heads are looked up.
@@ -156,7 +174,7 @@ std::optional<int64_t> ModelConfig::max_distance() const {
 std::optional<int64_t> ModelConfig::num_heads(const FoundLayer& layer, const Names& names) const {
   // In these classes of diffusers attention_head_dim is the number of heads; in others it is the size of a head.
   constexpr std::array kClasses = {"UNet2DCondition", "UNet3DCondition", "UNetMotion", "I2VGenXLUNet", "ControlNet"};
-  const auto& layout = layout_named(layer.layout);
+  const auto& layout = layout_of(layer);
   if (!layout.num_heads_unknown.empty() && layer.prefix.find(layout.num_heads_unknown) != std::string::npos) return {};
   const auto of_class = first<std::string>({"._class_name"});
   const bool head_dim_counts_heads =
@@ -169,11 +187,11 @@ std::optional<int64_t> ModelConfig::num_heads(const FoundLayer& layer, const Nam
 }
 
 std::optional<double> ModelConfig::qk_norm_eps(const FoundLayer& layer) const {
-  return first<double>(layout_named(layer.layout).qk_norm.eps_in_config);
+  return first<double>(layout_of(layer).qk_norm.eps_in_config);
 }
 
 std::optional<double> ModelConfig::scale(const FoundLayer& layer, int64_t head_dim) const {
-  const auto& layout = layout_named(layer.layout);
+  const auto& layout = layout_of(layer);
   if (const auto root = first<double>({layout.scale_root_in_config})) {
     check_(*root > 0, "{} in its config.json must be positive, but is {}", layout.scale_root_in_config, *root);
     return 1 / std::sqrt(*root);

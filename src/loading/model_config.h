@@ -5,6 +5,7 @@
 #include <xattn/checkpoint.h>
 #include <xattn/find_layers.h>
 
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -42,7 +43,7 @@ class ModelConfig {
   std::optional<Activation> activation(const BlockLayout& layout) const;
 
  private:
-  /// All values of type T under these names; see LayerLayout for where they are looked up.
+  /// All values of type T under these names; see Layout for where they are looked up.
   template <class T>
   std::vector<T> all(const std::vector<std::string>& names) const;
 
@@ -55,6 +56,7 @@ class ModelConfig {
   void refuse_soft_caps(const std::vector<std::string>& names) const;
 
   FileCheck check_;
+  const std::map<std::string, TensorInfo>* tensors_;  // of the checkpoint
   nlohmann::json json_;
 };
 

@@ -157,7 +157,7 @@ TensorRecipe with_scale(TensorRecipe recipe, const Infos& tensors) {
 
 Recipes recipes(const FoundLayer& layer, const Infos& tensors) {
   Recipes result;
-  for (const auto& [parameter, name, part, parts, transposed] : parameter_names(layout_named(layer.layout))) {
+  for (const auto& [parameter, name, part, parts, transposed] : parameter_names(layout_of(layer))) {
     const auto source = layer.prefix + name;
     if (tensors.contains(source)) result.emplace(parameter, with_scale({source, part, parts, transposed}, tensors));
   }
@@ -167,7 +167,7 @@ Recipes recipes(const FoundLayer& layer, const Infos& tensors) {
 Recipes added_recipes(const FoundLayer& layer, const Infos& tensors) {
   Recipes result;
   size_t index = 0;
-  for (const auto& [key, value, key_norm] : layout_named(layer.layout).added) {
+  for (const auto& [key, value, key_norm] : layout_of(layer).added) {
     if (std::ranges::count(layer.added, key) == 0) continue;
     for (const auto& [part, name] : {std::pair("key_linear", key), {"value_linear", value}, {"key_norm", key_norm}}) {
       for (const auto* ending : {".weight", ".bias"}) {
@@ -211,7 +211,7 @@ Recipes recipes(const FoundBlock& block, const Infos& tensors) {
   return result;
 }
 
-NamedTensors spell(const NamedTensors& parameters, const LayerLayout& layout, const std::string& prefix) {
+NamedTensors spell(const NamedTensors& parameters, const Layout& layout, const std::string& prefix) {
   std::map<std::string, std::vector<at::Tensor>> packed;  // by name in the file
   std::set<std::string> spelled;
   for (const auto& [parameter, name, part, parts, transposed] : parameter_names(layout)) {
@@ -219,7 +219,11 @@ NamedTensors spell(const NamedTensors& parameters, const LayerLayout& layout, co
     if (found == parameters.end()) continue;
     auto& of_name = packed[prefix + name];
     of_name.resize(static_cast<size_t>(parts));
-    of_name[static_cast<size_t>(part)] = transposed ? found->second.t() : found->second;
+    auto& place = of_name[static_cast<size_t>(part)];
+    const auto upright = transposed ? found->second.t() : found->second;
+    check_value(!place.defined() || upright.is_meta() || upright.equal(place), "layouts",
+                "layout {} has one {} for query and key, but theirs differ.", layout.name, name);
+    place = upright;
     spelled.insert(parameter);
   }
   for (const auto& [parameter, tensor] : parameters) {
@@ -256,6 +260,14 @@ class Roles {
     if (const auto found = roles.find(name); found != roles.end()) found->second = role;
   }
 
+  // Sets the role of this name, or of all names that begin with it if it ends in a point.
+  void set_all(const std::string& word, NameRole role) {
+    if (!word.ends_with('.')) return set(word, role);
+    for (auto& [name, own] : roles) {
+      if (name.starts_with(word)) own = role;
+    }
+  }
+
   // Sets the role of the sources of recipes and of the scales beside them.
   void set(const Recipes& recipes, NameRole role) {
     for (const auto& [parameter, recipe] : recipes) {
@@ -278,19 +290,22 @@ class Roles {
 }  // namespace
 
 std::map<std::string, NameRole> name_roles(const FoundLayer& layer, const Infos& tensors) {
-  const auto& layout = layout_named(layer.layout);
+  const auto& layout = layout_of(layer);
   Roles found(layer.prefix, tensors);
+  const auto set_beside = [&](const std::vector<std::string>& words) {
+    for (const auto& word : words) found.set_all(word, NameRole::beside);
+  };
   const auto is_mask = [](const std::vector<int64_t>& shape) {
     return shape.size() == 4 && shape[0] == 1 && shape[1] == 1 && shape[2] == shape[3];
   };
   for (const auto& any : layer_layouts()) {
-    for (const auto& name : any.beside) found.set(name, NameRole::beside);
+    set_beside(any.beside);
     const auto mask = any.causal_mask.empty() ? tensors.end() : tensors.find(layer.prefix + any.causal_mask);
     if (mask != tensors.end() && is_mask(mask->second.shape)) found.set(any.causal_mask, NameRole::beside);
   }
-  if (layer.kind == AttentionKind::cross) {
-    for (const auto& name : layout.beside_cross) found.set(name, NameRole::beside);
-  }
+  set_beside(layout.beside);  // also if it is not one of the table
+  set_beside(layout.beside_here);
+  if (layer.kind == AttentionKind::cross) set_beside(layout.beside_cross);
   for (const auto& norm : layout.input_norms) {
     if (norm.empty()) continue;
     for (const auto* ending : {".weight", ".bias"}) found.set(norm + ending, NameRole::input_norm);
@@ -307,11 +322,7 @@ std::map<std::string, NameRole> name_roles(const FoundBlock& block, const Infos&
   for (const auto& [name, role] : name_roles(block.attention, tensors)) {
     if (role == NameRole::beside) found.set(inner + name, role);
   }
-  for (auto& [name, role] : found.roles) {
-    const bool is_beside = std::ranges::any_of(
-        beside, [&name = name](const auto& word) { return word.ends_with('.') ? name.starts_with(word) : name == word; });
-    if (is_beside) role = NameRole::beside;
-  }
+  for (const auto& word : beside) found.set_all(word, NameRole::beside);
   found.set(recipes(block, tensors), NameRole::parameter);
   return std::move(found.roles);
 }
@@ -333,6 +344,8 @@ std::string advice_on(const std::vector<std::string>& names) {
       Advice{{"lora", "dora_scale", "hada_w", "lokr_w", ".base_layer."},
              "low-rank weights must first be merged into the others in Python, by merge_and_unload of peft or fuse_lora of "
              "diffusers, and all saved again"},
+      Advice{{"positional_embedding", "pos_embed"},
+             "learned positions are not part of the layer: add them to its inputs, and allow these names"},
       Advice{{"add_q_proj", "to_add_out", "norm_added_q"},
              "joint attention, as in SD3 and Flux, where the context attends as well, is not computed"},
       Advice{{"group_norm", "add_k_proj", "add_v_proj"},

@@ -67,14 +67,14 @@ std::optional<FoundBlock> match_block(const BlockLayout& layout, const FoundLaye
 
 /// The parameters of a CrossAttention, by the names that this layout has for them below `prefix`. Throws c10::ValueError for a
 /// layer that the layout cannot express, such as one with a bias where the layout has no name for it.
-XATTN_API NamedTensors spell(const NamedTensors& parameters, const LayerLayout& layout, const std::string& prefix = {});
+XATTN_API NamedTensors spell(const NamedTensors& parameters, const Layout& layout, const std::string& prefix = {});
 
 /// The role of a name below a layer's prefix.
 enum class NameRole {
   parameter,   ///< a weight, bias or norm of the layer, or the scale of a weight
   added,       ///< the same, for an added context
   input_norm,  ///< of a norm in front of the projections; see `input_norms` in load_modules.h
-  beside,      ///< known to take no part: see LayerLayout::beside; scales of activations
+  beside,      ///< known to take no part: see Layout::beside; scales of activations
   unexplained,
 };
 

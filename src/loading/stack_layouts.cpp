@@ -49,6 +49,12 @@ const std::vector<StackLayout>& stack_layouts() {
        .norm = "layernorm",
        .has_norm = true,
        .beside = {"embeddings.", "pooler."}},
+      {.name = "timm",  // ViT, DeiT, MAE, DINO; norms in front of the layers have another eps, and are not explained
+       .layers = "blocks.",
+       .encoder = {"timm"},
+       .norm = "norm",
+       .beside = {"patch_embed.", "pos_embed", "cls_token", "reg_token", "dist_token", "mask_token", "attn_pool.", "fc_norm.",
+                  "head.", "head_dist."}},
       {.name = "blip_vision",  // BLIP's vision model
        .layers = "encoder.layers.",
        .encoder = {"blip_vision"},

@@ -17,7 +17,7 @@ Mask Queries::mask(const Mask& of_context, int64_t Lk, at::ScalarType logits) co
   const auto repeated = [this](const Tensor& x) { return x.size(2) == 1 ? x : x.repeat({1, 1, n, 1}); };
   Mask result;
   if (const auto keep = allowed_keys(of_context, Lq, Lk, rows.device()); keep.defined()) result = Mask::dense(repeated(keep));
-  if (const auto bias = total_bias(of_context, logits); bias.defined()) result = result & Mask::bias(repeated(bias));
+  if (const auto bias = total_bias(of_context, Lk, logits); bias.defined()) result = result & Mask::bias(repeated(bias));
   return result;
 }
 
