@@ -37,4 +37,4 @@ cmake -S . -B build-tidy -G Ninja --log-level=NOTICE -DCMAKE_BUILD_TYPE=Release 
 files=("$@")
 if (($# == 0)); then mapfile -t files < <(find src -name '*.cpp' | sort); fi
 printf '%s\n' "${files[@]}" |
-  xargs -P "$(nproc)" -I {} "$tool" -p build-tidy --quiet --extra-arg=-fno-openmp --extra-arg=-Wno-everything {}
+  xargs -P "$(nproc)" -I {} "$tool" -p build-tidy --quiet --extra-arg=-Wno-everything {}

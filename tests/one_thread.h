@@ -5,16 +5,21 @@
 
 namespace xattn::test {
 
-/// Uses one thread while it exists: for equal bits, and because small products on many threads are slow on a busy machine.
-class OneThread {
+/// Uses so many threads while it exists.
+class Threads {
  public:
-  OneThread() { at::set_num_threads(1); }
-  ~OneThread() { at::set_num_threads(before_); }
-  OneThread(const OneThread&) = delete;
-  OneThread& operator=(const OneThread&) = delete;
+  explicit Threads(int count) { at::set_num_threads(count); }
+  ~Threads() { at::set_num_threads(before_); }
+  Threads(const Threads&) = delete;
+  Threads& operator=(const Threads&) = delete;
 
  private:
   int before_ = at::get_num_threads();
+};
+
+/// One thread: for equal bits, and because LibTorch's operators are slow with several on a busy machine.
+struct OneThread : Threads {
+  OneThread() : Threads(1) {}
 };
 
 }  // namespace xattn::test

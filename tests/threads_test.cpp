@@ -5,6 +5,7 @@
 #include <ATen/ops/randn.h>
 #include <ATen/ops/tensor.h>
 #include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <xattn/block.h>
 #include <xattn/cross_attention.h>
 #include <xattn/decoupled.h>
@@ -50,9 +51,9 @@ bool are_equal(const Results& a, const Results& b) {
   return std::ranges::equal(a, b, equal);
 }
 
-// Expects `call` to return on each of several threads at once what it returns on one.
-void expect_equal_bits_on_all_threads(const std::function<Results()>& call) {
-  const OneThread one_thread;
+// Expects `call`, which computes on `count` threads, to return on each of several threads at once what it returns on one.
+void expect_equal_bits_on_all_threads(const std::function<Results()>& call, int count = 1) {
+  const Threads of_a_call(count);
   const auto guarded = [&call] {
     const at::NoGradGuard no_grad;  // of this thread
     return call();
@@ -67,6 +68,25 @@ void expect_equal_bits_on_all_threads(const std::function<Results()>& call) {
   }
   for (auto& thread : threads) thread.join();
   EXPECT_EQ(equal, std::vector<int>(4, 1));
+}
+
+// Sizes whose calls have several tasks each, on this library's kernels.
+TEST(ThreadsTest, ShareTheWorkersOfTheKernelsAndGetTheSameBits) {
+  CrossAttention module(CrossAttentionOptions(96, 80, 80, 96).num_heads(4));
+  const auto query = at::randn({2, 100, 96}), key = at::randn({2, 150, 80}), few = query.narrow(1, 0, 1).contiguous();
+  for (const auto order : {Order::standard, Order::fold_into_query, Order::fold_into_context}) {
+    const auto frozen = module->freeze({.plan = PlanMode::pin({order, order})});
+    expect_equal_bits_on_all_threads(
+        [&]() -> Results {
+          const auto x = query.detach().requires_grad_();
+          const at::AutoGradMode with_gradients(true);
+          const auto output = std::get<0>(module->forward(x, key, key));
+          return {frozen.forward(query, key, key),
+                  frozen.forward(few, key, key),
+                  {output.detach(), torch::autograd::grad({output.sum()}, {x})[0]}};
+        },
+        /*count=*/3);
+  }
 }
 
 TEST(ThreadsTest, ShareAModuleAndItsContextAndGetTheSameBits) {

@@ -58,12 +58,13 @@ class Gradients {
   void run() const {
     const auto heads = B_ * G_, operations = 2 * H_ / G_ * Lq_ * Lk_ * (3 * d_ + 2 * e_);
     const auto heads_of_a_task = std::max<int64_t>(1, kOperationsOfATask / operations);
-    const auto slots = heads > heads_of_a_task ? std::min(heads, num_threads()) : 1;
+    const auto tasks = divided_up(heads, heads_of_a_task), threads = std::min(tasks, num_threads());
     const auto size = floats_of_a_task();
-    const auto memory = at::empty({slots, size}, q_.options());
-    at::parallel_for(0, heads, heads_of_a_task, [&](int64_t begin, int64_t end) {
-      const auto slot = slots == 1 ? 0 : at::get_thread_num();
-      for (auto i = begin; i < end; ++i) run_head(i / G_, i % G_, Scratch(mutable_data(memory) + slot * size));
+    const auto memory = at::empty({threads, size}, q_.options());
+    run_tasks(tasks, threads, [&](int64_t task, int64_t thread) {
+      const auto end = std::min(heads, (task + 1) * heads_of_a_task);
+      for (auto i = task * heads_of_a_task; i < end; ++i)
+        run_head(i / G_, i % G_, Scratch(mutable_data(memory) + thread * size));
     });
   }
 

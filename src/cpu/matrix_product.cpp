@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/matrix_product.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
@@ -99,14 +98,7 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
       return multiply_packed(part, b.transposed, has_many, mutable_data(packed) + thread * packed_floats, shares.terms);
     b.transposed ? multiply_transposed(part) : multiply_part(part, /*has_many=*/false);
   };
-  const auto tasks = a.count() * shares.column_tasks * shares.row_tasks;
-  if (shares.threads == 1) {
-    for (int64_t task = 0; task < tasks; ++task) run_task(task, 0);
-  } else {
-    at::parallel_for(0, tasks, divided_up(tasks, shares.threads), [&](int64_t begin, int64_t end) {
-      for (auto task = begin; task < end; ++task) run_task(task, at::get_thread_num());
-    });
-  }
+  run_tasks(a.count() * shares.column_tasks * shares.row_tasks, shares.threads, run_task);
   return result;
 }
 

@@ -1,40 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <atomic>
 #include <utility>
 
 #include "cpu/huge_pages.h"
 #include "cpu/packed.h"
 #include "cpu/tasks.h"
+#include "cpu/thread_pool.h"
 
 // Runs tasks on threads, each with scratch memory.
 namespace xattn::detail::engine {
-
-inline int64_t num_threads() {
-  return at::in_parallel_region() ? 1 : at::get_num_threads();
-}
 
 // The threads that compute one task: the calling thread, or all.
 struct TaskThreads {
   bool all;
 
+  // Calls f(i) for i in [0, n).
   template <class F>
   void each(int64_t n, const F& f) const {
-    parts(n, [&f](int64_t begin, int64_t end) {
-      for (auto i = begin; i < end; ++i) f(i);
-    });
+    run_tasks(n, all ? num_threads() : 1, [&f](int64_t i, int64_t) { f(i); });
   }
 
-  // Calls f(begin, end) for parts of [0, n).
+  // Calls f(begin, end) for parts of [0, n), one for each thread, but of at least `least` (except the only one).
   template <class F>
-  void parts(int64_t n, const F& f) const {
-    if (!all) return f(0, n);
-    at::parallel_for(0, n, 1, f);
+  void parts(int64_t n, const F& f, int64_t least = 1) const {
+    const auto count = std::min(divided_up(n, least), all ? num_threads() : 1);
+    run_tasks(count, count, [&](int64_t i, int64_t) { f(n * i / count, n * (i + 1) / count); });
   }
 
   // Computes a product by ranges of whole panels, into plain rows.
@@ -71,28 +65,19 @@ class Scratch {
   float* next_;
 };
 
-/// Calls f(begin, end, scratch, threads) for shares of the rows [0, work.rows), as `plan_shares` divides them. If the rows cost
-/// unequal time, each thread takes the next task when it has finished one, from the last and most expensive rows on.
+/// Calls f(begin, end, scratch, threads) for shares of the rows [0, work.rows), as `plan_shares` divides them; if the rows cost
+/// unequal time, from the last and most expensive rows on.
 template <class F>
 void each_share_of_rows(const RowWork& work, const F& f) {
   if (work.rows == 0) return;
   const auto shares = plan_shares(work, num_threads(), kernels());
   const auto size = shares.scratch + Scratch::kPadding;
   const auto memory = in_huge_pages(at::empty({shares.at_once, size}, at::kFloat));
-  const auto run = [&](int64_t task, int64_t slot) {
+  run_tasks(shares.tasks, shares.at_once, [&](int64_t i, int64_t thread) {
+    const auto task = work.is_uneven ? shares.tasks - 1 - i : i;
     const auto begin = task * shares.rows, end = std::min(work.rows, begin + shares.rows);
-    f(begin, end, Scratch(mutable_data(memory) + slot * size), TaskThreads{shares.together});
-  };
-  if (shares.at_once == 1) {
-    for (int64_t task = 0; task < shares.tasks; ++task) run(task, 0);
-  } else if (work.is_uneven) {
-    std::atomic<int64_t> left = shares.tasks;
-    each(shares.at_once, [&](int64_t slot) {
-      for (auto task = --left; task >= 0; task = --left) run(task, slot);
-    });
-  } else {
-    each(shares.tasks, [&](int64_t task) { run(task, at::get_thread_num()); });
-  }
+    f(begin, end, Scratch(mutable_data(memory) + thread * size), TaskThreads{shares.together});
+  });
 }
 
 }  // namespace xattn::detail::engine

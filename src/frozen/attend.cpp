@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 
@@ -566,7 +565,7 @@ AttentionResult forward(const Orders& orders,
     Attend(w, make_engine_context(orders, w, key, value, lengths, layout), call).run(result);
     return result;
   }
-  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+  TaskThreads{.all = true}.parts(B, [&](int64_t begin, int64_t end) {
     const at::NoGradGuard no_grad;
     const auto part = [&](const Tensor& x) { return x.defined() ? x.narrow(0, begin, end - begin) : x; };
     auto part_call = call;

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -28,7 +27,7 @@ void each_block(const EngineContext& context, const F& f) {
   const auto panels_of = [panel](int64_t length) { return divided_up(length, panel); };
   int64_t panels = 0;
   for (const auto length : context.lengths) panels += panels_of(length);
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+  TaskThreads{.all = true}.parts(panels, [&](int64_t begin, int64_t end) {
     for (int64_t b = 0; b < context.B && begin < end; ++b) {
       const auto length = context.lengths[static_cast<size_t>(b)], panels_here = panels_of(length);
       const auto stop = std::min(end, panels_here), blocks = divided_up(stop - begin, most_panels);

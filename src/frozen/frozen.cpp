@@ -155,8 +155,11 @@ std::shared_ptr<const Frozen::State> Frozen::State::make(const CrossAttentionOpt
   const bool kernels = !options.bias_kv() && detail::runs_on_kernels(weights.key);
   detail::check_storage(kFrozen, freeze.storage, kernels);
   if (kernels && !freeze.plan) plan.rates.reset();  // the module's rates are those of other kernels
-  auto exact = changed(weights, [](const Tensor& x) { return x.detach().to(at::kDouble); });
-  if (kernels) exact.scale = 1;  // the kernels scale in the softmax
+  const auto exact = [&weights, kernels] {  // a copy that lives as long as a product is made from it
+    auto copy = changed(weights, [](const Tensor& x) { return x.detach().to(at::kDouble); });
+    if (kernels) copy.scale = 1;  // the kernels scale in the softmax
+    return copy;
+  };
   // An automatic plan may take a product of weights wherever it is legal and saves time.
   const auto is_requested = [&plan](Order pinned, std::string_view illegal) {
     return plan.pinned ? detail::uses_product(pinned) : illegal.empty();
@@ -166,10 +169,10 @@ std::shared_ptr<const Frozen::State> Frozen::State::make(const CrossAttentionOpt
   request.sums_heads = sums_heads;
   detail::WeightProducts products;
   if (is_requested(plan.orders.logits, illegal_for_logits(Order::prefold, request))) {
-    products.logits = in_type_of(weights.query, detail::product_for_logits(exact));
+    products.logits = in_type_of(weights.query, detail::product_for_logits(exact()));
   }
   if (is_requested(plan.orders.values, illegal_for_values(Order::prefold, request))) {
-    products.values = in_type_of(weights.query, detail::product_for_values(exact));
+    products.values = in_type_of(weights.query, detail::product_for_values(exact()));
   }
 
   auto state = std::make_shared<State>(State{options, std::move(weights), plan});

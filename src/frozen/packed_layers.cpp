@@ -119,9 +119,10 @@ Tensor normalised_on_kernels(const Tensor& given, const NormWeights& norm) {
   if (norm.kind == NormKind::none || !given.is_cpu() || given.scalar_type() != at::kFloat) return normalised(given, norm);
   const auto x = plain(given), y = at::empty_like(x);
   constexpr int64_t kRowsOfATask = 16;  // of some hundred features: a few microseconds
-  at::parallel_for(0, x.numel() / norm.size, kRowsOfATask, [&](int64_t begin, int64_t end) {
+  const auto normalise = [&](int64_t begin, int64_t end) {
     normalise_into(norm, data(x) + begin * norm.size, mutable_data(y) + begin * norm.size, end - begin, norm.size);
-  });
+  };
+  TaskThreads{.all = true}.parts(x.numel() / norm.size, normalise, kRowsOfATask);
   return y;
 }
 
