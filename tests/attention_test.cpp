@@ -499,6 +499,10 @@ TEST_P(AttentionTest, RefusesBadInputByName) {
   EXPECT_EQ(type_error(q, k, v.to(torch::kHalf)), "[attention] v must be float64, the type of q, but is float16.");
   EXPECT_EQ(value_error(q, k, v, AttentionOptions{.scale = kInfinity}), "[attention] scale must be finite, but is inf.");
   EXPECT_EQ(value_error(q, k, v, AttentionOptions{.scale = std::nan("")}), "[attention] scale must be finite, but is nan.");
+  const auto narrow = q.to(torch::kFloat8_e4m3fn);
+  EXPECT_EQ(type_error(narrow, narrow, narrow),
+            "[attention] q must be float64, float32, bfloat16 or float16, but is float8_e4m3fn.");
+  EXPECT_EQ(type_error(q, k.to_sparse(), v), "[attention] k must be dense, but is sparse.");
   const auto on_meta = [](const torch::Tensor& x) { return x.to(torch::kMeta); };
   EXPECT_EQ(type_error(on_meta(q), on_meta(k), on_meta(v)), "[attention] q must hold numbers, but is on meta.");
   EXPECT_EQ(type_error(q, on_meta(k), v), "[attention] k must be on " + device_.str() + ", as q, but is on meta.");

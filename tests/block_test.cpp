@@ -678,6 +678,7 @@ TEST(GatedBlockTest, TheOutputHasTheTypeOfAHalfQueryUnderAutocast) {
 TEST(BlockOptionsTest, OptionsOfTheAttentionAreThoseOfItsModule) {
   CrossAttentionBlock block(CrossAttentionOptions(8, 12, 12, 8));
   const auto x = torch::randn({2, 3, 8}), y = torch::randn({2, 5, 12});
+  EXPECT_TRUE(block->options.attention() == block->attention->options) << "with every default resolved";
   block->attention->options.attention_weights(AttentionWeights::per_head);
   EXPECT_EQ(std::get<1>(block->forward(x, y, y)).sizes(), (std::vector<int64_t>{2, 1, 3, 5}));
   block->options.attention().scale(0.5);

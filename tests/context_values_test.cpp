@@ -9,6 +9,7 @@
 #include <xattn/frozen.h>
 
 #include <functional>
+#include <limits>
 #include <memory>
 #include <string>
 #include <thread>
@@ -783,10 +784,102 @@ TEST(SharedContextOptionsTest, WhereKeysCannotStayAsTheyAreAreRefused) {
             "[cross_attention] capacity must be 0 for a shared context, but is 9.");
   EXPECT_EQ(error_of<c10::ValueError>([&] { (void)module->context(x, x, {}, {.capacity = -1}); }),
             "[cross_attention] capacity must not be negative, but is -1.");
+  constexpr auto kHuge = std::numeric_limits<int64_t>::max();
+  const std::string too_large = " capacity must be at most 1099511627776, but is 9223372036854775807.";
+  EXPECT_EQ(error_of<c10::ValueError>([&] { (void)module->context(x, x, {}, {.capacity = kHuge}); }),
+            "[cross_attention]" + too_large);
+  EXPECT_EQ(error_of<c10::ValueError>([&] { (void)module->freeze().context(x, x, {}, {.capacity = kHuge}); }),
+            "[frozen]" + too_large);
   const auto strided = torch::randn({2, 8, 5}).transpose(1, 2);
   EXPECT_EQ(error_of<c10::ValueError>([&] { (void)module->freeze().context(strided, x, {}, share); }),
             "[frozen] key must be contiguous to be shared, but has strides [40, 1, 5].");
   EXPECT_FALSE(module->context(strided, x, {}, share).key().is_contiguous()) << "a module reads any strides";
+}
+
+TEST(SharedContextOptionsTest, AreRefusedForAnyNumberOfQueriesByLayersThatMustProjectTheirKeys) {
+  const CrossAttentionOptions sizes[] = {{8, 8, 8, 8}, {16, 40, 48, 1}, {128, 40, 16, 16}};
+  for (const auto& options : sizes) {
+    const auto key = torch::randn({1, 6, options.dim_key()}), value = torch::randn({1, 6, options.dim_value()});
+    for (auto changed :
+         {CrossAttentionOptions(options).qk_norm(NormKind::layer), CrossAttentionOptions(options).bias_kv(true)}) {
+      CrossAttention module(changed.num_heads(8).head_dim(16));
+      DecoupledCrossAttention decoupled{DecoupledCrossAttentionOptions(changed)};
+      const auto frozen = module->freeze();
+      for (const int64_t rows : {int64_t{0}, int64_t{1}, int64_t{5}, int64_t{100'000}, ContextOptions::kMany}) {
+        const ContextOptions how{.expected_queries = rows, .share = true};
+        const std::function<void()> calls[] = {[&] { (void)module->context(key, value, {}, how); },
+                                               [&] { (void)frozen.context(key, value, {}, how); },
+                                               [&] { (void)decoupled->context(key, value, {}, how); }};
+        for (const auto& call : calls) {
+          EXPECT_NE(error_of<c10::ValueError>(call).find("share must be left out"), std::string::npos) << rows;
+        }
+      }
+    }
+  }
+}
+
+TEST(SharedContextOptionsTest, AreRefusedByABlockThatNormalisesItsKeys) {
+  const CrossAttentionBlockOptions plain(CrossAttentionOptions(8, 8, 8, 8));
+  const auto x = torch::randn({2, 5, 8});
+  const ContextOptions share{.expected_queries = 1, .share = true};
+  CrossAttentionBlock block(CrossAttentionBlockOptions(plain).norm_context(true));
+  const std::string refusal =
+      " share must be left out if a layer cannot read keys and values as given, but is set: norm_context normalises them.";
+  EXPECT_EQ(error_of<c10::ValueError>([&] { (void)block->context(x, x, {}, share); }), "[cross_attention_block]" + refusal);
+  EXPECT_EQ(error_of<c10::ValueError>([&] { (void)block->freeze().context(x, x, {}, share); }), "[frozen_block]" + refusal);
+  for (auto reads :
+       {CrossAttentionBlockOptions(plain), CrossAttentionBlockOptions(plain).norm(NormKind::none).norm_context(true)}) {
+    EXPECT_TRUE(CrossAttentionBlock(reads)->context(x, x, {}, share).key().is_same(x));
+  }
+}
+
+TEST(JoinedContextsTest, OfDifferentLengthsFitWithEqualExpectedQueriesAndCapacity) {
+  torch::manual_seed(0);
+  CrossAttention module(CrossAttentionOptions(64, 16, 16, 16).num_heads(4).head_dim(4).value_head_dim(5));
+  const torch::NoGradGuard no_gradients;
+  const auto frozen = module->freeze();
+  const auto first = torch::randn({2, 1, 16}), second = torch::randn({2, 150, 16}), query = torch::randn({2, 3, 64});
+  const auto all = torch::cat({first, second}, 1);
+  const auto expected = std::get<0>(module->forward(query, all, all));
+  bool are_refused = false;
+  for (const int64_t rows : {1, 5, 30, 1000}) {
+    for (const int64_t capacity : {0, 150}) {
+      const ContextOptions how{.expected_queries = rows, .capacity = capacity};
+      const auto a = module->context(first, first, {}, how), b = module->context(second, second, {}, how);
+      const auto c = frozen.context(first, first, {}, how), d = frozen.context(second, second, {}, how);
+      if (a.orders() == b.orders()) {
+        expect_close(std::get<0>(module->attend(query, Context::join({a, b}))), expected, kAllowed, "module");
+      } else {
+        are_refused = true;
+        EXPECT_EQ(capacity, 0) << "equal capacities make one order";
+        EXPECT_NE(error_of<c10::ValueError>([&] { (void)Context::join({a, b}); }).find("contexts must be in one order"),
+                  std::string::npos);
+      }
+      if (c.orders() == d.orders()) {
+        expect_close(std::get<0>(frozen.attend(query, FrozenContext::join({c, d}))), expected, kAllowed, "frozen");
+      } else {
+        are_refused = true;
+        EXPECT_EQ(capacity, 0) << "equal capacities make one order";
+        EXPECT_EQ(error_of<c10::ValueError>([&] { (void)FrozenContext::join({c, d}); }),
+                  "[frozen] contexts must be in one order to be joined, but they differ. Make them for the same "
+                  "expected_queries and capacity.");
+      }
+    }
+  }
+  EXPECT_TRUE(are_refused) << "otherwise this test shows nothing of orders that differ";
+}
+
+TEST(ContextOfABlockTest, IsRefusedByAttentionThatDoesNotApplyItsNorm) {
+  CrossAttentionBlock block(CrossAttentionBlockOptions(CrossAttentionOptions(8, 8, 8, 8).num_heads(2)).norm_context(true));
+  const auto x = torch::randn({2, 5, 8});
+  for (const int64_t rows : {int64_t{1}, ContextOptions::kMany}) {
+    const auto context = block->context(x, x, {}, {.expected_queries = rows});
+    EXPECT_EQ(
+        error_of<c10::ValueError>([&] { block->attention->attend(x, context); }),
+        "[cross_attention] context must be made with the weights that attend to it, but they are another module's, or have "
+        "changed since. Make the context again.");
+    EXPECT_TRUE(std::get<0>(block->attend(x, context)).defined());
+  }
 }
 
 TEST(SharedContextOptionsTest, AContextThatGrowsIsPlannedForItsCapacityAndNeverFolded) {
@@ -864,13 +957,12 @@ TEST(ContextErrorsTest, PartsThatDoNotFitAreRefused) {
   EXPECT_EQ(
       join_with(module->context(part.key, part.value, {}, {.expected_queries = 3})),
       "[context] contexts must be in one order, but are in standard, standard and in fold_into_query, standard. Make them "
-      "for the same expected_queries.");
+      "for the same expected_queries and capacity.");
   EXPECT_EQ(error_of<c10::ValueError>([] { (void)FrozenContext::join({}); }),
             "[frozen] contexts must be at least one, but are none.");
   EXPECT_EQ(
       error_of<c10::ValueError>([&] { (void)FrozenContext::join({of_frozen, other_frozen.context(part.key, part.value)}); }),
-      "[frozen] contexts must be of one Frozen, batch, order and device to be joined, but they differ. Make them for the "
-      "same expected_queries.");
+      "[frozen] contexts must be of one Frozen, batch and device to be joined, but they differ.");
   const auto long_mask = Mask::lengths(torch::tensor({1, 2, 3}), 4);
   for (const auto& [caller, append] :
        std::vector<std::pair<std::string, std::function<void(const Tensor&, const Tensor&, const Mask&)>>>{

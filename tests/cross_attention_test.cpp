@@ -4,6 +4,9 @@
 #include <ATen/autocast_mode.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <xattn/block.h>
+#include <xattn/frozen.h>
+#include <xattn/frozen_block.h>
 
 #include <cmath>
 #include <set>
@@ -317,6 +320,44 @@ TEST_P(CrossAttentionTest, AutocastGivesTheTypesOfTheReference) {
   EXPECT_EQ(fused.scalar_type(), torch::kBFloat16);
   EXPECT_EQ(weights.scalar_type(), device_.is_cpu() ? torch::kBFloat16 : torch::kFloat);
   EXPECT_EQ(refused, "[cross_attention] query must be of a floating point type, but is int64.");
+}
+
+TEST(CrossAttentionTypesTest, ParametersOfOtherTypesAreRefused) {
+  for (const auto& [type, name] : {std::pair(torch::kComplexFloat, "complex64"), {torch::kFloat8_e4m3fn, "float8_e4m3fn"}}) {
+    CrossAttention module(8, 8, 8, 8);
+    module->to(type);
+    const auto x = torch::randn({2, 3, 8}).to(type);
+    const auto refusal = std::string(" parameters must be float64, float32, bfloat16 or float16, but is ") + name + ".";
+    EXPECT_EQ(error_of<c10::TypeError>([&] { module->forward(x, x, x); }), "[cross_attention]" + refusal);
+    EXPECT_EQ(error_of<c10::TypeError>([&] { (void)module->context(x, x); }), "[cross_attention]" + refusal);
+    EXPECT_EQ(error_of<c10::TypeError>([&] { (void)module->freeze(); }), "[frozen]" + refusal);
+  }
+}
+
+TEST(CrossAttentionTypesTest, TensorsThatAreNotDenseAreRefusedByName) {
+  CrossAttention module(8, 8, 8, 8);
+  CrossAttentionBlock block(CrossAttentionOptions(8, 8, 8, 8));
+  const auto frozen = module->freeze();
+  const auto frozen_block = block->freeze();
+  const auto x = torch::randn({2, 3, 8}), y = torch::randn({2, 3, 8});
+  const std::pair<torch::Tensor, std::string> others[] = {
+      {x.to_sparse(), "sparse."},
+      {x.to_mkldnn(), "in the layout of oneDNN."},
+      {torch::_nested_tensor_from_tensor_list({x[0], x[1]}), "nested."},
+  };
+  for (const auto& [other, is] : others) {
+    EXPECT_EQ(error_of<c10::TypeError>([&] { module->forward(other, x, x); }),
+              "[cross_attention] query must be dense, but is " + is);
+    EXPECT_EQ(error_of<c10::TypeError>([&] { module->forward(x, other, x); }),
+              "[cross_attention] key must be dense, but is " + is);
+    EXPECT_EQ(error_of<c10::TypeError>([&] { module->forward(x, x, other); }),
+              "[cross_attention] value must be dense, but is " + is);
+    EXPECT_EQ(error_of<c10::TypeError>([&] { frozen.forward(x, x, other); }), "[frozen] value must be dense, but is " + is);
+    EXPECT_EQ(error_of<c10::TypeError>([&] { block->forward(other, y, y); }),
+              "[cross_attention_block] query must be dense, but is " + is);
+    EXPECT_EQ(error_of<c10::TypeError>([&] { frozen_block.forward(other, y, y); }),
+              "[frozen_block] query must be dense, but is " + is);
+  }
 }
 
 TEST_P(CrossAttentionTest, TrainsInsideALargerModel) {

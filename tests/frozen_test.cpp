@@ -739,10 +739,24 @@ TEST_F(FrozenTest, RefusesBadInputByName) {
             "[frozen] weight_heads must be of the 1 heads, but name 1.");
   EXPECT_EQ(error_of<c10::ValueError>([&] { return context.slice(1, 3); }),
             "[frozen] slice must lie in [0, 2], but is [1, 3).");
+  EXPECT_EQ(error_of<c10::ValueError>([&] { return context.slice(2, 1); }),
+            "[frozen] slice must lie in [0, 2], but is [2, 1).");
   const auto raw = module->freeze({.plan = PlanMode::pin({Order::fold_into_query, Order::fold_into_query})});
   const auto for_few = raw.context(x.key, x.value, {}, {.expected_queries = 1}), for_many = raw.context(x.key, x.value);
   EXPECT_EQ(error_of<c10::ValueError>([&] { return FrozenContext::cat({for_few, for_many}); }),  // their layouts differ
             "[frozen] contexts must be batches of one Frozen, of one length and orders, but they differ.");
+}
+
+TEST(FrozenContextTest, ASliceMayBeEmpty) {
+  const auto frozen = CrossAttention(CrossAttentionOptions(8, 12, 12, 6).num_heads(2).head_dim(3))->freeze();
+  const auto x = torch::randn({3, 5, 12});
+  for (const auto& mask : {Mask(), Mask::lengths(torch::tensor({2, 5, 1}), 5)}) {
+    const auto none = frozen.context(x, x, mask).slice(1, 1);
+    EXPECT_EQ(none.batch_size(), 0);
+    const auto [output, weights] = frozen.attend(torch::randn({0, 4, 8}), none);
+    EXPECT_EQ(output.sizes(), (std::vector<int64_t>{0, 4, 6}));
+    EXPECT_EQ(weights.sizes(), (std::vector<int64_t>{0, 4, 5}));
+  }
 }
 
 TEST(FrozenContextTest, KeepsKeysAndValuesThatAreOneTensorAsOne) {

@@ -290,6 +290,36 @@ TEST(MaskTest, ErrorsNameAnArgumentOfAWrongType) {
             "[mask] from_additive must be of a floating point type, but is bool.");
   EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::lengths(floats[0], 3); }),
             "[mask] lengths must be of an integer type, but is float32.");
+  const auto bytes = torch::zeros({2, 3}, torch::kByte);
+  EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::from_multihead_attention(bytes, {}, 1); }),
+            "[mask] key_padding_mask must be bool or of a floating point type, but is uint8.");
+  EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::from_multihead_attention({}, bytes, 1); }),
+            "[mask] attn_mask must be bool or of a floating point type, but is uint8.");
+  EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::from_scaled_dot_product_attention(bytes); }),
+            "[mask] attn_mask must be bool or of a floating point type, but is uint8.");
+}
+
+TEST(MaskTest, ErrorsNameAnArgumentThatIsNotDense) {
+  const auto floats = torch::zeros({2, 3}).to_sparse(), bools = torch::zeros({2, 3}, torch::kBool).to_sparse();
+  EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::key_padding(bools); }), "[mask] key_padding must be dense, but is sparse.");
+  EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::dense(bools); }), "[mask] dense must be dense, but is sparse.");
+  EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::bias(floats); }), "[mask] bias must be dense, but is sparse.");
+  EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::from_additive(floats); }),
+            "[mask] from_additive must be dense, but is sparse.");
+  EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::lengths(torch::ones({2}, torch::kLong).to_sparse(), 3); }),
+            "[mask] lengths must be dense, but is sparse.");
+  EXPECT_EQ(error_of<c10::TypeError>([&] { Mask::from_multihead_attention(bools, {}, 1); }),
+            "[mask] key_padding_mask must be dense, but is sparse.");
+}
+
+TEST(MaskTest, AnSdpaMaskMayLeaveOutAnyLeadingAxes) {
+  const auto keep = torch::rand({2, 4, 3, 5}) < 0.5;
+  for (const auto& given : {keep[0][0][0], keep[0][0], keep[0], keep}) {
+    const auto mask = Mask::from_scaled_dot_product_attention(given);
+    EXPECT_TRUE(allowed_keys(mask, 3, 5, torch::kCPU).expand({2, 4, 3, 5}).equal(given.expand({2, 4, 3, 5}))) << given.sizes();
+  }
+  EXPECT_EQ(error_of<c10::ValueError>([&] { Mask::from_scaled_dot_product_attention(keep[0][0][0][0]); }),
+            "[mask] attn_mask must have shape [B|1, H|1, Lq|1, Lk] or leave out leading axes, but has [].");
 }
 
 TEST(MaskTest, ErrorsNameAnArgumentOfAWrongShape) {

@@ -86,6 +86,9 @@ TEST(NormTest, RefusesBadInput) {
   Norm norm(NormKind::rms, 4);
   EXPECT_EQ(error_of<c10::ValueError>([&] { norm(torch::ones({2, 3})); }),
             "[norm] x must have shape [..., 4], but has [2, 3].");
+  EXPECT_EQ(error_of<c10::TypeError>([&] { norm(torch::ones({2, 4}, torch::kLong)); }),
+            "[norm] x must be float64, float32, bfloat16 or float16, but is int64.");
+  EXPECT_EQ(error_of<c10::TypeError>([&] { norm(torch::ones({2, 4}).to_sparse()); }), "[norm] x must be dense, but is sparse.");
 }
 
 }  // namespace

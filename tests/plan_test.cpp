@@ -388,6 +388,9 @@ TEST(PlanTest, RefusesSizesThatCannotBe) {
   r.G = 3;
   EXPECT_EQ(error_of<c10::ValueError>([&] { make_plan(r); }), "[plan] H must be a multiple of G, but they are 4 and 3.");
   r.G = 4;
+  r.shares_context = r.key_norm = true;
+  EXPECT_NE(error_of<c10::ValueError>([&] { make_plan(r); }).find("request must allow an order of each chain, but allows none"),
+            std::string::npos);
   r.rates = {};
   EXPECT_NE(error_of<c10::ValueError>([&] { make_plan(r); }).find("rates must be above 0"), std::string::npos);
 }

@@ -97,7 +97,7 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
  private:
   friend class FrozenBlock;
   void check_options() const;
-  CrossAttentionOptions attention_options_;  // as given to the constructor
+  CrossAttentionOptions attention_options_;  // as the module was made
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(Mask())}, {4, torch::nn::AnyValue(CallOptions())})

@@ -23,7 +23,7 @@ struct ContextOptions {
   int64_t capacity = 0;
   /// Whether key and value are kept as the caller's tensors and not copied; they must not be written to afterwards. Many layers
   /// can so use one encoder output that is in memory once. Only orders that read keys and values as given are then used; throws
-  /// c10::ValueError if there are none (key norms, bias_kv, autocast, another pinned plan).
+  /// c10::ValueError if there are none (key norms, norm_context, bias_kv, autocast, another pinned plan).
   bool share = false;
 };
 
@@ -47,9 +47,11 @@ class XATTN_API Context {
 
   /// The orders of products for which it was made.
   const Orders& orders() const;
-  /// Keys as the order of the logits reads them: standard, K [B, G, Lk, d]; raw, [B, Lk, Ek]; folded, [B, H * Lk, Eq].
+  /// Keys as the order of the logits reads them: standard, K [B, G, Lk, d], with bias_kv one row more;
+  /// raw, [B, Lk, Ek]; folded, [B, H * Lk, Eq].
   const at::Tensor& key() const;
-  /// Values as the order of the values reads them: standard, V [B, G, Lk, e]; raw, [B, Lk, Ev]; folded, [B, H * Lk, Eo].
+  /// Values as the order of the values reads them: standard, V [B, G, Lk, e], with bias_kv one row more;
+  /// raw, [B, Lk, Ev]; folded, [B, H * Lk, Eo].
   const at::Tensor& value() const;
   const Mask& mask() const;
   /// False if it was made from unbatched [Lk, E] tensors; its queries are then unbatched too.
@@ -58,7 +60,8 @@ class XATTN_API Context {
   int64_t length() const;
 
   /// Several contexts, one behind the other, as one: each passage, frame or document is encoded once. They may differ in length
-  /// and mask, but must have the same batch, orders, weights and causal mask. Costs one copy of all keys and values.
+  /// and mask, but must have the same batch, orders, weights and causal mask; orders are the same for equal expected_queries and
+  /// a capacity for the longest. Costs one copy of all keys and values.
   [[nodiscard]] static Context join(const std::vector<Context>& contexts);
 
   /// This context followed by key [B, n, Ek] and value [B, n, Ev], with a mask for these n keys; a causal mask of the context

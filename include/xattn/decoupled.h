@@ -161,7 +161,7 @@ class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<Decoup
  private:
   friend class FrozenDecoupled;
   void check_options() const;
-  CrossAttentionOptions attention_options_;  // as given to the constructor
+  CrossAttentionOptions attention_options_;  // as the module was made
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS({4, torch::nn::AnyValue(Mask())}, {5, torch::nn::AnyValue(CallOptions())})

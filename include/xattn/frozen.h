@@ -37,7 +37,7 @@ class XATTN_API FrozenContext {
   /// (ContextOptions::share). Contexts that share memory each count it.
   int64_t bytes() const;
 
-  /// Batch entries [begin, end), without a copy. The mask must not differ between batch entries unless they are lengths.
+  /// Batch entries [begin, end), without a copy.
   [[nodiscard]] FrozenContext slice(int64_t begin, int64_t end) const;
 
   /// A copy on another device, for storage between uses: `attend` requires contexts on the device of the weights.
@@ -88,7 +88,8 @@ struct FreezeOptions {
 ///
 /// In float32 on the CPU it runs on this library's own kernels, unless the layer has bias_kv; elsewhere on LibTorch's
 /// operators. Calls record no gradients; results are ordinary tensors. Types, shapes, masks and errors are those of
-/// CrossAttention. With a pinned plan, bits do not depend on the number of threads; with an automatic plan they may.
+/// CrossAttention without autocast, which has no effect here. With a pinned plan, bits do not depend on the number of threads;
+/// with an automatic plan they may.
 ///
 /// Immutable: any number of threads may share one without locks. Copies share storage.
 class XATTN_API Frozen {

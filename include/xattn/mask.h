@@ -32,8 +32,8 @@ enum class CausalAlignment {
 /// float32, does not forbid its key: a row with only such biases is an average over its keys.
 ///
 /// A masked key with finite values has no influence. NaN or infinity under a mask may spread, as in PyTorch, because zero times
-/// NaN is NaN. For unbatched inputs, build masks as for B = 1. A mask keeps the tensors that it was built from and never
-/// changes; it may be shared between threads.
+/// NaN is NaN. For unbatched inputs, build masks as for B = 1. A mask keeps the tensors that it was built from, which must
+/// not be written to afterwards; it may be shared between threads.
 ///
 ///   auto mask = Mask::lengths(text_lengths, /*Lk=*/77) & Mask::causal(CausalAlignment::lower_right);
 class XATTN_API Mask {

@@ -157,7 +157,7 @@ XATTN_API bool logits_product_pays(const PlanRequest& request);
 XATTN_API bool values_product_pays(const PlanRequest& request);
 
 /// The pinned orders, or the cheapest legal ones; the reference's if an axis is empty. Throws c10::ValueError for invalid
-/// sizes.
+/// sizes, and if no order is legal.
 XATTN_API Plan make_plan(const PlanRequest& request);
 
 /// The cost of these orders, legal or not.

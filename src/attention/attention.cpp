@@ -25,6 +25,7 @@
 #include "attention/mask_parts.h"
 #include "attention/softmax.h"
 #include "base/check.h"
+#include "base/check_tensor.h"
 #include "base/describe.h"
 #include "cpu/matrix_product.h"
 
@@ -56,6 +57,7 @@ struct AttentionCall {
 void check_inputs(const AttentionCall& call) {
   const auto& [q, k, v, options, base] = call;
   constexpr auto kCaller = "attention";
+  for (const auto& [name, x] : {std::pair("q", &q), {"k", &k}, {"v", &v}}) detail::check_dense(kCaller, name, *x);
   check_value(q.dim() == 4 && q.size(1) >= 1 && q.size(3) >= 1, kCaller, "q must have shape [B, H, Lq, d], but has {}.",
               shape_of(q));
   check_value(k.dim() == 4 && k.size(0) == q.size(0) && k.size(1) >= 1 && k.size(3) == q.size(3), kCaller,
@@ -65,6 +67,7 @@ void check_inputs(const AttentionCall& call) {
   check_value(v.dim() == 4 && v.sizes().slice(0, 3) == k.sizes().slice(0, 3) && v.size(3) >= 1, kCaller,
               "v must have shape [{}, {}, {}, e], but has {}.", k.size(0), k.size(1), k.size(2), shape_of(v));
   check_type(q.is_floating_point(), kCaller, "q must be of a floating point type, but is {}.", type_of(q));
+  detail::check_computed_type(kCaller, "q", q);
   check_type(!q.is_meta(), kCaller, "q must hold numbers, but is on {}.", q.device().str());
   for (const auto& [name, x] : {std::pair("k", &k), std::pair("v", &v)}) {
     check_type(x->scalar_type() == q.scalar_type(), kCaller, "{} must be {}, the type of q, but is {}.", name, type_of(q),

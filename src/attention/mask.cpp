@@ -27,6 +27,7 @@
 #include "attention/mask_parts.h"
 #include "attention/softmax.h"
 #include "base/check.h"
+#include "base/check_tensor.h"
 #include "base/describe.h"
 #include "base/text.h"
 
@@ -66,11 +67,20 @@ at::Tensor with_four_axes(const at::Tensor& tensor, std::string_view name) {
 void check_bool(const at::Tensor& tensor, std::string_view name) {
   check_type(tensor.defined() && tensor.scalar_type() == at::kBool, "mask", "{} must be bool, true = may attend, but is {}.",
              name, type_of(tensor));
+  detail::check_dense("mask", name, tensor);
 }
 
 void check_bias(const at::Tensor& tensor, std::string_view name) {
   check_type(tensor.defined() && tensor.is_floating_point(), "mask", "{} must be of a floating point type, but is {}.", name,
              type_of(tensor));
+  detail::check_dense("mask", name, tensor);
+}
+
+// torch's masks: a boolean, or an addend.
+void check_torch_mask(const at::Tensor& tensor, std::string_view name) {
+  check_type(tensor.scalar_type() == at::kBool || tensor.is_floating_point(), "mask",
+             "{} must be bool or of a floating point type, but is {}.", name, type_of(tensor));
+  detail::check_dense("mask", name, tensor);
 }
 
 bool is_causal(const MaskPart& part) {
@@ -204,6 +214,7 @@ Mask Mask::key_padding(const at::Tensor& valid) {
 Mask Mask::lengths(const at::Tensor& lengths, int64_t Lk) {
   check_type(lengths.defined() && at::isIntegralType(lengths.scalar_type(), /*includeBool=*/false), "mask",
              "lengths must be of an integer type, but is {}.", type_of(lengths));
+  detail::check_dense("mask", "lengths", lengths);
   check_value(lengths.dim() == 1, "mask", "lengths must have shape [B], but has {}.", shape_of(lengths));
   check_value(Lk >= 0, "mask", "Lk must not be negative, but is {}.", Lk);
   if (lengths.is_cpu() && lengths.numel() > 0) {
@@ -243,11 +254,13 @@ Mask Mask::from_multihead_attention(const at::Tensor& key_padding_mask, const at
   check_value(num_heads >= 1, "mask", "num_heads must be at least 1, but is {}.", num_heads);
   Mask mask;
   if (key_padding_mask.defined()) {
+    check_torch_mask(key_padding_mask, "key_padding_mask");
     check_value(key_padding_mask.dim() == 2, "mask", "key_padding_mask must have shape [B, Lk], but has {}.",
                 shape_of(key_padding_mask));
     mask = mask & convert(key_padding_mask.unsqueeze(1));  // [B, 1, Lk]
   }
   if (attn_mask.defined()) {
+    check_torch_mask(attn_mask, "attn_mask");
     check_value(attn_mask.dim() == 2 || (attn_mask.dim() == 3 && attn_mask.size(0) % num_heads == 0), "mask",
                 "attn_mask must have shape [Lq, Lk] or [B * {}, Lq, Lk], but has {}.", num_heads, shape_of(attn_mask));
     mask =
@@ -259,6 +272,9 @@ Mask Mask::from_multihead_attention(const at::Tensor& key_padding_mask, const at
 Mask Mask::from_scaled_dot_product_attention(const at::Tensor& attn_mask, bool is_causal) {
   Mask mask = is_causal ? causal(CausalAlignment::upper_left) : Mask();
   if (!attn_mask.defined()) return mask;
+  check_torch_mask(attn_mask, "attn_mask");
+  check_value(attn_mask.dim() >= 1 && attn_mask.dim() <= 4, "mask",
+              "attn_mask must have shape [B|1, H|1, Lq|1, Lk|1] or leave out leading axes, but has {}.", shape_of(attn_mask));
   auto aligned = attn_mask;  // [B|1, H|1, Lq|1, Lk|1]
   while (aligned.dim() < 4) aligned = aligned.unsqueeze(0);
   auto given = attn_mask.scalar_type() == at::kBool ? dense(aligned) : bias(aligned);

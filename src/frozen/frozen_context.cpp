@@ -116,7 +116,7 @@ int64_t FrozenContext::bytes() const {
 }
 
 FrozenContext FrozenContext::slice(int64_t begin, int64_t end) const {
-  check_value(0 <= begin && begin < end && end <= batch_size(), kFrozen, "slice must lie in [0, {}], but is [{}, {}).",
+  check_value(0 <= begin && begin <= end && end <= batch_size(), kFrozen, "slice must lie in [0, {}], but is [{}, {}).",
               batch_size(), begin, end);
   auto sliced = std::make_shared<State>(state());
   sliced->mask = state().mask.slice(begin, end);
@@ -180,12 +180,12 @@ FrozenContext FrozenContext::join(const std::vector<FrozenContext>& contexts) {
   int64_t keys = 0;
   for (const auto& context : contexts) {
     const auto& state = context.state();
-    check_value(state.owner == first.owner && state.parts.orders == first.parts.orders &&
-                    state.parts.layout == first.parts.layout && state.parts.B == first.parts.B &&
-                    state.batched == first.batched && state.parts.keys.device() == first.parts.keys.device(),
-                kFrozen,
-                "contexts must be of one Frozen, batch, order and device to be joined, but they differ. Make them for the same "
-                "expected_queries.");
+    check_value(state.owner == first.owner && state.parts.B == first.parts.B && state.batched == first.batched &&
+                    state.parts.keys.device() == first.parts.keys.device(),
+                kFrozen, "contexts must be of one Frozen, batch and device to be joined, but they differ.");
+    check_value(state.parts.orders == first.parts.orders && state.parts.layout == first.parts.layout, kFrozen,
+                "contexts must be in one order to be joined, but they differ. Make them for the same expected_queries and "
+                "capacity.");
     masks.emplace_back(state.whole_mask(), state.parts.Lk);
     keys += state.parts.Lk;
   }

@@ -4,6 +4,7 @@
 #include <ATen/ops/linear.h>
 
 #include "base/check.h"
+#include "base/check_tensor.h"
 #include "base/describe.h"
 #include "frozen/packed_layers.h"
 #include "frozen/state.h"
@@ -52,6 +53,7 @@ const FrozenLinear::State& FrozenLinear::state() const {
 Tensor FrozenLinear::forward(const Tensor& x) const {
   const detail::Inference inference;
   const auto& s = state();
+  detail::check_dense(kLinear, "x", x);
   check_value(x.defined() && x.dim() >= 1 && x.size(-1) == s.in, kLinear, "x must have shape [..., {}], but has {}.", s.in,
               detail::shape_of(x));
   check_type(x.scalar_type() == s.type, kLinear, "x must be {}, the type of the weight, but is {}.",

@@ -48,6 +48,8 @@ CrossAttentionBlockOptions resolved(CrossAttentionBlockOptions options) {
 CrossAttentionBlockImpl::CrossAttentionBlockImpl(const CrossAttentionBlockOptions& options_)
     : options(resolved(options_)), attention_options_(options_.attention()) {
   reset();
+  attention_options_ = attention->options;
+  options.attention(attention_options_);
 }
 
 // Checks options that may have been changed since the module was made. `attention` checks its own options.
@@ -156,6 +158,7 @@ std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::forward(
 Context CrossAttentionBlockImpl::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& how) {
   check_options();
   const auto weights = detail::weights_of(*this);
+  detail::check_share(kBlock, weights, how);
   const auto [none, Xk, Xv] = detail::block_context(kBlock, weights, key, value, detail::normalised);
   auto state = std::make_shared<Context::State>(attention->context(Xk, Xv, mask, how).state());
   const auto norm = weights.context_norm();
@@ -171,7 +174,7 @@ std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::attend(const Tensor& query,
   const auto weights = detail::weights_of(*this);
   const auto Xq = detail::block_query(kBlock, weights, query, detail::normalised);
   context.state().normalised_by.check(kBlock, detail::stamp_of(weights.context_norm()));
-  const auto [attended, attention_weights] = attention->attend(Xq, context, call);
+  const auto [attended, attention_weights] = detail::attend_to_kept(*attention, Xq, context, call);
   return {detail::block_output(weights, query, attended, is_training() ? options.dropout() : 0), attention_weights};
 }
 

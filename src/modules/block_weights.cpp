@@ -101,6 +101,12 @@ BlockInputs block_context(
   return {{}, Xk, value.is_same(key) ? Xk : normalise(value, norm)};
 }
 
+void check_share(std::string_view caller, const BlockWeights& w, const ContextOptions& how) {
+  check_value(
+      !how.share || w.context_norm().kind == NormKind::none, caller,
+      "share must be left out if a layer cannot read keys and values as given, but is set: norm_context normalises them.");
+}
+
 Tensor block_output(const BlockWeights& w, const Tensor& query, const Tensor& attended, double dropout) {
   const auto add = [&](const Tensor& x, const Tensor& branch, const Tensor& gate, const NormWeights& norm) {
     const auto dropped = dropout > 0 ? at::dropout(branch, dropout, /*train=*/true) : branch;

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <xattn/block.h>
+#include <xattn/context.h>
 
 #include <cstdint>
 #include <string_view>
@@ -46,6 +47,9 @@ using Normalise = at::Tensor (*)(const at::Tensor& x, const NormWeights& norm);
 struct BlockInputs {
   at::Tensor query, key, value;
 };
+
+/// Throws if keys and values are to be shared that a norm changes first.
+void check_share(std::string_view caller, const BlockWeights& weights, const ContextOptions& how);
 
 /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev], or without B. Throws for inputs that a norm cannot read, and if the
 /// query is its own key but only the query would be normalised; other checks are left to the attention.

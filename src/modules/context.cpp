@@ -63,12 +63,13 @@ Context Context::join(const std::vector<Context>& contexts) {
   std::vector<std::pair<Mask, int64_t>> masks;
   for (const auto& context : contexts) {
     const auto& s = context.state();
-    check_value(s.made_from == first.made_from && s.normalised_by == first.normalised_by, kContext,
-                "contexts must be made by one layer with the same weights, but they differ.");
     check_value(s.layer.orders == first.layer.orders, kContext,
-                "contexts must be in one order, but are in {}, {} and in {}, {}. Make them for the same expected_queries.",
+                "contexts must be in one order, but are in {}, {} and in {}, {}. Make them for the same "
+                "expected_queries and capacity.",
                 name_of(first.layer.orders.logits), name_of(first.layer.orders.values), name_of(s.layer.orders.logits),
                 name_of(s.layer.orders.values));
+    check_value(s.made_from == first.made_from && s.normalised_by == first.normalised_by, kContext,
+                "contexts must be made by one layer with the same weights, but they differ.");
     check_value(s.is_batched == first.is_batched && s.parts.keys.size(0) == first.parts.keys.size(0), kContext,
                 "contexts must have one batch, but have {} and {} entries.", first.parts.keys.size(0), s.parts.keys.size(0));
     check_type(s.parts.keys.scalar_type() == first.parts.keys.scalar_type(), kContext,

@@ -2,12 +2,15 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <xattn/call_options.h>
 #include <xattn/context.h>
+#include <xattn/cross_attention.h>
 #include <xattn/plan.h>
 
 #include <cstdint>
 #include <optional>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "modules/inputs.h"
@@ -41,10 +44,7 @@ class WeightsStamp {
 
 /// Of all weights that a context in these orders holds.
 WeightsStamp stamp_of(const LayerWeights& weights, const Orders& orders);
-/// Of a norm that keys and values pass; empty for NormKind::none.
-WeightsStamp stamp_of(const NormWeights& norm);
-
-/// The same of a norm that keys and values pass before their projections.
+/// Of a norm that keys and values pass before their projections; empty for NormKind::none.
 WeightsStamp stamp_of(const NormWeights& norm);
 
 /// Makes a context of checked inputs. Tensors that it would share with the caller are copied unless they are to be shared.
@@ -55,6 +55,12 @@ void check_context(std::string_view caller,
                    const LayerWeights& weights,
                    const Context::State& context,
                    const at::Tensor& query);
+
+/// `CrossAttention::attend` to a context whose keys and values have passed any norm.
+std::tuple<at::Tensor, at::Tensor> attend_to_kept(CrossAttentionImpl& module,
+                                                  const at::Tensor& query,
+                                                  const Context& context,
+                                                  const CallOptions& call);
 
 }  // namespace detail
 

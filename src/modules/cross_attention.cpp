@@ -105,15 +105,23 @@ Context CrossAttentionImpl::context(const Tensor& key, const Tensor& value, cons
 }
 
 std::tuple<Tensor, Tensor> CrossAttentionImpl::attend(const Tensor& query, const Context& context, const CallOptions& call) {
-  detail::check_module(kCrossAttention, *this);
-  auto weights = detail::weights_of(*this);
+  context.state().normalised_by.check(kCrossAttention, {});
+  return detail::attend_to_kept(*this, query, context, call);
+}
+
+std::tuple<Tensor, Tensor> detail::attend_to_kept(CrossAttentionImpl& module,
+                                                  const Tensor& query,
+                                                  const Context& context,
+                                                  const CallOptions& call) {
+  detail::check_module(kCrossAttention, module);
+  auto weights = detail::weights_of(module);
   const auto& state = context.state();
   const auto B = context.batch_size();
   const auto Xq = detail::several_queries(kCrossAttention, weights, query, state.is_batched, B);
   detail::check_context(kCrossAttention, weights, state, Xq);
   const detail::Queries queries(Xq, B);
   const auto mask = queries.mask(state.mask, context.length(), detail::product_type(Xq));
-  const auto how = detail::attention_options(kCrossAttention, options, call, mask, is_training());
+  const auto how = detail::attention_options(kCrossAttention, module.options, call, mask, module.is_training());
   const detail::Layer layer(state.layer.orders, std::move(weights));
   return detail::results(queries.results(detail::attend(layer, queries.rows, state.parts, how)), state.is_batched);
 }

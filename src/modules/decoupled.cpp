@@ -105,6 +105,8 @@ void AddedProjectionImpl::pretty_print(std::ostream& stream) const {
 DecoupledCrossAttentionImpl::DecoupledCrossAttentionImpl(const DecoupledCrossAttentionOptions& options_)
     : options(resolved(options_)), attention_options_(options_.attention()) {
   reset();
+  attention_options_ = attention->options;
+  options.attention(attention_options_);
   check_options();
 }
 
@@ -228,6 +230,7 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::attend(const Tensor& que
     const auto caller = detail::caller_of(kDecoupled, i);
     if (i > 0) detail::check_batch(kDecoupled, i, state.is_batched, state.parts.keys.size(0), context.is_batched(), B);
     auto weights = detail::weights_of(*this, i);
+    state.normalised_by.check(caller, {});
     detail::check_context(caller, weights, state, Xq);
     const auto& orders = state.layer.orders;
     check_value(detail::ends_in_heads(orders.values), caller,

@@ -6,6 +6,7 @@
 
 #include "attention/mask_parts.h"
 #include "base/check.h"
+#include "base/check_tensor.h"
 #include "base/describe.h"
 #include "base/text.h"
 
@@ -14,6 +15,7 @@ namespace xattn::detail {
 using at::Tensor;
 
 void check_shape(std::string_view caller, const char* name, const Tensor& x, const char* length, int64_t features) {
+  check_dense(caller, name, x);
   check_value(x.defined() && (x.dim() == 2 || x.dim() == 3) && x.size(-1) == features, caller,
               "{} must have shape [B, {}, {}], but has {}.", name, length, features, shape_of(x));
 }

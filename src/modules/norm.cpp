@@ -6,6 +6,7 @@
 #include <torch/nn/init.h>
 
 #include "base/check.h"
+#include "base/check_tensor.h"
 #include "base/describe.h"
 #include "base/text.h"
 #include "modules/norm_weights.h"
@@ -40,8 +41,10 @@ torch::Tensor NormImpl::forward(const torch::Tensor& x) {
   if (options.kind() == NormKind::none) return x;
   detail::check_value(options.eps() >= 0 && weight.defined(), "norm",
                       "options must fit the parameters, but kind or eps do not.");
-  detail::check_value(x.dim() >= 1 && x.size(-1) == options.size(), "norm", "x must have shape [..., {}], but has {}.",
-                      options.size(), detail::shape_of(x));
+  detail::check_dense("norm", "x", x);
+  detail::check_value(x.defined() && x.dim() >= 1 && x.size(-1) == options.size(), "norm",
+                      "x must have shape [..., {}], but has {}.", options.size(), detail::shape_of(x));
+  detail::check_computed_type("norm", "x", x);
   return detail::normalised(x, {options.kind(), options.size(), options.eps(), weight, bias});
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "base/check_tensor.h"
 #include "base/describe.h"
 #include "base/text.h"
 #include "modules/option_names.h"
@@ -80,6 +81,9 @@ void check_module(std::string_view caller, const CrossAttentionImpl& module) {
   check_options(caller, o);
   check_plan(caller, {o.plan().pinned, o.plan().orders, {}}, o);
   const auto H = o.num_heads(), G = *o.kv_heads(), d = *o.head_dim(), e = *o.value_head_dim();
+  for (const auto* linear : {&module.query_linear, &module.key_linear, &module.value_linear, &module.output_linear}) {
+    check_computed_type(caller, "parameters", (*linear)->weight);
+  }
   check_projection(caller, "query_linear", module.query_linear, o.dim_query(), H * d, o.query_bias());
   check_projection(caller, "key_linear", module.key_linear, o.dim_key(), G * d, o.key_bias());
   check_projection(caller, "value_linear", module.value_linear, o.dim_value(), G * e, o.value_bias());

@@ -74,22 +74,30 @@ Orders orders_of_context(std::string_view caller, const PlanRequest& request, co
 }
 
 Orders orders_of_kept(std::string_view caller, const PlanRequest& request) {
-  const auto orders = orders_of(request);
-  if (!request.shares_context || (is_raw(orders.logits) && is_raw(orders.values))) return orders;
-  constexpr auto kRaw = Order::fold_into_query;
-  auto reason = request.pinned ? "the plan or autocast fixes another order" : illegal_for_logits(kRaw, request);
-  if (reason.empty()) reason = illegal_for_values(kRaw, request);
+  if (!request.shares_context) return orders_of(request);
+  const auto reads_as_given = [](const Orders& orders) { return is_raw(orders.logits) && is_raw(orders.values); };
+  constexpr auto kRaw = Order::fold_into_query;  // legal wherever any order that reads keys and values as given is
+  std::string_view reason;
+  if (request.pinned) {
+    if (!reads_as_given(*request.pinned)) reason = "the plan or autocast fixes another order";
+  } else {
+    reason = illegal_for_logits(kRaw, request);
+    if (reason.empty()) reason = illegal_for_values(kRaw, request);
+  }
   check_value(reason.empty(), caller, "share must be left out if a layer cannot read keys and values as given, but is set: {}.",
               reason);
-  return {kRaw, kRaw};  // an axis is empty, for which the plan is the reference's
+  const auto orders = orders_of(request);
+  return reads_as_given(orders) ? orders : Orders{kRaw, kRaw};  // if an axis is empty, the plan is the reference's
 }
 
 PlanRequest for_context(std::string_view caller, PlanRequest request, const ContextOptions& how) {
-  constexpr int64_t kRowsOfACall = 64;  // assumed for each call while a context is planned
+  constexpr int64_t kRowsOfACall = 64;          // assumed for each call while a context is planned
+  constexpr auto kMostKeys = int64_t{1} << 40;  // more than memory can hold, with sizes that are far from overflow
   const auto expected = how.expected_queries;
   const bool many = expected == ContextOptions::kMany;
   check_value(expected >= 0 || many, caller, "expected_queries must not be negative, but is {}.", expected);
   check_value(how.capacity >= 0, caller, "capacity must not be negative, but is {}.", how.capacity);
+  check_value(how.capacity <= kMostKeys, caller, "capacity must be at most {}, but is {}.", kMostKeys, how.capacity);
   check_value(how.capacity == 0 || !how.share, caller, "capacity must be 0 for a shared context, but is {}.", how.capacity);
   request.Lq = many ? kRowsOfACall : std::clamp<int64_t>(expected, 1, kRowsOfACall);
   request.Lk = std::max(request.Lk, how.capacity);

@@ -266,7 +266,10 @@ class Planner {
   Orders cheapest() const {
     const auto of_chain = [](const std::array<OrderCost, kOrders>& costs) {
       const auto rank = [](const OrderCost& cost) { return std::pair(!cost.illegal.empty(), cost.seconds); };
-      return std::ranges::min_element(costs, {}, rank)->order;
+      const auto& best = *std::ranges::min_element(costs, {}, rank);
+      check_value(best.illegal.empty(), "plan", "request must allow an order of each chain, but allows none: {}.",
+                  best.illegal);
+      return best.order;
     };
     const Orders apart{of_chain(plan_.logits), of_chain(plan_.values)};
     const bool standard_is_legal = plan_.logits.front().illegal.empty() && plan_.values.front().illegal.empty();
