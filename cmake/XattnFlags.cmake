@@ -40,7 +40,7 @@ endfunction()
 function(xattn_add_program target)
   add_executable(${target})
   xattn_sources(${target} ${target} ${ARGN})
-  target_link_libraries(${target} PRIVATE xattn::xattn program fmt::fmt-header-only)
+  target_link_libraries(${target} PRIVATE xattn::xattn program xattn_fmt)
   set_target_properties(${target} PROPERTIES
     RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}
     INSTALL_RPATH "$ORIGIN/../${CMAKE_INSTALL_LIBDIR};$<TARGET_FILE_DIR:torch>")

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Checks the folders of src against the table of rooms in src/README.md: includes never point up, no two rooms have files of one
-name, and no group of rooms has more lines of code (without blank lines and comments) than its budget.
+name, no group of rooms has more lines of code (without blank lines and comments) than its budget, and public headers define no
+macros but XATTN_ and include nothing but the standard library, LibTorch and each other.
 
 usage: scripts/check_rooms.py [--lines]
 
@@ -14,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 INCLUDE = re.compile(r'^\s*#\s*include\s*(?:"([^"]+)"|<xattn/([^>]+)>)', re.MULTILINE)
+MACRO = re.compile(r'^\s*#\s*define\s+(?!XATTN_)(\w+)', re.MULTILINE)
+FOREIGN = re.compile(r'^\s*#\s*include\s*<(?!(?:ATen|c10|torch|xattn)/)([^>]*/[^>]*)>', re.MULTILINE)
 COMMENT = re.compile(r'//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*")', re.DOTALL)
 
 
@@ -58,6 +61,8 @@ def main(arguments):
             faults.append(f"include/xattn/{header.name} is of no room in src/README.md")
         else:
             files.append((room_of_header[header.name], header))
+        faults += [f"include/xattn/{header.name} defines {name}, which is not XATTN_" for name in MACRO.findall(header.read_text())]
+        faults += [f"include/xattn/{header.name} includes {name}" for name in FOREIGN.findall(header.read_text())]
     for room, path in files:
         name = path.relative_to(ROOT)
         if room not in below:
@@ -71,7 +76,7 @@ def main(arguments):
             other = own.split("/")[0] if "/" in own else room
             if public:
                 other = room_of_header.get(public)
-            if other in ("caption", "common", "vqa"):
+            if other in ("caption", "common", "serve", "vqa"):
                 other = "examples"
             if other not in below[room]:
                 faults.append(f"{name} includes {own or public}, of a room ({other}) that {room} does not stand on")

@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Installs PyTorch into .venv of the project. Called by scripts/build.sh, through CMake, when no other LibTorch will do.
+# Installs PyTorch into .venv of the project, or another VERSION into another VENV: install_torch.sh [VERSION VENV]. Called by
+# scripts/build.sh, through CMake, when no other LibTorch will do, and by scripts/test_with_torch.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-version=2.13.0
+version=${1:-2.13.0}
+venv=${2:-.venv}
 index=()
 [[ -z ${XATTN_TORCH_INDEX:-} ]] || index=(--extra-index-url "$XATTN_TORCH_INDEX")
 
 install() {
-  .venv/bin/python -m pip install --disable-pip-version-check "${index[@]}" "torch==$1"
+  "$venv/bin/python" -m pip install --disable-pip-version-check "${index[@]}" "torch==$1"
 }
 
-python3 -m venv .venv
-echo "Installing PyTorch $version for the CPU into .venv: a download of 190 MB, 1 GB on disk."
+python3 -m venv "$venv"
+echo "Installing PyTorch $version for the CPU into $venv: a download of 190 MB, 1 GB on disk."
 errors=$(mktemp)
 trap 'rm -f "$errors"' EXIT
 if install "$version+cpu" 2> "$errors"; then exit; fi

@@ -6,6 +6,7 @@
 #include <xattn/load.h>
 #include <xattn/plan.h>
 #include <xattn/safetensors.h>
+#include <xattn/version.h>
 
 #include <algorithm>
 #include <cmath>
@@ -16,6 +17,7 @@
 #include <string>
 #include <utility>
 
+#include "kernels/kernels.h"
 #include "pickle_writer.h"
 #include "plan/runs_on.h"
 #include "run_program.h"
@@ -754,7 +756,10 @@ TEST_F(CliTest, EveryHelpShowsAnExample) {
 }
 
 TEST_F(CliTest, PrintsItsVersion) {
-  EXPECT_TRUE(xattn("--version").out.starts_with("xattn "));
+  const auto found = version();
+  EXPECT_EQ(xattn("--version").out, "xattn " + found.xattn + " (" + found.commit + "), kernels " +
+                                        std::string(name_of(detail::kernels().instruction_set)) + ", LibTorch " +
+                                        found.libtorch + "\n");
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <string>
 
 #include "caption/commands.h"
@@ -30,6 +31,28 @@ class ExamplesTest : public testing::Test {
 
   const test::TempDir dir;
 };
+
+TEST_F(ExamplesTest, ServeAnswersEveryRequestAsACallAloneAndRefusesBadOnes) {
+  const auto result = run(XATTN_SERVE_PATH, "--requests 40 --keys 20 --batch 8");
+  EXPECT_EQ(result.status, 0);
+  EXPECT_EQ(result.err, "");
+  int servers = 0;
+  std::istringstream lines(result.out);
+  for (std::string line; std::getline(lines, line);) {
+    const auto differs = line.find("; differs by ");
+    if (differs == std::string::npos) {
+      EXPECT_EQ(line, "A bad request is refused: [serve] query must be float32 [Lq, 256], but is float32 [4, 257]");
+      continue;
+    }
+    ++servers;
+    EXPECT_GT(std::stod(line.substr(line.find(": ") + 2)), 0) << line;
+    EXPECT_LT(std::stod(line.substr(differs + std::string("; differs by ").size())), 1e-5) << line;
+  }
+  EXPECT_EQ(servers, 4);  // one and two threads, one by one and in batches
+  const auto wrong = run(XATTN_SERVE_PATH, "--batch 0");
+  EXPECT_EQ(wrong.status, 2);
+  EXPECT_EQ(wrong.err, "serve: --batch: Value 0 not in range 1 to 1000\n");
+}
 
 TEST_F(ExamplesTest, ReferencePrintsTheShapesOfTheReference) {
   const auto result = run(XATTN_REFERENCE_PATH, "--seed 1 --threads 1");

@@ -2,19 +2,25 @@
 #include "kernels/kernels.h"
 
 #include <gtest/gtest.h>
+#include <xattn/version.h>
 
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <limits>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
+
+#include "plan/runs_on.h"
 
 // Every matrix lies in memory of exactly its size, so that the sanitizers notice a kernel that reads or writes beside it.
 namespace xattn::detail {
@@ -112,7 +118,7 @@ class KernelsTest : public testing::TestWithParam<const Kernels*> {
   // With AMX, terms are sums of six products of parts.
   std::array<OneProduct, 2> products() const {
     return {OneProduct{"product", kernels_.product},
-            {"product_of_many_rows", kernels_.product_of_many_rows, std::string(kernels_.name) == "amx" ? 6 : 1}};
+            {"product_of_many_rows", kernels_.product_of_many_rows, kernels_.has_matrix_unit ? 6 : 1}};
   }
 
   std::vector<float> packed(const Matrix& b) const {
@@ -634,7 +640,9 @@ TEST_P(KernelsSoftmaxTest, GivesEqualBitsHoweverTheRowsAreDivided) {
   }
 }
 
-const auto name_of = [](const testing::TestParamInfo<const Kernels*>& info) { return std::string(info.param->name); };
+const auto set_of = [](const testing::TestParamInfo<const Kernels*>& info) {
+  return std::string(name_of(info.param->instruction_set));
+};
 class KernelsRowsTest : public testing::TestWithParam<const Kernels*> {
  protected:
   const Kernels& kernels_ = *GetParam();
@@ -726,10 +734,10 @@ TEST_P(KernelsRowsTest, ActivationsOfNoNumberAreNone) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Each, KernelsProductTest, testing::ValuesIn(all_kernels().begin(), all_kernels().end()), name_of);
-INSTANTIATE_TEST_SUITE_P(Each, KernelsPackTest, testing::ValuesIn(all_kernels().begin(), all_kernels().end()), name_of);
-INSTANTIATE_TEST_SUITE_P(Each, KernelsSoftmaxTest, testing::ValuesIn(all_kernels().begin(), all_kernels().end()), name_of);
-INSTANTIATE_TEST_SUITE_P(Each, KernelsRowsTest, testing::ValuesIn(all_kernels().begin(), all_kernels().end()), name_of);
+INSTANTIATE_TEST_SUITE_P(Each, KernelsProductTest, testing::ValuesIn(all_kernels().begin(), all_kernels().end()), set_of);
+INSTANTIATE_TEST_SUITE_P(Each, KernelsPackTest, testing::ValuesIn(all_kernels().begin(), all_kernels().end()), set_of);
+INSTANTIATE_TEST_SUITE_P(Each, KernelsSoftmaxTest, testing::ValuesIn(all_kernels().begin(), all_kernels().end()), set_of);
+INSTANTIATE_TEST_SUITE_P(Each, KernelsRowsTest, testing::ValuesIn(all_kernels().begin(), all_kernels().end()), set_of);
 
 TEST(KernelsChoiceTest, GivesTheUnitProductsOfManyRowsColumnsAndTermsAlone) {
   const auto rows = least_many_rows();
@@ -739,9 +747,21 @@ TEST(KernelsChoiceTest, GivesTheUnitProductsOfManyRowsColumnsAndTermsAlone) {
   EXPECT_FALSE(has_many_rows(4096, 4096, kLeastManyDepth - 1));
 }
 
-TEST(KernelsChoiceTest, IsTheFirstOfThoseThatRun) {
-  EXPECT_EQ(&kernels(), all_kernels().front());
-  EXPECT_STREQ(all_kernels().back()->name, "plain");
+TEST(KernelsChoiceTest, IsTheFirstOfThoseThatRunUnlessTheEnvironmentNamesOthers) {
+  const char* wanted = std::getenv("XATTN_KERNELS");
+  const auto fastest = all_kernels().front()->instruction_set;
+  EXPECT_EQ(name_of(kernels().instruction_set), wanted ? std::string_view(wanted) : name_of(fastest));
+  EXPECT_EQ(all_kernels().back()->instruction_set, InstructionSet::plain);
+  EXPECT_EQ(version().kernels, name_of(kernels().instruction_set));
+}
+
+TEST(KernelsChoiceTest, RefusesUnknownInstructionSetsByName) {
+  try {
+    use_kernels_named("AVX2");
+    FAIL() << "no error";
+  } catch (const std::invalid_argument& error) {
+    EXPECT_STREQ(error.what(), "XATTN_KERNELS must be one of plain, avx2, avx512, amx, but is AVX2");
+  }
 }
 
 }  // namespace

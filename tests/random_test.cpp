@@ -6,21 +6,25 @@
 #include <xattn/attention.h>
 #include <xattn/cross_attention.h>
 #include <xattn/decoupled.h>
-#include <xattn/distributed.h>
 #include <xattn/frozen.h>
 #include <xattn/frozen_decoupled.h>
 
 #include <cmath>
 #include <limits>
 #include <string>
-#include <torch/csrc/distributed/c10d/HashStore.hpp>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 #include <vector>
 
 #include "compare.h"
 #include "one_thread.h"
 #include "plan/order_traits.h"
+
+#ifndef XATTN_NO_DISTRIBUTED
+#include <xattn/distributed.h>
+
+#include <torch/csrc/distributed/c10d/HashStore.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#endif
 
 // Random layers, masks, types, orders and paths, the same in every run, each against a definition in float64 that is written
 // out here: a path that forgets an option has no chance to agree with it.
@@ -431,6 +435,9 @@ class LayerCase {
 
   ContextOptions draw_use() { return {.expected_queries = draw_.of<int64_t>({1, 100, ContextOptions::kMany})}; }
 
+#ifdef XATTN_NO_DISTRIBUTED
+  void run_in_parallel() { evaluate(); }
+#else
   void run_in_parallel() {
     if (options_.bias_kv()) return evaluate();
     if (options_.plan().pinned) module_->options.plan(PlanMode::automatic);
@@ -451,6 +458,7 @@ class LayerCase {
     expect_close(gradients_of({output}, cotangents, inputs), gradients_of({exact.output}, cotangents, exact_all), allowed(4),
                  "gradients of context parallel");
   }
+#endif
 
   Draw draw_;
   CrossAttentionOptions options_;
@@ -471,6 +479,7 @@ TEST_F(AgreementTest, EveryPathOfALayerGivesWhatTheDefinitionGives) {
   }
 }
 
+#ifndef XATTN_NO_DISTRIBUTED
 TEST_F(AgreementTest, SeveralProcessesGiveTheGradientOfValuesThatAskAlone) {
   for (const auto type : {torch::kDouble, torch::kFloat, torch::kBFloat16}) {
     CrossAttention module(CrossAttentionOptions(6, 8, 8, 8).num_heads(2).attention_weights(AttentionWeights::none));
@@ -485,6 +494,7 @@ TEST_F(AgreementTest, SeveralProcessesGiveTheGradientOfValuesThatAskAlone) {
     expect_close(found, exact, tolerance(type, 40), c10::toString(type));
   }
 }
+#endif
 
 // ---- attention() ------------------------------------------------------------------------------------------------------------
 

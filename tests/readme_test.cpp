@@ -8,13 +8,16 @@
 #include <filesystem>
 #include <sstream>
 #include <string>
-#include <torch/csrc/distributed/c10d/HashStore.hpp>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 #include <vector>
 
 #include "attention/mask_parts.h"
 #include "test_util.h"
+
+#ifndef XATTN_NO_DISTRIBUTED
+#include <torch/csrc/distributed/c10d/HashStore.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#endif
 
 namespace xattn::test {
 namespace {
@@ -62,6 +65,7 @@ TEST(ReadmeTest, Example) {
   EXPECT_EQ(testing::internal::GetCapturedStdout(), "Output shape: [2, 4, 512]\nAttention weights shape: [2, 4, 6]\n");
 }
 
+#ifndef XATTN_NO_DISTRIBUTED
 TEST(ReadmeTest, ContextParallel) {
   const auto group = c10::make_intrusive<c10d::ProcessGroup>(c10::make_intrusive<c10d::HashStore>(), /*rank=*/0, /*size=*/1);
   xattn::CrossAttention attention(16, 16, 16, 16);
@@ -73,6 +77,7 @@ TEST(ReadmeTest, ContextParallel) {
   EXPECT_TRUE(torch::allclose(output, std::get<0>(attention->forward(query, own_key, own_value)), 1e-5, 1e-6));
   EXPECT_TRUE(attention->key_linear->weight.grad().defined());
 }
+#endif
 
 TEST(ReadmeTest, SelfAttention) {
   auto x = torch::randn({2, 5, 384});

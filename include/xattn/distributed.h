@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#ifdef XATTN_NO_DISTRIBUTED
+#error "This xattn was built without c10d: XATTN_DISTRIBUTED was off, or LibTorch has none."
+#endif
+
 #include <ATen/core/Tensor.h>
 #include <c10/util/intrusive_ptr.h>
 #include <xattn/call_options.h>

@@ -13,7 +13,6 @@
 #include <xattn/cross_attention.h>
 #include <xattn/cross_attention_options.h>
 #include <xattn/decoupled.h>
-#include <xattn/distributed.h>
 #include <xattn/file_error.h>
 #include <xattn/find_blocks.h>
 #include <xattn/find_layers.h>
@@ -35,3 +34,7 @@
 #include <xattn/stacks.h>
 #include <xattn/state_dict.h>
 #include <xattn/version.h>
+
+#ifndef XATTN_NO_DISTRIBUTED
+#include <xattn/distributed.h>
+#endif

@@ -3,9 +3,11 @@
 #include <torch/cuda.h>
 #include <torch/utils.h>
 
+#include <cstdlib>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,6 +20,7 @@
 #include "bench/exact.h"
 #include "bench/measure.h"
 #include "bench/order_times.h"
+#include "plan/runs_on.h"
 #include "programs/program.h"
 #include "programs/shapes.h"
 
@@ -230,5 +233,11 @@ int main(int argc, char** argv) {
                  {.one_at_a_time = true});
   add_shared_options(command);
   command.flag("--check", arguments.check, "Compare the candidates with float64, and leave the times 0");
-  return program.run(argc, argv, [&] { blocks ? bench::run_blocks(arguments) : bench::run(arguments); });
+  return program.run(argc, argv, [&] {
+    const char* kernels = std::getenv("XATTN_KERNELS");
+    if (kernels && !xattn::detail::use_kernels_named(kernels)) {
+      throw std::runtime_error(fmt::format("this processor cannot run the kernels for XATTN_KERNELS={}", kernels));
+    }
+    blocks ? bench::run_blocks(arguments) : bench::run(arguments);
+  });
 }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cli/cli.h"
 
-#include <fmt/format.h>
 #include <xattn/checkpoint.h>
 #include <xattn/version.h>
 
@@ -27,7 +26,7 @@ void xattn::cli::check_output(const std::string& output, const std::vector<std::
 int xattn::cli::run(int argc, char** argv) {
   program::Program program(
       "xattn", "Inspects files of weights, runs and verifies the attention layers in them, converts them, and explains plans.");
-  program.version(fmt::format("xattn {}.{}.{}", XATTN_VERSION_MAJOR, XATTN_VERSION_MINOR, XATTN_VERSION_PATCH));
+  program.version(version().text());
   program.footer("Example: xattn inspect weights.safetensors");
   add_inspect(program);
   add_run(program);

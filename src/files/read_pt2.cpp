@@ -25,8 +25,6 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "storages are read as they are");
 
-using Json = nlohmann::json;
-
 constexpr std::string_view kPt2 = "pt2";
 constexpr uint64_t kStrided = 7;  // the number of this layout in torch/_export/serde/schema.py
 constexpr char kOldForm[] =
@@ -86,18 +84,18 @@ class Entry {
  private:
   /// The value at `place`, as in "tensor_meta/dtype".
   template <typename T>
-  const T& get(const std::string& place) const {
-    const Json::json_pointer pointer("/" + place);
-    const T* value = json_.contains(pointer) ? json_[pointer].get_ptr<const T*>() : nullptr;
-    check_(value, "{} must have {}, {}", tensor_, place, kKind<T>);
-    return *value;
+  T get(const std::string& place) const {
+    const auto* found = json_.find(place);
+    auto value = found ? found->as<T>() : std::nullopt;
+    check_(value.has_value(), "{} must have {}, {}", tensor_, place, kKind<T>);
+    return *std::move(value);
   }
 
   /// A number that could be symbolic in a graph, but not here. From 2^63 on it becomes negative, which view_of rejects.
   int64_t count(const std::string& place) const { return static_cast<int64_t>(get<uint64_t>(place + "/as_int")); }
 
   std::vector<int64_t> counts(const std::string& place) const {
-    std::vector<int64_t> all(get<Json::array_t>(place).size());
+    std::vector<int64_t> all(get<Json::List>(place).size());
     for (size_t i = 0; i < all.size(); ++i) all[i] = count(formatted("{}/{}", place, i));
     return all;
   }
@@ -141,9 +139,9 @@ Index read_pt2(const std::string& path, const ZipFile& zip) {
     const auto config = formatted("{}{}_{}_config.json", folder, models[0], kind);
     check(zip.has(config), "has no {}", in_quotes(config));
     const auto json = parse_json(kPt2, path + ": " + config, zip.bytes(config));
-    check(json.is_object() && json.contains("config") && json["config"].is_object(), "{} must have config, an object",
-          in_quotes(config));
-    for (const auto& [name, entry] : json["config"].items()) {
+    const auto* found = json.find("config");
+    check(found && found->object(), "{} must have config, an object", in_quotes(config));
+    for (const auto& [name, entry] : *found->object()) {
       const Entry tensor(path, name, entry);
       const auto reason = tensor.reason_not_to_read();
       const bool is_new = !index.tensors.contains(name) && !index.unreadable.contains(name);

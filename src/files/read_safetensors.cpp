@@ -1,20 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cstring>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <string_view>
 #include <utility>
 
 #include "base/text.h"
 #include "files/check_file.h"
+#include "files/json.h"
 #include "files/readers.h"
 #include "files/safetensors_types.h"
 
 namespace xattn::detail {
 namespace {
-
-constexpr char kHeaderNotJson[] = "header is not JSON in UTF-8, at its byte {}";
 
 // The description of one tensor in the header.
 struct HeaderEntry {
@@ -25,86 +23,73 @@ struct HeaderEntry {
 
 // Reads the header token by token, without building a tree in memory, and throws at a token that is not allowed at its place.
 // Nothing can therefore nest deeper than the format, and duplicate names are noticed.
-class HeaderParser : public nlohmann::json_sax<nlohmann::json> {
+class HeaderParser : public JsonEvents {
  public:
   explicit HeaderParser(const std::string& path) : check_(kSafetensors, path) {}
 
   std::map<std::string, HeaderEntry> records;
   std::map<std::string, std::string> metadata;
 
-  bool start_object(size_t) override {
+  void start_object() override {
     if (level_ == 2) refuse();
     ++level_;
-    return true;
   }
 
-  bool key(std::string& key) override {
+  void key(std::string key) override {
     if (level_ == 1) {
       const bool is_new = key == kSafetensorsMetadata ? !std::exchange(has_metadata_, true) : records.try_emplace(key).second;
       check_(is_new, "has the name {} twice", in_quotes(key));
-      name_ = key;
-      return true;
+      name_ = std::move(key);
+      return;
     }
-    field_ = key;
     if (name_ == kSafetensorsMetadata) {
       check_(metadata.try_emplace(key).second, "has the metadata {} twice", in_quotes(key));
     } else {
       check_(key == "dtype" || key == "shape" || key == "data_offsets",
              "tensor {} must have dtype, shape and data_offsets only, but has {}", in_quotes(name_), in_quotes(key));
     }
-    return true;
+    field_ = std::move(key);
   }
 
-  bool string(std::string& value) override {
+  void string(std::string value) override {
     if (level_ != 2 || in_list_ || (name_ != kSafetensorsMetadata && field_ != "dtype")) refuse();
     if (name_ == kSafetensorsMetadata) {
-      metadata[field_] = value;
-      return true;
+      metadata[field_] = std::move(value);
+    } else {
+      set(records[name_].type, std::move(value));
     }
-    set(records[name_].type, value);
-    return true;
   }
 
-  bool start_array(size_t) override {
+  void start_list() override {
     if (level_ != 2 || in_list_ || name_ == kSafetensorsMetadata || field_ == "dtype") refuse();
     in_list_ = true;
-    return true;
   }
 
-  bool number_unsigned(uint64_t value) override {
-    if (!in_list_ || list_.size() == kMaxAxes) refuse();
-    list_.push_back(value);
-    return true;
+  void number(std::string_view text) override {
+    const auto value = json_number<uint64_t>(text);
+    if (!value || !in_list_ || list_.size() == kMaxAxes) refuse();
+    list_.push_back(*value);
   }
 
-  bool end_array() override {
+  void end_list() override {
     if (field_ == "data_offsets" && list_.size() != 2) refuse();
     set(field_ == "shape" ? records[name_].shape : records[name_].offsets, list_);
     list_.clear();
     in_list_ = false;
-    return true;
   }
 
-  bool end_object() override {
+  void end_object() override {
     if (level_-- == 2 && name_ != kSafetensorsMetadata) {
       const auto& [type, shape, offsets] = records[name_];
       check_(type && shape && offsets, "tensor {} must have dtype, shape and data_offsets, but lacks {}", in_quotes(name_),
              !type ? "dtype" : (!shape ? "shape" : "data_offsets"));
     }
-    return true;
   }
 
-  bool null() override {
+  void null() override {
     if (level_ != 1 || name_ != kSafetensorsMetadata) refuse();  // some writers have null for no metadata
-    return true;
   }
-  bool boolean(bool) override { refuse(); }
-  bool number_integer(int64_t) override { refuse(); }
-  bool number_float(double, const std::string&) override { refuse(); }
-  bool binary(nlohmann::json::binary_t&) override { refuse(); }
-  bool parse_error(size_t position, const std::string&, const nlohmann::json::exception&) override {
-    check_.fail(kHeaderNotJson, position);
-  }
+  void boolean(bool) override { refuse(); }
 
  private:
   // Throws for a token that is not allowed here; the message names the allowed ones.
@@ -203,12 +188,8 @@ Index read_safetensors(const std::string& path, Bytes file) {
 
   const auto header = as_text(after_length.first(header_size));
   check(header.starts_with('{'), "header must begin with '{{'");
-  // The parser treats a zero byte as the end and would ignore what follows.
-  const size_t zero = header.find('\0');
-  check(zero == std::string_view::npos, kHeaderNotJson, zero + 1);
-
   HeaderParser parser(path);
-  nlohmann::json::sax_parse(header, &parser);
+  read_json(header, check, "header ", parser);
   auto index = laid_out(path, parser.records, after_length.subspan(header_size));
   index.metadata = std::move(parser.metadata);
   return index;

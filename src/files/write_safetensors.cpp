@@ -2,13 +2,13 @@
 #include <xattn/safetensors.h>
 
 #include <algorithm>
-#include <nlohmann/json.hpp>
 #include <ostream>
 #include <string_view>
 #include <vector>
 
 #include "base/text.h"
 #include "files/check_file.h"
+#include "files/json.h"
 #include "files/safetensors_types.h"
 #include "files/writable.h"
 #include "files/write_beside.h"
@@ -39,23 +39,24 @@ void save_safetensors(const std::string& path, const LazyTensors& tensors, const
   }
   std::ranges::stable_sort(items, {}, &Item::type);
 
-  std::string header;
-  const auto add = [&header](const std::string& name, const std::string& value) {
-    header += detail::formatted("{}{}:{}", header.empty() ? "{" : ",", nlohmann::json(name).dump(), value);
+  const auto quoted = [&check](std::string_view text) {
+    const auto string = detail::json_string(text);
+    check(string.has_value(), "names and metadata must be UTF-8");
+    return *string;
   };
-  try {
-    if (!metadata.empty()) add(std::string(detail::kSafetensorsMetadata), nlohmann::json(metadata).dump());
-    uint64_t offset = 0;
-    for (const auto& [type, name, info] : items) {
-      const uint64_t end = offset + static_cast<uint64_t>(byte_count(*info));
-      add(name, detail::formatted(R"({{"dtype":"{}","shape":[{}],"data_offsets":[{},{}]}})", type->name,
-                                  detail::joined(info->shape, ","), offset, end));
-      offset = end;
-    }
-  } catch (const nlohmann::json::type_error&) {
-    check.fail("names and metadata must be UTF-8");
+  std::vector<std::string> texts, entries;
+  for (const auto& [name, text] : metadata) texts.push_back(detail::formatted("{}:{}", quoted(name), quoted(text)));
+  if (!texts.empty()) {
+    entries.push_back(detail::formatted("{}:{{{}}}", quoted(detail::kSafetensorsMetadata), detail::joined(texts, ",")));
   }
-  header += header.empty() ? "{}" : "}";
+  uint64_t offset = 0;
+  for (const auto& [type, name, info] : items) {
+    const uint64_t end = offset + static_cast<uint64_t>(byte_count(*info));
+    entries.push_back(detail::formatted(R"({}:{{"dtype":"{}","shape":[{}],"data_offsets":[{},{}]}})", quoted(name), type->name,
+                                        detail::joined(info->shape, ","), offset, end));
+    offset = end;
+  }
+  auto header = detail::formatted("{{{}}}", detail::joined(entries, ","));
   header.resize((header.size() + 7) / 8 * 8, ' ');  // aligns the data
   const uint64_t header_size = header.size();
   check(header_size <= detail::kMaxSafetensorsHeader, "header length {} exceeds the format's limit of {}", header_size,

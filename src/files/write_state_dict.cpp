@@ -3,12 +3,12 @@
 #include <caffe2/serialize/inline_container.h>
 #include <xattn/state_dict.h>
 
-#include <nlohmann/json.hpp>
 #include <ostream>
 #include <string_view>
 
 #include "base/text.h"
 #include "files/check_file.h"
+#include "files/json.h"
 #include "files/pickled_tensors.h"
 #include "files/stored_tensor.h"
 #include "files/writable.h"
@@ -64,14 +64,6 @@ void put_tensor(std::string& out, const TensorInfo& info, std::string_view key) 
   out += "tR";
 }
 
-bool is_utf8(const std::string& text) {
-  try {
-    return !nlohmann::json(text).dump().empty();
-  } catch (const nlohmann::json::type_error&) {
-    return false;
-  }
-}
-
 std::string pickle_of(const std::map<std::string, TensorInfo>& infos) {
   std::string out = "\x80\x02}(";
   int64_t key = 0;
@@ -92,7 +84,7 @@ void save_state_dict(const std::string& path, const NamedTensors& tensors) {
 void save_state_dict(const std::string& path, const LazyTensors& tensors) {
   const detail::FileCheck check(detail::kStateDict, path);
   for (const auto& [name, info] : tensors.infos) {
-    check(is_utf8(name), "names must be UTF-8");
+    check(detail::json_string(name).has_value(), "names must be UTF-8");
     check(detail::find_pickled_type(info.type), "tensor {} is {}, which cannot be saved", in_quotes(name),
           c10::toString(info.type));
   }

@@ -10,14 +10,11 @@
 #include "kernels/tile_product.h"
 
 // Each instruction set has a source that includes this file.
-#define XATTN_NAME_OF(x) #x
-#define XATTN_NAME(x) XATTN_NAME_OF(x)
-
 namespace xattn::detail::XATTN_KERNELS {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    .name = XATTN_NAME(XATTN_KERNELS),
+    .instruction_set = InstructionSet::XATTN_KERNELS,
     .is_vectorised = kIsVectorised,
     .panel = kPanel,
     .tile_rows = kTileRows,

@@ -2,6 +2,7 @@
 #include "kernels/kernels.h"
 
 #include <algorithm>
+#include <atomic>
 #include <thread>
 #include <vector>
 
@@ -44,7 +45,7 @@ bool may_use_matrix_unit() {
 const Kernels& amx_kernels() {
   static const auto kernels = [] {
     auto with_unit = avx512::kKernels;
-    with_unit.name = "amx";
+    with_unit.instruction_set = InstructionSet::amx;
     with_unit.has_matrix_unit = true;
     with_unit.many_block_rows = amx::kBlockRows;
     with_unit.product_of_many_rows = amx::product;
@@ -95,8 +96,21 @@ float* thread_memory(int64_t floats) {
   return memory.data()->numbers;
 }
 
+namespace {
+
+std::atomic<const Kernels*>& chosen_kernels() {
+  static std::atomic<const Kernels*> chosen = all_kernels().front();
+  return chosen;
+}
+
+}  // namespace
+
 const Kernels& kernels() {
-  return *all_kernels().front();
+  return *chosen_kernels().load(std::memory_order_relaxed);
+}
+
+void use_kernels(const Kernels& chosen) {
+  chosen_kernels() = &chosen;
 }
 
 }  // namespace xattn::detail

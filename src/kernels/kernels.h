@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string_view>
 
 // One core's work on float32 memory. Nothing here depends on tensors or threads.
 namespace xattn::detail {
@@ -101,9 +104,18 @@ struct RowNorm {
 /// A function of one number, as between the linear layers of a feed-forward network.
 enum class Pointwise : uint8_t { relu, gelu, gelu_tanh, silu };
 
+/// What the kernels are compiled for: nothing in particular, or an extension of x86-64.
+enum class InstructionSet : uint8_t { plain, avx2, avx512, amx };
+
+inline constexpr std::array<std::string_view, 4> kInstructionSets = {"plain", "avx2", "avx512", "amx"};  ///< their names
+
+inline std::string_view name_of(InstructionSet set) {
+  return kInstructionSets.at(static_cast<size_t>(set));
+}
+
 /// The kernels for one instruction set.
 struct Kernels {
-  const char* name;              ///< "amx", "avx512", "avx2", "plain"
+  InstructionSet instruction_set;
   bool is_vectorised;            ///< whether these products are faster than LibTorch's operators
   int64_t panel;                 ///< columns of a panel of a RightSide
   int64_t tile_rows;             ///< rows of c that `product` computes at a time: fewer do not use all registers
@@ -149,8 +161,11 @@ struct Kernels {
 /// Memory of this thread for at least this many floats, valid until the thread's next call. The kernels keep copies there.
 float* thread_memory(int64_t floats);
 
-/// The fastest kernels that this processor can run. Chosen at the first call; thread-safe.
+/// The fastest kernels that this processor can run, unless `use_kernels` chose others. Thread-safe.
 const Kernels& kernels();
+
+/// Changes what `kernels` returns, one of `all_kernels`. REQUIRES: nothing has been packed or planned yet.
+void use_kernels(const Kernels& chosen);
 
 /// Whether `product_of_many_rows` should compute a product of this many rows and columns, each element a sum of `depth` terms.
 /// It should if there is a matrix unit, the terms fill most of the 32 that it adds at a time, and each of the processor's cores
@@ -160,7 +175,7 @@ bool has_many_rows(int64_t rows, int64_t columns, int64_t depth);
 int64_t least_many_rows();
 constexpr int64_t kLeastManyColumns = 96, kLeastManyDepth = 24;
 
-/// All kernels that this processor can run, the fastest first; for tests.
+/// All kernels that this processor can run, the fastest first.
 std::span<const Kernels* const> all_kernels();
 
 }  // namespace xattn::detail

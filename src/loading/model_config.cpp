@@ -9,39 +9,22 @@
 #include <sstream>
 #include <string_view>
 #include <system_error>
-#include <type_traits>
 
 #include "base/text.h"
-#include "files/json.h"
 #include "files/mapped_file.h"
 
 namespace xattn::detail {
 namespace {
 
-using Json = nlohmann::json;
 using Names = std::vector<std::string>;
 
-template <class T>
-bool is_a(const Json& value) {
-  if constexpr (std::is_same_v<T, int64_t>) return value.is_number_integer();
-  if constexpr (std::is_same_v<T, double>) return value.is_number();
-  if constexpr (std::is_same_v<T, bool>) return value.is_boolean();
-  if constexpr (std::is_same_v<T, std::string>) return value.is_string();
-}
-
-// Where a name of a layout may stand: "/name", "/text_config/name", "/decoder/name", or at the one place that it gives.
+// Where a name of a layout may stand: "name", "text_config/name", "decoder/name", or at the one place that it gives.
 Names places_of(std::string name) {
   if (name.empty()) return {};
   std::ranges::replace(name, '.', '/');
-  if (name.starts_with('/')) return {name};
-  if (name.find('/') != std::string::npos) return {"/" + name};
-  return {"/" + name, "/text_config/" + name, "/decoder/" + name};
-}
-
-// The value at a place; null if there is none.
-const Json* find(const Json& json, const std::string& place) {
-  const Json::json_pointer pointer(place);
-  return json.contains(pointer) ? &json[pointer] : nullptr;
+  if (name.starts_with('/')) return {name.substr(1)};
+  if (name.find('/') != std::string::npos) return {name};
+  return {name, "text_config/" + name, "decoder/" + name};
 }
 
 // The last number among the components of a prefix.
@@ -85,7 +68,8 @@ std::vector<T> ModelConfig::all(const Names& names) const {
   std::vector<T> values;
   for (const auto& name : names) {
     for (const auto& place : places_of(name)) {
-      if (const auto* value = find(json_, place); value && is_a<T>(*value)) values.push_back(value->get<T>());
+      const auto* found = json_.find(place);
+      if (const auto value = found ? found->as<T>() : std::nullopt) values.push_back(*value);
     }
   }
   return values;
@@ -127,7 +111,7 @@ void ModelConfig::refuse_other_attention(const FoundLayer& layer) const {
   constexpr const char* kCap = "attn_logit_softcapping";
   const auto around = layer.prefix.substr(0, layer.prefix.rfind('.', layer.prefix.size() - 2) + 1);
   const bool is_t5gemma = !layer.prefix.empty() && tensors_->contains(around + "pre_cross_attn_layernorm.weight");
-  const bool cap_known = std::ranges::any_of(places_of(kCap), [&](const auto& place) { return find(json_, place); });
+  const bool cap_known = std::ranges::any_of(places_of(kCap), [&](const auto& place) { return json_.find(place) != nullptr; });
   check_(!is_t5gemma || cap_known,
          "layer {} is T5Gemma's, whose config.json says whether logits are capped softly by {}, but there is none",
          in_quotes(layer.prefix), in_quotes(kCap));
@@ -136,19 +120,21 @@ void ModelConfig::refuse_other_attention(const FoundLayer& layer) const {
 
 // Throws for soft caps of logits, in the parts of the config where numbers of heads are looked up.
 void ModelConfig::refuse_soft_caps(const Names& names) const {
-  Names parts = {"/text_config", "/decoder"};
+  Names parts = {"text_config", "decoder"};
   for (const auto& name : names) {
     const auto place = places_of(name).front();
-    parts.push_back(place.substr(0, place.rfind('/')));
+    const auto end = place.rfind('/');
+    parts.push_back(end == std::string::npos ? "" : place.substr(0, end));
   }
   for (const auto& part : parts) {
-    const auto* object = find(json_, part);
-    if (!object || !object->is_object()) continue;
-    for (const auto& [name, value] : object->items()) {
+    const auto* found = json_.find(part);
+    if (!found || !found->object()) continue;
+    for (const auto& [name, value] : *found->object()) {
       const auto has = [&name = name](const char* word) { return name.find(word) != std::string::npos; };
       const bool is_cap = has("att") && (has("softcap") || has("soft_cap") || has("logit_cap"));
-      if (!is_cap || !value.is_number()) continue;
-      check_(value == 0, "its config.json caps logits softly, by {} of {}: not computed", in_quotes(name), value.get<double>());
+      const auto cap = value.as<double>();
+      check_(!is_cap || cap.value_or(0) == 0, "its config.json caps logits softly, by {} of {}: not computed", in_quotes(name),
+             cap.value_or(0));
     }
   }
 }

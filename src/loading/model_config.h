@@ -6,12 +6,12 @@
 #include <xattn/find_layers.h>
 
 #include <map>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "files/check_file.h"
+#include "files/json.h"
 #include "loading/block_layouts.h"
 #include "loading/choose.h"
 #include "loading/layouts.h"
@@ -57,7 +57,7 @@ class ModelConfig {
 
   FileCheck check_;
   const std::map<std::string, TensorInfo>* tensors_;  // of the checkpoint
-  nlohmann::json json_;
+  Json json_;
 };
 
 inline constexpr std::string_view kActivations = "relu, gelu, gelu_tanh, silu";

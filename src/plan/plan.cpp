@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <iterator>
 #include <span>
+#include <stdexcept>
 #include <utility>
 
 #include "attention/choose_kernel.h"
@@ -298,6 +299,18 @@ std::string engineering(double value, std::string_view unit) {
 
 std::string_view name_of(Order order) {
   return detail::traits(order).name;
+}
+
+bool detail::use_kernels_named(std::string_view name) {
+  const auto* found = std::ranges::find(kInstructionSets, name);
+  if (found == kInstructionSets.end()) {
+    throw std::invalid_argument(formatted("XATTN_KERNELS must be one of {}, but is {}", joined(kInstructionSets), name));
+  }
+  const auto set = static_cast<InstructionSet>(found - kInstructionSets.begin());
+  const auto all = all_kernels();
+  const auto runs = std::ranges::find(all, set, &Kernels::instruction_set);
+  if (runs != all.end()) use_kernels(**runs);
+  return runs != all.end();
 }
 
 RunsOn detail::modules_run_on() {

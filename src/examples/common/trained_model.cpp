@@ -89,8 +89,8 @@ nlohmann::json TrainedModel::value(const std::string& name,
                                    const char* kind) const {
   constexpr size_t kMostBytes = 100'000;
   const auto& entry = text(name);
-  const auto json =
-      xattn::detail::parse_json("metadata", fmt::format("{}: '{}'", path, name), std::as_bytes(std::span(entry)), kMostBytes);
+  xattn::detail::parse_json("metadata", fmt::format("{}: '{}'", path, name), std::as_bytes(std::span(entry)), kMostBytes);
+  const auto json = nlohmann::json::parse(entry);  // which has passed all checks
   const auto found = json.find(key);
   if (found == json.end() || !((*found).*is_kind)()) {
     throw xattn::FileError(fmt::format("{}: '{}' in its metadata must have '{}', {}", path, name, key, kind));
