@@ -83,7 +83,6 @@ TEST(CheckpointTest, RefusesFilesThatCannotBeRead) {
   const TempDir dir;
   EXPECT_EQ(error_of<FileError>([] { return open_checkpoint("/no/such/file"); }),
             "[file] /no/such/file: cannot be opened: No such file or directory");
-  EXPECT_EQ(error_of<FileError>([] { return open_checkpoint("/"); }), "[file] /: must be a regular file, but is not");
   ASSERT_EQ(mkfifo(dir.file("pipe").c_str(), 0600), 0);
   EXPECT_EQ(error_of<FileError>([&] { return open_checkpoint(dir.file("pipe")); }),
             "[file] " + dir.file("pipe") + ": must be a regular file, but is not");
@@ -297,6 +296,82 @@ TEST(CheckpointTest, NamesTheTensorThatDoesNotFitIntoMemory) {
   }
   setrlimit(RLIMIT_AS, &before);
   EXPECT_EQ(message, "[checkpoint] " + dir.file("x") + ": tensor \"a\" of 8589934592 bytes does not fit into memory");
+}
+
+// ---- Folders ----------------------------------------------------------------------------------------------------------------
+
+// The names in their order of preference.
+const std::vector<std::string> kNamesInFolders = {"model.safetensors",
+                                                  "model.safetensors.index.json",
+                                                  "pytorch_model.bin",
+                                                  "pytorch_model.bin.index.json",
+                                                  "diffusion_pytorch_model.safetensors",
+                                                  "diffusion_pytorch_model.safetensors.index.json",
+                                                  "diffusion_pytorch_model.bin",
+                                                  "diffusion_pytorch_model.bin.index.json",
+                                                  "adapter_model.safetensors",
+                                                  "adapter_model.bin",
+                                                  "pytorch_lora_weights.safetensors",
+                                                  "pytorch_lora_weights.bin"};
+
+TEST(CheckpointTest, OpensTheFirstFileOfWeightsInAFolder) {
+  const TempDir dir;
+  save_safetensors(dir.file("shard-00001-of-00001"), NamedTensors{{"a", torch::ones({1})}});
+  test::write_bytes(dir.file("config.json"), "{}");
+  for (auto name = kNamesInFolders.rbegin(); name != kNamesInFolders.rend(); ++name) {
+    if (name->ends_with(".json")) {
+      test::write_bytes(dir.file(*name), R"({"weight_map":{"a":"shard-00001-of-00001"}})");
+    } else if (name->ends_with(".bin")) {
+      save_state_dict(dir.file(*name), {{"a", torch::ones({1})}});
+    } else {
+      save_safetensors(dir.file(*name), NamedTensors{{"a", torch::ones({1})}});
+    }
+    for (const auto& folder : {dir.path(), dir.path() + "/"}) {
+      const auto checkpoint = open_checkpoint(folder);
+      EXPECT_EQ(checkpoint.path(), dir.file(*name));
+      EXPECT_EQ(checkpoint.format(), name->ends_with(".bin") ? FileFormat::state_dict : FileFormat::safetensors);
+      EXPECT_TRUE(checkpoint.tensor("a").equal(torch::ones({1})));
+    }
+  }
+}
+
+TEST(CheckpointTest, ListsWhatAFolderWithoutWeightsHolds) {
+  const TempDir dir;
+  std::string names;
+  for (const auto& name : kNamesInFolders) names += (names.empty() ? "" : ", ") + name;
+  const auto start = "[checkpoint] " + dir.path() + ": must hold one of " + names + ", but ";
+  EXPECT_EQ(error_of<FileError>([&] { return open_checkpoint(dir.path()); }), start + "is empty");
+  std::filesystem::create_directory(dir.file("unet"));
+  test::write_bytes(dir.file("model.fp16.safetensors"), "");
+  test::write_bytes(dir.file("model_index.json"), "{}");
+  EXPECT_EQ(error_of<FileError>([&] { return open_checkpoint(dir.path()); }),
+            start + "does not; it holds: model.fp16.safetensors, model_index.json, unet/");
+}
+
+TEST(CheckpointTest, NamesTheFileThatItTakesInAFolderIfItCannotBeRead) {
+  const TempDir dir;
+  std::filesystem::create_symlink("nowhere", dir.file("model.safetensors"));
+  save_state_dict(dir.file("pytorch_model.bin"), {{"a", torch::ones({1})}});
+  EXPECT_EQ(error_of<FileError>([&] { return open_checkpoint(dir.path()); }),
+            "[file] " + dir.file("model.safetensors") + ": cannot be opened: No such file or directory");
+}
+
+// ---- Tensors ----------------------------------------------------------------------------------------------------------------
+
+TEST(CheckpointTest, ListsTheTensorsThatNoCopyHasReadYet) {
+  const TempDir dir;
+  save_safetensors(dir.file("x"), NamedTensors{{"a", torch::ones({2})}, {"b", torch::ones({1})}, {"c", torch::ones({1})}});
+  const auto checkpoint = open_checkpoint(dir.file("x"));
+  const auto copy = checkpoint;
+  EXPECT_EQ(checkpoint.unread(), (std::vector<std::string>{"a", "b", "c"}));
+  copy.tensor("b");
+  lazy(checkpoint).make("a");
+  EXPECT_EQ(checkpoint.unread(), std::vector<std::string>{"c"});
+  EXPECT_EQ(copy.unread(), std::vector<std::string>{"c"});
+  EXPECT_EQ(copy.with(checkpoint, {{"a", "d"}}).unread(), (std::vector<std::string>{"a", "b", "c", "d"}));
+  copy.tensor("c");
+  EXPECT_TRUE(checkpoint.unread().empty());
+  EXPECT_EQ(open_checkpoint(dir.file("x")).unread().size(), 3U);
 }
 
 TEST(CheckpointTest, LazyTensorsNameAMissingTensor) {

@@ -135,8 +135,9 @@ TEST_F(CliTest, RunTakesAnIpAdapterByThePlaceOfTheLayerOrByName) {
     EXPECT_TRUE(load_tensors(dir.file("out")).at("output").allclose(fixture.tensor("output"), 1e-5, 1e-6)) << place;
   }
   EXPECT_EQ(error(1, command + " --ip-prefix ip_adapter.6"),
-            "[ip_adapter] " + adapter + ": must have to_k_ip and to_v_ip for the 1 cross-attention layers of " + base +
-                "; missing: ip_adapter.6.to_k_ip.weight, ip_adapter.6.to_v_ip.weight");
+            "[ip_adapter] " + adapter +
+                ": prefix must be one of \"ip_adapter.1.\", \"ip_adapter.3.\", \"ip_adapter.5.\", "
+                "\"ip_adapter.7.\", but is \"ip_adapter.6\"");
   inputs.erase("ip_context");
   save_safetensors(dir.file("in"), inputs);
   EXPECT_EQ(error(1, command), "[inputs] in: must hold ip_context for the IP-Adapter");

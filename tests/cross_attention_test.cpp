@@ -259,7 +259,7 @@ TEST_P(CrossAttentionTest, ContextKnowsWhetherItIsBatched) {
   EXPECT_FALSE(context.is_batched());
   EXPECT_EQ(std::get<0>(module->attend(query_[0], context)).sizes(), (std::vector<int64_t>{kLq, 16}));
   EXPECT_EQ(error_of<c10::ValueError>([&] { module->attend(query_, context); }),
-            "[cross_attention] query must have shape [Lq, 8] to match its context, but has [2, 4, 8].");
+            "[cross_attention] key and value of the context must have the batch of query, [2, 4, 8], but are unbatched.");
   EXPECT_EQ(error_of<c10::ValueError>([&] { module->attend(query_[0], module->context(key_, value_)); }),
             "[cross_attention] query must have shape [2, Lq, 8] to match its context, but has [4, 8].");
 }
@@ -521,6 +521,10 @@ TEST_P(CrossAttentionTest, RefusesBadInputByName) {
             "[cross_attention] value must have the batch and length of key, [2, 6, 12], but has [2, 5, 10].");
   EXPECT_EQ(value_error(query_, key_, value_[0]),
             "[cross_attention] value must have the batch and length of key, [2, 6, 12], but has [6, 10].");
+  EXPECT_EQ(value_error(query_, key_[0], value_[0]),
+            "[cross_attention] key and value of the context must have the batch of query, [2, 4, 8], but are unbatched.");
+  EXPECT_EQ(value_error(query_, key_.slice(0, 0, 1), value_.slice(0, 0, 1)),
+            "[cross_attention] key and value of the context must have the batch of query, [2, 4, 8], but are a batch of 1.");
   EXPECT_EQ(value_error(query_.slice(0, 0, 1), key_, value_),
             "[cross_attention] query must have shape [2, Lq, 8] to match its context, but has [1, 4, 8].");
   EXPECT_EQ(type_error(query_.to(torch::kFloat), key_, value_),

@@ -317,8 +317,15 @@ TEST(LoadTest, ListsAHundredNamesAndReportsAll) {
 
 TEST(LoadTest, RefusesAMissingPrefix) {
   torch::nn::Linear linear(2, 1);
-  EXPECT_EQ(refusal(*linear, {{"weight", torch::ones({1, 2})}, {"bias", torch::ones({1})}}, {.prefix = "a."}),
-            "missing: bias, weight");
+  const NamedTensors tensors = {{"b.weight", torch::ones({1, 2})},
+                                {"b.bias", torch::ones({1})},
+                                {"c.weight", torch::ones({1})},
+                                {"weight", torch::ones({1, 2})},
+                                {"bias", torch::ones({1})}};
+  for (const bool allow_missing : {false, true}) {
+    EXPECT_EQ(error_of<LoadError>([&] { load_weights(*linear, tensors, {.prefix = "a.", .allow_missing = allow_missing}); }),
+              R"([load_weights] set of tensors: prefix must be one of "b.", "", but is "a.")");
+  }
 }
 
 TEST(LoadTest, NamesTheFile) {

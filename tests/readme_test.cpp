@@ -178,6 +178,20 @@ struct CaptionerImpl : torch::nn::Module {
 };
 TORCH_MODULE(Captioner);
 
+struct BlipImpl : torch::nn::Module {
+  explicit BlipImpl(const xattn::Checkpoint& file) {
+    const auto features = file.tensors().at("text_decoder.bert.embeddings.word_embeddings.weight").shape;
+    words = register_module("words", torch::nn::Embedding(features[0], features[1]));
+    vision = register_module("vision", xattn::encoder_from(file, {.prefix = "vision_model"}));
+    decoder = register_module("decoder", xattn::decoder_from(file, {.prefix = "text_decoder.bert.encoder"}));
+  }
+
+  xattn::Encoder vision = nullptr;
+  xattn::Decoder decoder = nullptr;
+  torch::nn::Embedding words = nullptr;
+};
+TORCH_MODULE(Blip);
+
 TEST(ReadmeTest, Training) {
   auto words = torch::randn({2, 5, 64});
   auto regions = torch::randn({2, 9, 128});
@@ -206,6 +220,22 @@ TEST(ReadmeTest, Loading) {
     EXPECT_EQ(report.loaded.size(), 10);
   }
   EXPECT_TRUE(attention->key_linear->weight.equal(trained->fusion->key_linear->weight));
+}
+
+TEST(ReadmeTest, WholeModel) {
+  const TempDir dir;
+  const auto tuned = dir.path(), folder = data_path("models/blip");
+  auto file = xattn::open_checkpoint(folder);
+  Blip model(file);
+  const xattn::LoadOptions as = {.allow_unexpected = true,
+                                 .rename = {{"^vision_model", "vision"},
+                                            {"^text_decoder\\.bert\\.encoder", "decoder"},
+                                            {"^text_decoder\\.bert\\.embeddings\\.word_embeddings", "words"}}};
+  std::cout << xattn::load_weights(*model, file, as).summary() << "\n";
+  for (const auto& name : file.unread()) std::cout << name << " is not used\n";
+  // ... train ...
+  xattn::save_safetensors(tuned + "/model.safetensors", *model, {.like = file, .load = as});  // config.json is copied by you
+  EXPECT_EQ(open_checkpoint(tuned).tensors().size(), file.tensors().size());
 }
 
 TEST(ReadmeTest, RealWeights) {

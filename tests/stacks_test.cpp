@@ -308,6 +308,25 @@ TEST(StackModulesTest, RefuseBadInputByName) {
             "[decoder] x must have shape [B, L, 8], but has [8].");
 }
 
+TEST(StackModulesTest, NameTheLayerThatRefusesItsInput) {
+  Encoder encoder(encoder_options());
+  Decoder decoder(decoder_options());
+  const auto x = torch::randn({2, 5, 8}), memory = torch::randn({2, 3, 6});
+  const auto of_decoder = [&](const auto&... inputs) {
+    return error_of<c10::ValueError>([&] { decoder->forward(inputs...); });
+  };
+  EXPECT_EQ(
+      of_decoder(x, memory[0]),
+      "[decoder.layers[0].cross] key and value of the context must have the batch of query, [2, 5, 8], but are unbatched.");
+  EXPECT_EQ(of_decoder(x, x), "[decoder.layers[0].cross] key must have shape [B, Lk, 6], but has [2, 5, 8].");
+  EXPECT_EQ(error_of<c10::TypeError>([&] { encoder(x.to(torch::kDouble)); }),
+            "[encoder.layers[0]] key must be float32, the type of the parameters, but is float64.");
+  decoder->layers->at<DecoderLayerImpl>(1).self->options.dropout(2);
+  EXPECT_EQ(of_decoder(x, memory), "[decoder.layers[1].self] dropout must lie in [0, 1], but is 2.");
+  EXPECT_EQ(error_of<c10::ValueError>([&] { decoder->layers->at<DecoderLayerImpl>(1).forward(x, memory); }),
+            "[decoder_layer.self] dropout must lie in [0, 1], but is 2.");
+}
+
 TEST(StackModulesTest, PrintTheirParts) {
   std::ostringstream text;
   text << Decoder(DecoderOptions({{self_block().feed_forward(0), cross_block()}})

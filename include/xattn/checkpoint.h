@@ -61,7 +61,7 @@ class XATTN_API Checkpoint {
   struct Contents;
   explicit Checkpoint(std::shared_ptr<const Contents> contents);
 
-  const std::string& path() const;
+  const std::string& path() const;  ///< of the file, also if its folder was opened
   /// The files that are read: `path` and the shards of a sharded set.
   std::vector<std::string> files() const;
   FileFormat format() const;
@@ -78,19 +78,35 @@ class XATTN_API Checkpoint {
   /// `unreadable()`, or if the file has changed.
   at::Tensor tensor(const std::string& name) const;
 
+  /// Names of the tensors that neither this Checkpoint nor a copy of it has read yet, `unreadable()` ones among them, in order:
+  /// what all loads so far, of any function that takes a Checkpoint, have left out. Copying by `save_safetensors` reads, too.
+  ///
+  ///   auto checkpoint = xattn::open_checkpoint("bart");
+  ///   auto encoder = xattn::encoder_from(checkpoint, {.prefix = "model.encoder"});
+  ///   auto decoder = xattn::decoder_from(checkpoint, {.prefix = "model.decoder"});
+  ///   for (const auto& name : checkpoint.unread()) std::cout << name << "\n";  // embeddings, still to be loaded
+  std::vector<std::string> unread() const;
+
   /// Returns this file with tensors of another file added: `names` maps names in the other file to names here. Path, format and
-  /// metadata stay the same. Throws FileError if the other file has no such tensor, or this file already has it.
+  /// metadata stay the same, and no tensor counts as read. Throws FileError if the other file has no such tensor, or this file already has it.
   Checkpoint with(const Checkpoint& other, const std::map<std::string, std::string>& names) const;
 
  private:
   std::shared_ptr<const Contents> contents_;
 };
 
-/// Opens a file; its format is detected from its contents. Throws FileError, one line naming the defect, unless the
-/// descriptions of all tensors are valid, their data lies in the file, no tensor is larger than the file, and all tensors
-/// together are at most 32 times as large (views may repeat elements). Objects of other classes in a pickle (options, callbacks,
-/// NumPy arrays) are passed over. If a file holds an object in place of all tensors, the message has the line of Python that
-/// saves the tensors; a web page, a pointer of Git LFS, a GGUF file and a compiled package are named for what they are.
+/// Opens a file, or the file of weights in a folder as `from_pretrained` takes it: the first that exists of
+///
+///   model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json;
+///   the same of diffusers, diffusion_pytorch_model.safetensors, ...;
+///   adapter_model.safetensors or .bin, pytorch_lora_weights.safetensors or .bin
+///
+/// A FileError lists what a folder holds that has none of these. The format is detected from the contents. Throws FileError, one
+/// line naming the defect, unless the descriptions of all tensors are valid, their data lies in the file, no tensor is larger
+/// than the file, and all tensors together are at most 32 times as large (views may repeat elements). Objects of other classes in
+/// a pickle (options, callbacks, NumPy arrays) are passed over. If a file holds an object in place of all tensors, the message has
+/// the line of Python that saves the tensors; a web page, a pointer of Git LFS, a GGUF file and a compiled package are named for
+/// what they are.
 [[nodiscard]] XATTN_API Checkpoint open_checkpoint(const std::string& path);
 
 /// Opens a file that is in memory, in any of these formats but the index of a sharded set, without copying it. The bytes must

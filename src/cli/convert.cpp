@@ -177,7 +177,7 @@ void add_convert(program::Command& xattn) {
       xattn.subcommand("convert", "Write a file in another format or with other names.", [arguments] { convert(*arguments); });
   std::vector<std::string> names;
   for (const auto& layout : layouts()) names.emplace_back(layout.name);
-  command.option("IN", arguments->input, "Weights in any format that inspect reads; for a sharded set its index.json",
+  command.option("IN", arguments->input, "Weights in any format that inspect reads; for a sharded set its index.json or folder",
                  {.required = true});
   command.option("OUT", arguments->output, "File to write: safetensors, or for .pt, .pth and .bin a PyTorch state dict",
                  {.required = true});

@@ -176,10 +176,11 @@ void add_inspect(program::Command& xattn) {
   const auto arguments = std::make_shared<InspectArguments>();
   auto command = xattn.subcommand("inspect", "Show the tensors of a file, and the attention layers and blocks among them.",
                                   [arguments] { inspect(*arguments); });
-  command.option("FILE", arguments->file,
-                 "safetensors (for a sharded set the index.json), or an archive of torch.save, torch.jit.save or "
-                 "torch.export.save; nothing in it is ever executed",
-                 {.required = true});
+  command.option(
+      "FILE", arguments->file,
+      "safetensors (for a sharded set the index.json), the folder of a model, or an archive of torch.save, torch.jit.save or "
+      "torch.export.save; nothing in it is ever executed",
+      {.required = true});
   command.flag("--json", arguments->json, "Print JSON, as described below");
   command.footer(kInspectFooter);
 }

@@ -7,13 +7,17 @@
 #include <filesystem>
 #include <functional>
 #include <iterator>
+#include <mutex>
 #include <numeric>
 #include <optional>
+#include <set>
 #include <string_view>
+#include <system_error>
 #include <utility>
 
 #include "base/check.h"
 #include "files/check_file.h"
+#include "files/folder.h"
 #include "files/mapped_file.h"
 #include "files/readers.h"
 #include "files/stored_tensor.h"
@@ -21,12 +25,18 @@
 namespace xattn {
 
 struct Checkpoint::Contents {
+  struct Reads {
+    std::mutex mutex;
+    std::set<std::string> names;
+  };
+
   std::string path;
   FileFormat format = FileFormat::safetensors;
   std::vector<std::shared_ptr<const detail::MappedFile>> files;
   std::vector<std::shared_ptr<const void>> owners;  // of bytes that are no files
   detail::Index index;
   std::map<std::string, TensorInfo> infos;
+  std::shared_ptr<Reads> reads = std::make_shared<Reads>();  // the tensors that were read
 };
 
 namespace {
@@ -185,13 +195,14 @@ std::string to_string(FileFormat format) {
 
 Checkpoint open_checkpoint(const std::string& path) {
   auto contents = std::make_shared<Checkpoint::Contents>();
-  contents->path = path;
-  contents->files.push_back(std::make_shared<MappedFile>(path));
+  std::error_code ignored;
+  contents->path = std::filesystem::is_directory(path, ignored) ? detail::weights_in(path) : path;
+  contents->files.push_back(std::make_shared<MappedFile>(contents->path));
   const auto file = contents->files.front()->bytes();
   if (is_json(detail::as_text(file))) {
-    read_shards(*contents, detail::read_shard_index(path, file));
+    read_shards(*contents, detail::read_shard_index(contents->path, file));
   } else {
-    std::tie(contents->format, contents->index) = read_file(path, file);
+    std::tie(contents->format, contents->index) = read_file(contents->path, file);
   }
   return finished(std::move(contents));
 }
@@ -245,11 +256,25 @@ at::Tensor Checkpoint::tensor(const std::string& name) const {
     check.fail("tensor {} of {} bytes does not fit into memory", in_quotes(name), stored.data.size());
   }
   check(tensor.has_value(), "tensor {} of type bool holds a byte other than 0 and 1", in_quotes(name));
+  const std::lock_guard lock(contents_->reads->mutex);
+  contents_->reads->names.insert(name);
   return *std::move(tensor);
+}
+
+std::vector<std::string> Checkpoint::unread() const {
+  std::vector<std::string> names;
+  const std::lock_guard lock(contents_->reads->mutex);
+  for (const auto& [name, info] : contents_->infos) {
+    if (!contents_->reads->names.contains(name)) names.push_back(name);
+  }
+  for (const auto& [name, reason] : contents_->index.unreadable) names.push_back(name);
+  std::ranges::sort(names);
+  return names;
 }
 
 Checkpoint Checkpoint::with(const Checkpoint& other, const std::map<std::string, std::string>& names) const {
   auto contents = std::make_shared<Contents>(*contents_);
+  contents->reads = std::make_shared<Contents::Reads>();
   std::ranges::copy(other.contents_->files, std::back_inserter(contents->files));
   std::ranges::copy(other.contents_->owners, std::back_inserter(contents->owners));
   for (const auto& [theirs, ours] : names) {

@@ -155,7 +155,7 @@ std::shared_ptr<const Frozen::State> Frozen::State::make(const CrossAttentionOpt
   const bool kernels = !options.bias_kv() && detail::runs_on_kernels(weights.key);
   detail::check_storage(kFrozen, freeze.storage, kernels);
   if (kernels && !freeze.plan) plan.rates.reset();  // the module's rates are those of other kernels
-  const auto exact = [&weights, kernels] {  // a copy that lives as long as a product is made from it
+  const auto exact = [&weights, kernels] {          // a copy that lives as long as a product is made from it
     auto copy = changed(weights, [](const Tensor& x) { return x.detach().to(at::kDouble); });
     if (kernels) copy.scale = 1;  // the kernels scale in the softmax
     return copy;

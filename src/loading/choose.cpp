@@ -2,6 +2,7 @@
 #include "loading/choose.h"
 
 #include <iterator>
+#include <utility>
 
 #include "base/text.h"
 #include "loading/layouts.h"
@@ -16,12 +17,16 @@ Found choose_one(const std::string& file, const std::vector<Found>& found, const
   if (!prefix && found.size() == 1) return found.front();
   if (const auto* one = prefix ? find_at(found, *prefix) : nullptr) return *one;
   std::vector<std::string> prefixes;
-  for (const auto& one : found) prefixes.push_back(in_quotes(one.prefix));
-  load_check(file).fail("prefix must be one of {}, but {}", joined(prefixes),
-                        prefix ? "is " + in_quotes(*prefix) : "was not given");
+  for (const auto& one : found) prefixes.push_back(one.prefix);
+  load_check(file).fail("{}", must_be_one_of(std::move(prefixes), prefix));
 }
 
 }  // namespace
+
+std::string must_be_one_of(std::vector<std::string> prefixes, const std::optional<std::string>& given) {
+  for (auto& prefix : prefixes) prefix = in_quotes(prefix);
+  return formatted("prefix must be one of {}, but {}", joined(prefixes), given ? "is " + in_quotes(*given) : "was not given");
+}
 
 FoundLayer choose(const std::string& file, const std::vector<FoundLayer>& layers, const std::optional<std::string>& prefix) {
   load_check(file)(!layers.empty(), "must hold an attention layer in a layout that is known, but holds none");
@@ -47,7 +52,8 @@ FoundStack choose(const std::string& file,
   return choose_one(file, stacks, prefix);
 }
 
-void explain_none(const Checkpoint& checkpoint, const std::string& prefix, const LayoutChoice& choice) {
+void explain_none(const Checkpoint& checkpoint, const std::string& place, const LayoutChoice& choice) {
+  const auto prefix = with_point(place);
   std::vector<std::string> names;
   for (const auto& [name, info] : checkpoint.tensors()) {
     if (!name.starts_with(prefix)) continue;

@@ -21,6 +21,21 @@ inline FileCheck load_check(const std::string& path) {
   return {"load", path};
 }
 
+/// The prefix with the point at its end; an empty one stays empty.
+inline std::string with_point(const std::string& prefix) {
+  return prefix.empty() || prefix.ends_with('.') ? prefix : prefix + ".";
+}
+
+/// Whether a name in this map begins with the prefix.
+template <class Map>
+bool any_below(const std::string& prefix, const Map& names) {
+  const auto first = names.lower_bound(prefix);
+  return first != names.end() && first->first.starts_with(prefix);
+}
+
+/// "prefix must be one of "a.", "b.", but is "c"", or "but was not given".
+std::string must_be_one_of(std::vector<std::string> prefixes, const std::optional<std::string>& given);
+
 /// The layer, block or stack found at `prefix`, with or without the point at its end; null if there is none.
 template <class Found>
 const Found* find_at(const std::vector<Found>& found, const std::string& prefix) {

@@ -130,36 +130,59 @@ std::vector<FoundStack> find_stacks(const Infos& tensors, StackKind kind, const 
   return stacks;
 }
 
-std::vector<std::string> unexplained_names(const FoundStack& stack, const Infos& tensors) {
+Recipes recipes(const FoundStack& stack, const Infos& tensors) {
   const auto& layout = stack_layout_named(stack.layout);
-  std::set<std::string> names;
-  const auto add_block = [&](const FoundBlock& block, std::set<std::string>& explained) {
+  Recipes result;
+  const auto add_block = [&](const std::string& path, const FoundBlock& block) {
+    for (const auto& [parameter, recipe] : recipes(block, tensors)) result.emplace(path + parameter, recipe);
+  };
+  const auto add = [&](const std::string& parameter, const std::string& name) {
+    if (tensors.contains(name)) result.emplace(parameter, TensorRecipe{name});
+  };
+  for (size_t i = 0; i < stack.layers.size(); ++i) {
+    const auto& [self, cross] = stack.layers[i];
+    const auto path = formatted("layers.{}.", i);
+    add_block(cross ? path + "self." : path, self);
+    if (cross) add_block(path + "cross.", *cross);
+  }
+  for (const auto& [weight, bias] : kNormEndings) {
+    const auto norm = stack.prefix + stack.norm;
+    if (stack.norm.empty() || !tensors.contains(norm + weight)) continue;
+    add("norm.weight", norm + weight);
+    add("norm.bias", norm + bias);
+  }
+  if (const auto& bias = layout.relative_position_bias; !bias.empty()) {
+    add("relative_position_bias.weight", stack.layer_prefix(0) + bias);
+  }
+  return result;
+}
+
+std::map<std::string, NameRole> name_roles(const FoundStack& stack, const Infos& tensors) {
+  std::map<std::string, NameRole> roles;
+  const auto& around = stack_layout_named(stack.layout).beside;
+  for (auto item = tensors.lower_bound(stack.prefix); item != tensors.end() && item->first.starts_with(stack.prefix); ++item) {
+    const auto name = item->first.substr(stack.prefix.size());
+    const bool is_around = std::ranges::any_of(around, [&](const auto& beginning) { return name.starts_with(beginning); });
+    roles.emplace(name, is_around ? NameRole::around : NameRole::unexplained);
+  }
+  const auto add_block = [&](const FoundBlock& block) {
     for (const auto& [name, role] : name_roles(block, tensors)) {
       const auto full = block.prefix + name;
-      if (role != NameRole::unexplained) {
-        explained.insert(full);
-      } else if (!tensors.contains(full)) {
-        names.insert(name);  // a low-rank weight at the top of the file
+      if (!tensors.contains(full)) {
+        roles.emplace(name, role);  // a low-rank weight at the top of the file
+      } else if (role != NameRole::unexplained) {
+        roles[full.substr(stack.prefix.size())] = role;
       }
     }
   };
-  std::set<std::string> explained;
   for (const auto& [self, cross] : stack.layers) {
-    add_block(self, explained);
-    if (cross) add_block(*cross, explained);
+    add_block(self);
+    if (cross) add_block(*cross);
   }
-  if (!layout.relative_position_bias.empty()) explained.insert(stack.layer_prefix(0) + layout.relative_position_bias);
-  for (const auto& [weight, bias] : kNormEndings) {
-    if (stack.norm.empty()) break;
-    explained.insert({stack.prefix + stack.norm + weight, stack.prefix + stack.norm + bias});
+  for (const auto& [parameter, recipe] : recipes(stack, tensors)) {
+    roles[recipe.source.substr(stack.prefix.size())] = NameRole::parameter;
   }
-  for (auto item = tensors.lower_bound(stack.prefix); item != tensors.end() && item->first.starts_with(stack.prefix); ++item) {
-    const auto name = item->first.substr(stack.prefix.size());
-    const bool is_callers =
-        std::ranges::any_of(layout.beside, [&](const auto& beginning) { return name.starts_with(beginning); });
-    if (!is_callers && !explained.contains(item->first)) names.insert(name);
-  }
-  return {names.begin(), names.end()};
+  return roles;
 }
 
 }  // namespace xattn::detail

@@ -3,6 +3,7 @@
 
 #include <xattn/find_blocks.h>
 
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -33,7 +34,10 @@ struct FoundStack {
 /// `attention_layout` is given, only those whose attention has it.
 std::vector<FoundStack> find_stacks(const Infos& tensors, StackKind kind, const LayoutChoice& attention_layout);
 
-/// Names below the stack's prefix, without it, that its layouts do not explain, and low-rank weights for it.
-std::vector<std::string> unexplained_names(const FoundStack& stack, const Infos& tensors);
+/// How to make each parameter of an Encoder or Decoder from a file with this stack; see `recipes` of a layer.
+Recipes recipes(const FoundStack& stack, const Infos& tensors);
+
+/// The role of each name below the stack's prefix; see `name_roles` of a layer.
+std::map<std::string, NameRole> name_roles(const FoundStack& stack, const Infos& tensors);
 
 }  // namespace xattn::detail

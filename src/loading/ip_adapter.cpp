@@ -12,6 +12,7 @@
 
 #include "base/text.h"
 #include "files/check_file.h"
+#include "loading/choose.h"
 
 namespace xattn {
 namespace {
@@ -19,11 +20,8 @@ namespace {
 constexpr std::string_view kIpAdapter = "ip_adapter";
 constexpr std::string_view kPlaces = "ip_adapter.";
 
+using detail::with_point;
 using Places = std::map<std::string, std::string>;  // prefixes of layers in the base -> in the adapter
-
-std::string with_point(const std::string& prefix) {
-  return prefix.empty() || prefix.ends_with('.') ? prefix : prefix + ".";
-}
 
 // A key that sorts layers in the order of diffusers: down, up and mid blocks, or their names in single files; 2 before 10.
 std::pair<size_t, std::string> order_of(const std::string& prefix) {
@@ -52,9 +50,27 @@ Places places_by_order(const Checkpoint& base) {
   return places;
 }
 
+// Throws unless the base has all of these layers, and the adapter their places.
+void check_places(const Checkpoint& base, const Checkpoint& adapter, const Places& places) {
+  constexpr std::string_view kKey = "to_k_ip.weight";
+  const auto layers = find_layers(base.tensors());
+  std::vector<std::string> of_layers, of_places;
+  for (const auto& layer : layers) of_layers.push_back(layer.prefix);
+  for (const auto& [name, info] : adapter.tensors()) {
+    if (name.ends_with(kKey)) of_places.push_back(name.substr(0, name.size() - kKey.size()));
+  }
+  for (const auto& [layer, place] : places) {
+    const bool has_layer = detail::find_at(layers, layer) != nullptr;
+    detail::FileCheck(kIpAdapter, base.path())(has_layer, "{}", detail::must_be_one_of(of_layers, layer));
+    const bool has_place = detail::any_below(with_point(place), adapter.tensors());
+    detail::FileCheck(kIpAdapter, adapter.path())(has_place, "{}", detail::must_be_one_of(of_places, place));
+  }
+}
+
 }  // namespace
 
 Checkpoint with_ip_adapter(const Checkpoint& base, const Checkpoint& adapter, const Places& places) {
+  check_places(base, adapter, places);
   std::map<std::string, std::string> names;  // names in the adapter -> names in the U-Net of diffusers
   for (const auto& [layer, place] : places.empty() ? places_by_order(base) : places) {
     for (const auto* side : {"to_k_ip", "to_v_ip"}) {

@@ -94,7 +94,10 @@ Module loaded(const Checkpoint& checkpoint,
               const ModuleOptions& of_module,
               at::ScalarType type,
               const Options& options) {
-  LoadOptions load{.prefix = prefix, .layout = options.layout, .allow_unexpected = options.allow_unexpected};
+  LoadOptions load{.prefix = prefix,
+                   .layout = options.layout,
+                   .allow_unexpected = options.allow_unexpected,
+                   .ignore_config = true};  // the options have been chosen
   if constexpr (std::is_same_v<Options, LayerOptions>) load.without_input_norms = options.without_input_norms;
   Module module(of_module);
   module->to(type);
@@ -137,9 +140,9 @@ CrossAttentionBlockOptions block_options(const Checkpoint& checkpoint,
   auto placement = options.norm_placement;
   if (!placement) placement = config.norm_placement(layout);
   auto activation = options.activation;
-  if (!activation) activation = config.activation(layout);
+  if (!activation) activation = config.activation(found);
   auto eps = options.norm_eps;
-  if (!eps) eps = config.norm_eps(layout);
+  if (!eps) eps = config.norm_eps(found);
 
   const LayerOptions of_layer{.layout = options.layout,
                               .num_heads = options.num_heads,

@@ -25,7 +25,6 @@ namespace {
 using detail::FoundStack;
 using detail::in_quotes;
 using detail::StackKind;
-using detail::TensorRecipe;
 
 FoundStack chosen(const Checkpoint& checkpoint, const StackOptionsFromFile& options, StackKind kind) {
   const auto stacks = detail::find_stacks(checkpoint.tensors(), kind, options.layout);
@@ -45,31 +44,27 @@ class StackReader {
         check_(detail::load_check(checkpoint.path())),
         config_(checkpoint),
         stack_(chosen(checkpoint, options, kind)),
+        recipes_(detail::recipes(stack_, infos_)),
         layout_(detail::stack_layout_named(stack_.layout)) {
     const auto name = "stack " + in_quotes(stack_.prefix);
     check_(stack_.fault.empty(), "{} must have {}", name, stack_.fault);
-    const auto unexpected = options.allow_unexpected ? std::vector<std::string>() : unexplained_names(stack_, infos_);
-    check_(unexpected.empty(), "{} must have only names that layout {} explains{}{}", name, stack_.layout,
-           detail::list("unexpected", unexpected), detail::advice_on(unexpected));
+    const auto unexpected = names_of(detail::NameRole::unexplained, name_roles(stack_, infos_));
+    check_(options.allow_unexpected || unexpected.empty(), "{} must have only names that layout {} explains{}{}", name,
+           stack_.layout, detail::list("unexpected", unexpected), detail::advice_on(unexpected));
     config_.refuse_other_positions();
     if (!layout_.relative_position_bias.empty()) read_bias(kind == StackKind::encoder);
   }
 
   EncoderOptions encoder() {
     std::vector<CrossAttentionBlockOptions> layers;
-    for (const auto& layer : stack_.layers) {
-      layers.push_back(block(layer.self, detail::formatted("layers.{}.", layers.size())));
-    }
+    for (const auto& layer : stack_.layers) layers.push_back(block(layer.self));
     const auto norm = norm_behind(layers.back());
     return EncoderOptions(std::move(layers)).norm(norm).relative_position_bias(bias_);
   }
 
   DecoderOptions decoder() {
     std::vector<DecoderLayerOptions> layers;
-    for (const auto& layer : stack_.layers) {
-      const auto self = block(layer.self, detail::formatted("layers.{}.self.", layers.size()));
-      layers.emplace_back(self, block(*layer.cross, detail::formatted("layers.{}.cross.", layers.size())));
-    }
+    for (const auto& layer : stack_.layers) layers.emplace_back(block(layer.self), block(*layer.cross));
     const auto norm = norm_behind(layers.back().cross());
     return DecoderOptions(std::move(layers)).norm(norm).relative_position_bias(bias_).causal(options_.causal);
   }
@@ -93,8 +88,7 @@ class StackReader {
   }
 
  private:
-  // The options of a block of the file, which is at `path` in the module.
-  CrossAttentionBlockOptions block(const FoundBlock& found, const std::string& path) {
+  CrossAttentionBlockOptions block(const FoundBlock& found) const {
     const auto& layout = detail::block_layout_named(found.layout);
     detail::refuse_misshapen(checkpoint_, found.attention);
     const BlockOptionsFromFile of_block{.layout = options_.layout,
@@ -106,22 +100,20 @@ class StackReader {
     const auto placement = result.norm_placement();
     check_(layout.norm_placement.value_or(placement) == placement,
            "norm_placement must be the one that layout {} needs, but is {}", found.layout, detail::name_of(placement));
-    for (const auto& [parameter, recipe] : detail::recipes(found, infos_)) recipes_.emplace(path + parameter, recipe);
     return result.norm_context(layout.is_self && placement == NormPlacement::before);
   }
 
   // The norm behind the last layer, which has the kind and eps of that layer's.
-  std::optional<NormOptions> norm_behind(const CrossAttentionBlockOptions& last) {
+  std::optional<NormOptions> norm_behind(const CrossAttentionBlockOptions& last) const {
     const std::vector shape = {last.attention().dim_query()};
     for (const auto& [weight, bias] : detail::kNormEndings) {
       const auto full = stack_.prefix + stack_.norm;
       if (stack_.norm.empty() || !infos_.contains(full + weight)) continue;
       const bool has_bias = infos_.contains(full + bias);
-      for (const auto& [parameter, name] : {std::pair("norm.weight", full + weight), {"norm.bias", full + bias}}) {
+      for (const auto& name : {full + weight, full + bias}) {
         if (!infos_.contains(name)) continue;
         check_(infos_.at(name).shape == shape, "{} must have shape [{}], but has [{}]", in_quotes(name), shape.front(),
                detail::joined(infos_.at(name).shape));
-        recipes_.emplace(parameter, TensorRecipe{name});
       }
       check_(!has_bias || last.norm() == NormKind::layer, "{} must be a norm without a bias, but has one", in_quotes(full));
       return NormOptions(last.norm(), shape.front()).eps(last.norm_eps()).bias(has_bias);
@@ -142,7 +134,6 @@ class StackReader {
            in_quotes(name), options_.num_heads.value_or(0));
     bias_ = RelativePositionBiasOptions(shape[1]).num_buckets(shape[0]).bidirectional(bidirectional);
     if (const auto distance = config_.max_distance()) bias_->max_distance(*distance);
-    recipes_.emplace("relative_position_bias.weight", TensorRecipe{name});
   }
 
   const Checkpoint& checkpoint_;
@@ -151,9 +142,9 @@ class StackReader {
   detail::FileCheck check_;
   detail::ModelConfig config_;
   FoundStack stack_;
+  detail::Recipes recipes_;  // by name in the module
   const detail::StackLayout& layout_;
   std::optional<RelativePositionBiasOptions> bias_;
-  detail::Recipes recipes_;  // by name in the module
 };
 
 }  // namespace

@@ -12,19 +12,33 @@
 
 #include "base/text.h"
 #include "files/mapped_file.h"
+#include "modules/option_names.h"
 
 namespace xattn::detail {
 namespace {
 
 using Names = std::vector<std::string>;
 
+// Whether a name of a layout may stand in any part of a config.
+bool is_anywhere(std::string_view name) {
+  return !name.empty() && name.find('.') == std::string_view::npos;
+}
+
 // Where a name of a layout may stand: "name", "text_config/name", "decoder/name", or at the one place that it gives.
 Names places_of(std::string name) {
   if (name.empty()) return {};
+  if (is_anywhere(name)) return {name, "text_config/" + name, "decoder/" + name};
   std::ranges::replace(name, '.', '/');
-  if (name.starts_with('/')) return {name.substr(1)};
-  if (name.find('/') != std::string::npos) return {name};
-  return {name, "text_config/" + name, "decoder/" + name};
+  if (name.starts_with('/')) name.erase(0, 1);
+  return {name};
+}
+
+// The name for layers with this prefix: configs of one part have names like "decoder_attention_heads" and, for the encoder,
+// "encoder_attention_heads".
+std::string name_for(const std::string& name, const std::string& prefix) {
+  constexpr std::string_view kDecoder = "decoder_";
+  const bool of_encoder = has_component(prefix, {"encoder"}) && !has_component(prefix, {"decoder"});
+  return of_encoder && name.starts_with(kDecoder) ? "encoder_" + name.substr(kDecoder.size()) : name;
 }
 
 // The last number among the components of a prefix.
@@ -55,6 +69,7 @@ std::optional<Activation> activation_named(std::string_view name) {
 
 ModelConfig::ModelConfig(const Checkpoint& checkpoint)
     : check_(load_check(checkpoint.path())), tensors_(&checkpoint.tensors()) {
+  if (checkpoint.files().empty()) return;   // a file in memory has no place
   constexpr size_t kMaxConfig = 8'000'000;  // bytes; a config that names tens of thousands of classes has one million
   const auto path = (std::filesystem::path(checkpoint.path()).parent_path() / "config.json").string();
   std::error_code error;
@@ -63,16 +78,46 @@ ModelConfig::ModelConfig(const Checkpoint& checkpoint)
   json_ = parse_json("load", path, file.bytes(), kMaxConfig);
 }
 
-template <class T>
-std::vector<T> ModelConfig::all(const Names& names) const {
-  std::vector<T> values;
-  for (const auto& name : names) {
-    for (const auto& place : places_of(name)) {
-      const auto* found = json_.find(place);
-      if (const auto value = found ? found->as<T>() : std::nullopt) values.push_back(*value);
+// The object whose name, without "_config", begins the first component of the prefix that has one; null if there is none.
+const Json* ModelConfig::part_of(const std::string& prefix) const {
+  constexpr std::string_view kEnding = "_config";
+  std::istringstream components(prefix);
+  for (std::string component; json_.object() && std::getline(components, component, '.');) {
+    for (const auto& [name, value] : *json_.object()) {
+      const auto word = name.ends_with(kEnding) ? name.substr(0, name.size() - kEnding.size()) : name;
+      if (value.object() && !word.empty() && component.starts_with(word)) return &value;
     }
   }
+  return nullptr;
+}
+
+template <class T>
+std::vector<T> ModelConfig::all(const Names& names, const std::string& prefix) const {
+  std::vector<T> values;
+  const auto add = [&values](const Json* found) {
+    if (const auto value = found ? found->template as<T>() : std::nullopt) values.push_back(*value);
+  };
+  const auto* part = part_of(prefix);
+  for (const auto& any : names) {
+    const auto name = name_for(any, prefix);
+    if (part && is_anywhere(name)) add(part->find(name));
+    for (const auto& place : places_of(name)) add(json_.find(place));
+  }
   return values;
+}
+
+template <class T>
+std::vector<T> ModelConfig::possible(const Names& names, const std::string& prefix) const {
+  const auto* part = part_of(prefix);
+  for (const auto& any : names) {
+    const auto name = name_for(any, prefix);
+    const auto* found = part && is_anywhere(name) ? part->find(name) : nullptr;
+    if (const auto value = found ? found->template as<T>() : std::nullopt) return {*value};
+  }
+  for (const auto& name : names) {
+    if (auto values = all<T>({name}, prefix); !values.empty()) return values;
+  }
+  return {};
 }
 
 void ModelConfig::refuse_other_attention(const FoundLayer& layer) const {
@@ -157,7 +202,8 @@ std::optional<int64_t> ModelConfig::max_distance() const {
   return first<int64_t>({"relative_attention_max_distance"});
 }
 
-std::optional<int64_t> ModelConfig::num_heads(const FoundLayer& layer, const Names& names) const {
+// Those of the names that give a number of heads for this layer.
+Names ModelConfig::names_of_heads(const FoundLayer& layer, const Names& names) const {
   // In these classes of diffusers attention_head_dim is the number of heads; in others it is the size of a head.
   constexpr std::array kClasses = {"UNet2DCondition", "UNet3DCondition", "UNetMotion", "I2VGenXLUNet", "ControlNet"};
   const auto& layout = layout_of(layer);
@@ -165,15 +211,28 @@ std::optional<int64_t> ModelConfig::num_heads(const FoundLayer& layer, const Nam
   const auto of_class = first<std::string>({"._class_name"});
   const bool head_dim_counts_heads =
       !of_class || std::ranges::any_of(kClasses, [&](const auto* name) { return of_class->find(name) != std::string::npos; });
-  for (const auto& name : names) {
-    if (name == "attention_head_dim" && !head_dim_counts_heads) continue;
-    if (const auto number = first<int64_t>({name})) return number;
-  }
-  return {};
+  auto usable = names;
+  if (!head_dim_counts_heads) std::erase(usable, "attention_head_dim");
+  return usable;
+}
+
+std::optional<int64_t> ModelConfig::num_heads(const FoundLayer& layer, const Names& names) const {
+  return first<int64_t>(names_of_heads(layer, names), layer.prefix);
+}
+
+std::vector<int64_t> ModelConfig::possible_num_heads(const FoundLayer& layer, const Names& names) const {
+  auto numbers = possible<int64_t>(names_of_heads(layer, names), layer.prefix);
+  const auto of_widths = layer.possible_heads();
+  std::erase_if(numbers, [&](int64_t number) { return std::ranges::count(of_widths, number) == 0; });  // another layer's
+  return numbers;
 }
 
 std::optional<double> ModelConfig::qk_norm_eps(const FoundLayer& layer) const {
-  return first<double>(layout_of(layer).qk_norm.eps_in_config);
+  return first<double>(layout_of(layer).qk_norm.eps_in_config, layer.prefix);
+}
+
+std::vector<double> ModelConfig::possible_qk_norm_eps(const FoundLayer& layer) const {
+  return possible<double>(layout_of(layer).qk_norm.eps_in_config, layer.prefix);
 }
 
 std::optional<double> ModelConfig::scale(const FoundLayer& layer, int64_t head_dim) const {
@@ -202,17 +261,30 @@ std::optional<NormPlacement> ModelConfig::norm_placement(const BlockLayout& layo
   return {};
 }
 
-std::optional<double> ModelConfig::norm_eps(const BlockLayout& layout) const {
-  return first<double>(layout.norms.eps_in_config);
+std::optional<double> ModelConfig::norm_eps(const FoundBlock& block) const {
+  return first<double>(block_layout_named(block.layout).norms.eps_in_config, block.prefix);
 }
 
-std::optional<Activation> ModelConfig::activation(const BlockLayout& layout) const {
-  const auto name = first<std::string>(layout.activation_in_config);
+std::vector<double> ModelConfig::possible_norm_eps(const FoundBlock& block) const {
+  return possible<double>(block_layout_named(block.layout).norms.eps_in_config, block.prefix);
+}
+
+std::optional<Activation> ModelConfig::activation(const FoundBlock& block) const {
+  const auto& layout = block_layout_named(block.layout);
+  const auto name = first<std::string>(layout.activation_in_config, block.prefix);
   if (!name) return layout.activation;
   const auto activation = activation_named(*name);
   check_(activation.has_value(), "the activation in its config.json, {}, is not known; give one of {}", in_quotes(*name),
          kActivations);
   return activation;
+}
+
+std::vector<std::string> ModelConfig::possible_activations(const FoundBlock& block) const {
+  auto names = possible<std::string>(block_layout_named(block.layout).activation_in_config, block.prefix);
+  for (auto& name : names) {
+    if (const auto activation = activation_named(name)) name = name_of(*activation);
+  }
+  return names;
 }
 
 }  // namespace xattn::detail

@@ -3,6 +3,7 @@
 
 #include <xattn/block_options.h>
 #include <xattn/checkpoint.h>
+#include <xattn/find_blocks.h>
 #include <xattn/find_layers.h>
 
 #include <map>
@@ -38,20 +39,36 @@ class ModelConfig {
 
   /// By the layout, else by the type of the model.
   std::optional<NormPlacement> norm_placement(const BlockLayout& layout) const;
-  std::optional<double> norm_eps(const BlockLayout& layout) const;
+  std::optional<double> norm_eps(const FoundBlock& block) const;
   /// By config.json, else by the layout. Throws FileError if config.json names an unknown one.
-  std::optional<Activation> activation(const BlockLayout& layout) const;
+  std::optional<Activation> activation(const FoundBlock& block) const;
+
+  // For a comparison with a module that exists: the values that config.json may mean for this part of the model, the likeliest
+  // first. None if it says nothing of it.
+  std::vector<int64_t> possible_num_heads(const FoundLayer& layer, const std::vector<std::string>& names) const;
+  std::vector<double> possible_qk_norm_eps(const FoundLayer& layer) const;
+  std::vector<double> possible_norm_eps(const FoundBlock& block) const;
+  std::vector<std::string> possible_activations(
+      const FoundBlock& block) const;  ///< as Activation's, or as config.json spells it
 
  private:
-  /// All values of type T under these names; see Layout for where they are looked up.
+  /// All values of type T under these names; see Layout for where they are looked up. The part of the config that a
+  /// component of the prefix names comes first: "vision_config" for "vision_model.encoder.layers.0.".
   template <class T>
-  std::vector<T> all(const std::vector<std::string>& names) const;
+  std::vector<T> all(const std::vector<std::string>& names, const std::string& prefix = {}) const;
 
   template <class T>
-  std::optional<T> first(const std::vector<std::string>& names) const {
-    const auto values = all<T>(names);
+  std::optional<T> first(const std::vector<std::string>& names, const std::string& prefix = {}) const {
+    const auto values = all<T>(names, prefix);
     return values.empty() ? std::nullopt : std::optional(values.front());
   }
+
+  /// The value in the part of the config that the prefix names; else all under the first name that has one.
+  template <class T>
+  std::vector<T> possible(const std::vector<std::string>& names, const std::string& prefix) const;
+
+  const Json* part_of(const std::string& prefix) const;
+  std::vector<std::string> names_of_heads(const FoundLayer& layer, const std::vector<std::string>& names) const;
 
   void refuse_soft_caps(const std::vector<std::string>& names) const;
 

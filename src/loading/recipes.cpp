@@ -3,6 +3,7 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/repeat_interleave.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <array>
@@ -145,6 +146,11 @@ at::Tensor TensorRecipe::make(const LazyTensors& tensors, std::optional<at::Scal
     factors = at::repeat_interleave(factors, block_of(count, factors.size(axis)), axis).narrow(axis, 0, count);
   }
   return part_of(*this, weight.mul_(factors));
+}
+
+void TensorRecipe::write(const at::Tensor& value, const at::Tensor& source_tensor) const {
+  TORCH_INTERNAL_ASSERT(scale.empty() && source_tensor.is_contiguous(), source);
+  part_of(*this, source_tensor).copy_(value);
 }
 
 TensorRecipe with_scale(TensorRecipe recipe, const Infos& tensors) {

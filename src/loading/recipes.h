@@ -46,6 +46,8 @@ struct XATTN_API TensorRecipe {
   /// The part of the source, multiplied by the scale, in float64 if `type` is float64. Throws c10::ValueError, with the reason,
   /// if source and scale do not fit together.
   at::Tensor make(const LazyTensors& tensors, std::optional<at::ScalarType> type = {}) const;
+  /// The inverse for a recipe without a scale: copies `value` into its part of the source, which must be contiguous.
+  void write(const at::Tensor& value, const at::Tensor& source_tensor) const;
 };
 
 using Recipes = std::map<std::string, TensorRecipe>;  ///< by the name of a parameter
@@ -75,6 +77,7 @@ enum class NameRole {
   added,       ///< the same, for an added context
   input_norm,  ///< of a norm in front of the projections; see `input_norms` in load_modules.h
   beside,      ///< known to take no part: see Layout::beside; scales of activations
+  around,      ///< of the model around a stack, such as embeddings: see StackLayout::beside
   unexplained,
 };
 

@@ -70,9 +70,13 @@ void normalise(ContextInputs& context, const NormWeights& norm) {
 
 Tensor query_input(std::string_view caller, const LayerWeights& layer, const Tensor& query, bool is_batched, int64_t B) {
   check_input(caller, "query", query, "Lq", layer.query);
-  check_value((query.dim() == 3) == is_batched && (query.dim() == 2 || query.size(0) == B), caller,
-              "query must have shape {}Lq, {}] to match its context, but has {}.", is_batched ? formatted("[{}, ", B) : "[",
-              query.size(-1), shape_of(query));
+  const bool is_batch = query.dim() == 3;
+  const bool fits = is_batch == is_batched && (!is_batch || query.size(0) == B);
+  check_value(fits || !is_batch || (is_batched && B > 1), caller,
+              "key and value of the context must have the batch of query, {}, but are {}.", shape_of(query),
+              batch_of(is_batched, B));
+  check_value(fits, caller, "query must have shape {}Lq, {}] to match its context, but has {}.",
+              is_batched ? formatted("[{}, ", B) : "[", query.size(-1), shape_of(query));
   return batched(query);
 }
 

@@ -8,6 +8,7 @@
 #include <xattn/attention.h>
 
 #include <cmath>
+#include <string>
 #include <string_view>
 
 #include "base/check.h"
@@ -73,8 +74,31 @@ Mask with_bias(const Mask& mask, RelativePositionBias& bias, int64_t L) {
   return bias ? mask & Mask::bias(bias->forward(L, L)) : mask;
 }
 
-Tensor self_attended(CrossAttentionBlockImpl& block, const Tensor& x, const Mask& mask) {
-  return std::get<0>(block.forward(x, x, x, mask, {.weights = AttentionWeights::none}));
+// Calls a block of a stack. Errors of the library, "[another] message", become "[caller] message", which tells the layer.
+Tensor attended(
+    const std::string& caller, CrossAttentionBlockImpl& block, const Tensor& x, const Tensor& context, const Mask& mask) {
+  const auto told = [&](const c10::Error& error) {
+    const std::string message = error.what_without_backtrace();
+    const auto end = message.starts_with('[') ? message.find(']') : std::string::npos;
+    return end == std::string::npos ? message : detail::formatted("[{}{}", caller, message.substr(end));
+  };
+  try {
+    return std::get<0>(block.forward(x, context, context, mask, {.weights = AttentionWeights::none}));
+  } catch (const c10::ValueError& error) {
+    throw c10::ValueError(told(error));
+  } catch (const c10::TypeError& error) {
+    throw c10::TypeError(told(error));
+  }
+}
+
+Tensor decoded(const std::string& caller,
+               DecoderLayerImpl& layer,
+               const Tensor& x,
+               const Tensor& memory,
+               const Mask& self_mask,
+               const Mask& memory_mask) {
+  const auto y = attended(caller + ".self", *layer.self, x, x, self_mask);
+  return attended(caller + ".cross", *layer.cross, y, memory, memory_mask);
 }
 
 }  // namespace
@@ -143,7 +167,9 @@ Tensor EncoderImpl::forward(const Tensor& x, const Mask& mask) {
   detail::check_shape(kEncoder, "x", x, "L", layers->at<CrossAttentionBlockImpl>(0).options.attention().dim_query());
   const auto restricted = with_bias(mask, relative_position_bias, x.size(-2));
   auto y = x;
-  for (const auto& layer : *layers) y = self_attended(*layer->as<CrossAttentionBlock>(), y, restricted);
+  for (size_t i = 0; i < layers->size(); ++i) {
+    y = attended(detail::formatted("{}.layers[{}]", kEncoder, i), layers->at<CrossAttentionBlockImpl>(i), y, y, restricted);
+  }
   return norm ? norm(y) : y;
 }
 
@@ -165,8 +191,7 @@ void DecoderLayerImpl::pretty_print(std::ostream& stream) const {
 }
 
 Tensor DecoderLayerImpl::forward(const Tensor& x, const Tensor& memory, const Mask& self_mask, const Mask& memory_mask) {
-  const auto y = self_attended(*self, x, self_mask);
-  return std::get<0>(cross->forward(y, memory, memory, memory_mask, {.weights = AttentionWeights::none}));
+  return decoded("decoder_layer", *this, x, memory, self_mask, memory_mask);
 }
 
 DecoderImpl::DecoderImpl(const DecoderOptions& options_) : options(options_) {
@@ -201,7 +226,10 @@ Tensor DecoderImpl::forward(const Tensor& x, const Tensor& memory, const Mask& s
   const auto causal = options.causal() ? self_mask & Mask::causal(CausalAlignment::upper_left) : self_mask;
   const auto restricted = with_bias(causal, relative_position_bias, x.size(-2));
   auto y = x;
-  for (const auto& layer : *layers) y = layer->as<DecoderLayer>()->forward(y, memory, restricted, memory_mask);
+  for (size_t i = 0; i < layers->size(); ++i) {
+    const auto caller = detail::formatted("{}.layers[{}]", kDecoder, i);
+    y = decoded(caller, layers->at<DecoderLayerImpl>(i), y, memory, restricted, memory_mask);
+  }
   return norm ? norm(y) : y;
 }
 
