@@ -53,9 +53,10 @@ missing_packages() {
   command -v cmake > /dev/null || echo cmake
   command -v ninja > /dev/null || echo ninja-build
   command -v ccache > /dev/null || echo ccache
+  command -v pkg-config > /dev/null || echo pkg-config
   if needs_venv; then echo python3-venv; fi
   local headers=(fmt/format.h:libfmt-dev nlohmann/json.hpp:nlohmann-json3-dev CLI/CLI.hpp:libcli11-dev png.h:libpng-dev
-    gtest/gtest.h:libgtest-dev gloo/config.h:libgloo-dev)
+    gtest/gtest.h:libgtest-dev gloo/config.h:libgloo-dev sndfile.h:libsndfile1-dev samplerate.h:libsamplerate0-dev)
   if ! command -v c++ > /dev/null; then
     echo g++
     printf '%s\n' "${headers[@]#*:}"

@@ -8,7 +8,7 @@ usage() {
   cat <<'END'
 usage: scripts/check_report.sh REPORT.html [--screenshot FILE.png]
 
-Opens a report of vqa or caption in headless Chromium, points at all its words, and checks what it shows. Sets everything up
+Opens a report of vqa, caption or transcribe in headless Chromium, points at all its words, and checks what it shows. Sets everything up
 first: Chromium by apt where root or sudo without a password allows it, selenium by pip in .venv-browser of the project.
 
   --screenshot FILE.png  draw the page
@@ -36,4 +36,6 @@ if [[ $("$python" -c 'import selenium; print(selenium.__version__)' 2> /dev/null
   python3 -m venv "$scripts/../.venv-browser"
   "$python" -m pip install --quiet --disable-pip-version-check "selenium==$selenium"
 fi
-"$python" "$scripts/check_report.py" "$@"
+check=$scripts/check_report.py
+if grep -q '<audio' "$1"; then check=$scripts/check_transcript.py; fi
+"$python" "$check" "$@"

@@ -76,7 +76,7 @@ def main(arguments):
             other = own.split("/")[0] if "/" in own else room
             if public:
                 other = room_of_header.get(public)
-            if other in ("caption", "common", "serve", "vqa"):
+            if other in ("caption", "common", "serve", "transcribe", "vqa"):
                 other = "examples"
             if other not in below[room]:
                 faults.append(f"{name} includes {own or public}, of a room ({other}) that {room} does not stand on")

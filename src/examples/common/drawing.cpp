@@ -24,10 +24,9 @@ using Glyph = std::array<uint8_t, 9>;  // see data/font.txt
 
 constexpr uint8_t kPaper = 255;
 constexpr int64_t kGap = 20;
-constexpr size_t kLongestHeadline = 400;     // bytes: a checkpoint may have words of any length
-constexpr int64_t kScale = 2;                // pixels of the picture for one of a glyph
-constexpr int64_t kCharacter = 6 * kScale;   // from one character to the next
-constexpr int64_t kLine = (9 + 3) * kScale;  // from one line of text to the next
+constexpr size_t kLongestHeadline = 400;         // bytes: a checkpoint may have words of any length
+constexpr int64_t kScale = kCharacterWidth / 6;  // pixels of the picture for one of a glyph
+constexpr int64_t kLine = (9 + 3) * kScale;      // from one line of text to the next
 
 // A picture with a line of text below it.
 struct LabelledPicture {
@@ -54,23 +53,6 @@ Tensor part(const Tensor& picture, int64_t y, int64_t x, int64_t height, int64_t
   return picture.narrow(0, y, height).narrow(1, x, width);
 }
 
-// Draws one line of text, clipped to the picture.
-void draw_text(const Tensor& picture, int64_t y, int64_t x, const std::string& text) {
-  static const auto font = read_font();
-  const auto ink = torch::tensor({40, 40, 48}, torch::kUInt8);
-  for (const char character : text) {
-    const auto glyph = font.find(static_cast<char>(std::tolower(static_cast<unsigned char>(character))));
-    for (int64_t pixel = 0; glyph != font.end() && pixel < 9 * 5; ++pixel) {
-      const auto top = y + pixel / 5 * kScale;
-      const auto left = x + pixel % 5 * kScale;
-      const bool is_ink = glyph->second.at(static_cast<size_t>(pixel / 5)) >> (4 - pixel % 5) & 1;
-      const bool is_inside = top + kScale <= picture.size(0) && left + kScale <= picture.size(1);
-      if (is_ink && is_inside) part(picture, top, left, kScale, kScale).copy_(ink);
-    }
-    x += kCharacter;
-  }
-}
-
 // Draws the tiles, which have one size, row by row under some lines of text.
 Tensor draw_tiles(const std::vector<std::string>& headlines, const std::vector<LabelledPicture>& tiles, int64_t columns) {
   const auto count = static_cast<int64_t>(tiles.size());
@@ -80,7 +62,7 @@ Tensor draw_tiles(const std::vector<std::string>& headlines, const std::vector<L
   const auto top = kGap + static_cast<int64_t>(headlines.size()) * kLine + kGap / 2;
   auto all_width = kGap + std::min(columns, count) * (width + kGap);
   for (const auto& line : headlines) {
-    all_width = std::max(all_width, static_cast<int64_t>(line.size()) * kCharacter + 2 * kGap);
+    all_width = std::max(all_width, static_cast<int64_t>(line.size()) * kCharacterWidth + 2 * kGap);
   }
   const auto picture = torch::full({top + (count + columns - 1) / columns * row_height, all_width, 3}, kPaper, torch::kUInt8);
   for (size_t i = 0; i < headlines.size(); ++i) draw_text(picture, kGap + static_cast<int64_t>(i) * kLine, kGap, headlines[i]);
@@ -97,6 +79,22 @@ Tensor draw_tiles(const std::vector<std::string>& headlines, const std::vector<L
 }
 
 }  // namespace
+
+void draw_text(const Tensor& picture, int64_t y, int64_t x, const std::string& text) {
+  static const auto font = read_font();
+  const auto ink = torch::tensor({40, 40, 48}, torch::kUInt8);
+  for (const char character : text) {
+    const auto glyph = font.find(static_cast<char>(std::tolower(static_cast<unsigned char>(character))));
+    for (int64_t pixel = 0; glyph != font.end() && pixel < 9 * 5; ++pixel) {
+      const auto top = y + pixel / 5 * kScale;
+      const auto left = x + pixel % 5 * kScale;
+      const bool is_ink = glyph->second.at(static_cast<size_t>(pixel / 5)) >> (4 - pixel % 5) & 1;
+      const bool is_inside = top + kScale <= picture.size(0) && left + kScale <= picture.size(1);
+      if (is_ink && is_inside) part(picture, top, left, kScale, kScale).copy_(ink);
+    }
+    x += kCharacterWidth;
+  }
+}
 
 torch::Tensor draw_example(const Example& example) {
   constexpr int64_t kColumns = 6;

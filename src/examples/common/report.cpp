@@ -6,31 +6,16 @@
 #include <cstddef>
 #include <nlohmann/json.hpp>
 #include <string>
-#include <string_view>
 #include <vector>
 
+#include "common/page.h"
 #include "common/png.h"
-#include "common/write_file.h"
 #include "report.html.h"
 
 namespace examples {
 namespace {
 
 using Json = nlohmann::ordered_json;
-
-// RFC 4648.
-std::string base64(std::string_view bytes) {
-  constexpr std::string_view kDigits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-  const auto byte = [bytes](size_t i) { return i < bytes.size() ? static_cast<unsigned char>(bytes[i]) : 0U; };
-  std::string text;
-  for (size_t i = 0; i < bytes.size(); i += 3) {
-    const auto bits = byte(i) << 16 | byte(i + 1) << 8 | byte(i + 2);
-    for (const int shift : {18, 12, 6, 0}) text += kDigits[bits >> shift & 63];
-  }
-  // Digits for bytes after the end become padding.
-  const auto padding = text.size() - (bytes.size() * 4 + 2) / 3;
-  return text.replace(text.size() - padding, padding, padding, '=');
-}
 
 // table [rows, columns] of Ts -> a list of rows.
 template <typename T>
@@ -71,7 +56,7 @@ Json example_json(const Example& example) {
           {"title", example.title},
           {"answer", example.answer},
           {"truth", example.truth},
-          {"picture", "data:image/png;base64," + base64(encode_png(example.picture))},
+          {"picture", data_url("image/png", encode_png(example.picture))},
           {"words", words},
           {"map", map_json(example.map)}};
 }
@@ -101,21 +86,10 @@ Json report_json(const Report& report) {
           {"examples", shown}};
 }
 
-void replace_all(std::string& text, std::string_view from, std::string_view to) {
-  for (auto at = text.find(from); at != std::string::npos; at = text.find(from, at + to.size())) {
-    text.replace(at, from.size(), to);
-  }
-}
-
 }  // namespace
 
 void write_report(const std::string& path, const Report& report) {
-  // Invalid UTF-8 becomes U+FFFD. Without "<" no text can end the element that holds the data.
-  auto data = report_json(report).dump(/*indent=*/-1, ' ', /*ensure_ascii=*/false, Json::error_handler_t::replace);
-  replace_all(data, "<", "\\u003c");
-  std::string page = kReportHtml;
-  replace_all(page, "{{report}}", data);
-  write_file(path, page);
+  write_page(path, kReportHtml, report_json(report));
 }
 
 }  // namespace examples

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "transcribe/model.h"
+
+#include <fmt/format.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/utils.h>
+#include <xattn/block.h>
+#include <xattn/file_error.h>
+#include <xattn/load_stacks.h>
+#include <xattn/stacks.h>
+
+#include <filesystem>
+
+#include "common/json_file.h"
+
+namespace transcribe {
+namespace {
+
+using torch::Tensor;
+using xattn::AttentionWeights;
+using xattn::Checkpoint;
+using xattn::FileError;
+
+// The file of the weights: `path` itself, or the one in this folder.
+std::string weights_in(const std::string& path) {
+  if (!std::filesystem::is_directory(path)) return path;
+  for (const auto* name :
+       {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"}) {
+    if (const auto file = std::filesystem::path(path) / name; std::filesystem::exists(file)) return file.string();
+  }
+  throw FileError(fmt::format("{}: it must hold model.safetensors, pytorch_model.bin or their shards, but does not", path));
+}
+
+// The tensors' names begin with this.
+std::string prefix_in(const Checkpoint& file) {
+  return file.contains("model.encoder.conv1.weight") ? "model." : "";
+}
+
+// What the weights do not show. Without a config.json it is the same in all of OpenAI's models.
+xattn::StackOptionsFromFile stack_options(const Checkpoint& file, const std::string& part, int64_t width) {
+  xattn::StackOptionsFromFile options = {.prefix = prefix_in(file) + part, .dtype = torch::kFloat32};
+  if (!std::filesystem::exists(std::filesystem::path(file.path()).replace_filename("config.json"))) {
+    constexpr int64_t kHeadSize = 64;
+    options.num_heads = width / kHeadSize;
+    options.norm_placement = xattn::NormPlacement::before;
+    options.activation = xattn::Activation::gelu;
+  }
+  return options;
+}
+
+// A tensor outside of the layers, as transformers or OpenAI names it.
+Tensor find(const Checkpoint& file, const std::string& name, const std::string& openai) {
+  for (const auto& each : {prefix_in(file) + name, openai}) {
+    if (file.contains(each)) return file.tensor(each);
+  }
+  throw FileError(fmt::format("{}: it must hold a Whisper, with {} or {}, but does not", file.path(), name, openai));
+}
+
+}  // namespace
+
+Model::Model(const std::string& path, std::optional<torch::ScalarType> storage) {
+  const torch::NoGradGuard no_grad;
+  const auto weights = weights_in(path);
+  folder_ = std::filesystem::absolute(weights).parent_path().string();
+  const examples::JsonFile config(folder_, "config.json");
+  std::string type = "whisper";
+  config.get("model_type", type);
+  config.check(type == "whisper", fmt::format("model_type must be \"whisper\", but is \"{}\"", type));
+  // One part after the other, and the file opened for each: then what is read and what is made of it are never in memory all at
+  // once.
+  const xattn::FreezeOptions how = {.storage = storage};
+  read_vocabulary(xattn::open_checkpoint(weights), how);
+  read_encoder(xattn::open_checkpoint(weights), how);
+  read_decoder(xattn::open_checkpoint(weights), how);
+}
+
+void Model::read_vocabulary(const Checkpoint& file, const xattn::FreezeOptions& how) {
+  token_embedding_ = find(file, "decoder.embed_tokens.weight", "decoder.token_embedding.weight");
+  torch::nn::LinearImpl to_logits(torch::nn::LinearOptions(1, 1).bias(false));
+  to_logits.weight = token_embedding_.to(torch::kFloat32);  // the same weights read tokens and predict them
+  to_logits_ = xattn::FrozenLinear(to_logits, how.storage);
+}
+
+void Model::read_encoder(const Checkpoint& file, const xattn::FreezeOptions& how) {
+  for (size_t i = 0; i < 2; ++i) {
+    const auto conv = fmt::format("encoder.conv{}.", i + 1);
+    conv_weights_.at(i) = find(file, conv + "weight", conv + "weight").to(torch::kFloat32);
+    conv_biases_.at(i) = find(file, conv + "bias", conv + "bias").to(torch::kFloat32);
+  }
+  encoder_positions_ = find(file, "encoder.embed_positions.weight", "encoder.positional_embedding").to(torch::kFloat);
+  const auto encoder = xattn::encoder_from(file, stack_options(file, "encoder", encoder_positions_.size(1)));
+  for (const auto& layer : *encoder->layers) encoder_.push_back(layer->as<xattn::CrossAttentionBlockImpl>()->freeze(how));
+  encoder_norm_ = encoder->norm;
+}
+
+void Model::read_decoder(const Checkpoint& file, const xattn::FreezeOptions& how) {
+  decoder_positions_ = find(file, "decoder.embed_positions.weight", "decoder.positional_embedding").to(torch::kFloat);
+  const auto decoder = xattn::decoder_from(file, stack_options(file, "decoder", decoder_positions_.size(1)));
+  for (const auto& each : *decoder->layers) {
+    const auto* layer = each->as<xattn::DecoderLayerImpl>();
+    decoder_.push_back({layer->self->freeze(how), layer->cross->freeze(how)});
+  }
+  decoder_norm_ = decoder->norm;
+}
+
+Tensor Model::encode(const Tensor& mel) const {
+  auto x = mel.unsqueeze(0);  // [1, bins, frames]
+  for (const size_t i : {0, 1}) {
+    const auto stride = static_cast<int64_t>(i) + 1;  // the second halves the frames
+    x = torch::gelu(torch::conv1d(x, conv_weights_.at(i), conv_biases_.at(i), stride, /*padding=*/1));
+  }
+  x = x.transpose(1, 2) + encoder_positions_;  // [1, frames / 2, E]
+  for (const auto& layer : encoder_) x = std::get<0>(layer.forward(x, x, x, {}, {.weights = AttentionWeights::none}));
+  return xattn::Norm(encoder_norm_)->forward(x);
+}
+
+Contexts Model::contexts(const Tensor& memory, int64_t expected_queries) const {
+  Contexts contexts;
+  for (const auto& layer : decoder_) {
+    contexts.push_back(layer.cross.context(memory, memory, {}, {.expected_queries = expected_queries}));
+  }
+  return contexts;
+}
+
+// The output of the decoder's last layer [n, T, E], and the attention of these heads in every layer that has some.
+Tensor Decoding::run(const Tensor& tokens, const Heads& heads, std::vector<Tensor>& attention) {
+  const auto T = tokens.size(1);
+  auto x = model_.token_embedding_.index({tokens}).to(torch::kFloat32) + model_.decoder_positions_.narrow(0, length_, T);
+  for (size_t i = 0; i < words_.size(); ++i) {
+    const auto& [self, cross] = model_.decoder_[i];
+    if (length_ == 0) {
+      const auto causal = xattn::Mask::causal(xattn::CausalAlignment::lower_right);
+      words_[i] = self.context(x, x, causal, {.capacity = model_.longest()});
+    } else {
+      words_[i] = words_[i].append(x, x);
+    }
+    x = std::get<0>(self.attend(x, words_[i], {.weights = AttentionWeights::none}));
+    xattn::CallOptions call = {.weights = AttentionWeights::none};
+    if (!heads.at(i).empty()) call = {.weights = AttentionWeights::per_head, .weight_heads = heads[i]};
+    auto [y, weights] = cross.attend(x, sound_[i], call);
+    x = std::move(y);
+    if (weights.defined()) attention.push_back(weights[0]);
+  }
+  length_ += T;
+  return x;
+}
+
+Tensor Decoding::append(const Tensor& tokens) {
+  std::vector<Tensor> none;
+  const auto x = run(tokens, Heads(words_.size()), none);
+  return model_.to_logits_.forward(xattn::Norm(model_.decoder_norm_)->forward(x));
+}
+
+Tensor Decoding::attention(const Tensor& tokens, const Heads& heads) {
+  std::vector<Tensor> attention;
+  run(tokens, heads, attention);
+  return torch::cat(attention);
+}
+
+void Decoding::select(const Tensor& texts) {
+  for (auto& context : words_) context = context.select(texts);
+}
+
+}  // namespace transcribe

@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "transcribe/search.h"
+
+#include <fmt/format.h>
+#include <torch/types.h>
+#include <xattn/file_error.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <set>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/json_file.h"
+
+namespace transcribe {
+namespace {
+
+using torch::Tensor;
+
+constexpr auto kNever = -std::numeric_limits<float>::infinity();
+
+// The marks and sounds that are not speech, as OpenAI's program lists them, with and without a space in front. Those of music
+// may be several tokens: the first two bytes are those of U+2640 to U+267F.
+constexpr auto kNotSpeech =
+    "\" # ( ) * + / : ; < = > @ [ \\ ] ^ _ ` { | } ~ 「 」 『 』 << >> <<< >>> -- --- -( -[ (' (\" (( )) ((( ))) [[ ]] {{ }} "
+    "♪♪ ♪♪♪ ♩ ♪ ♫ ♬ ♭ ♮ ♯ \xe2\x99";
+constexpr auto kNeverWritten = "<|startoftranscript|> <|translate|> <|transcribe|> <|startofprev|> <|startoflm|>";
+
+Tokens tokens_of(const char* texts, const std::vector<std::string>& prefixes, const examples::ByteVocabulary& vocabulary) {
+  Tokens tokens;
+  std::istringstream words(texts);
+  for (std::string word; words >> word;) {
+    for (const auto& prefix : prefixes) {
+      if (const auto token = vocabulary.find(prefix + word)) tokens.push_back(*token);
+    }
+  }
+  return tokens;
+}
+
+}  // namespace
+
+Rules::Rules(const Model& model, const examples::ByteVocabulary& vocabulary)
+    : start(vocabulary.at("<|startoftranscript|>")),
+      end(vocabulary.at("<|endoftext|>")),
+      no_timestamps(vocabulary.at("<|notimestamps|>")),
+      no_speech(no_timestamps - 1),
+      first_timestamp(no_timestamps + 1),
+      longest(model.longest()),
+      alignment_heads(static_cast<size_t>(model.decoder_layers())),
+      median_width(7) {
+  const auto V = latest_start = model.vocabulary_size();
+  multilingual = V >= 51'865;  // tokens of OpenAI's multilingual models, at least
+  examples::JsonFile(model.folder(), "config.json").get("median_filter_width", median_width);
+  const examples::JsonFile config(model.folder(), "generation_config.json");
+  std::set<std::pair<int64_t, int64_t>> heads;
+  config.get("is_multilingual", multilingual);
+  config.get("suppress_tokens", suppressed);
+  config.get("begin_suppress_tokens", suppressed_at_start);
+  config.get("max_initial_timestamp_index", latest_start);
+  config.get("alignment_heads", heads);
+  config.get("max_length", longest);
+  for (const auto* tokens : {&suppressed, &suppressed_at_start}) {
+    for (const auto token : *tokens) config.check(token >= 0 && token < V, fmt::format("tokens must be below {}", V));
+  }
+  for (const auto& [layer, head] : heads) {
+    config.check(layer >= 0 && layer < model.decoder_layers() && head >= 0 && head < model.heads(),
+                 fmt::format("alignment_heads must be of {} layers with {} heads, but one is [{}, {}]", model.decoder_layers(),
+                             model.heads(), layer, head));
+    alignment_heads.at(static_cast<size_t>(layer)).push_back(head);
+  }
+  if (!config) {
+    latest_start = 50;
+    suppressed = tokens_of(kNotSpeech, {"", " "}, vocabulary);
+    for (const auto& more : {tokens_of("- '", {" "}, vocabulary), tokens_of(kNeverWritten, {""}, vocabulary), {no_speech}}) {
+      suppressed.insert(suppressed.end(), more.begin(), more.end());
+    }
+    suppressed_at_start = {vocabulary.at(" "), end};
+  }
+  if (first_timestamp >= V) throw xattn::FileError(fmt::format("{}: it has no tokens of timestamps", model.folder()));
+  longest = std::min(longest, model.longest());
+  if (std::ranges::all_of(alignment_heads, &std::vector<int64_t>::empty)) {  // all of the upper half of the layers
+    for (auto layer = alignment_heads.size() / 2; layer < alignment_heads.size(); ++layer) {
+      for (int64_t head = 0; head < model.heads(); ++head) alignment_heads[layer].push_back(head);
+    }
+  }
+}
+
+void Rules::forbid(float* row, int64_t V, const Tokens& text) const {
+  const auto never = [&](int64_t begin, int64_t stop) { std::fill(row + begin, row + std::max(begin, stop), kNever); };
+  for (const auto token : suppressed) row[token] = kNever;
+  row[no_timestamps] = kNever;
+  if (text.empty()) {  // a text begins with a timestamp
+    for (const auto token : suppressed_at_start) row[token] = kNever;
+    never(0, first_timestamp);
+    never(std::min(V, first_timestamp + latest_start + 1), V);
+    return;
+  }
+  // Timestamps come in pairs, the end of a segment and the beginning of the next, or alone in front of the end of the text.
+  const bool after_one = is_timestamp(text.back());
+  const bool after_two = after_one && (text.size() < 2 || is_timestamp(text[text.size() - 2]));
+  if (after_two) {
+    never(first_timestamp, V);
+  } else if (after_one) {
+    never(0, end);
+  }
+  // They never decrease, and a segment is not empty.
+  const auto last = std::find_if(text.rbegin(), text.rend(), [this](int64_t token) { return is_timestamp(token); });
+  if (last != text.rend()) never(first_timestamp, after_one && !after_two ? *last : *last + 1);
+  // A timestamp follows if all of them together are more probable than any other token.
+  const auto most_of = [row](int64_t begin, int64_t stop) { return *std::max_element(row + begin, row + stop); };
+  const auto most = most_of(first_timestamp, V);
+  if (most == kNever) return;
+  double sum = 0;
+  for (auto token = first_timestamp; token < V; ++token) sum += std::exp(static_cast<double>(row[token] - most));
+  if (most + std::log(sum) > most_of(0, first_timestamp)) never(0, first_timestamp);
+}
+
+namespace {
+
+// A beginning of a text, or with the mark of the end a whole one.
+struct Hypothesis {
+  Tokens tokens;
+  double score = 0;            // the sum of log-probabilities, by which beams compete
+  double log_probability = 0;  // the same among the tokens that were allowed
+  int64_t beam = 0;            // the beginning that it continues
+
+  double mean() const { return score / static_cast<double>(tokens.size()); }
+};
+using Hypotheses = std::vector<Hypothesis>;
+
+// The most probable continuations of the beginnings, the best first. logits: float32 [n, V].
+Hypotheses continuations(const Hypotheses& beginnings, Tensor logits, const Rules& rules, int64_t count) {
+  const auto V = logits.size(1);
+  if (count > 1) logits = logits.log_softmax(1);  // to compare beams; the order of one needs none
+  std::vector<double> before;
+  for (size_t i = 0; i < beginnings.size(); ++i) {
+    rules.forbid(logits.data_ptr<float>() + static_cast<int64_t>(i) * V, V, beginnings[i].tokens);
+    before.push_back(beginnings[i].score);
+  }
+  const auto allowed = logits.logsumexp(1);  // [n]
+  const auto flat = count > 1 ? (logits + torch::tensor(before, torch::kFloat32).unsqueeze(1)).flatten() : logits.flatten();
+  const auto best = count > 1 ? std::get<1>(flat.topk(std::min(count, flat.numel()))) : flat.argmax().unsqueeze(0);
+  Hypotheses found;
+  for (int64_t k = 0; k < best.numel(); ++k) {
+    const auto place = best[k].item<int64_t>(), beam = place / V, token = place % V;
+    const auto& beginning = beginnings.at(static_cast<size_t>(beam));
+    auto& next = found.emplace_back(beginning);
+    next.tokens.push_back(token);
+    next.score = flat[place].item<double>();
+    next.log_probability += logits[beam][token].item<double>() - allowed[beam].item<double>();
+    next.beam = beam;
+  }
+  return found;
+}
+
+}  // namespace
+
+Heard search(const Whisper& whisper, const Contexts& sound, const Tokens& prompt, int64_t beams) {
+  const auto& rules = whisper.rules;
+  Decoding decoding(whisper.model, sound);
+  auto logits = decoding.append(torch::tensor(prompt).unsqueeze(0));  // [1, T, V]
+  const auto no_speech = logits[0][0].softmax(0)[rules.no_speech].item<double>();
+  const auto most = static_cast<size_t>(std::max<int64_t>(1, rules.longest - static_cast<int64_t>(prompt.size())));
+  Hypotheses beginnings(1), whole;
+  const auto better = [](const Hypothesis& a, const Hypothesis& b) { return a.mean() > b.mean(); };
+  while (true) {
+    // As many again as there are beams, because half of them may end here.
+    const auto found = continuations(beginnings, logits.select(1, -1).contiguous(), rules, beams > 1 ? 2 * beams : 1);
+    beginnings.clear();
+    for (size_t k = 0; k < found.size(); ++k) {
+      const bool ends = found[k].tokens.back() == rules.end || found[k].tokens.size() == most;
+      if (ends && k < static_cast<size_t>(beams)) whole.push_back(found[k]);
+      if (!ends && beginnings.size() < static_cast<size_t>(beams)) beginnings.push_back(found[k]);
+    }
+    std::ranges::stable_sort(whole, better);
+    whole.resize(std::min(whole.size(), static_cast<size_t>(beams)));
+    const bool enough = whole.size() == static_cast<size_t>(beams);
+    if (beginnings.empty() || (enough && !better(beginnings.front(), whole.back()))) break;
+    Tokens last, texts;
+    for (const auto& beginning : beginnings) {
+      last.push_back(beginning.tokens.back());
+      texts.push_back(beginning.beam);
+    }
+    if (beams > 1) decoding.select(torch::tensor(texts));
+    logits = decoding.append(torch::tensor(last).unsqueeze(1));
+  }
+  auto& [tokens, score, log_probability, beam] = whole.front();
+  const auto mean = log_probability / static_cast<double>(tokens.size());
+  if (tokens.back() == rules.end) tokens.pop_back();
+  return {tokens, mean, no_speech};
+}
+
+}  // namespace transcribe

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "transcribe/words.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <set>
+#include <string_view>
+
+#include "base/printed.h"
+
+namespace transcribe {
+namespace {
+
+using torch::Tensor;
+
+const std::set<std::string> kWithoutSpaces = {"zh", "ja", "th", "lo", "my", "yue"};
+constexpr std::string_view kPunctuation = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~";
+constexpr std::string_view kOpening = "\"'“¡¿([{-";
+constexpr std::string_view kClosing = "\"'.。,，!！?？:：”)]}、";
+
+// The places in a text in UTF-8 that are not inside a character.
+std::set<size_t> borders_of(std::string_view text) {
+  std::set<size_t> borders = {0};
+  for (size_t at = 0; at < text.size();) borders.insert(at += xattn::detail::first_character(text.substr(at)).bytes);
+  return borders;
+}
+
+std::string_view trimmed(std::string_view text) {
+  while (text.starts_with(' ')) text.remove_prefix(1);
+  while (text.ends_with(' ')) text.remove_suffix(1);
+  return text;
+}
+
+// Punctuation joins the word that it opens or closes, which keeps its own times.
+void join_punctuation(Words& words) {
+  const auto join = [](Word& word, Word& mark, bool in_front) {
+    word.text.insert(in_front ? 0 : word.text.size(), mark.text);
+    word.tokens.insert(in_front ? word.tokens.begin() : word.tokens.end(), mark.tokens.begin(), mark.tokens.end());
+    mark.text.clear();
+    mark.tokens.clear();
+  };
+  for (size_t i = words.size() - 1, next = i; i-- > 0;) {
+    const bool opens = words[i].text.starts_with(' ') && kOpening.find(trimmed(words[i].text)) != std::string_view::npos;
+    opens ? join(words[next], words[i], /*in_front=*/true) : void(next = i);
+  }
+  for (size_t i = 1, last = 0; i < words.size(); ++i) {
+    const bool closes = !words[last].text.ends_with(' ') && kClosing.find(words[i].text) != std::string_view::npos;
+    closes ? join(words[last], words[i], /*in_front=*/false) : void(last = i);
+  }
+  std::erase_if(words, [](const Word& word) { return word.tokens.empty(); });
+}
+
+// The median of each `width` neighbours in a row; what is beyond its ends is mirrored. All medians are found at once, by odd-even
+// transposition sort of the shifted tensors. x [T, Lk].
+Tensor median_filter(const Tensor& x, int64_t width) {
+  const auto margin = width / 2;
+  if (margin <= 0 || x.size(1) <= margin) return x;
+  const auto padded = torch::reflection_pad1d(x, {margin, margin});
+  std::vector<Tensor> sorted;
+  for (int64_t i = 0; i <= 2 * margin; ++i) sorted.push_back(padded.narrow(1, i, x.size(1)));
+  for (size_t round = 0; round < sorted.size(); ++round) {
+    for (size_t i = round % 2; i + 1 < sorted.size(); i += 2) {
+      const auto lower = torch::minimum(sorted[i], sorted[i + 1]);
+      sorted[i + 1] = torch::maximum(sorted[i], sorted[i + 1]);
+      sorted[i] = lower;
+    }
+  }
+  return sorted.at(static_cast<size_t>(margin));
+}
+
+}  // namespace
+
+Words split_words(const Tokens& text, const examples::ByteVocabulary& vocabulary, const std::string& language) {
+  const bool with_spaces = !kWithoutSpaces.contains(language);
+  Words words;
+  const auto borders = borders_of(vocabulary.text(text));
+  Tokens open;  // tokens that end inside a character
+  size_t end = 0;
+  for (const auto token : text) {
+    open.push_back(token);
+    end += vocabulary.text({token}).size();
+    if (!borders.contains(end)) continue;
+    const auto part = vocabulary.text(open);
+    const bool begins = part.starts_with(' ') || kPunctuation.find(trimmed(part)) != std::string_view::npos;
+    if (words.empty() || !with_spaces || begins) words.emplace_back();
+    auto& word = words.back();
+    word.text += part;
+    word.tokens.insert(word.tokens.end(), open.begin(), open.end());
+    open.clear();
+  }
+  return words;
+}
+
+std::vector<int64_t> time_warp(const Tensor& costs) {
+  const auto rows = costs.size(0), columns = costs.size(1);
+  const auto plain = costs.contiguous();
+  const auto value = plain.accessor<float, 2>();
+  enum Step : uint8_t { kBoth, kRow, kColumn };
+  std::vector<Step> steps(static_cast<size_t>(rows * columns));
+  std::vector<float> above(static_cast<size_t>(columns) + 1, std::numeric_limits<float>::infinity());
+  above[0] = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    std::vector<float> here(above.size(), std::numeric_limits<float>::infinity());
+    for (size_t j = 1; j < here.size(); ++j) {
+      const auto both = above[j - 1], down = above[j], right = here[j - 1];
+      const auto step = both < down && both < right ? kBoth : down < both && down < right ? kRow : kColumn;
+      here[j] = value[row][static_cast<int64_t>(j) - 1] + std::array{both, down, right}.at(step);
+      steps[static_cast<size_t>(row * columns) + j - 1] = step;
+    }
+    above = std::move(here);
+  }
+  std::vector<int64_t> entered(static_cast<size_t>(rows));
+  for (auto row = rows - 1, column = columns - 1; row >= 0;) {
+    entered[static_cast<size_t>(row)] = column;
+    const auto step = row == 0 ? kColumn : column == 0 ? kRow : steps[static_cast<size_t>(row * columns + column)];
+    if (step != kColumn) --row;
+    if (step != kRow && --column < 0) break;
+  }
+  return entered;
+}
+
+Words align(const Whisper& whisper, const Contexts& sound, const Tokens& prompt, Words words, int64_t frames) {
+  const auto& rules = whisper.rules;
+  if (words.empty()) return words;
+  Tokens tokens = prompt;
+  tokens.push_back(rules.no_timestamps);
+  for (const auto& word : words) tokens.insert(tokens.end(), word.tokens.begin(), word.tokens.end());
+  const auto first = static_cast<int64_t>(prompt.size());  // it predicts the first token of the text, and the last one the end
+  const auto rows = static_cast<int64_t>(tokens.size()) - first;
+  if (first + rows < whisper.model.longest()) tokens.push_back(rules.end);
+  auto weights =
+      Decoding(whisper.model, sound).attention(torch::tensor(tokens).unsqueeze(0), rules.alignment_heads);  // [A, T, Lk]
+  weights = weights.narrow(2, 0, std::max<int64_t>(1, frames / kFramesOfToken));
+  weights = weights / weights.sum(2, /*keepdim=*/true);
+  const auto [deviation, mean] = torch::std_mean(weights, {1}, /*unbiased=*/false, /*keepdim=*/true);
+  auto smooth = torch::zeros({weights.size(1), weights.size(2)});
+  for (const auto& head : ((weights - mean) / deviation).nan_to_num(0).unbind())
+    smooth += median_filter(head, rules.median_width);
+  const auto entered = time_warp(-smooth.narrow(0, first, rows) / weights.size(0));
+  const auto attention = weights.mean(0).narrow(0, first, rows);
+  int64_t token = 0;
+  for (auto& word : words) {
+    const auto count = static_cast<int64_t>(word.tokens.size());
+    const auto seconds = [&](int64_t row) { return static_cast<double>(entered.at(static_cast<size_t>(row))) * kTokenSeconds; };
+    word.begin = seconds(token);
+    word.end = seconds(token + count);
+    word.attention = attention.narrow(0, token, count).mean(0);
+    token += count;
+  }
+  join_punctuation(words);
+  return words;
+}
+
+}  // namespace transcribe
