@@ -159,7 +159,8 @@ TEST_P(BlockLayoutsTest, RefusesAnotherArithmetic) {
   const BlockFamily family{GetParam()};
   const LoadOptions options{.prefix = family.prefix(), .allow_missing = true, .allow_unexpected = true};
   const auto right = cross_attention_block_from(family.weights, family.options())->options;
-  const auto& layout = detail::block_layout_named(choose_block(family.weights, family.prefix()).layout);
+  const auto found = choose_block(family.weights, family.prefix());
+  const auto& layout = detail::block_layout_named(found.layout);
   const auto said = [&](CrossAttentionBlockOptions wrong) {
     CrossAttentionBlock block(std::move(wrong));
     return refusal(*block, family.weights, options);
@@ -182,7 +183,8 @@ TEST_P(BlockLayoutsTest, RefusesAnotherArithmetic) {
   }
   if (right.attention().scale() == 1) {
     auto inner = right.attention();
-    has(said(scale.attention(inner.scale(0.5))), "attention must have scale 1, as layout t5 needs, but has 0.5");
+    has(said(scale.attention(inner.scale(0.5))),
+        "attention must have scale 1, as layout " + found.attention.layout + " needs, but has 0.5");
   }
 }
 

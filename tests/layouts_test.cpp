@@ -8,6 +8,7 @@
 #include <xattn/safetensors.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <filesystem>
 #include <string>
@@ -156,6 +157,37 @@ TEST(LayoutsOfTwoDirectionsTest, TheOtherOneIsAskedForByName) {
   const auto merged = weights.matmul(heads(x, tensor("to_v.weight"))).transpose(1, 2).flatten(2);
   const auto expected = merged.matmul(tensor("context_to_out.weight").t()) + tensor("context_to_out.bias");
   EXPECT_TRUE(std::get<0>(attention.ptr()->forward(context, x, x)).allclose(expected, 1e-5, 1e-5));
+}
+
+TEST(LayoutsOfKeysAndValuesInOneTest, MayHaveBiasesOfAnyOfTheirParts) {
+  const std::vector<std::array<std::string, 3>> spellings = {
+      {"to_q", "to_kv", "to_out"}, {"to_q", "to_kv", "to_out.0"},     {"fn.to_q", "fn.to_kv", "fn.to_out"},
+      {"q", "kv", "proj"},         {"q_linear", "kv_linear", "proj"}, {"Wq", "Wkv", "out_proj"}};
+  for (const auto& names : spellings) {
+    for (int biases = 0; biases < 8; ++biases) {
+      NamedTensors tensors;
+      const std::array<std::array<int64_t, 2>, 3> sizes = {{{16, 8}, {32, 12}, {8, 16}}};
+      for (size_t i = 0; i < 3; ++i) {
+        tensors["cross." + names[i] + ".weight"] = torch::randn(sizes[i]);
+        if ((biases >> i) % 2 == 1) tensors["cross." + names[i] + ".bias"] = torch::randn({sizes[i][0]});
+      }
+      if (names[0].starts_with("fn.")) {
+        tensors["cross.norm.weight"] = torch::ones({8});
+        tensors["cross.norm_context.weight"] = torch::ones({12});
+      }
+      const TempDir dir;
+      save_safetensors(dir.file("x.safetensors"), tensors);
+      const LayerOptions options{.num_heads = 2, .without_input_norms = true};
+      const auto attention = cross_attention_from(open_checkpoint(dir.file("x.safetensors")), options);
+      const auto has = [&](const torch::nn::Linear& linear) { return linear->bias.defined(); };
+      EXPECT_EQ(has(attention->query_linear), biases % 2 == 1) << names[0] << biases;
+      EXPECT_EQ(has(attention->key_linear), biases / 2 % 2 == 1) << names[0] << biases;
+      EXPECT_EQ(has(attention->value_linear), biases / 2 % 2 == 1) << names[0] << biases;
+      EXPECT_EQ(has(attention->output_linear), biases / 4 == 1) << names[0] << biases;
+      if (biases / 2 % 2 == 0) continue;
+      EXPECT_TRUE(attention->value_linear->bias.equal(tensors.at("cross." + names[1] + ".bias").slice(0, 16)));
+    }
+  }
 }
 
 // ---- Layouts of a user -----------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ struct Layout {
   std::string used_by = {};
   std::vector<std::string> prefix_has = {};  ///< the prefix has one of these components: distinguishes layouts of equal names
   std::vector<std::string> has = {};         ///< likewise: names that every layer of this layout has
+  std::vector<std::string> lacks = {};       ///< likewise: names that no layer of this layout has
   std::array<LinearNames, 4> projections;    ///< of query, key, value and output; query and key may share one weight
   bool transposed = false;                   ///< weights are stored [in, out]
   std::optional<double> scale = {};          ///< of the logits; without it 1 / sqrt(head_dim)

@@ -38,6 +38,7 @@ class Match {
   std::optional<FoundLayer> layer() {
     if (!layout_.prefix_has.empty() && !detail::has_component(prefix_, layout_.prefix_has)) return {};
     if (!std::ranges::all_of(layout_.has, [&](const auto& name) { return take(name); })) return {};
+    if (std::ranges::any_of(layout_.lacks, [&](const auto& name) { return find(name); })) return {};
     const auto& names = layout_.projections;
     const auto query = weight(names[0]);   // [H * d, Eq]
     const auto key = weight(names[1]);     // [G * d, Ek]
@@ -202,9 +203,9 @@ std::vector<FoundLayer> find_layers(const Infos& tensors, const LayoutChoice& ch
   } else {
     for (const auto& layout : detail::layer_layouts()) wanted.push_back(&layout);
   }
-  std::map<std::string, std::vector<const Layout*>> places;  // layouts whose query projection is at a prefix
-  for (const auto& [name, info] : tensors) {
-    for (const auto* layout : wanted) {
+  std::map<std::string, std::vector<const Layout*>> places;  // layouts whose query projection is at a prefix, as they are tried
+  for (const auto* layout : wanted) {
+    for (const auto& [name, info] : tensors) {
       const auto& ending = layout->projections[0].weight;
       if (!name.ends_with(ending)) continue;
       const auto prefix = name.substr(0, name.size() - ending.size());

@@ -39,17 +39,14 @@ std::array<LinearNames, 4> query_key_value(const std::string& qkv, const std::st
   return {part(qkv, 0, 3), part(qkv, 1, 3), part(qkv, 2, 3), linear(out)};
 }
 
-// Query, then key and value in one weight; only the output may have a bias.
-std::array<LinearNames, 4> packed_key_value(const std::string& q, const std::string& kv, const LinearNames& out) {
-  return {without_bias(q), LinearNames{kv + ".weight", "", 0, 2}, LinearNames{kv + ".weight", "", 1, 2}, out};
-}
-
 std::vector<Layout> make_layouts() {
   const Names heads = {"decoder_attention_heads", "num_attention_heads", "num_heads", "n_head",
                        "mask_decoder_config.num_attention_heads"};
   constexpr auto kMemory = "of SAM 2's memory, whose queries and keys have rotary embeddings";
   const Names norm_behind = {"output.LayerNorm.weight", "output.LayerNorm.bias", "output.LayerNorm.gamma",
                              "output.LayerNorm.beta"};
+  // Perceiver resamplers of Flamingo and IP-Adapter Plus, which attend to their latents, too, in the same softmax.
+  const Names resampler = {"norm_media.weight", "norm1.weight"};
   // Wan's image-to-video models; up to three IP-Adapters at once.
   const std::vector<AddedNames> added_in_diffusers = {{"add_k_proj", "add_v_proj", "norm_added_k"},
                                                       {"processor.to_k_ip.0", "processor.to_v_ip.0"},
@@ -120,7 +117,7 @@ std::vector<Layout> make_layouts() {
        .num_heads_unknown = "decod"},  // the numbers of heads of decoders are not in the config
       {.name = "perceiver_lucidrains",
        .used_by = "perceiver-pytorch",
-       .projections = packed_key_value("fn.to_q", "fn.to_kv", linear("fn.to_out")),
+       .projections = key_value("fn.to_q", "fn.to_kv", "fn.to_out"),
        .input_norms = {"norm", "norm_context"}},
       {.name = "t5",
        .used_by = "T5, mT5, UMT5, Flan-T5",
@@ -149,7 +146,7 @@ std::vector<Layout> make_layouts() {
        .by_layer_in_config = "scale_attn_by_inverse_layer_idx"},
       {.name = "flamingo",
        .used_by = "Flamingo (flamingo-pytorch, OpenFlamingo)",
-       .projections = packed_key_value("to_q", "to_kv", without_bias("to_out")),
+       .projections = key_value("to_q", "to_kv", "to_out"),
        .input_norms = {"norm", ""}},
       {.name = "wan_diffusers",
        .used_by = "Wan in diffusers",
@@ -213,9 +210,11 @@ std::vector<Layout> make_layouts() {
        .beside_here = {"context_to_v.", "to_out."}},
       {.name = "to_kv",
        .used_by = "layers of lucidrains without norms of their own",
+       .lacks = resampler,
        .projections = key_value("to_q", "to_kv", "to_out")},
       {.name = "to_kv_sequential",
        .used_by = "the same with a dropout behind the output",
+       .lacks = resampler,
        .projections = key_value("to_q", "to_kv", "to_out.0")},
       {.name = "fc",
        .used_by = "meshed-memory Transformer, and tutorials",
@@ -238,9 +237,7 @@ std::vector<Layout> make_layouts() {
       {.name = "w", .used_by = "tutorials with w_q and w_o", .projections = linears("w_q", "w_k", "w_v", "w_o")},
       {.name = "d2l", .used_by = "Dive into Deep Learning", .projections = linears("W_q", "W_k", "W_v", "W_o")},
       {.name = "flash_attn", .used_by = "flash-attn's cross-attention", .projections = key_value("Wq", "Wkv", "out_proj")},
-      {.name = "x_transformers",
-       .used_by = "x-transformers",
-       .projections = {without_bias("to_q"), without_bias("to_k"), without_bias("to_v"), linear("to_out")}},
+      {.name = "x_transformers", .used_by = "x-transformers", .projections = linears("to_q", "to_k", "to_v", "to_out")},
       {.name = "mlx",
        .used_by = "MLX",
        .projections = linears("query_proj", "key_proj", "value_proj", "out_proj"),
