@@ -115,7 +115,9 @@ for ((pass = 1; pass <= passes; ++pass)); do
       options=(--seconds "$seconds" --threads "$count")
       for row in "${rows[@]:first:turn}"; do options+=("$name" "$row"); done
       part=$results/$pass.$count.$first
-      "${ours[@]}" --json "${device_option[@]}" "${options[@]}" "${weights[@]}" > "$part.libtorch.json"
+      for runtime in xattn libtorch; do
+        "${ours[@]}" --json --runtime "$runtime" "${device_option[@]}" "${options[@]}" "${weights[@]}" > "$part.$runtime.json"
+      done
       for runtime in "${runtimes[@]}"; do
         chosen=("${weights[@]}")
         if [[ $runtime == compile ]]; then

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "attention/softmax.h"
 #include "compare.h"
 #include "cpu/matrix_product.h"
 #include "test_util.h"
@@ -107,6 +108,45 @@ TEST_F(ProductTest, AWeightsGradientLiesAsTheWeightDoes) {
   const auto x = torch::randn({40, 30}), weight = torch::randn({50, 30}).requires_grad_();
   const auto gradient = torch::autograd::grad({project(x, weight, {}).sum()}, {weight})[0];
   EXPECT_TRUE(gradient.is_contiguous());
+}
+
+TEST_F(ProductTest, TwoUsesOfATensorAddTheirGradients) {
+  for (const auto type : {torch::kFloat, torch::kDouble}) {
+    const auto x = torch::randn({3, 5000}).to(type).requires_grad_();
+    const auto [a, b] = detail::for_two_uses(x);
+    EXPECT_TRUE(torch::equal(a, x) && torch::equal(b, x));
+    EXPECT_TRUE(torch::equal(torch::autograd::grad({(2 * a).sum() + (3 * b).sum()}, {x})[0], torch::full_like(x, 5)));
+    const auto [only, unused] = detail::for_two_uses(x);
+    EXPECT_TRUE(torch::equal(torch::autograd::grad({(2 * only).sum()}, {x})[0], torch::full_like(x, 2)));
+    const auto [c, d] = detail::for_two_uses(x);
+    const auto first = torch::autograd::grad({(c * c * d).sum()}, {x}, {}, true, /*create_graph=*/true)[0];  // 3 x^2
+    expect_close(torch::autograd::grad({first.sum()}, {x})[0], 6 * x, 1e-5, "second order");
+    const torch::NoGradGuard no_grad;
+    EXPECT_TRUE(detail::for_two_uses(x).first.is_same(x));
+  }
+}
+
+// Rows below and above those of one task; stored by rows and, as a view, by columns.
+TEST_F(ProductTest, ASoftmaxOfRowsAndItsGradientsAreThoseOfTheOperator) {
+  at::set_num_threads(3);
+  for (const auto& sizes : std::vector<std::vector<int64_t>>{{0, 4}, {4, 0}, {2, 1}, {3, 2, 17}, {300, 700}}) {
+    const auto data = torch::randn(sizes), direction = torch::randn(sizes);
+    for (const bool by_columns : {false, true}) {
+      const auto all = [&](const auto& softmax, at::ScalarType type) {
+        auto x = data.to(type);
+        if (by_columns) x = x.transpose(0, -1).contiguous().transpose(0, -1);
+        x.requires_grad_();
+        const auto y = softmax(x);
+        const auto first = torch::autograd::grad({y}, {x}, {direction.to(type)}, /*retain_graph=*/true)[0];
+        const auto again = torch::autograd::grad({y}, {x}, {direction.to(type)}, true, /*create_graph=*/true)[0];
+        const auto second = torch::autograd::grad({again.pow(2).sum()}, {x})[0];
+        const torch::NoGradGuard no_grad;
+        return std::vector<Tensor>{y.detach(), first, again.detach(), second, softmax(x)};
+      };
+      const auto found = all(detail::softmax_of_rows, torch::kFloat), exact = all(detail::softmax_on_operators, torch::kDouble);
+      for (size_t i = 0; i < exact.size(); ++i) expect_close(found[i], exact[i], 1e-5, "tensor " + std::to_string(i));
+    }
+  }
 }
 
 TEST_F(ProductTest, WhatTheKernelsDoNotKnowRunsOnOperators) {

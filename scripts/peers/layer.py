@@ -79,8 +79,8 @@ def measure(calls, seconds, wait=lambda: None):
                 keep(i, sample(i))
     result = []
     for each in samples:
-        low, median, high = numpy.quantile(each, [0.25, 0.5, 0.75])
-        result.append({"us": median, "low": low, "high": high, "least": min(each), "samples": len(each)})
+        low, median, high, p95 = numpy.quantile(each, [0.25, 0.5, 0.75, 0.95])
+        result.append({"us": median, "low": low, "high": high, "p95": p95, "least": min(each), "samples": len(each)})
     return result
 
 

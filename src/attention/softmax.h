@@ -43,12 +43,18 @@ inline double scale_of(const AttentionOptions& options, int64_t d) {
   return options.scale.value_or(1 / std::sqrt(static_cast<double>(d)));
 }
 
+/// The softmax of rows [..., n], differentiable: by LibTorch's operator, or on the kernels if they take these logits.
+using SoftmaxOfRows = at::Tensor (*)(const at::Tensor& logits);
+at::Tensor softmax_on_operators(const at::Tensor& logits);
+at::Tensor softmax_of_rows(const at::Tensor& logits);
+
 /// products: scaled, [B, H, Lq, Lk], any strides, which the weights keep. type: that of the logits, in which the mask is read;
 /// products of half types may be wider. log_sum_exp: its base; not computed without one.
 SoftmaxResult softmax_over_keys(const at::Tensor& products,
                                 at::ScalarType type,
                                 const Mask& mask,
-                                std::optional<LogSumExpBase> log_sum_exp);
+                                std::optional<LogSumExpBase> log_sum_exp,
+                                SoftmaxOfRows softmax = softmax_on_operators);
 
 /// `attention` without its checks. REQUIRES: the caller has checked the arguments, the mask included (`check_mask`).
 AttentionResult attend_unchecked(const at::Tensor& q,

@@ -100,6 +100,7 @@ void BenchReport::result(const Candidate& candidate, double error, const Times& 
                {"us", times.median},
                {"low", times.low},
                {"high", times.high},
+               {"p95", times.p95},
                {"least", times.least},
                {"samples", times.samples}});
   if (candidate.context_bytes) json["context_bytes"] = *candidate.context_bytes;

@@ -23,6 +23,9 @@ struct Candidate {
   bool rounds = false;                        ///< stores numbers with fewer digits than the layer has
   std::string absent = {};                    ///< why it cannot run this row, or empty
   std::optional<int64_t> context_bytes = {};  ///< memory of the contexts that a frozen module of a block row keeps
+
+  /// Whose threads compute it: xattn or libtorch.
+  std::string runtime() const { return name == "module" || name.starts_with("frozen") ? "xattn" : "libtorch"; }
 };
 
 /// All candidates, for a layer that outlives them:

@@ -3,6 +3,7 @@
 #include <torch/cuda.h>
 #include <torch/utils.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -41,9 +42,9 @@ share of the processor's measured peak counts the operations of the standard ord
   machine    {processor, cores, memory_gb, device}
   versions   {runtime: version}
   peaks      {threads: 1e9 float32 operations a second, measured}
-  results    list of {row, weights, threads, type, runtime, candidate, error, us, low, high, least, samples}: the largest error
-             relative to the largest element; median, quartiles and least of the times of a call; with `blocks`, the
-             context_bytes of frozen modules that keep contexts
+  results    list of {row, weights, threads, type, runtime, candidate, error, us, low, high, p95, least, samples}: the largest
+             error relative to the largest element; median, quartiles, 95th percentile and least of the times of a call; with
+             `blocks`, the context_bytes of frozen modules that keep contexts
   skipped    list of {row, weights, threads, type, runtime, candidate, reason}
   crossover  {threads: list of {Lq, Lk, chosen, us}}, with --crossover
   regret     {threads: list of {row, chosen, us, best, best_us, left_out}}, with --regret)";
@@ -55,6 +56,7 @@ struct Arguments {
   std::vector<std::string> names;
   std::vector<int> threads;
   std::vector<std::string> weights = {"none"};
+  std::vector<std::string> runtimes = {"xattn", "libtorch"};
   std::string device = "cpu";
   double seconds = 1;
   double limit = 0;
@@ -102,7 +104,14 @@ std::optional<double> try_once(Candidate& candidate, const BenchLayer& layer, co
   }
 }
 
-void run_row(const Shape& shape, const std::string& weights, c10::Device device, double seconds, BenchReport& report) {
+// Leaves out the candidates of other runtimes.
+std::vector<Candidate> of_runtimes(std::vector<Candidate> candidates, const Arguments& arguments) {
+  std::erase_if(candidates, [&](const Candidate& c) { return std::ranges::count(arguments.runtimes, c.runtime()) == 0; });
+  return candidates;
+}
+
+void run_row(
+    const Shape& shape, const std::string& weights, c10::Device device, const Arguments& arguments, BenchReport& report) {
   report.row(shape, weights);
   if (const auto reason = too_large(shape, weights != "none", device); !reason.empty()) return report.skipped("all", reason);
   const auto type = device.is_cpu() ? at::kFloat : at::kBFloat16;
@@ -111,7 +120,7 @@ void run_row(const Shape& shape, const std::string& weights, c10::Device device,
   const auto truth = exact(layer);
   std::vector<Candidate> ready;
   std::vector<double> errors;
-  for (auto& candidate : candidates(layer)) {
+  for (auto& candidate : of_runtimes(candidates(layer), arguments)) {
     if (const auto error = try_once(candidate, layer, truth)) {
       errors.push_back(*error);
       ready.push_back(std::move(candidate));
@@ -121,7 +130,7 @@ void run_row(const Shape& shape, const std::string& weights, c10::Device device,
   }
   std::vector<std::function<void()>> calls;
   for (const auto& candidate : ready) calls.push_back(timed(candidate, layer));
-  const auto times = measure(calls, seconds, [device] {
+  const auto times = measure(calls, arguments.seconds, [device] {
     if (device.is_cuda()) torch::cuda::synchronize(device.index());
   });
   for (size_t i = 0; i < ready.size(); ++i) report.result(ready[i], errors[i], times[i]);
@@ -132,7 +141,7 @@ void run_row(const BlockRow& row, const Arguments& arguments, BenchReport& repor
   const auto block = make_block(row);
   const c10::InferenceMode inference;
   const auto truth = exact(block);
-  const auto ready = candidates(block);
+  const auto ready = of_runtimes(candidates(block), arguments);
   std::vector<double> errors;
   std::vector<std::function<void()>> calls;
   for (const auto& candidate : ready) {
@@ -196,7 +205,7 @@ void run(const Arguments& arguments) {
       }
       for (const auto& weights : arguments.weights) {
         const bool wanted = weights == "none" || (shape.maps && shape.timed != Timed::backward);
-        if (wanted) run_row(shape, weights, device, arguments.seconds, report);
+        if (wanted) run_row(shape, weights, device, arguments, report);
       }
     }
   }
@@ -214,6 +223,10 @@ int main(int argc, char** argv) {
   const auto add_shared_options = [&arguments](program::Command& command) {
     command.option("--threads", arguments.threads, "Numbers of threads; by default 1 and 2", {.range = {{1, 1024}}});
     command.option("--seconds", arguments.seconds, "For each candidate of a row", {.positive = true});
+    command.option(
+        "--runtime", arguments.runtimes,
+        "Whose candidates run. Waiting threads of LibTorch take the processor from the library's for some milliseconds",
+        {.one_of = {"xattn", "libtorch"}});
     command.flag("--list", arguments.list, "Print the names of the rows, and nothing else");
     command.flag("--json", arguments.json, "Print JSON, as described below");
   };

@@ -67,8 +67,8 @@ std::vector<Times> measure(const std::vector<std::function<void()>>& calls, doub
   std::vector<Times> result;
   for (auto& [repeats, spent, samples] : states) {
     std::ranges::sort(samples);
-    result.push_back(
-        {quantile(samples, 0.5), quantile(samples, 0.25), quantile(samples, 0.75), samples.front(), samples.size()});
+    result.push_back({quantile(samples, 0.5), quantile(samples, 0.25), quantile(samples, 0.75), quantile(samples, 0.95),
+                      samples.front(), samples.size()});
   }
   return result;
 }

@@ -11,6 +11,7 @@ struct Times {
   double median = 0;
   double low = 0;  ///< the quartiles
   double high = 0;
+  double p95 = 0;  ///< the 95th percentile
   double least = 0;
   size_t samples = 0;
 };

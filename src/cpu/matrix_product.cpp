@@ -6,6 +6,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/ones.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/ScalarType.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -124,7 +125,10 @@ struct MatrixProductFunction : torch::autograd::Function<MatrixProductFunction> 
       result[1] = b.stride(-1) == 1 ? matrix_product(a.transpose(-2, -1), grad)
                                     : matrix_product(grad.transpose(-2, -1), a).transpose(-2, -1);
     }
-    if (context->saved_data["has_bias"].toBool() && context->needs_input_grad(2)) result[2] = grad.flatten(0, -2).sum(0);
+    if (context->saved_data["has_bias"].toBool() && context->needs_input_grad(2)) {  // the sum of all rows
+      const auto rows = grad.flatten(0, -2);
+      result[2] = matrix_product(at::ones({1, rows.size(0)}, rows.options()), rows).squeeze(0);
+    }
     return result;
   }
 };
@@ -138,6 +142,37 @@ Tensor multiply_and_add(const Tensor& a, const Tensor& b, const Tensor& bias) {
 }
 
 }  // namespace
+
+namespace {
+
+struct TwoUsesFunction : torch::autograd::Function<TwoUsesFunction> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, const Tensor& x) {
+    return {x.view(x.sizes()), x.view(x.sizes())};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list grads) {
+    auto& a = grads[0];
+    auto& b = grads[1];
+    if (!a.defined() || !b.defined()) return {a.defined() ? a : b};
+    const bool plain = run_on_kernels({a, b}) && a.is_contiguous() && b.is_contiguous();
+    if (at::GradMode::is_enabled() || !plain) return {a + b};
+    const bool is_ours = a.use_count() == 1 && a.storage().use_count() == 1;  // as the autograd engine decides
+    const auto sum = is_ours ? a : at::empty(a.sizes(), a.options());
+    const auto add = [x = data(a), y = data(b), z = mutable_data(sum)](int64_t begin, int64_t end) {
+      for (auto i = begin; i < end; ++i) z[i] = x[i] + y[i];
+    };
+    TaskThreads{.all = true}.parts(a.numel(), add, kOperationsOfATask / 8);  // an addition from memory takes some 8 operations
+    return {sum};
+  }
+};
+
+}  // namespace
+
+std::pair<Tensor, Tensor> for_two_uses(const Tensor& x) {
+  if (!at::GradMode::is_enabled() || !x.requires_grad() || !run_on_kernels({x})) return {x, x};
+  const auto uses = TwoUsesFunction::apply(x);
+  return {uses[0], uses[1]};
+}
 
 bool run_on_kernels(std::initializer_list<Tensor> all) {
   return kernels().is_vectorised && std::ranges::all_of(all, runs_on_kernels) && !at::autocast::is_autocast_enabled(at::kCPU);

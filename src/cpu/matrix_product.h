@@ -5,6 +5,7 @@
 #include <c10/core/ScalarType.h>
 
 #include <initializer_list>
+#include <utility>
 
 // The matrix products of modules, differentiable to any order: in float32 on the CPU by this library's kernels (with AVX2 or
 // AVX-512), elsewhere by LibTorch's operators. The bits of a result do not depend on the number of threads.
@@ -24,5 +25,8 @@ at::ScalarType product_type(const at::Tensor& x);
 
 /// x [..., in], weight [out, in], bias [out] or undefined -> [..., out].
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);
+
+/// x for two uses. The gradients of both are then added on the kernels' threads, rather than on LibTorch's by the autograd engine.
+std::pair<at::Tensor, at::Tensor> for_two_uses(const at::Tensor& x);
 
 }  // namespace xattn::detail

@@ -12,8 +12,9 @@ namespace xattn::detail::engine {
 /// Threads for work that begins here: at::get_num_threads(), but 1 within a task or a parallel region of LibTorch.
 int64_t num_threads();
 
-/// Calls task(i, thread) once for each i in [0, tasks), ascending, on the calling thread and on at most threads - 1 workers.
-/// `thread`, in [0, threads), differs between tasks that run at the same time: an index of scratch memory. Within a task, all
+/// Calls task(i, thread) once for each i in [0, tasks), on the calling thread and on at most threads - 1 workers, each of which
+/// begins with neighbouring tasks, the same in each call, and ends with others'. `thread`, in [0, threads), differs between tasks
+/// that run at the same time: an index of scratch memory. On one thread, tasks run in ascending order. Within a task, all
 /// tasks run on the calling thread. Workers round and treat denormals as the caller does. When all tasks have ended, throws what
 /// the first that failed threw.
 ///

@@ -65,8 +65,8 @@ class Scratch {
   float* next_;
 };
 
-/// Calls f(begin, end, scratch, threads) for shares of the rows [0, work.rows), as `plan_shares` divides them; if the rows cost
-/// unequal time, from the last and most expensive rows on.
+/// Calls f(begin, end, scratch, threads) for shares of the rows [0, work.rows), as `plan_shares` divides them; if rows cost
+/// unequal time, each thread from its last and most expensive rows on.
 template <class F>
 void each_share_of_rows(const RowWork& work, const F& f) {
   if (work.rows == 0) return;

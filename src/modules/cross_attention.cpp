@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <optional>
+#include <tuple>
 #include <utility>
 
 #include "attention/mask_parts.h"
@@ -82,6 +83,7 @@ std::tuple<Tensor, Tensor> CrossAttentionImpl::forward(
   const auto Xq = detail::query_input(kCrossAttention, weights, query, inputs.is_batched, inputs.B());
   const auto Lq = Xq.size(1);
   detail::check_mask(kCrossAttention, weights, inputs, Lq);
+  if (inputs.value.is_same(inputs.key)) std::tie(inputs.key, inputs.value) = detail::for_two_uses(inputs.key);
   const auto dropped_keys = detail::drop_padding(weights, inputs);
   const auto how = detail::attention_options(kCrossAttention, options, call, inputs.mask, is_training());
 

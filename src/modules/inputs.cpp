@@ -98,7 +98,7 @@ int64_t drop_padding(const LayerWeights& layer, ContextInputs& context) {
 // ten times as long.
 Tensor batched(const Tensor& x) {
   if (x.dim() == 2) return x.unsqueeze(0);
-  return x.size(0) == 1 ? x.select(0, 0).unsqueeze(0) : x;
+  return x.size(0) == 1 ? x.squeeze(0).unsqueeze(0) : x;
 }
 
 std::tuple<Tensor, Tensor> results(const AttentionResult& result, bool is_batched, int64_t dropped_keys) {

@@ -184,7 +184,8 @@ RelativeAttention attend_in_steps(const Layer& layer,
   const auto& w = layer.weights;
   const auto type = product_type(query.x);
   const auto logits = logits_of(layer, query, context);  // [B, H, Lq, Lk]
-  auto softmax = softmax_over_keys(logits, type, options.mask, options.log_sum_exp ? std::optional(base) : std::nullopt);
+  auto softmax =
+      softmax_over_keys(logits, type, options.mask, options.log_sum_exp ? std::optional(base) : std::nullopt, softmax_of_rows);
   if (options.log_sum_exp && w.key_bias.defined() && layer.orders.logits == Order::fold_into_query) {
     softmax.log_sum_exp = softmax.log_sum_exp + logits_of_key_bias(w, query);
   }
