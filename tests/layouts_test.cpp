@@ -262,7 +262,7 @@ TEST(OwnLayoutTest, LoadsIntoModulesAndChecksTheScale) {
   const OwnLayer own;
   const auto expected = cross_attention_from(own.file(), {.layout = own_layout()});
   CrossAttention attention(expected->options);
-  EXPECT_EQ(load_weights(*attention, own.file(), {.layout = own_layout()}).loaded.size(), 8U);
+  EXPECT_EQ(load_weights(*attention, own.file(), {.layout = own_layout()}).loaded.size(), 9U);
   EXPECT_TRUE(attention->value_linear->weight.equal(expected->value_linear->weight));
   EXPECT_EQ(load_weights(*attention, own.tensors, {.prefix = "a", .layout = own_layout()}).surrounding.size(), 2U);
   auto options = expected->options;

@@ -318,8 +318,8 @@ TEST(MaskTest, AnSdpaMaskMayLeaveOutAnyLeadingAxes) {
     const auto mask = Mask::from_scaled_dot_product_attention(given);
     EXPECT_TRUE(allowed_keys(mask, 3, 5, torch::kCPU).expand({2, 4, 3, 5}).equal(given.expand({2, 4, 3, 5}))) << given.sizes();
   }
-  EXPECT_EQ(error_of<c10::ValueError>([&] { Mask::from_scaled_dot_product_attention(keep[0][0][0][0]); }),
-            "[mask] attn_mask must have shape [B|1, H|1, Lq|1, Lk] or leave out leading axes, but has [].");
+  EXPECT_EQ(error_of<c10::ValueError>([&] { Mask::from_scaled_dot_product_attention(keep.unsqueeze(0)); }),
+            "[mask] attn_mask must have shape [B|1, H|1, Lq|1, Lk|1] or leave out leading axes, but has [1, 2, 4, 3, 5].");
 }
 
 TEST(MaskTest, ErrorsNameAnArgumentOfAWrongShape) {

@@ -273,7 +273,7 @@ Mask Mask::from_scaled_dot_product_attention(const at::Tensor& attn_mask, bool i
   Mask mask = is_causal ? causal(CausalAlignment::upper_left) : Mask();
   if (!attn_mask.defined()) return mask;
   check_torch_mask(attn_mask, "attn_mask");
-  check_value(attn_mask.dim() >= 1 && attn_mask.dim() <= 4, "mask",
+  check_value(attn_mask.dim() <= 4, "mask",
               "attn_mask must have shape [B|1, H|1, Lq|1, Lk|1] or leave out leading axes, but has {}.", shape_of(attn_mask));
   auto aligned = attn_mask;  // [B|1, H|1, Lq|1, Lk|1]
   while (aligned.dim() < 4) aligned = aligned.unsqueeze(0);

@@ -193,12 +193,13 @@ class Pool {
  private:
   void grow(int64_t size) {
     const std::lock_guard lock(mutex_);
+    size_ = std::max(size_.load(), size);
     try {
       while (!is_stopping_ && std::ssize(workers_) < size)
         workers_.emplace_back([this, part = std::ssize(workers_) + 1] { work(part); });
-    } catch (const std::exception&) {  // the system has no more threads: fewer compute
+    } catch (const std::exception&) {
+      return;  // the system has no more threads: fewer compute, and no later call asks again
     }
-    size_ = size;
   }
 
   // part: its own of each call

@@ -237,8 +237,8 @@ class JsonBuilder : public JsonEvents {
 template <class T>
 std::optional<T> json_number(std::string_view text) {
   T number{};
-  const auto* end = text.data() + text.size();
-  const auto [parsed, error] = std::from_chars(text.data(), end, number);
+  const auto *begin = text.data(), *end = begin + text.size();
+  const auto [parsed, error] = std::from_chars(begin, end, number);
   // An exponent below those of double gives 0.
   const bool is_tiny =
       std::is_same_v<T, double> && error == std::errc::result_out_of_range && text.find('-', 1) != std::string_view::npos;

@@ -213,10 +213,13 @@ std::vector<FoundLayer> find_layers(const Infos& tensors, const LayoutChoice& ch
     }
   }
   std::vector<FoundLayer> layers;
+  std::set<std::string> queries;  // full names of the query projections of these layers
   for (const auto& [prefix, possible] : places) {
     auto layer = layer_at(tensors, prefix, possible);
     if (!layer) continue;
     layer->own_layout = choice.own();
+    // A longer prefix comes later. The layer there is the same without what is around it, such as its norms.
+    if (!queries.insert(prefix + detail::layout_of(*layer).projections[0].weight).second) continue;
     layers.push_back(*std::move(layer));
   }
   return layers;

@@ -5,6 +5,8 @@
 #include <memory>
 #include <utility>
 
+#include "base/check.h"
+#include "base/printed.h"
 #include "base/text.h"
 
 namespace xattn::detail {

@@ -83,7 +83,12 @@ void save_safetensors(const std::string& path, const torch::nn::Module& module, 
   for (const auto& pair : match.pairs) {
     check(pair.recipe.scale.empty(), "tensor {} must have a type other than float8 with a scale to be written back",
           detail::in_quotes(names.at(pair.recipe.source)));
-    parts[names.at(pair.recipe.source)].push_back(&pair);
+    auto& of_name = parts[names.at(pair.recipe.source)];
+    for (const auto* other : of_name) {  // a file may have one weight for query and key
+      check(other->recipe.part != pair.recipe.part || other->own.equal(pair.own),
+            "has one {} for several tensors of the module, but theirs differ", detail::in_quotes(names.at(pair.recipe.source)));
+    }
+    of_name.push_back(&pair);
   }
   auto tensors = lazy(like);
   NamedTensors added;

@@ -204,7 +204,10 @@ class Matcher {
   template <class Found>
   Found in_file(Found found) const {
     const auto first = in_.names.lower_bound(found.prefix);
-    if (first != in_.names.end() && first->first.starts_with(found.prefix)) found.prefix = first->second;
+    if (first == in_.names.end() || !first->first.starts_with(found.prefix)) return found;
+    const auto& [now, name] = *first;
+    const auto rest = now.substr(found.prefix.size());
+    found.prefix = name.ends_with(rest) ? name.substr(0, name.size() - rest.size()) : name;
     return found;
   }
 

@@ -41,6 +41,11 @@ std::string name_for(const std::string& name, const std::string& prefix) {
   return of_encoder && name.starts_with(kDecoder) ? "encoder_" + name.substr(kDecoder.size()) : name;
 }
 
+template <class T>
+void add(const Json* found, std::vector<T>& values) {
+  if (const auto value = found ? found->as<T>() : std::nullopt) values.push_back(*value);
+}
+
 // The last number among the components of a prefix.
 std::optional<int64_t> layer_number(const std::string& prefix) {
   std::optional<int64_t> last;
@@ -94,14 +99,11 @@ const Json* ModelConfig::part_of(const std::string& prefix) const {
 template <class T>
 std::vector<T> ModelConfig::all(const Names& names, const std::string& prefix) const {
   std::vector<T> values;
-  const auto add = [&values](const Json* found) {
-    if (const auto value = found ? found->template as<T>() : std::nullopt) values.push_back(*value);
-  };
   const auto* part = part_of(prefix);
   for (const auto& any : names) {
     const auto name = name_for(any, prefix);
-    if (part && is_anywhere(name)) add(part->find(name));
-    for (const auto& place : places_of(name)) add(json_.find(place));
+    if (part && is_anywhere(name)) add(part->find(name), values);
+    for (const auto& place : places_of(name)) add(json_.find(place), values);
   }
   return values;
 }
@@ -114,8 +116,14 @@ std::vector<T> ModelConfig::possible(const Names& names, const std::string& pref
     const auto* found = part && is_anywhere(name) ? part->find(name) : nullptr;
     if (const auto value = found ? found->template as<T>() : std::nullopt) return {*value};
   }
+  const bool is_of_some_part = !part && !has_component(prefix, {"encoder", "decoder"}) && json_.object();
   for (const auto& name : names) {
-    if (auto values = all<T>({name}, prefix); !values.empty()) return values;
+    auto values = all<T>({name}, prefix);
+    if (is_of_some_part && is_anywhere(name)) {
+      add(json_.find(name_for(name, "encoder.")), values);
+      for (const auto& [key, value] : *json_.object()) add(value.find(name), values);
+    }
+    if (!values.empty()) return values;
   }
   return {};
 }

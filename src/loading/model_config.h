@@ -63,7 +63,8 @@ class ModelConfig {
     return values.empty() ? std::nullopt : std::optional(values.front());
   }
 
-  /// The value in the part of the config that the prefix names; else all under the first name that has one.
+  /// The value in the part of the config that the prefix names; else all under the first name that has one, in every part if the
+  /// prefix does not say which.
   template <class T>
   std::vector<T> possible(const std::vector<std::string>& names, const std::string& prefix) const;
 

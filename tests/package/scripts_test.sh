@@ -32,7 +32,7 @@ cp scripts/*.sh "$project/scripts"
 
 # On a machine with nothing on it and no way to install, one line names all packages.
 for tool in bash cat dirname; do ln -s "$(command -v "$tool")" "$temp/bin"; done
-packages="cmake ninja-build ccache python3-venv g++ libfmt-dev nlohmann-json3-dev libcli11-dev libpng-dev libgtest-dev"
+packages="cmake ninja-build ccache pkg-config python3-venv g++ libfmt-dev nlohmann-json3-dev libcli11-dev libpng-dev libgtest-dev"
 expect 1 "sudo apt-get install $packages" env -i PATH="$temp/bin" "$project/scripts/build.sh"
 
 # PyTorch comes as the CPU build if pip has one, else as it is; its size is printed first. A script replaces Python and pip.

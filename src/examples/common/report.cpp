@@ -3,7 +3,6 @@
 
 #include <c10/util/Exception.h>
 
-#include <cstddef>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>

@@ -2,6 +2,7 @@
 #include "transcribe/model.h"
 
 #include <fmt/format.h>
+#include <malloc.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/utils.h>
 #include <xattn/block.h>
@@ -19,29 +20,19 @@ namespace {
 using torch::Tensor;
 using xattn::AttentionWeights;
 using xattn::Checkpoint;
-using xattn::FileError;
-
-// The file of the weights: `path` itself, or the one in this folder.
-std::string weights_in(const std::string& path) {
-  if (!std::filesystem::is_directory(path)) return path;
-  for (const auto* name :
-       {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"}) {
-    if (const auto file = std::filesystem::path(path) / name; std::filesystem::exists(file)) return file.string();
-  }
-  throw FileError(fmt::format("{}: it must hold model.safetensors, pytorch_model.bin or their shards, but does not", path));
-}
 
 // The tensors' names begin with this.
 std::string prefix_in(const Checkpoint& file) {
   return file.contains("model.encoder.conv1.weight") ? "model." : "";
 }
 
-// What the weights do not show. Without a config.json it is the same in all of OpenAI's models.
+// What the weights do not show. In OpenAI's files it is the same for all models.
 xattn::StackOptionsFromFile stack_options(const Checkpoint& file, const std::string& part, int64_t width) {
   xattn::StackOptionsFromFile options = {.prefix = prefix_in(file) + part, .dtype = torch::kFloat32};
-  if (!std::filesystem::exists(std::filesystem::path(file.path()).replace_filename("config.json"))) {
-    constexpr int64_t kHeadSize = 64;
-    options.num_heads = width / kHeadSize;
+  const examples::JsonFile config(std::filesystem::path(file.path()).parent_path().string(), "config.json");
+  if (!config || file.contains("decoder.token_embedding.weight")) {
+    options.num_heads = width / 64;
+    config.get("n_text_head", *options.num_heads);
     options.norm_placement = xattn::NormPlacement::before;
     options.activation = xattn::Activation::gelu;
   }
@@ -53,14 +44,22 @@ Tensor find(const Checkpoint& file, const std::string& name, const std::string& 
   for (const auto& each : {prefix_in(file) + name, openai}) {
     if (file.contains(each)) return file.tensor(each);
   }
-  throw FileError(fmt::format("{}: it must hold a Whisper, with {} or {}, but does not", file.path(), name, openai));
+  throw xattn::FileError(fmt::format("{}: it must hold a Whisper, with {} or {}, but does not", file.path(), name, openai));
+}
+
+// Freezes a block and gives its own weights back to the system, so that few of them are in memory twice.
+xattn::FrozenBlock frozen(xattn::CrossAttentionBlockImpl& block, const xattn::FreezeOptions& how) {
+  auto frozen = block.freeze(how);
+  for (auto& parameter : block.parameters()) parameter.set_data(torch::empty({0}));
+  malloc_trim(0);
+  return frozen;
 }
 
 }  // namespace
 
 Model::Model(const std::string& path, std::optional<torch::ScalarType> storage) {
   const torch::NoGradGuard no_grad;
-  const auto weights = weights_in(path);
+  const auto weights = xattn::open_checkpoint(path).path();
   folder_ = std::filesystem::absolute(weights).parent_path().string();
   const examples::JsonFile config(folder_, "config.json");
   std::string type = "whisper";
@@ -77,7 +76,8 @@ Model::Model(const std::string& path, std::optional<torch::ScalarType> storage) 
 void Model::read_vocabulary(const Checkpoint& file, const xattn::FreezeOptions& how) {
   token_embedding_ = find(file, "decoder.embed_tokens.weight", "decoder.token_embedding.weight");
   torch::nn::LinearImpl to_logits(torch::nn::LinearOptions(1, 1).bias(false));
-  to_logits.weight = token_embedding_.to(torch::kFloat32);  // the same weights read tokens and predict them
+  const auto own = file.contains("proj_out.weight");  // otherwise the same weights read tokens and predict them
+  to_logits.weight = (own ? file.tensor("proj_out.weight") : token_embedding_).to(torch::kFloat32);
   to_logits_ = xattn::FrozenLinear(to_logits, how.storage);
 }
 
@@ -89,7 +89,7 @@ void Model::read_encoder(const Checkpoint& file, const xattn::FreezeOptions& how
   }
   encoder_positions_ = find(file, "encoder.embed_positions.weight", "encoder.positional_embedding").to(torch::kFloat);
   const auto encoder = xattn::encoder_from(file, stack_options(file, "encoder", encoder_positions_.size(1)));
-  for (const auto& layer : *encoder->layers) encoder_.push_back(layer->as<xattn::CrossAttentionBlockImpl>()->freeze(how));
+  for (const auto& layer : *encoder->layers) encoder_.push_back(frozen(*layer->as<xattn::CrossAttentionBlockImpl>(), how));
   encoder_norm_ = encoder->norm;
 }
 
@@ -97,8 +97,8 @@ void Model::read_decoder(const Checkpoint& file, const xattn::FreezeOptions& how
   decoder_positions_ = find(file, "decoder.embed_positions.weight", "decoder.positional_embedding").to(torch::kFloat);
   const auto decoder = xattn::decoder_from(file, stack_options(file, "decoder", decoder_positions_.size(1)));
   for (const auto& each : *decoder->layers) {
-    const auto* layer = each->as<xattn::DecoderLayerImpl>();
-    decoder_.push_back({layer->self->freeze(how), layer->cross->freeze(how)});
+    auto* layer = each->as<xattn::DecoderLayerImpl>();
+    decoder_.push_back({frozen(*layer->self, how), frozen(*layer->cross, how)});
   }
   decoder_norm_ = decoder->norm;
 }

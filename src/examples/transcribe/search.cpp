@@ -147,8 +147,7 @@ Hypotheses continuations(const Hypotheses& beginnings, Tensor logits, const Rule
   Hypotheses found;
   for (int64_t k = 0; k < best.numel(); ++k) {
     const auto place = best[k].item<int64_t>(), beam = place / V, token = place % V;
-    const auto& beginning = beginnings.at(static_cast<size_t>(beam));
-    auto& next = found.emplace_back(beginning);
+    auto& next = found.emplace_back(beginnings.at(static_cast<size_t>(beam)));
     next.tokens.push_back(token);
     next.score = flat[place].item<double>();
     next.log_probability += logits[beam][token].item<double>() - allowed[beam].item<double>();
@@ -165,6 +164,7 @@ Heard search(const Whisper& whisper, const Contexts& sound, const Tokens& prompt
   auto logits = decoding.append(torch::tensor(prompt).unsqueeze(0));  // [1, T, V]
   const auto no_speech = logits[0][0].softmax(0)[rules.no_speech].item<double>();
   const auto most = static_cast<size_t>(std::max<int64_t>(1, rules.longest - static_cast<int64_t>(prompt.size())));
+  const auto n = static_cast<size_t>(beams);
   Hypotheses beginnings(1), whole;
   const auto better = [](const Hypothesis& a, const Hypothesis& b) { return a.mean() > b.mean(); };
   while (true) {
@@ -173,13 +173,12 @@ Heard search(const Whisper& whisper, const Contexts& sound, const Tokens& prompt
     beginnings.clear();
     for (size_t k = 0; k < found.size(); ++k) {
       const bool ends = found[k].tokens.back() == rules.end || found[k].tokens.size() == most;
-      if (ends && k < static_cast<size_t>(beams)) whole.push_back(found[k]);
-      if (!ends && beginnings.size() < static_cast<size_t>(beams)) beginnings.push_back(found[k]);
+      if (ends && k < n) whole.push_back(found[k]);
+      if (!ends && beginnings.size() < n) beginnings.push_back(found[k]);
     }
     std::ranges::stable_sort(whole, better);
-    whole.resize(std::min(whole.size(), static_cast<size_t>(beams)));
-    const bool enough = whole.size() == static_cast<size_t>(beams);
-    if (beginnings.empty() || (enough && !better(beginnings.front(), whole.back()))) break;
+    whole.resize(std::min(whole.size(), n));
+    if (beginnings.empty() || (whole.size() == n && !better(beginnings.front(), whole.back()))) break;
     Tokens last, texts;
     for (const auto& beginning : beginnings) {
       last.push_back(beginning.tokens.back());

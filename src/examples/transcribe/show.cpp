@@ -4,9 +4,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <nlohmann/json.hpp>
-#include <vector>
 
 #include "base/printed.h"
 #include "common/drawing.h"
@@ -25,18 +25,17 @@ constexpr int64_t kScale = 2;  // pixels for a bin, and for a frame of a token
 // A spectrogram, dark where it is loud and low sounds at the bottom: [bins, frames] -> uint8 [height, width, 3].
 Tensor draw_spectrogram(const Tensor& mel, const Tensor& loudest) {
   const auto halved = torch::avg_pool1d(mel, kFramesOfToken, kFramesOfToken, 0, /*ceil_mode=*/true);  // [bins, width]
-  constexpr double kRange = 2;                                                                        // of log_mel
-  const auto grey = ((loudest - halved) / kRange).clamp(0, 1).mul(255).to(torch::kUInt8);
+  const auto grey = ((loudest - halved) / 2).clamp(0, 1).mul(255).to(torch::kUInt8);  // log_mel has a range of 2
   return grey.flip(0).repeat_interleave(kScale, 0).unsqueeze(2).expand({-1, -1, 3}).contiguous();
 }
 
 std::string clock(double seconds) {
-  const auto milliseconds = static_cast<int64_t>(seconds * 1000 + 0.5);
+  const int64_t milliseconds = std::llround(seconds * 1000);
   return fmt::format("{:02}:{:02}.{:03}", milliseconds / 60'000, milliseconds / 1000 % 60, milliseconds % 1000);
 }
 
 double rounded(double seconds) {
-  return static_cast<double>(static_cast<int64_t>(seconds * 1000 + 0.5)) / 1000;
+  return std::round(seconds * 1000) / 1000;
 }
 
 Json segments_json(const Transcript& transcript) {
@@ -116,8 +115,7 @@ void write_page(const std::string& path, const std::string& file, const Transcri
   const auto& mel = transcript.mel;
   constexpr int64_t kFrames = 3000;  // of a picture
   auto pictures = Json::array();
-  for (int64_t frame = 0; frame < mel.size(1); frame += kFrames) {
-    const auto part = mel.narrow(1, frame, std::min(kFrames, mel.size(1) - frame));
+  for (const auto& part : mel.split(kFrames, 1)) {
     pictures.push_back(examples::data_url("image/png", examples::encode_png(draw_spectrogram(part, mel.max()))));
   }
   examples::write_page(path, kSpeechHtml,

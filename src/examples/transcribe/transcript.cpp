@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "transcribe/transcript.h"
 
-#include <fmt/format.h>
+#include <c10/util/Exception.h>
 #include <torch/utils.h>
 
 #include <algorithm>
 #include <chrono>
 #include <ranges>
-#include <stdexcept>
 
 #include "base/text.h"
 #include "common/mel.h"
@@ -32,10 +31,8 @@ int64_t find_language(const Whisper& whisper, const Contexts& sound, const std::
   const auto known = vocabulary.marks_between(rules.start, vocabulary.at("<|translate|>"));
   const auto named = known.find("<|" + language.value_or("") + "|>");
   if (named != known.end()) return named->second;
-  if (language) {
-    throw std::invalid_argument(
-        fmt::format("language must be one of {}, but is {}", xattn::detail::joined(known | std::views::keys, " "), *language));
-  }
+  TORCH_CHECK_VALUE(!language, "language must be one of ", xattn::detail::joined(known | std::views::keys, " "), ", but is ",
+                    language.value_or(""));
   const auto logits = Decoding(model, sound).append(torch::tensor({{rules.start}}))[0][0];
   return std::ranges::max(known | std::views::values, {}, [&](int64_t token) { return logits[token].item<float>(); });
 }
@@ -55,7 +52,8 @@ std::vector<Segment> cut(const Tokens& text, const Rules& rules, int64_t& frames
     if (is_timestamp(i - 1) && is_timestamp(i)) add(i, seconds(text[begin]), seconds(text[i - 1]));
   }
   if (begin == 0) {  // no pair
-    auto end = static_cast<double>(frames / kFramesOfToken) * kTokenSeconds;
+    const auto tokens = frames / kFramesOfToken;
+    auto end = static_cast<double>(tokens) * kTokenSeconds;
     const auto last = std::find_if(text.rbegin(), text.rend(), [&](int64_t token) { return rules.is_timestamp(token); });
     if (last != text.rend() && *last != rules.first_timestamp) end = seconds(*last);
     add(text.size(), 0, end);
@@ -73,11 +71,9 @@ std::vector<Segment> cut(const Tokens& text, const Rules& rules, int64_t& frames
 Transcript transcribe(const Whisper& whisper, const Tensor& samples, const Options& options, const Progress& progress) {
   const torch::NoGradGuard no_grad;
   constexpr double kNoSpeech = 0.6, kUnlikely = -1;  // the thresholds of OpenAI's program
-  constexpr int64_t kExpectedTokens = 100;           // of 30 seconds of speech
   const auto& [model, vocabulary, rules] = whisper;
-  if (!rules.multilingual && (options.language.value_or("en") != "en" || options.task != "transcribe")) {
-    throw std::invalid_argument("this model only transcribes English");
-  }
+  TORCH_CHECK_VALUE(rules.multilingual || (options.language.value_or("en") == "en" && options.task == "transcribe"),
+                    "this model only transcribes English");
   Transcript transcript;
   auto& [language, all, mel, tokens, seconds] = transcript;
   mel = timed(seconds.mel, [&] { return examples::log_mel(samples, model.bins()); });
@@ -90,7 +86,8 @@ Transcript transcribe(const Whisper& whisper, const Tensor& samples, const Optio
     if (part.min().equal(part.max())) continue;  // models hear words in digital silence
     const auto window = torch::constant_pad_nd(part, {0, model.window() - frames});
     const auto memory = timed(seconds.encoder, [&] { return model.encode(window); });
-    const auto sound = timed(seconds.contexts, [&] { return model.contexts(memory, kExpectedTokens * options.beams); });
+    // About 100 tokens say what 30 seconds of speech do.
+    const auto sound = timed(seconds.contexts, [&] { return model.contexts(memory, 100 * options.beams); });
     if (rules.multilingual && prompt.size() == 1) {
       prompt.insert(prompt.end(), {find_language(whisper, sound, options.language), vocabulary.at("<|" + options.task + "|>")});
       language = vocabulary.mark(prompt[1]);

@@ -47,7 +47,7 @@ using Progress = std::function<void(int64_t done, int64_t all)>;  ///< of frames
 /// Transcribes speech, float32 [n] at 16 kHz, window by window: the next one begins at the last timestamp of this one. A window
 /// is passed over if it has probably no speech. There is no fallback to higher temperatures, and no window reads what was said
 /// before it.
-/// Throws std::invalid_argument for a language, or a task, that the model does not know.
+/// Throws c10::ValueError for a language, or a task, that the model does not know.
 Transcript transcribe(const Whisper& whisper,
                       const torch::Tensor& samples,
                       const Options& options,
