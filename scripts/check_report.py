@@ -140,7 +140,7 @@ def check_quiet(browser, page):
 
 
 def check_page(browser, page):
-    """Returns the numbers of examples and words that were checked."""
+    """Returns what was checked, in words."""
     browser.get(page)
     data = json.loads(browser.find_element(By.ID, "data").get_attribute("textContent"))
     check(browser.title == data["title"], "it does not have the title of its data")
@@ -159,7 +159,7 @@ def check_page(browser, page):
     with_words[0].check_keyboard()
     with_words[0].check_touch()
     check_quiet(browser, page)
-    return len(examples), sum(len(example.words) for example in examples)
+    return f"{len(examples)} examples, {sum(len(example.words) for example in examples)} words pointed at"
 
 
 def save_screenshot(browser, path):
@@ -169,26 +169,27 @@ def save_screenshot(browser, path):
     pathlib.Path(path).write_bytes(base64.b64decode(picture["data"]))
 
 
-def main():
+def run(kind, example, check_page):
+    """The program that checks one page; `check_page` returns what it has checked, in words."""
     parser = argparse.ArgumentParser(
-        description="Points at all words of a report in headless Chromium and checks what it shows.",
-        epilog="example: scripts/check_report.py vqa.html --screenshot vqa.png",
+        description=f"Points at all words of a {kind} in headless Chromium and checks what it shows.",
+        epilog=f"example: {example}",
     )
-    parser.add_argument("report", type=pathlib.Path, metavar="REPORT.html")
+    parser.add_argument("page", type=pathlib.Path, metavar="PAGE.html")
     parser.add_argument("--screenshot", metavar="FILE.png", help="where to draw the page")
     arguments = parser.parse_args()
     try:
-        check(arguments.report.is_file(), "there is no such file")
+        check(arguments.page.is_file(), "there is no such file")
         with open_browser() as browser:
-            examples, words = check_page(browser, arguments.report.resolve().as_uri())
+            checked = check_page(browser, arguments.page.resolve().as_uri())
             if arguments.screenshot:
                 save_screenshot(browser, arguments.screenshot)
     except Failure as failure:
-        sys.exit(f"{arguments.report}: {failure}")
+        sys.exit(f"{arguments.page}: {failure}")
     except (OSError, WebDriverException) as error:
-        sys.exit(f"{arguments.report}: {str(error).splitlines()[0]}")
-    print(f"{arguments.report}: {examples} examples, {words} words pointed at")
+        sys.exit(f"{arguments.page}: {str(error).splitlines()[0]}")
+    print(f"{arguments.page}: {checked}")
 
 
 if __name__ == "__main__":
-    main()
+    run("report", "scripts/check_report.py vqa.html --screenshot vqa.png", check_page)

@@ -5,17 +5,13 @@
 Needs selenium, chromium and chromedriver: scripts/check_report.sh gets them and runs this.
 """
 
-import argparse
 import json
-import pathlib
-import sys
 
-from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from check_report import IS_PICTURE, Failure, check, check_quiet, open_browser, save_screenshot
+from check_report import IS_PICTURE, check, check_quiet, run
 
 # The seconds of the sound that are lit: [begin, end] for each picture with a visible stretch, from the places in the window.
 READ_LIT = """
@@ -80,29 +76,8 @@ def check_page(browser, page):
     place = browser.execute_script("return document.getElementById('sound').currentTime")
     check(place >= words[-1]["start"] - WITHIN, f"a click on the last word plays from {place} s")
     check_quiet(browser, page)
-    return len(words)
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description="Points at all words of a transcript in headless Chromium and checks what it shows.",
-        epilog="example: scripts/check_transcript.py speech.html --screenshot speech.png",
-    )
-    parser.add_argument("page", type=pathlib.Path, metavar="PAGE.html")
-    parser.add_argument("--screenshot", metavar="FILE.png", help="where to draw the page")
-    arguments = parser.parse_args()
-    try:
-        check(arguments.page.is_file(), "there is no such file")
-        with open_browser() as browser:
-            words = check_page(browser, arguments.page.resolve().as_uri())
-            if arguments.screenshot:
-                save_screenshot(browser, arguments.screenshot)
-    except Failure as failure:
-        sys.exit(f"{arguments.page}: {failure}")
-    except (OSError, WebDriverException) as error:
-        sys.exit(f"{arguments.page}: {str(error).splitlines()[0]}")
-    print(f"{arguments.page}: {words} words pointed at")
+    return f"{len(words)} words pointed at"
 
 
 if __name__ == "__main__":
-    main()
+    run("transcript", "scripts/check_transcript.py speech.html --screenshot speech.png", check_page)
