@@ -7,21 +7,26 @@
 namespace xattn::detail::XATTN_KERNELS {
 namespace {
 
-// Computes the part of c for kRows rows of a and the first `count` of kLanes / kRows rows of b: kLanes sums. In each sum, lane
-// l adds the terms l, l + kLanes, ... of k; then the lanes are added.
+// The columns of c in a tile of kRows rows.
+template <int kRows>
+constexpr int kTransposedColumns = kTransposedSums / kRows;
+
+// Computes the part of c for kRows rows of a and the first `count` of kTransposedColumns rows of b. In each sum, lane l adds the
+// terms l, l + kLanes, ... of k; then the lanes are added, those of kLanes sums at a time.
 template <int kRows, class Element>
 void compute_transposed_tile(const Product& p, int64_t top, int64_t left, int64_t count) {
-  constexpr int kColumns = kLanes / kRows;
+  constexpr int kColumns = kTransposedColumns<kRows>;
+  constexpr int kGroups = (kTransposedSums + kLanes - 1) / kLanes;
   const float* a[kRows];
   const Element* b[kColumns];
-  Vector sums[kLanes];
+  Vector sums[kGroups][kLanes];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) a[r] = p.a.data + (top + r) * p.a.stride;
 #pragma GCC unroll 16
   for (int j = 0; j < kColumns; ++j)
     b[j] = static_cast<const Element*>(p.b.data) + (left + (j < count ? j : 0)) * p.b.row_stride;
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) sums[i] = Vector{};
+  for (int i = 0; i < kGroups * kLanes; ++i) sums[i / kLanes][i % kLanes] = Vector{};
 
   const auto add_terms = [&](auto load_terms) {
     Vector a_terms[kRows];
@@ -31,7 +36,10 @@ void compute_transposed_tile(const Product& p, int64_t top, int64_t left, int64_
     for (int j = 0; j < kColumns; ++j) {
       const Vector b_terms = load_terms(b[j]);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) sums[r * kColumns + j] += a_terms[r] * b_terms;
+      for (int r = 0; r < kRows; ++r) {
+        const int i = r * kColumns + j;
+        sums[i / kLanes][i % kLanes] += a_terms[r] * b_terms;
+      }
     }
   };
   const int64_t whole = p.sizes.k / kLanes * kLanes;
@@ -42,7 +50,9 @@ void compute_transposed_tile(const Product& p, int64_t top, int64_t left, int64_
     add_terms([&](const auto* from) { return load_first(from + whole, p.sizes.k - whole); });
   }
 
-  const Vector found = reduce(sums, sum_of);
+  float found[kGroups * kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kGroups; ++i) store(found + i * kLanes, reduce(sums[i], sum_of));
   float* c = p.c.data + top * p.c.stride + left;
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r, c += p.c.stride) {
@@ -56,7 +66,7 @@ void compute_transposed_tile(const Product& p, int64_t top, int64_t left, int64_
 // Computes columns [left, right) of kRows rows of c.
 template <int kRows, class Element>
 void compute_transposed_rows(const Product& p, int64_t top, int64_t left, int64_t right) {
-  constexpr int64_t kColumns = kLanes / kRows;
+  constexpr int64_t kColumns = kTransposedColumns<kRows>;
   for (int64_t j = left; j < right; j += kColumns) {
     compute_transposed_tile<kRows, Element>(p, top, j, right - j < kColumns ? right - j : kColumns);
   }
@@ -66,7 +76,7 @@ void compute_transposed_rows(const Product& p, int64_t top, int64_t left, int64_
 template <class Element>
 [[gnu::noinline]] void product_transposed_of(const Product& p) {
   constexpr int64_t kBlock = 1 << 15;  // elements
-  const int64_t columns = kLanes * (kBlock / kLanes / (p.sizes.k + 1) + 1);
+  const int64_t columns = kTransposedSums * (kBlock / kTransposedSums / (p.sizes.k + 1) + 1);
   for (int64_t left = 0; left < p.sizes.n; left += columns) {
     const int64_t right = p.sizes.n - left < columns ? p.sizes.n : left + columns;
     int64_t i = 0;
