@@ -5,7 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
   cat <<'END'
-usage: scripts/bench.sh [--quick] [--shape NAME]... [--limit GFLOP] [--passes N] [--seconds S] [--compile all] [--device cpu|cuda]
+usage: scripts/bench.sh [--quick] [--shape NAME]... [--limit GFLOP] [--passes N] [--seconds S] [--compile all] [--avx2]
+                        [--device cpu|cuda]
        scripts/bench.sh --blocks [--shape NAME]... [--passes N] [--seconds S]
 
 Measures this library beside other runtimes on layers of real models, and writes the results to src/bench: results.json, the table in
@@ -18,6 +19,8 @@ README.md, and the plots.
                  call of a larger row takes seconds
   --passes N     passes over everything; their spread is reported (3)
   --seconds S    for each candidate of a row (0.5)
+  --avx2         ask every runtime to use no more than AVX2 (README.md says which one does); no returned weights. Writes
+                 results-avx2.json, their table, ratios-avx2.svg and crossover-avx2.svg
   --compile all  run torch.compile, which takes a quarter of a minute a row, on all rows instead of those with a goal
   --device cuda  in bfloat16 against LibTorch's and PyTorch's kernels on a GPU: prints a table and writes results-cuda.json
   -h, --help     show this
@@ -29,12 +32,13 @@ example: scripts/bench.sh --quick --shape "SD1.5 16x16"
 END
 }
 
-quick=0 passes=3 seconds=0.5 device=cpu limit=0 compile=goals blocks=0 name=--shape shapes=()
+quick=0 passes=3 seconds=0.5 device=cpu limit=0 compile=goals blocks=0 avx2=0 name=--shape shapes=()
 while (($#)); do
   case $1 in
     -h | --help) usage; exit ;;
     --quick) quick=1 passes=1 seconds=0.2 limit=20 ;;
     --blocks) blocks=1 name=--row ;;
+    --avx2) avx2=1 ;;
     --shape) shapes+=("${2:?"--shape needs a name"}"); shift ;;
     --limit) limit=${2:?"--limit needs a number"}; shift ;;
     --compile) compile=${2:?"--compile needs a word"}; shift ;;
@@ -45,9 +49,16 @@ while (($#)); do
   esac
   shift
 done
-if ((blocks)) && [[ $quick == 1 || $limit != 0 || $device != cpu ]]; then
-  echo "scripts/bench.sh: --blocks excludes --quick, --limit and --device" >&2
+if ((blocks)) && [[ $quick == 1 || $limit != 0 || $device != cpu || $avx2 == 1 ]]; then
+  echo "scripts/bench.sh: --blocks excludes --quick, --limit, --avx2 and --device" >&2
   exit 2
+fi
+if ((avx2)); then
+  if [[ $device != cpu ]]; then
+    echo "scripts/bench.sh: --avx2 excludes --device $device" >&2
+    exit 2
+  fi
+  export XATTN_KERNELS=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 fi
 case $device in
   cpu) runtimes=(pytorch compile onnxruntime openvino) ;;
@@ -87,8 +98,9 @@ threads=(1)
 if [[ $device == cpu ]] && (($(nproc) > 1)); then threads=(1 2); fi
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
-ours=($folder/xattn_bench) device_option=(--device $device) blocks_option=()
-if ((blocks)); then ours+=(blocks) device_option=() blocks_option=(--blocks); fi
+ours=($folder/xattn_bench) device_option=(--device $device) blocks_option=() table_option=()
+if ((blocks)); then ours+=(blocks) device_option=() blocks_option=(--blocks) table_option=(--blocks); fi
+if ((avx2)); then table_option=(--avx2); fi
 named=()
 for shape in "${shapes[@]}"; do named+=("$name" "$shape"); done
 turn=6  # rows before another runtime takes over, so that other load, which changes within minutes, affects all of them
@@ -108,7 +120,7 @@ for ((pass = 1; pass <= passes; ++pass)); do
     weights=(--weights none)
     if ((blocks)); then
       weights=()
-    elif ((pass == 1 && count == 1 && !quick)); then
+    elif ((pass == 1 && count == 1 && !quick && !avx2)); then
       weights+=(mean per-head)
     fi
     for ((first = 0; first < ${#rows[@]}; first += turn)); do
@@ -134,4 +146,4 @@ for ((pass = 1; pass <= passes; ++pass)); do
     fi
   done
 done
-$python scripts/bench_report.py --device $device "${blocks_option[@]}" "$results"/*.json
+$python scripts/bench_report.py --device $device "${table_option[@]}" "$results"/*.json

@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Merges the output of xattn_bench and bench_peers.py into src/bench/results.json, and writes from it the table between the markers in
-src/bench/README.md and the plots beside it; with --blocks results-blocks.json and the table of blocks, without plots. For scripts/bench.sh.
+src/bench/README.md and the plots beside it. For scripts/bench.sh.
+
+    --blocks        instead results-blocks.json and the table of blocks, without plots
+    --avx2          instead results-avx2.json, their table, ratios-avx2.svg and crossover-avx2.svg
+    --device cuda   instead results-cuda.json, and prints the table
 
     .venv-bench/bin/python scripts/bench_report.py [FILE ...]
 
@@ -258,7 +262,7 @@ def save(figure, name):
     figure.savefig(BENCH / name, metadata={"Date": None}, facecolor="white")
 
 
-def plot_ratios(store, shapes):
+def plot_ratios(store, shapes, file):
     """The ratio to the fastest peer, row by row, with its spread and the line at 1."""
     threads = sorted(store["peaks"], key=int)
     rows = [s for s in shapes if store["rows"].get(s["name"], {}).get("none")]
@@ -300,13 +304,13 @@ def plot_ratios(store, shapes):
     axes[0][0].set_yticks(range(len(rows)), [s["name"] for s in rows])
     axes[0][0].set_ylim(len(rows) - 0.5, -0.5)
     axes[0][-1].legend(loc="lower right")
-    save(figure, "ratios.svg")
+    save(figure, file)
 
 
 ORDERS = ["standard", "fold_into_query", "fold_into_context"]
 
 
-def plot_crossover(store):
+def plot_crossover(store, file):
     """The fastest order for each pair of lengths: colours are measured, lines show where the planner switches."""
     import numpy
     from matplotlib.colors import ListedColormap
@@ -351,7 +355,7 @@ def plot_crossover(store):
         "the plan's border, values",
     ]
     figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    save(figure, "crossover.svg")
+    save(figure, file)
 
 
 def plot_maps(store, shapes):
@@ -399,8 +403,9 @@ def main():
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--blocks", action="store_true")
+    parser.add_argument("--avx2", action="store_true")
     arguments = parser.parse_args()
-    suffix = "-blocks" if arguments.blocks else "-cuda" if arguments.device == "cuda" else ""
+    suffix = "-blocks" if arguments.blocks else "-avx2" if arguments.avx2 else "-cuda" if arguments.device == "cuda" else ""
     path = BENCH / f"results{suffix}.json"
     store = json.loads(path.read_text()) if path.exists() else {}
     shapes = read_blocks() if arguments.blocks else read_shapes()
@@ -416,11 +421,12 @@ def main():
         write_readme(store, shapes, "blocks", OURS_OF_BLOCKS)
         print(summary(store, shapes))
         return
-    write_readme(store, shapes)
-    plot_ratios(store, shapes)
-    plot_maps(store, shapes)
+    write_readme(store, shapes, "avx2" if arguments.avx2 else "speed")
+    plot_ratios(store, shapes, f"ratios{suffix}.svg")
+    if not arguments.avx2:
+        plot_maps(store, shapes)
     if store.get("crossover"):
-        plot_crossover(store)
+        plot_crossover(store, f"crossover{suffix}.svg")
     print(summary(store, shapes))
 
 

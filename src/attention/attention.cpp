@@ -36,6 +36,7 @@ using detail::check_type;
 using detail::check_value;
 using detail::kMinusInfinity;
 using detail::LogSumExpBase;
+using detail::name_of;
 using detail::RelativeAttention;
 using detail::run_on_kernels;
 using detail::scale_of;
@@ -68,12 +69,12 @@ void check_inputs(const AttentionCall& call) {
               "v must have shape [{}, {}, {}, e], but has {}.", k.size(0), k.size(1), k.size(2), shape_of(v));
   check_type(q.is_floating_point(), kCaller, "q must be of a floating point type, but is {}.", type_of(q));
   detail::check_computed_type(kCaller, "q", q);
-  check_type(!q.is_meta(), kCaller, "q must hold numbers, but is on {}.", q.device().str());
+  check_type(!q.is_meta(), kCaller, "q must hold numbers, but is on {}.", name_of(q.device()));
   for (const auto& [name, x] : {std::pair("k", &k), std::pair("v", &v)}) {
     check_type(x->scalar_type() == q.scalar_type(), kCaller, "{} must be {}, the type of q, but is {}.", name, type_of(q),
                type_of(*x));
-    check_type(x->device() == q.device(), kCaller, "{} must be on {}, as q, but is on {}.", name, q.device().str(),
-               x->device().str());
+    check_type(x->device() == q.device(), kCaller, "{} must be on {}, as q, but is on {}.", name, name_of(q.device()),
+               name_of(x->device()));
   }
   check_value(std::isfinite(options.scale.value_or(1)), kCaller, "scale must be finite, but is {}.", options.scale.value_or(1));
   check_value(options.dropout >= 0 && options.dropout <= 1, kCaller, "dropout must lie in [0, 1], but is {}.", options.dropout);

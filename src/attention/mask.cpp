@@ -344,12 +344,13 @@ void detail::check_mask(
   const auto fits = [](int64_t size, int64_t expected) { return size == 1 || size == expected; };
   for (const auto& [kind, name, tensor, all_keys, lengths] : MaskAccess::parts(mask)) {
     if (!tensor.defined()) continue;
-    check_value(fits(tensor.size(0), B) && fits(tensor.size(1), H) && (!Lq || fits(tensor.size(2), *Lq)) &&
-                    (all_keys || tensor.size(3) == Lk),
-                caller, "mask ({}) must fit [B, H, Lq, Lk] = [{}, {}, {}, {}], but has {}.", name, B, H,
-                Lq ? std::to_string(*Lq) : "Lq", Lk, shape_of(tensor));
-    check_type(tensor.device() == device, caller, "mask ({}) must be on {}, as the inputs, but is on {}.", name, device.str(),
-               tensor.device().str());
+    check_value(
+        fits(tensor.size(0), B) && fits(tensor.size(1), H) && (!Lq || fits(tensor.size(2), *Lq)) &&
+            (all_keys || tensor.size(3) == Lk),
+        caller, "mask ({}) must fit [B, H, Lq, Lk] = [{}, {}, {}, {}], but has {}.", name, B, H,
+        [Lq] { return Lq ? std::to_string(*Lq) : "Lq"; }, Lk, shape_of(tensor));
+    check_type(tensor.device() == device, caller, "mask ({}) must be on {}, as the inputs, but is on {}.", name,
+               detail::name_of(device), detail::name_of(tensor.device()));
   }
 }
 

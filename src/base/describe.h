@@ -8,17 +8,22 @@
 
 #include "base/text.h"
 
-// A tensor's shape and type in messages.
+// A tensor's shape, type and device in messages: functions for `formatted` and the checks, which call them if they need the text.
 namespace xattn::detail {
 
 /// "[2, 6, 128]", or "undefined".
-inline std::string shape_of(const at::Tensor& tensor) {
-  return tensor.defined() ? formatted("[{}]", joined(tensor.sizes())) : "undefined";
+inline auto shape_of(const at::Tensor& tensor) {
+  return [&tensor] { return tensor.defined() ? formatted("[{}]", joined(tensor.sizes())) : "undefined"; };
 }
 
 /// "float32", as Python spells it, or "undefined".
-inline std::string type_of(const at::Tensor& tensor) {
-  return tensor.defined() ? std::string(c10::getDtypeNames(tensor.scalar_type()).first) : "undefined";
+inline auto type_of(const at::Tensor& tensor) {
+  return [&tensor] { return std::string(tensor.defined() ? c10::getDtypeNames(tensor.scalar_type()).first : "undefined"); };
+}
+
+/// "cuda:0".
+inline auto name_of(at::Device device) {
+  return [device] { return device.str(); };
 }
 
 }  // namespace xattn::detail

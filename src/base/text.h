@@ -9,16 +9,40 @@
 
 #include <string>
 #include <string_view>
+#include <type_traits>
+#include <utility>
 
 // Formatting by fmt. Its implementation is compiled only in text.cpp, since it would take a third of every file's compile time.
 namespace xattn::detail {
 
 std::string vformatted(fmt::string_view format, fmt::format_args arguments);
 
+/// What a message shows of an argument: the argument itself, or of a function the text that it returns. Functions stand for
+/// texts that take time to write and that most calls do not need.
+template <typename T>
+decltype(auto) shown(T&& argument) {
+  if constexpr (std::is_invocable_v<T>) {
+    return argument();
+  } else {
+    return std::forward<T>(argument);
+  }
+}
+
+/// A format for these arguments as they are shown, checked when compiled.
+template <typename... Args>
+using Format = fmt::format_string<std::remove_cvref_t<decltype(shown(std::declval<Args>()))>...>;
+
 /// Like fmt::format, and also for a format given as fmt::runtime.
 template <typename... Args>
-std::string formatted(fmt::format_string<Args...> format, Args&&... args) {
-  return vformatted(format, fmt::make_format_args(args...));
+std::string formatted(Format<Args...> format, Args&&... args) {
+  fmt::string_view text;
+  if constexpr (requires { format.get(); }) {  // since fmt 10
+    text = format.get();
+  } else {
+    text = format;
+  }
+  const auto of = [text](auto&&... each) { return vformatted(text, fmt::make_format_args(each...)); };
+  return of(shown(std::forward<Args>(args))...);
 }
 
 /// The elements with separators between them: "2, 6, 128".

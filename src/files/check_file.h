@@ -24,12 +24,12 @@ class FileCheck {
 
   /// Throws FileError with "[reader] path: message" unless `ok`. The message is formatted only if it is thrown.
   template <typename... Args>
-  void operator()(bool ok, fmt::format_string<Args...> format, Args&&... args) const {
+  void operator()(bool ok, Format<Args...> format, Args&&... args) const {
     if (!ok) fail(format, std::forward<Args>(args)...);
   }
 
   template <typename... Args>
-  [[noreturn]] void fail(fmt::format_string<Args...> format, Args&&... args) const {
+  [[noreturn]] void fail(Format<Args...> format, Args&&... args) const {
     throw FileError(one_line(formatted("[{}] {}: {}", reader_, path_, formatted(format, std::forward<Args>(args)...))));
   }
 

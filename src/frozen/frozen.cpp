@@ -281,7 +281,8 @@ Tensor Frozen::query_for(std::string_view caller, const Tensor& query, const Fro
 void Frozen::check_context(std::string_view caller, const FrozenContext& context, int64_t Lq) const {
   const auto& parts = context.state().parts;
   const auto device = parts.keys.device(), own = state().weights.query.device();
-  detail::check_type(device == own, caller, "context must be on {}, as the weights, but is on {}.", own.str(), device.str());
+  detail::check_type(device == own, caller, "context must be on {}, as the weights, but is on {}.", detail::name_of(own),
+                     detail::name_of(device));
   detail::check_mask(context.mask(), caller, parts.B, options().num_heads(), Lq, parts.Lk, device);
 }
 

@@ -202,8 +202,8 @@ FrozenContext FrozenContext::append(const Tensor& key, const Tensor& value, cons
   auto inputs = detail::context_inputs(kFrozen, weights, key, value, mask);
   detail::check_appended(kFrozen, inputs, own.batched, own.parts.B);
   detail::check_type(own.parts.keys.device() == inputs.key.device(), kFrozen,
-                     "context must be on {}, as the weights, to be appended to, but is on {}.", inputs.key.device().str(),
-                     own.parts.keys.device().str());
+                     "context must be on {}, as the weights, to be appended to, but is on {}.",
+                     detail::name_of(inputs.key.device()), detail::name_of(own.parts.keys.device()));
   detail::check_mask(kFrozen, weights, inputs, std::nullopt);
   if (const auto lengths = detail::host_lengths(mask); own.owner->engine && !lengths.empty()) {
     // Every entry gets all keys, because they lie in one buffer. Zeros take the place of those that may hold anything.

@@ -58,8 +58,8 @@ Tensor FrozenLinear::forward(const Tensor& x) const {
               detail::shape_of(x));
   check_type(x.scalar_type() == s.type, kLinear, "x must be {}, the type of the weight, but is {}.",
              c10::getDtypeNames(s.type).first, detail::type_of(x));
-  check_type(x.device() == s.device, kLinear, "x must be on {}, as the weight, but is on {}.", s.device.str(),
-             x.device().str());
+  check_type(x.device() == s.device, kLinear, "x must be on {}, as the weight, but is on {}.", detail::name_of(s.device),
+             detail::name_of(x.device()));
   return uses_kernels() ? detail::apply(s.packed, x) : at::linear(x, s.weights.weight, s.weights.bias);
 }
 

@@ -65,7 +65,7 @@ EngineWeights::EngineWeights(const LayerWeights& l,
       query_norm(copy_of(l.query_norm)) {
   for (const auto* weight : {&l.query, &l.key, &l.value, &l.output}) {
     check_type(weight->is_cpu() && weight->scalar_type() == at::kFloat, "engine",
-               "weights must be float32 on the CPU, but are {} on {}.", type_of(*weight), weight->device().str());
+               "weights must be float32 on the CPU, but are {} on {}.", type_of(*weight), name_of(weight->device()));
   }
   if (!pinned || !uses_product(pinned->logits)) query = pack(l.query, storage);
   if (!pinned || !uses_product(pinned->values)) output = pack(l.output, storage);

@@ -21,8 +21,8 @@ void check_shape(std::string_view caller, const char* name, const Tensor& x, con
 }
 
 void check_device(std::string_view caller, const char* name, const Tensor& x, at::Device device) {
-  check_type(x.device() == device, caller, "{} must be on {}, as the parameters, but is on {}.", name, device.str(),
-             x.device().str());
+  check_type(x.device() == device, caller, "{} must be on {}, as the parameters, but is on {}.", name, name_of(device),
+             name_of(x.device()));
 }
 
 namespace {
@@ -75,13 +75,10 @@ Tensor query_input(std::string_view caller, const LayerWeights& layer, const Ten
   check_value(fits || !is_batch || (is_batched && B > 1), caller,
               "key and value of the context must have the batch of query, {}, but are {}.", shape_of(query),
               batch_of(is_batched, B));
-  check_value(fits, caller, "query must have shape {}Lq, {}] to match its context, but has {}.",
-              is_batched ? formatted("[{}, ", B) : "[", query.size(-1), shape_of(query));
+  check_value(
+      fits, caller, "query must have shape {}Lq, {}] to match its context, but has {}.",
+      [&] { return is_batched ? formatted("[{}, ", B) : "["; }, query.size(-1), shape_of(query));
   return batched(query);
-}
-
-std::string batch_of(bool is_batched, int64_t B) {
-  return is_batched ? formatted("a batch of {}", B) : "unbatched";
 }
 
 int64_t drop_padding(const LayerWeights& layer, ContextInputs& context) {

@@ -54,7 +54,9 @@ at::Tensor query_input(std::string_view caller, const LayerWeights& layer, const
 int64_t drop_padding(const LayerWeights& layer, ContextInputs& context);
 
 /// "a batch of 2", or "unbatched".
-std::string batch_of(bool is_batched, int64_t B);
+inline auto batch_of(bool is_batched, int64_t B) {
+  return [is_batched, B] { return is_batched ? formatted("a batch of {}", B) : "unbatched"; };
+}
 
 /// [L, E] -> [1, L, E]; three axes stay.
 at::Tensor batched(const at::Tensor& x);
