@@ -31,18 +31,9 @@ bool runs_on_kernels(const Tensor& x) {
          !at::isTensorSubclassLike(x) && !x._fw_grad(/*level=*/0).defined();
 }
 
-// The matrices of a tensor [..., rows, columns] of two to four axes; creating a view of each would take longer than a small
-// product. Either the elements of a row are consecutive or, if transposed, those of a column.
+// Matrices of equal sizes in a tensor; creating a view of each would take longer than a small product. Either the elements of a
+// row are consecutive or, if transposed, those of a column.
 struct Matrices {
-  Matrices(const Tensor& given, bool transposed_)
-      : x(transposed_ ? given : with_rows(given)),
-        transposed(transposed_),
-        row_stride(x.stride(-2)),
-        column_stride(x.stride(-1)) {
-    if (x.dim() > 2) per_group = x.size(-3), stride = x.stride(-3);
-    if (x.dim() > 3) groups = x.size(-4), group_stride = x.stride(-4);
-  }
-  int64_t count() const { return groups * per_group; }
   const float* at(int64_t i, int64_t row, int64_t column) const {
     return data(x) + i / per_group * group_stride + i % per_group * stride + row * row_stride + column * column_stride;
   }
@@ -51,6 +42,20 @@ struct Matrices {
   bool transposed;
   int64_t row_stride, column_stride, groups = 1, per_group = 1, group_stride = 0, stride = 0;
 };
+
+// Those of a tensor [..., rows, columns] of two to four axes.
+Matrices matrices_of(const Tensor& given, bool transposed) {
+  const auto x = transposed ? given : with_rows(given);
+  Matrices all{x, transposed, x.stride(-2), x.stride(-1)};
+  if (x.dim() > 2) all.per_group = x.size(-3), all.stride = x.stride(-3);
+  if (x.dim() > 3) all.groups = x.size(-4), all.group_stride = x.stride(-4);
+  return all;
+}
+
+// Whether the right side is packed for m rows of k terms.
+bool rows_pack(int64_t m, int64_t k) {
+  return m > kMostRowsUnpacked && k > 0;
+}
 
 // Packs `terms` rows of the right side at a time into `packed`.
 void multiply_packed(const Product& whole, bool b_is_transposed, bool has_many, float* packed, int64_t terms) {
@@ -69,19 +74,13 @@ void multiply_packed(const Product& whole, bool b_is_transposed, bool has_many, 
   }
 }
 
-// a [..., m, k] b [..., k, n] + bias [n].
-Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
-  const auto m = left.size(-2), k = left.size(-1), n = right.size(-1);
-  auto sizes = left.sizes().vec();
-  sizes.back() = n;
-  const auto result = at::empty(sizes, left.options());
-  if (result.numel() == 0) return result;
-
-  const bool packs = m > kMostRowsUnpacked && k > 0;
-  const Matrices a(left, packs && k > 1 && left.stride(-2) == 1 && left.stride(-1) > 1);
-  const Matrices b(right, k > 1 && n > 1 && right.stride(-2) == 1);
-  const bool has_many = has_many_rows(m, n, k);
-  const auto shares = plan_product(a.count(), {m, n, k}, has_many, num_threads(), kernels());
+// result [..., m, n] = a [..., m, k] b [..., k, n] + bias [n].
+void multiply_all(const Matrices& a, const Matrices& b, const ProductSizes& sizes, const Tensor& bias, const Tensor& result) {
+  if (result.numel() == 0) return;
+  const auto [m, n, k] = sizes;
+  const bool packs = rows_pack(m, k), has_many = has_many_rows(m, n, k);
+  const auto count = a.groups * a.per_group;
+  const auto shares = plan_product(count, sizes, has_many, num_threads(), kernels());
   const auto columns = shares.panels * kernels().panel, packed_floats = columns * shares.terms;
   const auto packed = packs ? at::empty({shares.threads, packed_floats}, result.options()) : Tensor();
 
@@ -99,7 +98,18 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
       return multiply_packed(part, b.transposed, has_many, mutable_data(packed) + thread * packed_floats, shares.terms);
     b.transposed ? multiply_transposed(part) : multiply_part(part, /*has_many=*/false);
   };
-  run_tasks(a.count() * shares.column_tasks * shares.row_tasks, shares.threads, run_task);
+  run_tasks(count * shares.column_tasks * shares.row_tasks, shares.threads, run_task);
+}
+
+// a [..., m, k] b [..., k, n] + bias [n].
+Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
+  const auto m = left.size(-2), k = left.size(-1), n = right.size(-1);
+  auto sizes = left.sizes().vec();
+  sizes.back() = n;
+  const auto result = at::empty(sizes, left.options());
+  const bool left_is_transposed = rows_pack(m, k) && k > 1 && left.stride(-2) == 1 && left.stride(-1) > 1;
+  multiply_all(matrices_of(left, left_is_transposed), matrices_of(right, k > 1 && n > 1 && right.stride(-2) == 1), {m, n, k},
+               bias, result);
   return result;
 }
 
@@ -133,9 +143,13 @@ struct MatrixProductFunction : torch::autograd::Function<MatrixProductFunction> 
   }
 };
 
-Tensor multiply_and_add(const Tensor& a, const Tensor& b, const Tensor& bias) {
+bool is_recorded(const Tensor& a, const Tensor& b, const Tensor& bias) {
   const auto requires_grad = [](const Tensor& x) { return x.defined() && x.requires_grad(); };
-  if (at::GradMode::is_enabled() && (requires_grad(a) || requires_grad(b) || requires_grad(bias))) {
+  return at::GradMode::is_enabled() && (requires_grad(a) || requires_grad(b) || requires_grad(bias));
+}
+
+Tensor multiply_and_add(const Tensor& a, const Tensor& b, const Tensor& bias) {
+  if (is_recorded(a, b, bias)) {
     return MatrixProductFunction::apply(a, b, bias.defined() ? std::optional(bias) : std::nullopt);
   }
   return compute(a, b, bias);
@@ -199,6 +213,12 @@ Tensor project(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   if (!bias_fits || !run_on_kernels({x, weight})) return torch::nn::functional::linear(x, weight, bias);
   auto sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
+  if (!is_recorded(x, weight, bias) && x.is_contiguous() && weight.is_contiguous()) {  // without views, for small calls
+    const auto result = at::empty(sizes, x.options());
+    const auto k = x.size(-1), n = weight.size(0);
+    multiply_all({x, false, k, 1}, {weight, true, 1, k}, {n > 0 ? result.numel() / n : 0, n, k}, bias, result);
+    return result;
+  }
   return multiply_and_add(x.reshape({-1, x.size(-1)}), weight.t(), bias).view(sizes);
 }
 

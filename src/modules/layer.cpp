@@ -2,6 +2,7 @@
 #include "modules/layer.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/logical_not.h>
@@ -42,9 +43,10 @@ Tensor times_shared(const Tensor& x, const Tensor& y, Tensor (*multiply)(const T
 }
 
 // Returns x with the parameter in its graph: a parameter that x does not depend on then receives a gradient of zeros, not none.
-// Optimizers treat the two differently. The sum is empty and costs nothing.
+// Optimizers treat the two differently. The sum is empty.
 Tensor with_zero_gradient(const Tensor& x, const Tensor& parameter) {
-  return parameter.defined() && parameter.requires_grad() ? x + parameter.narrow(0, 0, 0).sum() : x;
+  return at::GradMode::is_enabled() && parameter.defined() && parameter.requires_grad() ? x + parameter.narrow(0, 0, 0).sum()
+                                                                                        : x;
 }
 
 // The parameters of each head, [H, d, Eq], [G, d, Ek], [G, e, Ev], and of the output by heads, [H, Eo, e].
