@@ -52,6 +52,15 @@ TEST(CheckpointTest, ListsNamesTypesAndShapesWithoutReadingTensors) {
   EXPECT_EQ(checkpoint.metadata().at("step"), "7");
 }
 
+TEST(CheckpointTest, CountsTheBytesOfAnyShapeOrRefusesIt) {
+  constexpr int64_t kLong = int64_t{1} << 62;
+  EXPECT_EQ(byte_count({at::kDouble, {2, 3}}), 48);
+  EXPECT_EQ(byte_count({at::kHalf, {}}), 2);
+  EXPECT_EQ(byte_count({at::kDouble, {kLong, 0}}), 0);
+  EXPECT_EQ(error_of<c10::ValueError>([&] { byte_count({at::kDouble, {kLong}}); }),
+            "[byte_count] info must have a shape whose bytes can be counted, but has [4611686018427387904].");
+}
+
 TEST(CheckpointTest, TensorsHaveMemoryOfTheirOwn) {
   const TempDir dir;
   save_safetensors(dir.file("x"), NamedTensors{{"a", torch::ones({2})}});

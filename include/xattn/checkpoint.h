@@ -36,7 +36,7 @@ struct TensorInfo {
   std::vector<int64_t> shape;
 };
 
-/// The size of the tensor in memory, in bytes.
+/// The size of the tensor in memory, in bytes. Throws c10::ValueError for a shape whose bytes cannot be counted.
 XATTN_API int64_t byte_count(const TensorInfo& info);
 
 /// Tensors that are created one at a time, on demand: their types and shapes, and a function from a name to its tensor.

@@ -5,10 +5,8 @@
 #include <array>
 #include <exception>
 #include <filesystem>
-#include <functional>
 #include <iterator>
 #include <mutex>
-#include <numeric>
 #include <optional>
 #include <set>
 #include <string_view>
@@ -122,8 +120,8 @@ void check_amount(const std::string& path, const Index& index, uint64_t file_byt
   const auto check = check_of(path);
   uint64_t all = 0;
   for (const auto& [name, stored] : index.tensors) {
-    const auto bytes = detail::shown_bytes(stored);
-    check(bytes && *bytes <= file_bytes,
+    const auto bytes = detail::bytes_of_elements(stored.type, stored.shape);  // a view may repeat those in the file
+    check(bytes && static_cast<uint64_t>(*bytes) <= file_bytes,
           "tensor {} of shape [{}] has more bytes than the {} of the whole file; save it again in Python as "
           "TENSOR.clone(), or as what it repeats",
           in_quotes(name), detail::joined(stored.shape), file_bytes);
@@ -287,8 +285,10 @@ Checkpoint Checkpoint::with(const Checkpoint& other, const std::map<std::string,
 }
 
 int64_t byte_count(const TensorInfo& info) {
-  return std::accumulate(info.shape.begin(), info.shape.end(), static_cast<int64_t>(c10::elementSize(info.type)),
-                         std::multiplies<>());
+  const auto bytes = detail::bytes_of_elements(info.type, info.shape);
+  detail::check_value(bytes.has_value(), "byte_count", "info must have a shape whose bytes can be counted, but has [{}].",
+                      detail::joined(info.shape));
+  return *bytes;
 }
 
 LazyTensors lazy(NamedTensors tensors) {

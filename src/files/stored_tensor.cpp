@@ -68,10 +68,10 @@ std::optional<StoredTensor> view_of(Bytes storage,
                       storage.subspan(first_byte, static_cast<size_t>(end) - first_byte)};
 }
 
-std::optional<uint64_t> shown_bytes(const StoredTensor& stored) {
-  const auto elements = count_elements(stored.shape);
-  uint64_t bytes = 0;
-  if (!elements || __builtin_mul_overflow(static_cast<uint64_t>(*elements), c10::elementSize(stored.type), &bytes)) return {};
+std::optional<int64_t> bytes_of_elements(at::ScalarType type, const std::vector<int64_t>& shape) {
+  const auto elements = count_elements(shape);
+  int64_t bytes = 0;
+  if (!elements || __builtin_mul_overflow(*elements, c10::elementSize(type), &bytes)) return {};
   return bytes;
 }
 

@@ -49,9 +49,8 @@ std::optional<StoredTensor> view_of(Bytes storage,
                                     int64_t offset,
                                     std::string* reason);
 
-/// The size of a tensor's elements in bytes; a view may repeat elements that are in the file once. Nothing if the number
-/// overflows.
-std::optional<uint64_t> shown_bytes(const StoredTensor& stored);
+/// The size of all elements of a tensor of this shape, in bytes. Nothing if the number overflows, or if count_elements does.
+std::optional<int64_t> bytes_of_elements(at::ScalarType type, const std::vector<int64_t>& shape);
 
 /// A new tensor with memory of its own, contiguous unless it is a view that repeats elements: it never takes more memory than
 /// its data in the file. It can be trained. Nothing if a boolean is neither 0 nor 1, which would be undefined behaviour.
