@@ -205,6 +205,10 @@ TEST(StateDictTest, LeavesOptimizersOut) {
   EXPECT_EQ(refusal_of(optimizer), "holds no tensors by name");
 }
 
+TEST(StateDictTest, ReadsTensorsWithTheNamesOfAnOptimizersParts) {
+  EXPECT_EQ(names_in(dict(text("state") + two_zeros() + text("param_groups") + two_zeros())), Names({"param_groups", "state"}));
+}
+
 TEST(StateDictTest, KeepsTextsAndNumbersAsMetadata) {
   const auto value =
       dict(text("t") + text("x") + text("i") + integer(-3) + text("r") + "G\x3f\xf8" + std::string(6, '\0') + text("b") +

@@ -90,8 +90,8 @@ std::span<const Id> PickledTensors::entries(Id container) const {
   bool groups = false;
   for (size_t i = 0; i < items.size(); i += 2) {
     if (pickle_.kind(items[i]) != Kind::text) continue;
-    state |= pickle_.text(items[i]) == "state";
-    groups |= pickle_.text(items[i]) == "param_groups";
+    state |= pickle_.text(items[i]) == "state" && pickle_.kind(items[i + 1]) == Kind::dict;
+    groups |= pickle_.text(items[i]) == "param_groups" && pickle_.kind(items[i + 1]) == Kind::list;
   }
   return state && groups ? std::span<const Id>() : items;
 }
