@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
+#include <string_view>
 
 #include "fuzz/targets.h"
 
@@ -13,6 +14,9 @@ namespace {
 
 constexpr size_t kAllowed = 64 << 10;   // memory that a reader may take for any input
 constexpr size_t kAllowedPerByte = 64;  // JSON and pickles take up to 40
+
+const auto& kTarget =
+    *std::ranges::find(xattn::test::kFuzzTargets, std::string_view(XATTN_FUZZ_TARGET), &xattn::test::FuzzTarget::name);
 
 size_t live = 0;
 size_t peak = 0;
@@ -36,7 +40,7 @@ extern "C" int LLVMFuzzerInitialize(int*, char***) {
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, size_t size) {
   const size_t before = live;
   peak = live;
-  xattn::test::XATTN_FUZZ_TARGET({reinterpret_cast<const std::byte*>(data), size});
+  kTarget.run({reinterpret_cast<const std::byte*>(data), size});
   if (peak - before > kAllowed + kAllowedPerByte * size) {
     std::fprintf(stderr, "An input of %zu bytes took %zu bytes of memory.\n", size, peak - before);
     std::abort();

@@ -6,24 +6,26 @@
 
 #include "files/mapped_file.h"
 
-// Run readers on arbitrary bytes. A reader must return tensors or throw FileError; anything else is a bug. libFuzzer makes up
-// the inputs (scripts/fuzz.sh), and fuzz_test.cpp runs those kept in tests/data/fuzz.
+// Run readers on arbitrary bytes. A reader must return tensors or throw FileError; anything else is a bug, and so is a tensor that
+// differs from its description. libFuzzer makes up the inputs (scripts/fuzz.sh), and fuzz_test.cpp runs those kept in
+// tests/data/fuzz.
 namespace xattn::test {
 
-void fuzz_safetensors(detail::Bytes file);
-void fuzz_zip(detail::Bytes file);     ///< an archive, by the reader that matches its entries
+void fuzz_file(detail::Bytes file);    ///< a file in memory, of any format
 void fuzz_pickle(detail::Bytes file);  ///< data.pkl, in an archive with storages; as a state dict and as TorchScript
-void fuzz_legacy(detail::Bytes file);  ///< a file of torch.save from before PyTorch 1.6
-void fuzz_json(detail::Bytes file);    ///< the config of an archive of torch.export, with weights; the index of a sharded set
+void fuzz_json(detail::Bytes text);    ///< a document; the index of a sharded set; the config of an archive of torch.export
+void fuzz_folder(
+    detail::Bytes files);  ///< a folder; each of its files is "\n=== NAME\n" and the bytes, and "NAME/" is a folder
 
 struct FuzzTarget {
   std::string_view name;
-  void (*run)(detail::Bytes file);
+  void (*run)(detail::Bytes input);
 };
 
+// The formats of files have targets of their own, so that each has its share of the time and its own inputs.
 inline constexpr std::array kFuzzTargets{
-    FuzzTarget{"safetensors", fuzz_safetensors}, FuzzTarget{"zip", fuzz_zip},   FuzzTarget{"pickle", fuzz_pickle},
-    FuzzTarget{"legacy", fuzz_legacy},           FuzzTarget{"json", fuzz_json},
+    FuzzTarget{"safetensors", fuzz_file}, FuzzTarget{"zip", fuzz_file},  FuzzTarget{"legacy", fuzz_file},
+    FuzzTarget{"pickle", fuzz_pickle},    FuzzTarget{"json", fuzz_json}, FuzzTarget{"folder", fuzz_folder},
 };
 
 }  // namespace xattn::test
