@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Measures `transcribe` against transformers and CTranslate2 on the same weights, sound and machine, and prints a table.
+"""Measures `transcribe` against transformers, CTranslate2 and ONNX Runtime on the same weights, sound and machine, and prints a table.
 
     python3 scripts/get_whisper.py
     python3 scripts/measure_speech.py
+    python3 scripts/measure_speech.py --onnx-python .venv-onnx/bin/python
 
 Two models: tiny.en with its real weights writes down 44 seconds of speech; one of the shape of Whisper small, with random weights
 that never end a text, writes 100 tokens about 28 seconds. Every run is a process of its own, which first warms up on the same sound
@@ -11,7 +12,9 @@ that never end a text, writes 100 tokens about 28 seconds. Every run is a proces
 contexts of cross-attention and the search (of others in one number), milliseconds of this for a token, seconds for word times, the
 whole as a share of the sound's duration, and the largest memory of the process in MB with everything that it has loaded.
 
-Needs what check_speech.py needs, and faster-whisper; five to ten minutes on two cores.
+Needs what check_speech.py needs, and faster-whisper; ten to twenty minutes on two cores. The rows of ONNX Runtime need a Python with
+optimum-onnx[onnxruntime], which takes an earlier transformers and so an environment of its own; without --onnx-python they are
+left out. torch.compile runs the encoder: compiled, with a cache of fixed size, the decoder took longer than as it is.
 """
 
 import argparse
@@ -30,7 +33,9 @@ RUNTIMES = {
     "xattn words": "transcribe --words",
     "transformers eager": "transformers, eager",
     "transformers sdpa": "transformers, SDPA",
+    "transformers compile": "transformers, SDPA, encoder by torch.compile",
     "transformers words": "transformers, eager, word times",
+    "onnxruntime float32": "ONNX Runtime, by optimum",
     "ctranslate2 float32": "CTranslate2, float32",
     "ctranslate2 int8": "CTranslate2, int8",
 }
@@ -88,16 +93,44 @@ class Stopwatch:
 
 def run_transformers(folder: Path, samples, kind: str, threads: int) -> dict:
     import torch
-    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+    from transformers import WhisperForConditionalGeneration
 
     torch.set_num_threads(threads)
-    attention = "sdpa" if kind == "sdpa" else "eager"
+    attention = "sdpa" if kind in ("sdpa", "compile") else "eager"
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
-    extractor = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
-    extract = Stopwatch(extractor.__call__)
+    if kind == "compile":
+        torch._inductor.config.freezing = True
+        model.model.encoder.forward = torch.compile(model.model.encoder.forward)
     encoder = Stopwatch(model.model.encoder.forward)
     model.model.encoder.forward = encoder
-    options = {"return_timestamps": True, "return_segments": True, "return_token_timestamps": kind == "words"}
+    with torch.no_grad():
+        return generate(model, encoder, folder, samples, return_token_timestamps=kind == "words")
+
+
+def run_onnxruntime(folder: Path, samples, kind: str, threads: int) -> dict:
+    import onnxruntime
+    import torch
+    from optimum.onnxruntime import ORTModelForSpeechSeq2Seq
+
+    torch.set_num_threads(threads)
+    sessions = onnxruntime.SessionOptions()
+    sessions.intra_op_num_threads = threads
+    exported = folder.with_name(folder.name + "-onnx")
+    if not exported.exists():
+        ORTModelForSpeechSeq2Seq.from_pretrained(folder, export=True).save_pretrained(exported)
+    model = ORTModelForSpeechSeq2Seq.from_pretrained(exported, session_options=sessions)
+    encoder = Stopwatch(model.encoder.forward)
+    model.encoder.forward = encoder
+    return generate(model, encoder, folder, samples)
+
+
+def generate(model, encoder: Stopwatch, folder: Path, samples, **options) -> dict:
+    """Writes the text twice, by transformers' generate; the second time counts."""
+    from transformers import WhisperFeatureExtractor
+
+    extractor = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
+    extract = Stopwatch(extractor.__call__)
+    options |= {"return_timestamps": True, "return_segments": True}
     if folder.name == "small":
         options["max_new_tokens"] = MOST
     for _ in range(2):
@@ -138,7 +171,7 @@ def run_one(arguments) -> int:
 
     samples = read(arguments.data / arguments.sound)
     runtime, kind = arguments.run.split()
-    run = run_transformers if runtime == "transformers" else run_ctranslate2
+    run = {"transformers": run_transformers, "onnxruntime": run_onnxruntime, "ctranslate2": run_ctranslate2}[runtime]
     folder = arguments.data / (arguments.model + ("-ct2" if runtime == "ctranslate2" else ""))
     print(json.dumps(run(folder, samples, kind, arguments.threads)))
     return 0
@@ -151,14 +184,18 @@ def measure(arguments, runtime: str, size: str, threads: int) -> dict:
         command = [arguments.program, arguments.data / sound, "--model", arguments.data / model, "--json"]
         command += ["--threads", threads, *(["--words"] if "words" in runtime else [])]
     else:
-        command = [sys.executable, OWN, "--run", runtime, "--model", model, "--sound", sound, "--threads", threads]
+        python = arguments.onnx_python if runtime.startswith("onnxruntime") else sys.executable
+        command = [python, OWN, "--run", runtime, "--model", model, "--sound", sound, "--threads", threads]
         command += ["--data", arguments.data]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen([str(x) for x in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+    command = [str(x) for x in command]
+    if runtime.startswith("onnxruntime") and not (arguments.data / f"{model}-onnx").exists():
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)  # exports: not to be measured
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
     text = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
-        raise SystemExit(f"failed: {' '.join(str(x) for x in command)}")
+        raise SystemExit(f"failed: {' '.join(command)}")
     out = json.loads(text.splitlines()[-1])
     if "seconds" in out:
         out = out["seconds"] | {"all": sum(out["seconds"].values()), "tokens": out["tokens"]}
@@ -176,11 +213,12 @@ def row(name: str, result: dict, duration: float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measures transcribe against transformers and CTranslate2.")
+    parser = argparse.ArgumentParser(description="Measures transcribe against transformers, CTranslate2 and ONNX Runtime.")
     parser.add_argument("--program", type=Path, default=Path("build/transcribe"))
     parser.add_argument("--data", type=Path, default=Path("build/whisper"), help="what get_whisper.py has written")
     parser.add_argument("--sizes", nargs="*", default=list(SOUNDS), choices=list(SOUNDS))
     parser.add_argument("--runtimes", nargs="*", default=list(RUNTIMES), choices=list(RUNTIMES))
+    parser.add_argument("--onnx-python", type=Path, help="a Python with optimum-onnx[onnxruntime]")
     parser.add_argument("--runs", type=int, default=1, help="of each; the fastest counts")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     for name in ("--run", "--model", "--sound"):
@@ -191,6 +229,8 @@ def main() -> int:
         return run_one(arguments)
     import soundfile
 
+    if not arguments.onnx_python:
+        arguments.runtimes = [runtime for runtime in arguments.runtimes if not runtime.startswith("onnxruntime")]
     if "small" in arguments.sizes and not (arguments.data / "small-ct2" / "model.bin").exists():
         make_small(arguments.data)
     for size in arguments.sizes:
