@@ -272,6 +272,21 @@ TEST(VqaPretrainedTest, AnyTorchScriptModuleIsAFrozenEncoder) {
   }
 }
 
+TEST(VqaPretrainedTest, EncodesEachQuestionOnceAndWithoutPadding) {
+  const TempDir dir;
+  const auto code = "def forward(self, words):\n    return torch.rand([words.size(0), words.size(1), 6]) + words.size(1)\n";
+  KeptEncoder encoder(examples::Pretrained(save_module(dir, "random.pt", code)));
+  const auto words = torch::tensor({{5, 1, 0, 0}, {5, 7, 1, 0}, {5, 1, 0, 0}});
+  const auto states = encoder->forward(words);
+  EXPECT_EQ(states.sizes(), (std::vector<int64_t>{3, 4, 6}));
+  EXPECT_TRUE(states[0].equal(states[2]));
+  EXPECT_TRUE(states[0].narrow(0, 0, 2).floor().eq(2).all().item<bool>());
+  EXPECT_TRUE(states[1].narrow(0, 0, 3).floor().eq(3).all().item<bool>());
+  EXPECT_TRUE(states.masked_select(words.eq(Vocabulary::kPadding).unsqueeze(-1)).eq(0).all().item<bool>());
+  EXPECT_TRUE(encoder->forward(words.narrow(0, 1, 1).narrow(1, 0, 3))[0].equal(states[1].narrow(0, 0, 3)));
+  EXPECT_FALSE(encoder->forward(torch::tensor({{7, 5, 1}}))[0].equal(states[1].narrow(0, 0, 3)));
+}
+
 TEST(VqaPretrainedTest, GoesIntoTheCheckpoint) {
   const TempDir dir;
   auto options = options_of("transformer");

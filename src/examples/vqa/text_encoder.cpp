@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "vqa/text_encoder.h"
 
+#include <torch/nn/functional/padding.h>
 #include <torch/nn/utils/rnn.h>
 
 #include "common/grammar.h"
@@ -60,6 +61,22 @@ torch::Tensor TransformerEncoderImpl::forward(const torch::Tensor& words) {
   auto x = embedding->forward(words) + position.narrow(0, 0, T);  // [N, T, features]
   for (const auto& layer : *layers) x = std::get<0>(layer->as<xattn::CrossAttentionBlock>()->forward(x, x, x, mask));
   return x;
+}
+
+torch::Tensor KeptEncoderImpl::forward(const torch::Tensor& words) {
+  namespace F = torch::nn::functional;
+  const auto sentences = words.cpu().contiguous();
+  const auto T = words.size(1);
+  std::vector<torch::Tensor> of_sentences;
+  for (int64_t i = 0; i < words.size(0); ++i) {
+    const auto length = sentences[i].ne(Vocabulary::kPadding).sum().item<int64_t>();
+    const auto* first = sentences[i].const_data_ptr<int64_t>();
+    if (states_.size() >= kMost) states_.clear();
+    auto& states = states_[{first, first + length}];
+    if (!states.defined()) states = encoder_->forward(words.narrow(0, i, 1).narrow(1, 0, length))[0];
+    of_sentences.push_back(F::pad(states, F::PadFuncOptions({0, 0, 0, T - length})));
+  }
+  return torch::stack(of_sentences);
 }
 
 }  // namespace vqa

@@ -10,8 +10,13 @@
 #include <xattn/block.h>
 
 #include <cstdint>
+#include <map>
+#include <utility>
+#include <vector>
 
-// Two text encoders: words int64 [N, T], padded with 0 at the end -> a vector for each word in its context, [N, T, features].
+#include "common/pretrained.h"
+
+// Three text encoders: words int64 [N, T], padded with 0 at the end -> a vector for each word in its context, [N, T, features].
 // The vectors at padding are not meaningful.
 namespace vqa {
 
@@ -55,5 +60,22 @@ class TransformerEncoderImpl : public torch::nn::Cloneable<TransformerEncoderImp
   int64_t features_;
 };
 TORCH_MODULE(TransformerEncoder);
+
+/// A pretrained encoder that is run once for each question, alone and without padding, and whose states are kept: a large one
+/// would take most of the training otherwise. States do not depend on the batch, so that a resumed training computes the same.
+class KeptEncoderImpl : public torch::nn::Module {
+ public:
+  static constexpr size_t kMost = 20'000;  ///< questions, then all are forgotten; the shipped grammar has fewer
+
+  explicit KeptEncoderImpl(examples::Pretrained encoder) : encoder_(std::move(encoder)) {}
+
+  /// The states at padding are zero.
+  torch::Tensor forward(const torch::Tensor& words);
+
+ private:
+  examples::Pretrained encoder_;
+  std::map<std::vector<int64_t>, torch::Tensor> states_;  // by the words of the question: [its length, C]
+};
+TORCH_MODULE(KeptEncoder);
 
 }  // namespace vqa
