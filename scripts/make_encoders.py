@@ -5,10 +5,12 @@
     python3 scripts/make_encoders.py --output DIR
     vqa train --image-encoder DIR/image_encoder.pt --text-encoder DIR/text_encoder.pt
 
-Needs torch and safetensors.
+Needs torch and safetensors. With --pretrained, both are made of networks that others trained: see pretrained_encoders.py.
 
-    image_encoder.pt    boards float32 [B, 1, 24, 24], ink from 0 to 1 -> features [B, 64, 3, 3]
-    text_encoder.pt     words int64 [N, T], padded with 0 behind -> states [N, T, 64]; where there is padding they are zero
+    image_encoder.pt    boards float32 [B, 1, 24, 24], ink from 0 to 1 -> features [B, C, 3, 3]
+    text_encoder.pt     words int64 [N, T], padded with 0 behind -> states [N, T, C]; where there is padding they are zero
+
+C is 64; with --pretrained it is 640 and 384.
 
 The image encoder learns to name what is in each cell of a board, from training digits only: of every digit's images each fifth is
 held out, as in the C++ program. The text encoder learns, from questions alone, to tell from the state of any word what the whole
@@ -22,6 +24,7 @@ import argparse
 import math
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -290,6 +293,20 @@ def make_text_encoder(grammar, steps, rng):
     return encoder
 
 
+def make_pretrained(training, held_out, grammar, seed):
+    """-> both encoders"""
+    import pretrained_encoders  # needs more packages than the rest
+
+    generator = torch.Generator().manual_seed(seed)
+    boards = draw_boards(training, 1000, True, generator), draw_boards(held_out, 1000, False, generator)
+    words, _ = draw_questions(grammar, 100, random.Random(seed))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pretrained_encoders.download(folder)
+        text_encoder = pretrained_encoders.make_text_encoder(folder, grammar.vocabulary, words)
+        return pretrained_encoders.make_image_encoder(folder, *boards), text_encoder
+
+
 def save(module, path, example, extra_files=None):
     """Saves `module` as TorchScript, then compares the file's results for `example` with the module's."""
     torch.jit.script(module.eval()).save(str(path), _extra_files=extra_files or {})
@@ -302,7 +319,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to; made if it is missing")
     parser.add_argument("--seed", type=int, default=1, help="of all random numbers (default: 1)")
-    parser.add_argument("--small", action="store_true", help="a few steps only: the files work, but know little; for checks")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--small", action="store_true", help="a few steps only: the files work, but know little; for checks")
+    how.add_argument("--pretrained", action="store_true", help="EfficientNet-Lite0 and MiniLM, downloaded, instead of training")
     parser.add_argument("--digits", type=Path, default=DATA / "digits.safetensors", metavar="FILE")
     parser.add_argument("--grammar", type=Path, default=DATA / "questions.txt", metavar="FILE")
     return parser.parse_args()
@@ -319,9 +338,12 @@ def main():
     except OSError as error:
         raise ValueError(f"{arguments.output}: is no folder to write to: {error}") from error
 
-    image_steps, text_steps = (10, 10) if arguments.small else (3000, 3000)
-    image_encoder = make_image_encoder(training, held_out, image_steps, torch.Generator().manual_seed(arguments.seed))
-    text_encoder = make_text_encoder(grammar, text_steps, random.Random(arguments.seed))
+    if arguments.pretrained:
+        image_encoder, text_encoder = make_pretrained(training, held_out, grammar, arguments.seed)
+    else:
+        image_steps, text_steps = (10, 10) if arguments.small else (3000, 3000)
+        image_encoder = make_image_encoder(training, held_out, image_steps, torch.Generator().manual_seed(arguments.seed))
+        text_encoder = make_text_encoder(grammar, text_steps, random.Random(arguments.seed))
 
     save(image_encoder, arguments.output / "image_encoder.pt", torch.rand(2, 1, 24, 24))
     vocabulary = "".join(word + "\n" for word in grammar.vocabulary)
@@ -332,5 +354,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         sys.exit(f"make_encoders.py: {error}")
