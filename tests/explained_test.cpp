@@ -230,6 +230,13 @@ TEST(OtherAttentionTest, WithRotaryEmbeddingsIsRefusedByItsConfig) {
   const SavedLayer saved(glue, json{{"model_type", "lightglue"}, {"num_attention_heads", 2}});
   expect_part(saved.error({.prefix = "transformer_layers.0.self_attention"}), "rotary embeddings of its queries and keys");
   EXPECT_EQ(saved.made({.prefix = "transformer_layers.0.cross_attention"})->options.num_heads(), 2);
+  for (const auto& rope : {json{{"rope_theta", 1e4}}, json{{"rope_parameters", {{"rope_type", "default"}}}}}) {
+    auto config = rope;
+    config["num_attention_heads"] = 2;
+    const SavedLayer rotary(glue, config);
+    expect_part(rotary.error({.prefix = "transformer_layers.0.self_attention"}), "rotary embeddings of its queries and keys");
+    EXPECT_EQ(rotary.made({.prefix = "transformer_layers.0.cross_attention"})->options.num_heads(), 2);
+  }
 }
 
 TEST(UnexplainedTest, LowRankWeightsAreRefusedWithTheWayToMergeThem) {
@@ -690,6 +697,7 @@ TEST(LayerConfigTest, KindsOfAttentionThatOnlyAConfigRevealsAreRefused) {
   expect_part(SavedLayer(diffusers_layer("blocks.0.attn2."), {{"_class_name", "HunyuanDiT2DModel"}}).error(),
               "rotary embeddings of its queries: not computed");
   expect_part(SavedLayer(diffusers_layer("attn2."), {{"qk_norm", "l2"}}).error(), "that have no weights: not computed");
+  expect_part(SavedLayer(gemma_layer("layers.0.cross_attention."), {{"model_type", "dia"}}).error(), "logits without a scale");
   auto hunyuan = diffusers_layer("blocks.0.attn2.");
   for (const auto* name : {"norm_q.weight", "norm_q.bias", "norm_k.weight", "norm_k.bias"}) {
     hunyuan["blocks.0.attn2." + std::string(name)] = torch::ones({4});

@@ -498,6 +498,47 @@ TEST(LoadStacksTest, RefusesOtherPositionsThanAbsoluteOnes) {
             "position_embedding_type in its config.json must be \"absolute\", but is \"relative_key\": not computed");
   EXPECT_EQ(Changed("bart", json{{"model_type", "detr"}}).encoder_error(kTold),
             "its config.json says model_type \"detr\", which adds positions in each layer: not computed");
+  for (const auto* model : {"rt_detr_v2", "dab-detr", "maskformer", "mask2former", "oneformer"}) {
+    EXPECT_EQ(
+        Changed("bart", json{{"model_type", model}}).encoder_error(kTold),
+        std::string("its config.json says model_type \"") + model + "\", which adds positions in each layer: not computed");
+  }
+}
+
+TEST(LoadStacksTest, RefusesModelsOfTheSameNamesThatComputeOtherAttention) {
+  const auto error = [](const json& config) { return Changed("bert", config).encoder_error(kTold); };
+  for (const auto* model : {"bros", "canine", "mra", "nystromformer", "yoso"}) {
+    EXPECT_TRUE(error({{"model_type", model}})
+                    .starts_with(std::string("its config.json says model_type \"") + model + "\", which has "));
+  }
+  EXPECT_EQ(error({{"model_type", "big_bird"}, {"attention_type", "block_sparse"}}),
+            "its config.json says attention_type \"block_sparse\", which has attention that is not to all keys: not computed");
+  EXPECT_EQ(error({{"model_type", "roformer"}}),
+            "its config.json says model_type \"roformer\", which has rotary embeddings of its queries and keys: not computed");
+  const json full = {{"model_type", "big_bird"}, {"attention_type", "original_full"}};
+  EXPECT_EQ(encoder_from(Changed("bert", full).saved(), kTold)->layers->size(), 2U);
+
+  const json vision = {{"model_type", "composed"}, {"vision_config", {{"model_type", "video_llama_3_vision"}}}};
+  EXPECT_EQ(
+      Changed("blip", vision).encoder_error({.num_heads = 2, .activation = Activation::gelu}),
+      "its config.json says model_type \"video_llama_3_vision\", which has rotary embeddings of its queries and keys: not "
+      "computed");
+}
+
+TEST(LoadStacksTest, EveryNameOfADecodersSelfAttentionMustBeExplained) {
+  const auto unexpected = [](const std::string& family, const std::string& prefix, const std::string& name) {
+    Changed changed(family);
+    changed.tensors[prefix + name] = torch::ones({8, 2});
+    auto options = kTold;
+    options.prefix = prefix;
+    const auto message = changed.decoder_error(options);
+    EXPECT_TRUE(message.ends_with("explains; unexpected: " + name)) << message;
+  };
+  unexpected("t5", "decoder.", "block.1.layer.0.SelfAttention.relative_attention_bias.weight");  // as in UMT5
+  unexpected("bart", "model.decoder.", "layers.1.self_attn.q_norm.weight");
+  unexpected("torch_after", "decoder.", "layers.1.self_attn.gate");
+  unexpected("blip", "text_decoder.bert.encoder.", "layer.1.attention.self.distance_embedding.weight");
+  unexpected("whisper_openai", "decoder.", "blocks.1.attn.gate");
 }
 
 TEST(LoadStacksTest, SaysWhatIsMissing) {
@@ -605,6 +646,20 @@ TEST(LoadStacksTest, ReadsOldNamesOfNorms) {
   }
   const auto expected = copy_of(*encoder_from(Changed("bert").saved(), kTold));
   for (const auto& [name, tensor] : copy_of(*encoder_from(old.saved(), kTold))) EXPECT_TRUE(tensor.equal(expected.at(name)));
+}
+
+TEST(LoadStacksTest, RefusesHalfOfALearnedKeyAndValueAndOtherSizesOfThem) {
+  Changed torch("torch_after");
+  const auto options = StackOptionsFromFile{
+      .prefix = "encoder", .num_heads = 2, .norm_placement = NormPlacement::after, .activation = Activation::gelu};
+  torch.tensors["encoder.layers.1.self_attn.bias_k"] = torch::ones({1, 1, 8});
+  EXPECT_EQ(torch.encoder_error(options),
+            R"(layer "encoder.layers.1.self_attn." does not fit together; misshapen: bias_k and bias_v must both be there)");
+  torch.tensors["encoder.layers.1.self_attn.bias_v"] = torch::ones({1, 1, 7});
+  EXPECT_EQ(torch.encoder_error(options),
+            R"("encoder.layers.1.self_attn.bias_v" must have shape [1, 1, 8], but has [1, 1, 7])");
+  torch.tensors["encoder.layers.1.self_attn.bias_v"] = torch::ones({1, 1, 8});
+  EXPECT_TRUE(encoder_from(torch.saved(), options)->options.layers()[1].attention().bias_kv());
 }
 
 TEST(LoadStacksTest, RefusesQuantizedWeights) {

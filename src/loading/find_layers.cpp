@@ -48,6 +48,8 @@ class Match {
     const auto group = query->out / key->out;  // H / G
     if (query->out != group * key->out || output->in != group * value->out) return {};
 
+    const bool has_k = take(layout_.bias_kv[0]), has_v = take(layout_.bias_kv[1]);
+    if (has_k != has_v) misshapen_.push_back(formatted("{} must both be there", detail::joined(layout_.bias_kv, " and ")));
     auto options = CrossAttentionOptions(query->in, key->in, value->in, output->out)
                        .num_heads(group)
                        .kv_heads(1)
@@ -58,7 +60,7 @@ class Match {
                        .value_bias(bias(names[2], value->out))
                        .output_bias(bias(names[3], output->out))
                        .scale(layout_.scale)
-                       .bias_kv(take(layout_.bias_kv[0]) && take(layout_.bias_kv[1]));
+                       .bias_kv(has_k && has_v);
     const auto kind = query->in != key->in ? AttentionKind::cross : AttentionKind::unknown;
     FoundLayer layer{prefix_, layout_.name, kind, options, false};
     if (!qk_norms(layer)) return {};

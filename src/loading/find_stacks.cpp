@@ -2,7 +2,6 @@
 #include "loading/find_stacks.h"
 
 #include <algorithm>
-#include <charconv>
 #include <iterator>
 #include <map>
 #include <set>
@@ -19,30 +18,12 @@ namespace {
 
 using Attention = std::map<std::string, FoundLayer>;  // by prefix
 
-// The number at the beginning of "12.rest".
-std::optional<int64_t> number_before_point(const std::string& text) {
-  int64_t number = 0;
-  const auto* end = text.data() + text.size();
-  const auto [parsed, error] = std::from_chars(text.data(), end, number);
-  const bool is_number = error == std::errc() && parsed != end && *parsed == '.' && number >= 0;
-  return is_number ? std::optional(number) : std::nullopt;
-}
-
-// Calls `visit` with the number of each layer below a prefix, "decoder.layers.", and the rest of each of its names.
-template <class Visit>
-void for_each_in_layers(const std::string& prefix, const Infos& tensors, const Visit& visit) {
-  for (auto item = tensors.lower_bound(prefix); item != tensors.end() && item->first.starts_with(prefix); ++item) {
-    const auto rest = item->first.substr(prefix.size());
-    if (const auto number = number_before_point(rest)) visit(*number, rest.substr(rest.find('.') + 1));
-  }
-}
-
 // The prefix of a stack that has this attention in one of its layers; nothing if it has another name.
 std::optional<std::string> stack_around(const StackLayout& layout, const std::string& inner, std::string_view attention) {
   if (!attention.ends_with("." + inner)) return {};
   attention.remove_suffix(inner.size() + 1);
   const auto point = attention.rfind('.');
-  if (point == std::string_view::npos || !number_before_point(std::string(attention.substr(point + 1)) + ".")) return {};
+  if (point == std::string_view::npos || !number_of(std::string(attention.substr(point + 1)))) return {};
   attention = attention.substr(0, point + 1);
   if (!attention.ends_with(layout.layers)) return {};
   attention.remove_suffix(layout.layers.size());
@@ -69,8 +50,12 @@ std::optional<FoundStack> stack_at(
   const bool decodes = kind == StackKind::decoder;
   FoundStack stack{prefix, layout.name, decodes && !layout.decoder_norm.empty() ? layout.decoder_norm : layout.norm};
   std::map<int64_t, std::set<std::string>> names;  // of each layer
-  for_each_in_layers(prefix + layout.layers, tensors,
-                     [&](int64_t number, const std::string& name) { names[number].insert(name); });
+  const auto in = prefix + layout.layers;
+  for (auto item = tensors.lower_bound(in); item != tensors.end() && item->first.starts_with(in); ++item) {
+    const auto rest = item->first.substr(in.size());
+    const auto point = rest.find('.');
+    if (const auto number = number_of(rest.substr(0, point))) names[*number].insert(rest.substr(point + 1));
+  }
   const auto has_cross = [&](const auto& layer) {
     return std::ranges::any_of(layout.cross, [&](const auto& name) {
       return attention.contains(stack.layer_prefix(layer.first) + block_layout_named(name).attention);
@@ -166,11 +151,13 @@ std::map<std::string, NameRole> name_roles(const FoundStack& stack, const Infos&
     roles.emplace(name, is_around ? NameRole::around : NameRole::unexplained);
   }
   const auto add_block = [&](const FoundBlock& block) {
+    const auto& beside = block_layout_named(block.layout).beside;  // the layer's other block, which explains its own names
     for (const auto& [name, role] : name_roles(block, tensors)) {
       const auto full = block.prefix + name;
+      const auto begins = [&name = name](const auto& word) { return name.starts_with(word); };
       if (!tensors.contains(full)) {
         roles.emplace(name, role);  // a low-rank weight at the top of the file
-      } else if (role != NameRole::unexplained) {
+      } else if (role != NameRole::unexplained && (role != NameRole::beside || std::ranges::none_of(beside, begins))) {
         roles[full.substr(stack.prefix.size())] = role;
       }
     }

@@ -2,7 +2,9 @@
 #include "loading/layouts.h"
 
 #include <algorithm>
+#include <charconv>
 #include <memory>
+#include <system_error>
 #include <utility>
 
 #include "base/check.h"
@@ -265,6 +267,13 @@ const Layout& layout_of(const FoundLayer& layer) {
 bool has_component(const std::string& prefix, const std::vector<std::string>& words) {
   const auto components = "." + prefix;
   return std::ranges::any_of(words, [&](const auto& word) { return components.find("." + word + ".") != std::string::npos; });
+}
+
+std::optional<int64_t> number_of(const std::string& component) {
+  int64_t number = 0;
+  const auto* end = component.data() + component.size();
+  const auto [parsed, error] = std::from_chars(component.data(), end, number);
+  return error == std::errc() && parsed == end && number >= 0 ? std::optional(number) : std::nullopt;
 }
 
 std::vector<ParameterName> parameter_names(const Layout& layout) {

@@ -5,6 +5,8 @@
 #include <xattn/find_layers.h>
 #include <xattn/layout.h>
 
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -38,6 +40,9 @@ XATTN_API const Layout& layout_of(const FoundLayer& layer);
 
 /// Whether one of these words stands in a prefix between its points.
 bool has_component(const std::string& prefix, const std::vector<std::string>& words);
+
+/// The number that a component of a name is, as 12 in "layers.12.norm"; nothing if it is none.
+std::optional<int64_t> number_of(const std::string& component);
 
 /// One parameter of a CrossAttention and its name in a layout.
 struct ParameterName {

@@ -66,10 +66,6 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint, const FoundLayer& l
   return sizes_of(checkpoint, detail::ModelConfig(checkpoint), layer, options, detail::layout_of(layer).num_heads);
 }
 
-bool has_arithmetic(at::ScalarType type) {
-  return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
-}
-
 // Throws if a layer has tensors beside its parameters that a module made from it would drop.
 void refuse_the_rest(const Checkpoint& checkpoint, const FoundLayer& layer, const LayerOptions& options, bool takes_added) {
   const auto check_file = load_check(checkpoint.path());
@@ -211,7 +207,7 @@ std::pair<Norm, Norm> input_norms(const Checkpoint& checkpoint, const FoundLayer
     const auto prefix = layer.prefix + name + ".";
     Norm made(NormOptions(NormKind::layer, size).eps(kEps));
     const auto type = checkpoint.tensors().at(prefix + "weight").type;
-    made->to(has_arithmetic(type) ? type : at::kHalf);
+    made->to(detail::has_arithmetic(type) ? type : at::kHalf);
     load_weights(*made, checkpoint, {.prefix = prefix});
     return made;
   };

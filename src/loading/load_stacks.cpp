@@ -51,7 +51,7 @@ class StackReader {
     const auto unexpected = names_of(detail::NameRole::unexplained, name_roles(stack_, infos_));
     check_(options.allow_unexpected || unexpected.empty(), "{} must have only names that layout {} explains{}{}", name,
            stack_.layout, detail::list("unexpected", unexpected), detail::advice_on(unexpected));
-    config_.refuse_other_positions();
+    config_.refuse_other_positions(stack_.prefix);
     if (!layout_.relative_position_bias.empty()) read_bias(kind == StackKind::encoder);
   }
 
@@ -82,7 +82,8 @@ class StackReader {
       const auto misfit = recipe.misfit(infos_);
       check_(misfit.empty(), "{}", misfit);
       const auto value = recipe.make(source, type);
-      TORCH_INTERNAL_ASSERT(value.sizes() == parameter.value().sizes(), parameter.key());
+      check_(value.sizes() == parameter.value().sizes(), "{} must have shape [{}], but has [{}]", in_quotes(recipe.source),
+             detail::joined(parameter.value().sizes()), detail::joined(value.sizes()));
       parameter.value().copy_(value);
     }
   }

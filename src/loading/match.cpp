@@ -127,7 +127,7 @@ class Matcher {
   }
 
   void add_stack(const FoundStack& found, const std::string& path) {
-    if (in_.config) in_.config->refuse_other_positions();
+    if (in_.config) in_.config->refuse_other_positions(in_file(found).prefix);
     if (!found.fault.empty()) misshapen_.push_back(formatted("{} must have {}", which(path), found.fault));
     add(recipes(found, in_.source.infos), path);
     add(name_roles(found, in_.source.infos), found.prefix);

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <cmath>
 #include <filesystem>
 #include <sstream>
@@ -51,10 +50,7 @@ std::optional<int64_t> layer_number(const std::string& prefix) {
   std::optional<int64_t> last;
   std::istringstream components(prefix);
   for (std::string component; std::getline(components, component, '.');) {
-    int64_t number = 0;
-    const auto* end = component.data() + component.size();
-    const auto [parsed, error] = std::from_chars(component.data(), end, number);
-    if (error == std::errc() && parsed == end && number >= 0) last = number;
+    if (const auto number = number_of(component)) last = number;
   }
   return last;
 }
@@ -129,37 +125,47 @@ std::vector<T> ModelConfig::possible(const Names& names, const std::string& pref
 }
 
 void ModelConfig::refuse_other_attention(const FoundLayer& layer) const {
+  enum class Only { none, with_norms, not_cross };
   struct Refused {
-    std::string_view name;
-    std::string_view value;  // prefix of its text
-    bool with_norms;         // only layers with norms of queries and keys
+    std::string name;
+    Names words;  // with which its text begins; of timm's architectures, which it contains
     std::string_view reason;
-    bool only_self = false;  // only self-attention
+    Only only = Only::none;
   };
-  constexpr std::array kRefused = {
-      Refused{"model_type", "t5gemma2", false, "attention to its own tokens and to the context in one softmax"},
-      Refused{"model_type", "gemma", true, "norms whose weights count from one"},
-      Refused{"model_type", "t5gemma", true, "norms whose weights count from one"},
-      Refused{"model_type", "lightglue", false, "rotary embeddings of its queries and keys", true},
-      Refused{"_class_name", "HunyuanDiT2D", false, "rotary embeddings of its queries"},
-      Refused{"qk_norm", "l2", false, "norms of queries and keys that have no weights"},
-      Refused{"qk_norm", "fp32_layer_norm", false, "norms of queries and keys that have no weights"},
+  constexpr std::string_view kRotary = "rotary embeddings of its queries and keys";
+  constexpr std::string_view kInPart = "attention that is not to all keys";
+  static const Names kRotaryModels = {"lightglue", "roformer", "clvp",        "sam3",      "video_llama_3", "paddleocr_vl",
+                                      "qwen2_vl",  "qwen2_5",  "qwen3_vl",    "qwen3_5",   "qwen3_omni",    "glm4v",
+                                      "glm46v",    "glm_ocr",  "ernie4_5_vl", "exaone4_5", "dots"};
+  static const std::vector<Refused> kRefused = {
+      {"model_type", {"t5gemma2"}, "attention to its own tokens and to the context in one softmax"},
+      {"model_type", {"gemma", "t5gemma"}, "norms whose weights count from one", Only::with_norms},
+      {"model_type", {"dia"}, "logits without a scale"},
+      {"model_type", {"bros", "layoutlmv3", "mpnet", "speecht5"}, "logits that depend on positions", Only::not_cross},
+      {"model_type", {"canine", "mra", "nystromformer", "yoso"}, kInPart, Only::not_cross},
+      {"attention_type", {"block_sparse"}, kInPart, Only::not_cross},  // of BigBird
+      {"model_type", kRotaryModels, kRotary, Only::not_cross},
+      {"position_embedding_type", {"rotary"}, kRotary, Only::not_cross},
+      {"architecture", {"eva", "dinov3", "rope", "vit_pe"}, kRotary},
+      {"_class_name", {"HunyuanDiT2D"}, "rotary embeddings of its queries"},
+      {"qk_norm", {"l2", "fp32_layer_norm"}, "norms of queries and keys that have no weights"},
   };
   if (layer.layout == "qformer") return;  // the config is that of the language model in the same file
-  const bool has_norms = layer.options.qk_norm() != NormKind::none;
-  for (const auto& [name, value, with_norms, reason, only_self] : kRefused) {
-    for (const auto& text : all<std::string>({std::string(name)})) {
-      const bool refused =
-          text.starts_with(value) && (has_norms || !with_norms) && (layer.kind == AttentionKind::self || !only_self);
+  const bool has_norms = layer.options.qk_norm() != NormKind::none, is_cross = layer.kind == AttentionKind::cross;
+  for (const auto& [name, words, reason, only] : kRefused) {
+    if ((only == Only::with_norms && !has_norms) || (only == Only::not_cross && is_cross)) continue;
+    for (const auto& text : all<std::string>({name}, layer.prefix)) {
+      const bool refused = std::ranges::any_of(words, [&, &name = name](const auto& word) {
+        return name == "architecture" ? text.find(word) != std::string::npos : text.starts_with(word);
+      });
       check_(!refused, "its config.json says {} {}, which has {}: not computed", name, in_quotes(text), reason);
     }
   }
-  for (const auto& text : all<std::string>({"architecture"})) {  // of timm
-    constexpr std::array kRotary = {"eva", "dinov3", "rope", "vit_pe"};
-    const bool is_rotary = std::ranges::any_of(kRotary, [&](const auto* word) { return text.find(word) != std::string::npos; });
-    check_(!is_rotary,
-           "its config.json says architecture {}, which has rotary embeddings of its queries and keys: not computed",
-           in_quotes(text));
+  const auto* part = part_of(layer.prefix);
+  if (!part) part = has_component(layer.prefix, {"language_model", "text_model"}) ? json_.find("text_config") : &json_;
+  for (const auto* name : {"rope_theta", "rope_parameters", "rope_scaling", "rotary_dim", "rotary_pct", "rotary_emb_base"}) {
+    const auto* found = is_cross || !part ? nullptr : part->find(name);
+    check_(!found || !(found->object() || found->as<double>()), "its config.json has {}, for {}: not computed", name, kRotary);
   }
   constexpr const char* kCap = "attn_logit_softcapping";
   const auto around = layer.prefix.substr(0, layer.prefix.rfind('.', layer.prefix.size() - 2) + 1);
@@ -192,16 +198,16 @@ void ModelConfig::refuse_soft_caps(const Names& names) const {
   }
 }
 
-void ModelConfig::refuse_other_positions() const {
+void ModelConfig::refuse_other_positions(const std::string& prefix) const {
   // These models add positions to the inputs or the keys of each layer.
-  constexpr std::array kInEachLayer = {"detr", "conditional_detr", "table-transformer", "nezha"};
-  const Names encoder_too = {"position_embedding_type", "encoder.position_embedding_type"};
-  for (const auto& type : all<std::string>(encoder_too)) {
+  constexpr std::array kInEachLayer = {"detr", "table-transformer", "nezha", "maskformer", "mask2former", "oneformer"};
+  for (const auto& type : all<std::string>({"position_embedding_type", "encoder.position_embedding_type"}, prefix)) {
     check_(type == "absolute", "position_embedding_type in its config.json must be \"absolute\", but is {}: not computed",
            in_quotes(type));
   }
-  for (const auto& type : all<std::string>({"model_type"})) {
-    check_(std::ranges::count(kInEachLayer, type) == 0,
+  for (const auto& type : all<std::string>({"model_type"}, prefix)) {
+    const auto is_in = [&type](const char* word) { return type.find(word) != std::string::npos; };
+    check_(std::ranges::none_of(kInEachLayer, is_in),
            "its config.json says model_type {}, which adds positions in each layer: not computed", in_quotes(type));
   }
 }
@@ -211,7 +217,7 @@ std::optional<int64_t> ModelConfig::max_distance() const {
 }
 
 // Those of the names that give a number of heads for this layer.
-Names ModelConfig::names_of_heads(const FoundLayer& layer, const Names& names) const {
+Names ModelConfig::names_of_heads(const FoundLayer& layer, Names names) const {
   // In these classes of diffusers attention_head_dim is the number of heads; in others it is the size of a head.
   constexpr std::array kClasses = {"UNet2DCondition", "UNet3DCondition", "UNetMotion", "I2VGenXLUNet", "ControlNet"};
   const auto& layout = layout_of(layer);
@@ -219,9 +225,8 @@ Names ModelConfig::names_of_heads(const FoundLayer& layer, const Names& names) c
   const auto of_class = first<std::string>({"._class_name"});
   const bool head_dim_counts_heads =
       !of_class || std::ranges::any_of(kClasses, [&](const auto* name) { return of_class->find(name) != std::string::npos; });
-  auto usable = names;
-  if (!head_dim_counts_heads) std::erase(usable, "attention_head_dim");
-  return usable;
+  if (!head_dim_counts_heads) std::erase(names, "attention_head_dim");
+  return names;
 }
 
 std::optional<int64_t> ModelConfig::num_heads(const FoundLayer& layer, const Names& names) const {

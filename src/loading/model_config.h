@@ -29,7 +29,7 @@ class ModelConfig {
   void refuse_other_attention(const FoundLayer& layer) const;
 
   /// Throws FileError for self-attention whose logits or inputs depend on positions in a way that no tensor shows.
-  void refuse_other_positions() const;
+  void refuse_other_positions(const std::string& prefix) const;
 
   /// The number of heads of a layer, by the first of these names that config.json has.
   std::optional<int64_t> num_heads(const FoundLayer& layer, const std::vector<std::string>& names) const;
@@ -69,7 +69,7 @@ class ModelConfig {
   std::vector<T> possible(const std::vector<std::string>& names, const std::string& prefix) const;
 
   const Json* part_of(const std::string& prefix) const;
-  std::vector<std::string> names_of_heads(const FoundLayer& layer, const std::vector<std::string>& names) const;
+  std::vector<std::string> names_of_heads(const FoundLayer& layer, std::vector<std::string> names) const;
 
   void refuse_soft_caps(const std::vector<std::string>& names) const;
 

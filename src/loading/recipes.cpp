@@ -24,7 +24,6 @@ namespace xattn::detail {
 namespace {
 
 constexpr std::array kFloat8 = {at::kFloat8_e4m3fn, at::kFloat8_e5m2, at::kFloat8_e4m3fnuz, at::kFloat8_e5m2fnuz};
-constexpr std::array kWithArithmetic = {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf};
 constexpr std::array kScales = {"scale_weight", "weight_scale", "weight_scale_inv"};
 constexpr std::array kActivationScales = {"input_scale", "scale_input", "activation_scale", "input_scale_ub"};
 
@@ -102,6 +101,10 @@ std::vector<std::string> low_rank_names(const Recipes& recipes, const Infos& ten
 
 // ---- One tensor ------------------------------------------------------------------------------------------------------------
 
+bool has_arithmetic(at::ScalarType type) {
+  return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
 std::vector<int64_t> TensorRecipe::shape(const TensorInfo& source_info) const {
   auto shape = source_info.shape;
   if (flat) return {std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies())};
@@ -119,7 +122,7 @@ std::string TensorRecipe::misfit(const Infos& tensors) const {
   if (scale.empty()) return "";
   const auto& [scale_type, shape] = tensors.at(scale);
   const auto& whole = tensors.at(source).shape;
-  if (std::ranges::count(kWithArithmetic, scale_type) == 0) {
+  if (!has_arithmetic(scale_type)) {
     return formatted("{} must have type float64, float32, bfloat16 or float16, but has {}", scale,
                      c10::getDtypeNames(scale_type).first);
   }

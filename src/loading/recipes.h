@@ -19,6 +19,8 @@ namespace xattn::detail {
 
 using Infos = std::map<std::string, TensorInfo>;
 
+bool has_arithmetic(at::ScalarType type);  ///< whether it is float64, float32, bfloat16 or float16
+
 /// A tensor of a module, made from a part of a tensor in a file.
 ///
 /// A weight of a float8 type may have a scale beside it, which multiplies it: one number, one for each row, or one for each
