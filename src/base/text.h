@@ -20,7 +20,7 @@ std::string vformatted(fmt::string_view format, fmt::format_args arguments);
 /// What a message shows of an argument: the argument itself, or of a function the text that it returns. Functions stand for
 /// texts that take time to write and that most calls do not need.
 template <typename T>
-decltype(auto) shown(T&& argument) {
+decltype(auto) evaluated(T&& argument) {
   if constexpr (std::is_invocable_v<T>) {
     return argument();
   } else {
@@ -30,7 +30,7 @@ decltype(auto) shown(T&& argument) {
 
 /// A format for these arguments as they are shown, checked when compiled.
 template <typename... Args>
-using Format = fmt::format_string<std::remove_cvref_t<decltype(shown(std::declval<Args>()))>...>;
+using Format = fmt::format_string<std::remove_cvref_t<decltype(evaluated(std::declval<Args>()))>...>;
 
 /// Like fmt::format, and also for a format given as fmt::runtime.
 template <typename... Args>
@@ -42,7 +42,7 @@ std::string formatted(Format<Args...> format, Args&&... args) {
     text = format;
   }
   const auto of = [text](auto&&... each) { return vformatted(text, fmt::make_format_args(each...)); };
-  return of(shown(std::forward<Args>(args))...);
+  return of(evaluated(std::forward<Args>(args))...);
 }
 
 /// The elements with separators between them: "2, 6, 128".
