@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
   cat <<'END'
-usage: scripts/bench.sh [--quick] [--shape NAME]... [--limit GFLOP] [--passes N] [--seconds S] [--compile all] [--avx2]
+usage: scripts/bench.sh [--quick] [--shape NAME]... [--limit GFLOP] [--passes N] [--seconds S] [--compile all|none] [--avx2]
                         [--device cpu|cuda]
        scripts/bench.sh --blocks [--shape NAME]... [--passes N] [--seconds S]
 
@@ -19,9 +19,9 @@ README.md, and the plots.
                  call of a larger row takes seconds
   --passes N     passes over everything; their spread is reported (3)
   --seconds S    for each candidate of a row (0.5)
-  --avx2         ask every runtime to use no more than AVX2 (README.md says which one does); no returned weights. Writes
+  --avx2         ask every runtime to use no more than AVX2 (src/bench/README.md says which cannot); no returned weights. Writes
                  results-avx2.json, their table, ratios-avx2.svg and crossover-avx2.svg
-  --compile all  run torch.compile, which takes a quarter of a minute a row, on all rows instead of those with a goal
+  --compile WHAT run torch.compile, which takes a quarter of a minute a row, on all rows or none, instead of those with a goal
   --device cuda  in bfloat16 against LibTorch's and PyTorch's kernels on a GPU: prints a table and writes results-cuda.json
   -h, --help     show this
 
@@ -61,7 +61,7 @@ if ((avx2)); then
   export XATTN_KERNELS=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 fi
 case $device in
-  cpu) runtimes=(pytorch compile onnxruntime openvino) ;;
+  cpu) runtimes=(pytorch compile onnxruntime openvino); [[ $compile != none ]] || runtimes=(pytorch onnxruntime openvino) ;;
   cuda) runtimes=(cuda) ;;
   *) echo "scripts/bench.sh: --device must be cpu or cuda, but is '$device'" >&2; exit 2 ;;
 esac
