@@ -53,8 +53,10 @@ for target in "${targets[@]}"; do
   mkdir -p "$corpus" "$seeds/crashes"
   profile=$folder/$target.profraw
   rm -f "$profile"  # a reader that crashes writes none
+  inputs=("$corpus" "$seeds")
+  ((seconds)) || inputs=("$seeds")
   echo "$target:"
-  if ! OMP_NUM_THREADS=1 LLVM_PROFILE_FILE="$profile" "$folder/fuzz_$target" "$corpus" "$seeds" \
+  if ! OMP_NUM_THREADS=1 LLVM_PROFILE_FILE="$profile" "$folder/fuzz_$target" "${inputs[@]}" \
     "$limit" -timeout=10 -rss_limit_mb=2048 -artifact_prefix="$seeds/crashes/" -print_final_stats=1 \
     > "$folder/$target.log" 2>&1; then
     failed+=("$target")

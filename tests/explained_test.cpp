@@ -236,6 +236,10 @@ TEST(OtherAttentionTest, WithRotaryEmbeddingsIsRefusedByItsConfig) {
     const SavedLayer rotary(glue, config);
     expect_part(rotary.error({.prefix = "transformer_layers.0.self_attention"}), "rotary embeddings of its queries and keys");
     EXPECT_EQ(rotary.made({.prefix = "transformer_layers.0.cross_attention"})->options.num_heads(), 2);
+    NamedTensors nested;  // where the config has no part of its own for the prefix
+    for (const auto& [name, tensor] : glue) nested["text_model." + name] = tensor;
+    expect_part(SavedLayer(nested, config).error({.prefix = "text_model.transformer_layers.0.self_attention"}),
+                "rotary embeddings of its queries and keys");
   }
 }
 

@@ -455,6 +455,12 @@ TEST(LoadStacksTest, NamesALayerThatIsMissing) {
   EXPECT_EQ(torch.encoder_error(kTold), R"(stack "encoder." must have layers up to 3, but layer 0 is missing)");
 }
 
+TEST(LoadStacksTest, TakesNoTensorThatIsNamedByANumberForALayer) {
+  Changed torch("torch_after");
+  torch.tensors["encoder.layers.7"] = torch::ones(1);
+  EXPECT_NE(torch.encoder_error(kTold).find("unexpected: layers.7"), std::string::npos) << torch.encoder_error(kTold);
+}
+
 TEST(LoadStacksTest, NamesWhatALayerLacks) {
   Changed bart("bart");
   bart.remove("model.decoder.layers.1.encoder_attn.");

@@ -275,7 +275,7 @@ TEST(VqaPretrainedTest, AnyTorchScriptModuleIsAFrozenEncoder) {
 TEST(VqaPretrainedTest, EncodesEachQuestionOnceAndWithoutPadding) {
   const TempDir dir;
   const auto code = "def forward(self, words):\n    return torch.rand([words.size(0), words.size(1), 6]) + words.size(1)\n";
-  KeptEncoder encoder(examples::Pretrained(save_module(dir, "random.pt", code)));
+  CachedEncoder encoder(examples::Pretrained(save_module(dir, "random.pt", code)));
   const auto words = torch::tensor({{5, 1, 0, 0}, {5, 7, 1, 0}, {5, 1, 0, 0}});
   const auto states = encoder->forward(words);
   EXPECT_EQ(states.sizes(), (std::vector<int64_t>{3, 4, 6}));

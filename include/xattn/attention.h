@@ -42,7 +42,7 @@ struct AttentionOptions {
 
 struct AttentionResult {
   at::Tensor output;       ///< [B, H, Lq, e]
-  at::Tensor weights;      ///< undefined, [B, Lq, Lk] or [B, H, Lq, Lk], as AttentionOptions::weights; differentiable
+  at::Tensor weights;      ///< undefined, [B, Lq, Lk], [B, H, Lq, Lk], or [B, n, Lq, Lk] of n weight_heads; differentiable
   at::Tensor log_sum_exp;  ///< [B, H, Lq], at least float32, -inf for a row without keys; differentiable
 };
 
@@ -71,10 +71,10 @@ XATTN_API AttentionResult attention(const at::Tensor& q,
 ///   auto first = attention(q, k1, v1, {.log_sum_exp = true}), second = attention(q, k2, v2, {.log_sum_exp = true});
 ///   auto all = merge({first, second});                                           // over the keys of both
 ///
-/// Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867. Each part has its own mask and dropout. If every part has the
-/// weights of all heads, [B, H, Lq, Lk], those of all keys are returned. Rows without keys, in some parts or all, are zeros as in
-/// `attention`. Differentiable to any order. Costs a few passes over the outputs. A log-sum-exp is rounded beside large logits:
-/// at 1e6, float32 keeps each part's share to 3 %.
+/// Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867. Each part has its own mask and dropout. If every part has
+/// the weights of all heads, [B, H, Lq, Lk], those of all keys are returned. Rows without keys, in some parts or all, are
+/// zeros as in `attention`. Differentiable to any order. Costs a few passes over the outputs. A log-sum-exp is rounded beside
+/// large logits: at 1e6, float32 keeps each part's share to 3 %.
 ///
 /// Throws c10::ValueError if there is no part, if one has no log-sum-exp, if shapes differ, or for weights of another kind.
 XATTN_API AttentionResult merge(const std::vector<AttentionResult>& parts);

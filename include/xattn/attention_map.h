@@ -44,7 +44,8 @@ struct OverlayOptions {
   Interpolation interpolation = Interpolation::bilinear;
 };
 
-/// Draws a map over its image, from black to light yellow: image uint8 [H, W, 3], map [rows, columns] -> uint8 [H, W, 3].
+/// Draws a map over its image, from black to light yellow: image uint8 [height, width, 3], map [rows, columns] -> uint8 of
+/// the same shape.
 XATTN_API at::Tensor overlay_map(const at::Tensor& image, const at::Tensor& map, const OverlayOptions& options = {});
 
 /// The entropy of each row of weights, in nats: weights [..., Lk] -> [...], float32 (float64 for float64) and on their device.

@@ -55,7 +55,7 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
 
   /// `attend` applied to `context`.
   /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev] -> output [B, Lq, Eq] and the requested weights: [B, Lq, Lk],
-  /// [B, H, Lq, Lk] or undefined.
+  /// [B, H, Lq, Lk], [B, n, Lq, Lk] of n weight_heads, or undefined; with bias_kv, of Lk + 1 keys.
   std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& query,
                                                    const torch::Tensor& key,
                                                    const torch::Tensor& value,
@@ -68,8 +68,9 @@ class XATTN_API CrossAttentionBlockImpl : public torch::nn::Cloneable<CrossAtten
                                 const Mask& mask = {},
                                 const ContextOptions& options = {});
 
-  /// Applies the block to query [B * n, Lq, Eq] and a context that it made with its current weights. Each of the B entries of the
-  /// context serves n consecutive queries, such as the beams of a search.
+  /// Applies the block to query [B * n, Lq, Eq] and a context that it made with its current weights. Each of the B entries of
+  /// the context serves n consecutive queries, such as the beams of a search. Returns the output [B * n, Lq, Eq] and the
+  /// weights.
   std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query,
                                                   const Context& context,
                                                   const CallOptions& call = {});

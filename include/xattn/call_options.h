@@ -9,7 +9,7 @@
 
 namespace xattn {
 
-/// The results of one call of `forward` or `attend` in addition to its output. They override the module's options.
+/// Which attention weights one call of `forward` or `attend` returns beside its output. They override the module's options.
 ///
 ///   auto [output, weights] = attention->forward(query, key, value, {}, {.weights = AttentionWeights::per_head});
 struct CallOptions {

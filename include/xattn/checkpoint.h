@@ -36,7 +36,8 @@ struct TensorInfo {
   std::vector<int64_t> shape;
 };
 
-/// The size of the tensor in memory, in bytes. Throws c10::ValueError for a shape whose bytes cannot be counted.
+/// The size of the tensor in memory, in bytes. Throws c10::ValueError for negative axes, more than 64 axes,
+/// or a size beyond int64_t.
 XATTN_API int64_t byte_count(const TensorInfo& info);
 
 /// Tensors that are created one at a time, on demand: their types and shapes, and a function from a name to its tensor.
@@ -66,8 +67,8 @@ class XATTN_API Checkpoint {
   std::vector<std::string> files() const;
   FileFormat format() const;
   const std::map<std::string, TensorInfo>& tensors() const;
-  /// Tensors that are in the file but are not read, by name, each with the reason: quantized and sparse ones, those of types that
-  /// torch does not have (F4), those that classes of other libraries make. They are not among `tensors()`.
+  /// Tensors that are in the file but are not read, by name, each with the reason: quantized and sparse ones, those of types
+  /// that torch does not have (F4), those that classes of other libraries make. They are not among `tensors()`.
   const std::map<std::string, std::string>& unreadable() const;
   const std::map<std::string, std::string>& metadata() const;
 
@@ -88,7 +89,8 @@ class XATTN_API Checkpoint {
   std::vector<std::string> unread() const;
 
   /// Returns this file with tensors of another file added: `names` maps names in the other file to names here. Path, format and
-  /// metadata stay the same, and no tensor counts as read. Throws FileError if the other file has no such tensor, or this file already has it.
+  /// metadata stay the same, and no tensor counts as read. Throws FileError if the other file has no such tensor, or if this
+  /// file already has it.
   Checkpoint with(const Checkpoint& other, const std::map<std::string, std::string>& names) const;
 
  private:
@@ -101,12 +103,12 @@ class XATTN_API Checkpoint {
 ///   the same of diffusers, diffusion_pytorch_model.safetensors, ...;
 ///   adapter_model.safetensors or .bin, pytorch_lora_weights.safetensors or .bin
 ///
-/// A FileError lists what a folder holds that has none of these. The format is detected from the contents. Throws FileError, one
-/// line naming the defect, unless the descriptions of all tensors are valid, their data lies in the file, no tensor is larger
-/// than the file, and all tensors together are at most 32 times as large (views may repeat elements). Objects of other classes in
-/// a pickle (options, callbacks, NumPy arrays) are passed over. If a file holds an object in place of all tensors, the message has
-/// the line of Python that saves the tensors; a web page, a pointer of Git LFS, a GGUF file and a compiled package are named for
-/// what they are.
+/// A FileError lists what a folder holds that has none of these. The format is detected from the contents. Throws FileError,
+/// one line naming the defect, unless the descriptions of all tensors are valid, their data lies in the file, no tensor is
+/// larger than the file, and all tensors together are at most 32 times as large (views may repeat elements). Objects of other
+/// classes in a pickle (options, callbacks, NumPy arrays) are passed over. If a file holds an object in place of all tensors,
+/// the message has the line of Python that saves the tensors; a web page, a pointer of Git LFS, a GGUF file and a compiled
+/// package are named for what they are.
 [[nodiscard]] XATTN_API Checkpoint open_checkpoint(const std::string& path);
 
 /// Opens a file that is in memory, in any of these formats but the index of a sharded set, without copying it. The bytes must

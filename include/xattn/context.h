@@ -34,8 +34,10 @@ struct ContextOptions {
 /// context for every step.) Gradients flow through it, and those of several calls add up in the same key and value. Immutable;
 /// copies share storage; safe to share between threads.
 ///
-/// Contexts are values: `join`, `append`, `truncate` and `select` return new ones, which equal a context made at once from all of
-/// their keys, with the mask of those keys. `causal` counts over all keys. The order of products stays the one planned first.
+/// Contexts are values: `join`, `append`, `truncate` and `select` return new ones, which equal a context made at once from all
+/// of their keys, with the mask of those keys. `causal` counts over all keys. The order of products stays the one planned
+/// first. Arguments that do not fit throw c10::ValueError or c10::TypeError; indices on another device than the CPU are not
+/// checked.
 ///
 ///   auto context = attention->context(start, start, {}, {.capacity = 100});                            // start [B, L, E]
 ///   context = context.append(token, token);                                                            // token [B, 1, E]
@@ -60,12 +62,12 @@ class XATTN_API Context {
   int64_t length() const;
 
   /// Several contexts, one behind the other, as one: each passage, frame or document is encoded once. They may differ in length
-  /// and mask, but must have the same batch, orders, weights and causal mask; orders are the same for equal expected_queries and
-  /// a capacity for the longest. Costs one copy of all keys and values.
+  /// and mask, but must have the same batch, orders, weights and causal mask; orders are the same for equal expected_queries
+  /// and a capacity for the longest. Costs one copy of all keys and values.
   [[nodiscard]] static Context join(const std::vector<Context>& contexts);
 
   /// This context followed by key [B, n, Ek] and value [B, n, Ev], with a mask for these n keys; a causal mask of the context
-  /// goes on. This context stays as it is. Throws if the weights have changed since it was made.
+  /// goes on. This context stays as it is. Throws c10::ValueError if the weights have changed since it was made.
   ///
   /// Only the new keys are projected. Those before are not copied if there is room behind them and no other append has used
   /// it; otherwise all are copied once, into memory with room for half as many more. Each append copies everything if gradients

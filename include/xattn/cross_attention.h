@@ -22,6 +22,7 @@ namespace xattn {
 
 class Frozen;
 struct FreezeOptions;
+
 /// Cross attention from a query to a context of keys and values.
 ///
 ///   Q, K, V = query_linear(query), key_linear(key), value_linear(value), split into heads
@@ -62,7 +63,7 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
 
   /// `attend` applied to `context`, in the order that is cheapest for both together.
   /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev] -> output [B, Lq, Eo] and the requested weights: [B, Lq, Lk],
-  /// [B, H, Lq, Lk] or undefined.
+  /// [B, H, Lq, Lk], [B, n, Lq, Lk] of n weight_heads, or undefined; with bias_kv, of Lk + 1 keys.
   std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& query,
                                                    const torch::Tensor& key,
                                                    const torch::Tensor& value,
@@ -76,8 +77,9 @@ class XATTN_API CrossAttentionImpl : public torch::nn::Cloneable<CrossAttentionI
                                 const Mask& mask = {},
                                 const ContextOptions& options = {});
 
-  /// Attends with query [B * n, Lq, Eq] to a context that this module made with its current weights. Each of the B entries of the
-  /// context serves n consecutive queries, such as the beams of a search.
+  /// Attends with query [B * n, Lq, Eq] to a context that this module made with its current weights. Each of the B entries of
+  /// the context serves n consecutive queries, such as the beams of a search. Returns the output [B * n, Lq, Eo] and the
+  /// weights.
   std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query,
                                                   const Context& context,
                                                   const CallOptions& call = {});

@@ -69,7 +69,7 @@ class XATTN_API AddedProjectionImpl : public torch::nn::Cloneable<AddedProjectio
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
 
-  /// As it was made. Calls read the options of DecoupledCrossAttention and of its attention.
+  /// Those given when it was made. Calls read the options of DecoupledCrossAttention and of its attention.
   const CrossAttentionOptions& options() const { return options_; }
 
   torch::nn::Linear key_linear{nullptr};    ///< Ek -> G * d
@@ -115,7 +115,7 @@ class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<Decoup
 
   /// `attend` applied to `context` and `added_context`.
   /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev], every added context as in the options -> output [B, Lq, Eo] and the
-  /// requested weights of the first context: [B, Lq, Lk], [B, H, Lq, Lk] or undefined.
+  /// requested weights of the first context: [B, Lq, Lk], [B, H, Lq, Lk], [B, n, Lq, Lk] of n weight_heads, or undefined.
   std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& query,
                                                    const torch::Tensor& key,
                                                    const torch::Tensor& value,
@@ -136,8 +136,9 @@ class XATTN_API DecoupledCrossAttentionImpl : public torch::nn::Cloneable<Decoup
                                       const Mask& mask = {},
                                       const ContextOptions& options = {});
 
-  /// Attends with query [B * n, Lq, Eq] to contexts that this module made with its current weights. Each of the B entries of the
-  /// context serves n consecutive queries, such as the beams of a search.
+  /// Attends with query [B * n, Lq, Eq] to contexts that this module made with its current weights. Each of the B entries of
+  /// the context serves n consecutive queries, such as the beams of a search. Returns the output [B * n, Lq, Eo] and the
+  /// weights.
   std::tuple<torch::Tensor, torch::Tensor> attend(const torch::Tensor& query,
                                                   const Context& context,
                                                   const std::vector<Context>& added,

@@ -32,7 +32,7 @@ enum class Queries {
 
 /// One rank's share of a context. It is valid only with the ContextParallel that made it and the weights at that time, like a
 /// Context. A share that is not projected (see `orders`) holds the caller's own tensors, which must not be written to while it
-/// is in use. Copies share storage.
+/// is in use. Copies share storage; safe to share between threads.
 class XATTN_API SharedContext {
  public:
   int64_t batch_size() const;
@@ -85,7 +85,7 @@ class XATTN_API ContextParallel {
   /// than standard and fold_into_query.
   ContextParallel(CrossAttention module, c10::intrusive_ptr<c10d::ProcessGroup> group, Queries queries = Queries::same);
 
-  /// `attend` applied to `context`.
+  /// `attend` applied to `context`: query [B, Lq, Eq], this rank's key [B, n, Ek] and value [B, n, Ev].
   std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query,
                                              const at::Tensor& key,
                                              const at::Tensor& value,

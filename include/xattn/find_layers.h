@@ -32,8 +32,8 @@ struct XATTN_API FoundLayer {
   CrossAttentionOptions options;        ///< widths, biases and norms, with the fewest heads that the widths allow
   bool heads_known;                     ///< whether options.num_heads() is certain: a norm per head has the size of a head
   std::vector<std::string> added = {};  ///< key projections of further contexts, as in "add_k_proj"; see decoupled.h
-  /// Biases and norms whose sizes do not match their weights, as in "q_proj.bias must have shape [16], but has [7]"; the
-  /// options are those of a layer without them.
+  /// What does not fit together: biases and norms of other sizes, norms of another kind, half of a learned key and value; as in
+  /// "q_proj.bias must have shape [16], but has [7]". The options are those of a layer without them.
   std::vector<std::string> misshapen = {};
   std::shared_ptr<const Layout> own_layout = {};  ///< the layout that you gave, if it is not one of the table
 

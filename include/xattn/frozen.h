@@ -68,6 +68,8 @@ class XATTN_API FrozenContext {
   std::shared_ptr<const State> state_;
 };
 
+/// Throws c10::ValueError, when it is used, for a `query` of a block or a decoupled layer, and for a `storage` where it has no
+/// effect.
 struct FreezeOptions {
   /// A learned query [Lq, Eq], as in attention pooling. Its products with the weights are computed once; calls omit it.
   at::Tensor query = {};
@@ -105,7 +107,7 @@ class XATTN_API Frozen {
                                              const Mask& mask = {},
                                              const CallOptions& call = {}) const;
 
-  /// The same with the constant query.
+  /// The same with the constant query. Throws c10::ValueError if `freeze` was given none.
   std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& key,
                                              const at::Tensor& value,
                                              const Mask& mask = {},
@@ -118,11 +120,12 @@ class XATTN_API Frozen {
                                       const ContextOptions& options = {}) const;
 
   /// query [B * n, Lq, Eq] for a context of B entries: n consecutive queries, such as the beams of a search, share one entry.
+  /// Returns the output [B * n, Lq, Eo] and the requested weights.
   std::tuple<at::Tensor, at::Tensor> attend(const at::Tensor& query,
                                             const FrozenContext& context,
                                             const CallOptions& call = {}) const;
 
-  /// The same with the constant query.
+  /// The same with the constant query, once for each entry.
   std::tuple<at::Tensor, at::Tensor> attend(const FrozenContext& context, const CallOptions& call = {}) const;
 
   /// Describes what `forward` would do now with B x Lq queries and B x Lk keys; with `expected_queries`, what `context` and

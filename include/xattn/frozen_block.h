@@ -19,8 +19,8 @@ namespace xattn {
 
 class CrossAttentionBlockImpl;
 
-/// A CrossAttentionBlock for inference, made by `CrossAttentionBlock::freeze`: its attention as a `Frozen` plans and runs it, and
-/// its norms, gates, residual sums and feed-forward network on the same kernels, with packed weights.
+/// A CrossAttentionBlock for inference, made by `CrossAttentionBlock::freeze`: its attention as a `Frozen` plans and runs it,
+/// and its norms, gates, residual sums and feed-forward network on the same kernels, with packed weights.
 ///
 ///   auto frozen = block->freeze({.storage = at::kBFloat16});
 ///   auto context = frozen.context(memory, memory);                // once

@@ -18,8 +18,8 @@
 
 namespace xattn {
 
-/// A DecoupledCrossAttention for inference, made by `DecoupledCrossAttention::freeze`. Each context has a plan of its own, as in a
-/// `Frozen`; a few query rows at a time are projected once, attend to all contexts, and are projected to the output once.
+/// A DecoupledCrossAttention for inference, made by `DecoupledCrossAttention::freeze`. Each context has a plan of its own, as
+/// in a `Frozen`; a few query rows at a time are projected once, attend to all contexts, and are projected to the output once.
 ///
 ///   auto frozen = attention->freeze();
 ///   auto text_context = frozen.context(text, text);                      // once

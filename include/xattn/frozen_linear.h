@@ -19,8 +19,8 @@ namespace xattn {
 ///   auto logits = to_words.forward(hidden);
 ///
 /// In float32 on the CPU it runs on this library's own kernels; elsewhere on LibTorch's operators. Calls record no gradients.
-/// The bits of a row depend neither on the number of threads nor on the other rows, but on their number if the processor has a
-/// matrix unit. Immutable: any number of threads may share one without locks. Copies share storage.
+/// A row has the same bits for any number of threads and any contents of the other rows; on a processor with a matrix unit they
+/// may change with the number of rows. Immutable: any number of threads may share one without locks. Copies share storage.
 class XATTN_API FrozenLinear {
  public:
   /// An empty one, to be assigned to: any other use throws c10::ValueError.

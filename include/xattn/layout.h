@@ -62,8 +62,7 @@ struct Layout {
   std::optional<double> scale = {};          ///< of the logits; without it 1 / sqrt(head_dim)
   QkNormNames qk_norm = {};
   std::string layer_norms_are = {};  ///< the family that qk norms with biases belong to; this one has none
-  /// Layers with one of these components in their prefix have the names of this layout, but compute something else, the reason
-  /// for which they are refused.
+  /// Layers with one of these components in their prefix use these names for another computation, `other`, and are refused.
   std::vector<std::string> other_in = {};
   std::string other = {};
   std::array<std::string, 2> input_norms = {};  ///< layer norms in front of the projections: of query, and of key and value

@@ -15,9 +15,9 @@
 
 namespace xattn {
 
-/// Rules that rewrite the names of a file whose modules nest otherwise than those of the program: each replaces every match of a
-/// regular expression (ECMAScript, as std::regex) by a text in which $1 is the first group. All rules are applied to each whole
-/// name, in their order, each to the result of those before it:
+/// Rules that rewrite the names of a file whose modules nest otherwise than those of the program: each replaces every match of
+/// a regular expression (ECMAScript, as std::regex) by a text in which $1 is the first group. All rules are applied to each
+/// whole name, in their order, each to the result of those before it:
 ///
 ///   {{"attention\\.output\\.LayerNorm", "attention_norm"}, {"^bert\\.encoder\\.layer\\.", "layers."}}
 ///
@@ -64,7 +64,8 @@ class XATTN_API LoadError : public FileError {
 /// Loads the parameters and buffers of any module by name, all or nothing: everything is checked before anything changes.
 /// Values are copied into the module's own tensors, and so into its types and devices. Floating point types convert to each
 /// other, as do complex types; every other type must match the module's. A tensor that the module has under two names (shared
-/// parameters) may be in the file under only one. Throws LoadError if file and module do not match.
+/// parameters) may be in the file under only one. Throws LoadError if file and module do not match. No other thread may use
+/// the module meanwhile.
 ///
 /// A CrossAttention, DecoupledCrossAttention, CrossAttentionBlock, Encoder or Decoder anywhere in the module may have the names
 /// of any layout. The computation of a layout is checked too: T5's scale of 1; the norms of a block, their placement if all
@@ -76,8 +77,8 @@ class XATTN_API LoadError : public FileError {
 /// layer or block that its layout does not explain are unexpected: gates, norms and keys that the module does not have, and
 /// low-rank weights, which must first be merged in Python.
 ///
-/// If the module itself is a layer, block or stack and no prefix is given, the file's only one is loaded; a FileError lists them
-/// if there are several. `Checkpoint::unread` lists what several loads have left out.
+/// If the module itself is a layer, block or stack and no prefix is given, the file's only one is loaded; a FileError lists
+/// them if there are several. `Checkpoint::unread` lists what several loads have left out.
 XATTN_API LoadReport load_weights(torch::nn::Module& module, const Checkpoint& checkpoint, const LoadOptions& options = {});
 
 /// The same from a file or folder, opened by `open_checkpoint`.
@@ -98,10 +99,10 @@ struct SaveOptions {
 
 /// Writes a module in the spelling of the file that it was loaded from, so that the file's own class reads it in Python: the
 /// inverse of `load_weights`, layouts, prefix and rules of renaming included. Names, shapes and types are those of `like`;
-/// tensors that the module does not have are copied from it; a tensor that the module has under two names (shared parameters) is
-/// written under those that are in `like`. With allow_missing, parameters that `like` does not have are added under the prefix
-/// and their own names. Metadata is that of `like`, and "format": "pt", which transformers asks for. One tensor is in memory at
-/// a time, and `path` may be the file of `like`.
+/// tensors that the module does not have are copied from it; a tensor that the module has under two names (shared parameters)
+/// is written under those that are in `like`. With allow_missing, parameters that `like` does not have are added under the
+/// prefix and their own names. Metadata is that of `like`, and "format": "pt", which transformers asks for. One tensor is in
+/// memory at a time, and `path` may be the file of `like`.
 ///
 ///   auto checkpoint = xattn::open_checkpoint("blip");
 ///   xattn::load_weights(*model, checkpoint);

@@ -33,8 +33,9 @@ struct LayerOptions {
 
 /// A CrossAttention with a file's widths, biases, norms, scale and weights. The number of heads is never stored with the
 /// weights: it comes from the options, from a per-head norm, or from a config.json beside the file; otherwise a FileError lists
-/// the possible numbers. Scales in config.json are applied (query_pre_attn_scalar of Gemma, the switches of GPT-2); soft caps
-/// of logits throw FileError.
+/// the possible numbers. Scales in config.json are applied (query_pre_attn_scalar of Gemma, the switches of GPT-2). What
+/// config.json reveals and is not computed throws FileError: soft caps of logits and, except in cross-attention, rotary
+/// embeddings, attention to some of the keys, and logits that depend on positions.
 ///
 /// Anything else that belongs to the layer may change its results. A FileError therefore names tensors that the layout does not
 /// explain, norms in front of the projections, added contexts, low-rank weights, tensors of inconsistent sizes, weights of

@@ -36,15 +36,15 @@ struct StackOptionsFromFile {
 ///   BERT, RoBERTa; ViT; BLIP's vision model; BART, Marian, mBART, M2M-100, Pegasus, Whisper, also as OpenAI and MLX name it;
 ///   T5, Flan-T5, mT5; torch.nn.TransformerEncoder
 ///
-/// What stands in front of the first layer is the caller's, and so are poolers: embeddings of tokens, positions and patches with
-/// their norms (BART's layernorm_embedding), Whisper's convolutions. A model that attends causally needs a causal mask.
+/// What stands in front of the first layer is the caller's, and so are poolers: embeddings of tokens, positions and patches
+/// with their norms (BART's layernorm_embedding), Whisper's convolutions. A model that attends causally needs a causal mask.
 ///
 /// Sizes may differ between layers; their number is that of the file. Everything that the tensors do not show comes from the
 /// options, from a config.json beside the file, or from the family if all files with these names agree; otherwise a FileError
 /// names the missing option. A FileError also names layers that are missing or incomplete, names below the prefix that no
 /// layout explains, other kinds of positions than absolute ones (in config.json), and everything that `cross_attention_from`
-/// refuses. Files named like these in which positions are added in each layer, as in the original DETR, cannot be told apart
-/// without a config.json.
+/// refuses. Without a config.json, models with these names that compute something else (the original DETR, which adds positions
+/// in each layer; BROS, YOSO) cannot be told apart, and load.
 ///
 ///   auto encoder = xattn::encoder_from(xattn::open_checkpoint("t5/model.safetensors"), {.prefix = "encoder"});
 [[nodiscard]] XATTN_API Encoder encoder_from(const Checkpoint& checkpoint, const StackOptionsFromFile& options = {});

@@ -67,9 +67,9 @@ class XATTN_API Mask {
   static Mask from_multihead_attention(const at::Tensor& key_padding_mask, const at::Tensor& attn_mask, int64_t num_heads);
 
   /// From the arguments of torch's scaled_dot_product_attention for four-axis inputs, where a boolean true means kept and
-  /// a float is added to the logits. attn_mask: undefined or broadcastable from the right to [B, H, Lq, Lk], the keys included (so
-  /// three axes are [H|1, Lq|1, Lk|1], unlike `dense`, and a last axis of size 1 stands for all keys). is_causal aligns to the
-  /// upper left, as there.
+  /// a float is added to the logits. attn_mask: undefined or broadcastable from the right to [B, H, Lq, Lk], the keys included
+  /// (so three axes are [H|1, Lq|1, Lk|1], unlike `dense`, and a last axis of size 1 stands for all keys). is_causal aligns to
+  /// the upper left, as there.
   static Mask from_scaled_dot_product_attention(const at::Tensor& attn_mask, bool is_causal = false);
 
   /// From an additive mask that marks forbidden keys by a large negative number instead of -inf (finfo.min, -10000): an entry

@@ -22,7 +22,7 @@ namespace xattn {
 ///   float attn_mask    added to the logits, [Lq, Lk] only            the same, Mask::bias, also per batch entry and head
 ///   row without keys   NaN                                           zeros, and so the output's bias
 ///   weights            of every call: none, mean or per head         of the module: options.attention_weights, here `mean`
-///   dropped weights    are returned as they were used: after dropout before dropout: rows sum to one
+///   dropout            weights are returned after it                 weights are returned before it: rows sum to one
 ///
 /// Weights have the same axes there and here: [B, Lq, Lk] or [B, H, Lq, Lk], one column more with add_bias_kv.
 XATTN_API CrossAttention from_multihead_attention(const torch::nn::MultiheadAttention& module);

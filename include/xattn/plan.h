@@ -10,8 +10,8 @@
 #include <string>
 #include <string_view>
 
-// Chooses the order of multiplication from sizes alone. Nothing here depends on a tensor; every function is pure, takes about a
-// microsecond, reads no file and keeps no state. Symbols are those of attention.h.
+// Chooses the order of multiplication from sizes and rates alone. Every function but Rates::measure is pure and may be called
+// by several threads; a plan takes about a microsecond. Symbols are those of attention.h.
 namespace xattn {
 
 /// The order of a chain of four matrices. Each head's logits are one chain and its part of the output is another; the softmax

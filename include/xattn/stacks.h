@@ -60,7 +60,7 @@ class XATTN_API RelativePositionBiasImpl : public torch::nn::Cloneable<RelativeP
 };
 TORCH_MODULE(RelativePositionBias);
 
-/// Options of `Encoder`. For equal layers: `EncoderOptions({6, layer})`.
+/// Options of `Encoder`. For equal layers: `EncoderOptions(std::vector(6, layer))`.
 struct XATTN_API EncoderOptions {
   explicit EncoderOptions(std::vector<CrossAttentionBlockOptions> layers) : layers_(std::move(layers)) {}
   /// The layers, all over the same features: their attention has equal dim_query, dim_key and dim_value, and norm_context if
@@ -146,8 +146,8 @@ struct XATTN_API DecoderOptions {
   TORCH_ARG(bool, causal) = true;
 };
 
-/// Layers of self-attention, attention to a memory, and feed-forward, as in the decoders of BART, Whisper and T5 and in the text
-/// models of BLIP. Self-attention is causal unless the options say otherwise. Otherwise as `Encoder`.
+/// Layers of self-attention, attention to a memory, and feed-forward, as in the decoders of BART, Whisper and T5 and in the
+/// text models of BLIP. Self-attention is causal unless the options say otherwise. Otherwise as `Encoder`.
 ///
 ///   auto logits = to_vocabulary(decoder->forward(embedded, encoder->forward(image)));
 class XATTN_API DecoderImpl : public torch::nn::Cloneable<DecoderImpl> {

@@ -8,7 +8,8 @@
 
 #include "base/text.h"
 
-// A tensor's shape, type and device in messages: functions for `formatted` and the checks, which call them if they need the text.
+// A tensor's shape, type and device in messages: functions for `formatted` and the checks, which call them if they need the
+// text. The tensor must outlive them.
 namespace xattn::detail {
 
 /// "[2, 6, 128]", or "undefined".

@@ -17,8 +17,8 @@ namespace xattn::detail {
 
 std::string vformatted(fmt::string_view format, fmt::format_args arguments);
 
-/// What a message shows of an argument: the argument itself, or of a function the text that it returns. Functions stand for
-/// texts that take time to write and that most calls do not need.
+/// Calls the argument if it is a function, and otherwise returns it. A function delays the writing of a text until a message
+/// needs it.
 template <typename T>
 decltype(auto) evaluated(T&& argument) {
   if constexpr (std::is_invocable_v<T>) {
@@ -36,13 +36,13 @@ using Format = fmt::format_string<std::remove_cvref_t<decltype(evaluated(std::de
 template <typename... Args>
 std::string formatted(Format<Args...> format, Args&&... args) {
   fmt::string_view text;
-  if constexpr (requires { format.get(); }) {  // since fmt 10
+  if constexpr (requires { format.get(); }) {  // since fmt 10; later versions deprecate the conversion
     text = format.get();
   } else {
     text = format;
   }
-  const auto of = [text](auto&&... each) { return vformatted(text, fmt::make_format_args(each...)); };
-  return of(evaluated(std::forward<Args>(args))...);
+  const auto write = [text](auto&&... each) { return vformatted(text, fmt::make_format_args(each...)); };
+  return write(evaluated(std::forward<Args>(args))...);
 }
 
 /// The elements with separators between them: "2, 6, 128".

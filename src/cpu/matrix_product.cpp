@@ -10,6 +10,7 @@
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/ScalarType.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/accumulate.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/nn/functional/linear.h>
 
@@ -43,7 +44,7 @@ struct Matrices {
   int64_t row_stride, column_stride, groups = 1, per_group = 1, group_stride = 0, stride = 0;
 };
 
-// Those of a tensor [..., rows, columns] of two to four axes.
+// The matrices of a tensor [..., rows, columns] of two to four axes.
 Matrices matrices_of(const Tensor& given, bool transposed) {
   const auto x = transposed ? given : with_rows(given);
   Matrices all{x, transposed, x.stride(-2), x.stride(-1)};
@@ -53,7 +54,7 @@ Matrices matrices_of(const Tensor& given, bool transposed) {
 }
 
 // Whether the right side is packed for m rows of k terms.
-bool rows_pack(int64_t m, int64_t k) {
+bool packs_right_side(int64_t m, int64_t k) {
   return m > kMostRowsUnpacked && k > 0;
 }
 
@@ -78,7 +79,7 @@ void multiply_packed(const Product& whole, bool b_is_transposed, bool has_many, 
 void multiply_all(const Matrices& a, const Matrices& b, const ProductSizes& sizes, const Tensor& bias, const Tensor& result) {
   if (result.numel() == 0) return;
   const auto [m, n, k] = sizes;
-  const bool packs = rows_pack(m, k), has_many = has_many_rows(m, n, k);
+  const bool packs = packs_right_side(m, k), has_many = has_many_rows(m, n, k);
   const auto count = a.groups * a.per_group;
   const auto shares = plan_product(count, sizes, has_many, num_threads(), kernels());
   const auto columns = shares.panels * kernels().panel, packed_floats = columns * shares.terms;
@@ -107,7 +108,7 @@ Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   auto sizes = left.sizes().vec();
   sizes.back() = n;
   const auto result = at::empty(sizes, left.options());
-  const bool left_is_transposed = rows_pack(m, k) && k > 1 && left.stride(-2) == 1 && left.stride(-1) > 1;
+  const bool left_is_transposed = packs_right_side(m, k) && k > 1 && left.stride(-2) == 1 && left.stride(-1) > 1;
   multiply_all(matrices_of(left, left_is_transposed), matrices_of(right, k > 1 && n > 1 && right.stride(-2) == 1), {m, n, k},
                bias, result);
   return result;
@@ -215,8 +216,8 @@ Tensor project(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   sizes.back() = weight.size(0);
   if (!is_recorded(x, weight, bias) && x.is_contiguous() && weight.is_contiguous()) {  // without views, for small calls
     const auto result = at::empty(sizes, x.options());
-    const auto k = x.size(-1), n = weight.size(0);
-    multiply_all({x, false, k, 1}, {weight, true, 1, k}, {n > 0 ? result.numel() / n : 0, n, k}, bias, result);
+    const auto m = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), k = x.size(-1), n = weight.size(0);
+    multiply_all({x, /*transposed=*/false, k, 1}, {weight, /*transposed=*/true, 1, k}, {m, n, k}, bias, result);
     return result;
   }
   return multiply_and_add(x.reshape({-1, x.size(-1)}), weight.t(), bias).view(sizes);

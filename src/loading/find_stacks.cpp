@@ -54,6 +54,7 @@ std::optional<FoundStack> stack_at(
   for (auto item = tensors.lower_bound(in); item != tensors.end() && item->first.starts_with(in); ++item) {
     const auto rest = item->first.substr(in.size());
     const auto point = rest.find('.');
+    if (point == std::string::npos) continue;
     if (const auto number = number_of(rest.substr(0, point))) names[*number].insert(rest.substr(point + 1));
   }
   const auto has_cross = [&](const auto& layer) {
@@ -151,13 +152,15 @@ std::map<std::string, NameRole> name_roles(const FoundStack& stack, const Infos&
     roles.emplace(name, is_around ? NameRole::around : NameRole::unexplained);
   }
   const auto add_block = [&](const FoundBlock& block) {
-    const auto& beside = block_layout_named(block.layout).beside;  // the layer's other block, which explains its own names
+    // A name beside one block belongs to the layer's other block, which explains its own names.
+    const auto& beside = block_layout_named(block.layout).beside;
     for (const auto& [name, role] : name_roles(block, tensors)) {
       const auto full = block.prefix + name;
       const auto begins = [&name = name](const auto& word) { return name.starts_with(word); };
+      const bool is_of_other = role == NameRole::beside && std::ranges::any_of(beside, begins);
       if (!tensors.contains(full)) {
         roles.emplace(name, role);  // a low-rank weight at the top of the file
-      } else if (role != NameRole::unexplained && (role != NameRole::beside || std::ranges::none_of(beside, begins))) {
+      } else if (role != NameRole::unexplained && !is_of_other) {
         roles[full.substr(stack.prefix.size())] = role;
       }
     }

@@ -125,12 +125,12 @@ std::vector<T> ModelConfig::possible(const Names& names, const std::string& pref
 }
 
 void ModelConfig::refuse_other_attention(const FoundLayer& layer) const {
-  enum class Only { none, with_norms, not_cross };
+  enum class To { all, normed, self };
   struct Refused {
     std::string name;
     Names words;  // with which its text begins; of timm's architectures, which it contains
     std::string_view reason;
-    Only only = Only::none;
+    To to = To::all;  // layers that it applies to
   };
   constexpr std::string_view kRotary = "rotary embeddings of its queries and keys";
   constexpr std::string_view kInPart = "attention that is not to all keys";
@@ -139,21 +139,21 @@ void ModelConfig::refuse_other_attention(const FoundLayer& layer) const {
                                       "glm46v",    "glm_ocr",  "ernie4_5_vl", "exaone4_5", "dots"};
   static const std::vector<Refused> kRefused = {
       {"model_type", {"t5gemma2"}, "attention to its own tokens and to the context in one softmax"},
-      {"model_type", {"gemma", "t5gemma"}, "norms whose weights count from one", Only::with_norms},
+      {"model_type", {"gemma", "t5gemma"}, "norms whose weights count from one", To::normed},
       {"model_type", {"dia"}, "logits without a scale"},
-      {"model_type", {"bros", "layoutlmv3", "mpnet", "speecht5"}, "logits that depend on positions", Only::not_cross},
-      {"model_type", {"canine", "mra", "nystromformer", "yoso"}, kInPart, Only::not_cross},
-      {"attention_type", {"block_sparse"}, kInPart, Only::not_cross},  // of BigBird
-      {"model_type", kRotaryModels, kRotary, Only::not_cross},
-      {"position_embedding_type", {"rotary"}, kRotary, Only::not_cross},
+      {"model_type", {"bros", "layoutlmv3", "mpnet", "speecht5"}, "logits that depend on positions", To::self},
+      {"model_type", {"canine", "mra", "nystromformer", "yoso"}, kInPart, To::self},
+      {"attention_type", {"block_sparse"}, kInPart, To::self},  // of BigBird
+      {"model_type", kRotaryModels, kRotary, To::self},
+      {"position_embedding_type", {"rotary"}, kRotary, To::self},
       {"architecture", {"eva", "dinov3", "rope", "vit_pe"}, kRotary},
       {"_class_name", {"HunyuanDiT2D"}, "rotary embeddings of its queries"},
       {"qk_norm", {"l2", "fp32_layer_norm"}, "norms of queries and keys that have no weights"},
   };
   if (layer.layout == "qformer") return;  // the config is that of the language model in the same file
   const bool has_norms = layer.options.qk_norm() != NormKind::none, is_cross = layer.kind == AttentionKind::cross;
-  for (const auto& [name, words, reason, only] : kRefused) {
-    if ((only == Only::with_norms && !has_norms) || (only == Only::not_cross && is_cross)) continue;
+  for (const auto& [name, words, reason, to] : kRefused) {
+    if ((to == To::normed && !has_norms) || (to == To::self && is_cross)) continue;
     for (const auto& text : all<std::string>({name}, layer.prefix)) {
       const bool refused = std::ranges::any_of(words, [&, &name = name](const auto& word) {
         return name == "architecture" ? text.find(word) != std::string::npos : text.starts_with(word);
@@ -162,10 +162,12 @@ void ModelConfig::refuse_other_attention(const FoundLayer& layer) const {
     }
   }
   const auto* part = part_of(layer.prefix);
-  if (!part) part = has_component(layer.prefix, {"language_model", "text_model"}) ? json_.find("text_config") : &json_;
+  if (!part && has_component(layer.prefix, {"language_model"})) part = json_.find("text_config");
+  if (!part) part = &json_;
   for (const auto* name : {"rope_theta", "rope_parameters", "rope_scaling", "rotary_dim", "rotary_pct", "rotary_emb_base"}) {
-    const auto* found = is_cross || !part ? nullptr : part->find(name);
-    check_(!found || !(found->object() || found->as<double>()), "its config.json has {}, for {}: not computed", name, kRotary);
+    const auto* found = part->find(name);
+    const bool is_set = found && (found->object() || found->as<double>());  // null means none
+    check_(is_cross || !is_set, "its config.json has {}, for {}: not computed", name, kRotary);
   }
   constexpr const char* kCap = "attn_logit_softcapping";
   const auto around = layer.prefix.substr(0, layer.prefix.rfind('.', layer.prefix.size() - 2) + 1);

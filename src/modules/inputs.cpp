@@ -75,9 +75,10 @@ Tensor query_input(std::string_view caller, const LayerWeights& layer, const Ten
   check_value(fits || !is_batch || (is_batched && B > 1), caller,
               "key and value of the context must have the batch of query, {}, but are {}.", shape_of(query),
               batch_of(is_batched, B));
-  check_value(
-      fits, caller, "query must have shape {}Lq, {}] to match its context, but has {}.",
-      [&] { return is_batched ? formatted("[{}, ", B) : "["; }, query.size(-1), shape_of(query));
+  const auto expected = [&, E = query.size(-1)] {
+    return is_batched ? formatted("[{}, Lq, {}]", B, E) : formatted("[Lq, {}]", E);
+  };
+  check_value(fits, caller, "query must have shape {} to match its context, but has {}.", expected, shape_of(query));
   return batched(query);
 }
 

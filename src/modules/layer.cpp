@@ -43,10 +43,10 @@ Tensor times_shared(const Tensor& x, const Tensor& y, Tensor (*multiply)(const T
 }
 
 // Returns x with the parameter in its graph: a parameter that x does not depend on then receives a gradient of zeros, not none.
-// Optimizers treat the two differently. The sum is empty.
+// Optimizers treat the two differently.
 Tensor with_zero_gradient(const Tensor& x, const Tensor& parameter) {
-  return at::GradMode::is_enabled() && parameter.defined() && parameter.requires_grad() ? x + parameter.narrow(0, 0, 0).sum()
-                                                                                        : x;
+  if (!at::GradMode::is_enabled() || !parameter.defined() || !parameter.requires_grad()) return x;
+  return x + parameter.narrow(0, 0, 0).sum();  // an empty sum
 }
 
 // The parameters of each head, [H, d, Eq], [G, d, Ek], [G, e, Ev], and of the output by heads, [H, Eo, e].

@@ -14,8 +14,8 @@ namespace xattn::test {
 void fuzz_file(detail::Bytes file);    ///< a file in memory, of any format
 void fuzz_pickle(detail::Bytes file);  ///< data.pkl, in an archive with storages; as a state dict and as TorchScript
 void fuzz_json(detail::Bytes text);    ///< a document; the index of a sharded set; the config of an archive of torch.export
-void fuzz_folder(
-    detail::Bytes files);  ///< a folder; each of its files is "\n=== NAME\n" and the bytes, and "NAME/" is a folder
+/// A folder: each of its files is "\n=== NAME\n" and the bytes, and "NAME/" is a folder.
+void fuzz_folder(detail::Bytes files);
 
 struct FuzzTarget {
   std::string_view name;

@@ -74,7 +74,7 @@ void ModelImpl::make_image_encoder() {
 void ModelImpl::make_text_encoder() {
   auto encoder = options.text_encoder;
   if (encoder) {
-    text_encoder = torch::nn::AnyModule(KeptEncoder(encoder));
+    text_encoder = torch::nn::AnyModule(CachedEncoder(encoder));
     const auto words = torch::full({1, 3}, examples::Vocabulary::kEnd, torch::kInt64);
     const auto states = encoder->forward(words);
     check_encoder(states.dim() == 3 && states.size(0) == 1 && states.size(1) == 3, encoder, "states [N, T, C] of words [N, T]",

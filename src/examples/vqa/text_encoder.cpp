@@ -63,20 +63,20 @@ torch::Tensor TransformerEncoderImpl::forward(const torch::Tensor& words) {
   return x;
 }
 
-torch::Tensor KeptEncoderImpl::forward(const torch::Tensor& words) {
+torch::Tensor CachedEncoderImpl::forward(const torch::Tensor& words) {
   namespace F = torch::nn::functional;
-  const auto sentences = words.cpu().contiguous();
+  const auto questions = words.cpu().contiguous();
   const auto T = words.size(1);
-  std::vector<torch::Tensor> of_sentences;
+  std::vector<torch::Tensor> padded;
   for (int64_t i = 0; i < words.size(0); ++i) {
-    const auto length = sentences[i].ne(Vocabulary::kPadding).sum().item<int64_t>();
-    const auto* first = sentences[i].const_data_ptr<int64_t>();
-    if (states_.size() >= kMost) states_.clear();
+    const auto length = questions[i].ne(Vocabulary::kPadding).sum().item<int64_t>();
+    const auto* first = questions[i].const_data_ptr<int64_t>();
+    if (states_.size() >= kMostQuestions) states_.clear();
     auto& states = states_[{first, first + length}];
     if (!states.defined()) states = encoder_->forward(words.narrow(0, i, 1).narrow(1, 0, length))[0];
-    of_sentences.push_back(F::pad(states, F::PadFuncOptions({0, 0, 0, T - length})));
+    padded.push_back(F::pad(states, F::PadFuncOptions({0, 0, 0, T - length})));
   }
-  return torch::stack(of_sentences);
+  return torch::stack(padded);
 }
 
 }  // namespace vqa

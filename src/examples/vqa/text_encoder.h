@@ -62,12 +62,13 @@ class TransformerEncoderImpl : public torch::nn::Cloneable<TransformerEncoderImp
 TORCH_MODULE(TransformerEncoder);
 
 /// A pretrained encoder that is run once for each question, alone and without padding, and whose states are kept: a large one
-/// would take most of the training otherwise. States do not depend on the batch, so that a resumed training computes the same.
-class KeptEncoderImpl : public torch::nn::Module {
+/// would take most of the training otherwise. States do not depend on the batch, so that a resumed training computes the same. Not
+/// thread-safe: `forward` fills the cache.
+class CachedEncoderImpl : public torch::nn::Module {
  public:
-  static constexpr size_t kMost = 20'000;  ///< questions, then all are forgotten; the shipped grammar has fewer
+  static constexpr size_t kMostQuestions = 20'000;  ///< the cache is cleared when it is full; the shipped grammar has fewer
 
-  explicit KeptEncoderImpl(examples::Pretrained encoder) : encoder_(std::move(encoder)) {}
+  explicit CachedEncoderImpl(examples::Pretrained encoder) : encoder_(std::move(encoder)) {}
 
   /// The states at padding are zero.
   torch::Tensor forward(const torch::Tensor& words);
@@ -76,6 +77,6 @@ class KeptEncoderImpl : public torch::nn::Module {
   examples::Pretrained encoder_;
   std::map<std::vector<int64_t>, torch::Tensor> states_;  // by the words of the question: [its length, C]
 };
-TORCH_MODULE(KeptEncoder);
+TORCH_MODULE(CachedEncoder);
 
 }  // namespace vqa
