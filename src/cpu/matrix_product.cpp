@@ -75,7 +75,7 @@ void multiply_packed(const Product& whole, bool b_is_transposed, bool has_many, 
   }
 }
 
-// result [..., m, n] = a [..., m, k] b [..., k, n] + bias [n].
+// result [..., m, n] = a [..., m, k] b [..., k, n] + bias, [n] for all matrices or for each, in their order.
 void multiply_all(const Matrices& a, const Matrices& b, const ProductSizes& sizes, const Tensor& bias, const Tensor& result) {
   if (result.numel() == 0) return;
   const auto [m, n, k] = sizes;
@@ -94,7 +94,7 @@ void multiply_all(const Matrices& a, const Matrices& b, const ProductSizes& size
                        .a = {a.at(which, row, 0), a.row_stride, a.transposed ? a.column_stride : 1},
                        .b = kernels().rows(b.at(which, 0, column), b.transposed ? b.column_stride : b.row_stride),
                        .c = {mutable_data(result) + (which * m + row) * n + column, n},
-                       .bias = bias.defined() ? data(bias) + column : nullptr};
+                       .bias = bias.defined() ? data(bias) + (bias.numel() > n ? which * n : 0) + column : nullptr};
     if (packs)
       return multiply_packed(part, b.transposed, has_many, mutable_data(packed) + thread * packed_floats, shares.terms);
     b.transposed ? multiply_transposed(part) : multiply_part(part, /*has_many=*/false);
@@ -102,7 +102,7 @@ void multiply_all(const Matrices& a, const Matrices& b, const ProductSizes& size
   run_tasks(count * shares.column_tasks * shares.row_tasks, shares.threads, run_task);
 }
 
-// a [..., m, k] b [..., k, n] + bias [n].
+// a [..., m, k] b [..., k, n] + bias, as multiply_all.
 Tensor compute(const Tensor& left, const Tensor& right, const Tensor& bias) {
   const auto m = left.size(-2), k = left.size(-1), n = right.size(-1);
   auto sizes = left.sizes().vec();
@@ -183,6 +183,16 @@ struct TwoUsesFunction : torch::autograd::Function<TwoUsesFunction> {
 
 }  // namespace
 
+Tensor scaled(const Tensor& x, double factor) {
+  if (!run_on_kernels({x}) || is_recorded(x, {}, {}) || !x.is_non_overlapping_and_dense()) return x * factor;
+  const auto result = at::empty_like(x);  // with the strides of x
+  const auto scale = [from = data(x), to = mutable_data(result), f = static_cast<float>(factor)](int64_t begin, int64_t end) {
+    for (auto i = begin; i < end; ++i) to[i] = f * from[i];
+  };
+  TaskThreads{.all = true}.parts(x.numel(), scale, kOperationsOfATask / 8);  // as in TwoUsesFunction
+  return result;
+}
+
 std::pair<Tensor, Tensor> for_two_uses(const Tensor& x) {
   if (!at::GradMode::is_enabled() || !x.requires_grad() || !run_on_kernels({x})) return {x, x};
   const auto uses = TwoUsesFunction::apply(x);
@@ -197,6 +207,12 @@ Tensor matrix_product(const Tensor& a, const Tensor& b) {
   return run_on_kernels({a, b}) ? multiply_and_add(a, b, {}) : at::matmul(a, b);
 }
 
+Tensor matrix_product(const Tensor& a, const Tensor& b, const Tensor& bias) {
+  if (!bias.defined()) return matrix_product(a, b);
+  const bool in_one = run_on_kernels({a, b, bias}) && bias.is_contiguous() && !is_recorded(a, b, bias);
+  return in_one ? compute(a, b, bias) : matrix_product(a, b) + bias;
+}
+
 at::ScalarType product_type(const Tensor& x) {
   const auto device = x.device().type();
   if (x.scalar_type() == at::kDouble || !at::autocast::is_autocast_enabled(device)) return x.scalar_type();
@@ -204,9 +220,14 @@ at::ScalarType product_type(const Tensor& x) {
 }
 
 Tensor logits_product(const Tensor& a, const Tensor& b) {
-  if (product_type(a) != at::kHalf) return matrix_product(a, b);
+  return logits_product(a, b, {});
+}
+
+Tensor logits_product(const Tensor& a, const Tensor& b, const Tensor& bias) {
+  if (product_type(a) != at::kHalf) return matrix_product(a, b, bias);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return matrix_product(a.to(at::kFloat), b.to(at::kFloat));
+  const auto logits = matrix_product(a.to(at::kFloat), b.to(at::kFloat));
+  return bias.defined() ? logits + bias : logits;
 }
 
 Tensor project(const Tensor& x, const Tensor& weight, const Tensor& bias) {

@@ -17,14 +17,22 @@ bool run_on_kernels(std::initializer_list<at::Tensor> all);
 /// a [..., m, k], b [..., k, n] -> [..., m, n]; two to four axes, the leading ones of equal sizes.
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);
 
+/// The same plus a bias: [n], or for three axes [B, 1, n]; none if undefined.
+at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias);
+
 /// The same for logits: float16 is multiplied in float32, because a logit may exceed the largest float16.
 at::Tensor logits_product(const at::Tensor& a, const at::Tensor& b);
+at::Tensor logits_product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias);
 
 /// The type of a product of x: that of x, or autocast's if autocast is on.
 at::ScalarType product_type(const at::Tensor& x);
 
 /// x [..., in], weight [out, in], bias [out] or undefined -> [..., out].
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);
+
+/// x times a number. As with all functions here, LibTorch's threads are left alone: those of OpenMP wait actively after a call,
+/// on the cores that the kernels' threads need next.
+at::Tensor scaled(const at::Tensor& x, double factor);
 
 /// x for two uses. The gradients of both are then added on the kernels' threads, rather than on LibTorch's by the autograd engine.
 std::pair<at::Tensor, at::Tensor> for_two_uses(const at::Tensor& x);

@@ -28,10 +28,22 @@ Tensor for_every_head(const Tensor& x, int64_t H) {
   return H == G ? x : x.unsqueeze(1).expand({G, H / G, -1, -1}).reshape({H, x.size(1), x.size(2)});
 }
 
+// [B, G, L, a] -> [B, H, L, a], as for_every_head.
+Tensor rows_for_every_head(const Tensor& x, int64_t H) {
+  return x.size(1) == H ? x : x.repeat_interleave(H / x.size(1), 1);
+}
+
 // x [B, H, L, a], w [H, a, b] -> [B, H, L, b]: all rows of a head are rows of one product.
 Tensor times_each_head(const Tensor& x, const Tensor& w) {
   const auto B = x.size(0), H = x.size(1), L = x.size(2);
   return matrix_product(x.transpose(0, 1).reshape({H, B * L, x.size(3)}), w).view({H, B, L, w.size(2)}).transpose(0, 1);
+}
+
+// The same as [B, H * L, b].
+Tensor times_each_head_in_rows(const Tensor& x, const Tensor& w) {
+  const auto B = x.size(0);
+  if (B == 1 || at::GradMode::is_enabled() || !run_on_kernels({x, w})) return times_each_head(x, w).flatten(1, 2);
+  return matrix_product(x, w.unsqueeze(0).expand({B, -1, -1, -1})).flatten(1, 2);  // saves a copy
 }
 
 // x [B, H, Lq, a], y [B, a, b] -> [B, H, Lq, b]: all heads are rows of one product, in the order in which they lie in memory.
@@ -87,7 +99,7 @@ Tensor with_last_row(const Tensor& x, const Tensor& bias) {
 
 // (Xq Wq) Wk'
 Tensor fold_into_query(const LayerWeights& w, const LayerQuery& query) {
-  const auto rows = times_each_head(query.projected * w.scale, for_every_head(key_heads(w), w.H));
+  const auto rows = times_each_head(scaled(query.projected, w.scale), for_every_head(key_heads(w), w.H));
   return with_zero_gradient(rows, w.key_bias);  // [B, H, Lq, Ek]
 }
 
@@ -100,10 +112,10 @@ Tensor times_product(const LayerWeights& w, const WeightProduct& product, const 
 // Wq (Wk' Xk'), and bq (Wk' Xk')
 std::pair<Tensor, Tensor> fold_into_context(const LayerWeights& w, const Tensor& key) {
   const auto B = key.size(0), Lk = key.size(1);
-  const auto k = project_key(w, key).repeat_interleave(w.H / w.G, 1) * w.scale;  // [B, H, Lk, d]
+  const auto k = scaled(rows_for_every_head(project_key(w, key), w.H), w.scale);  // [B, H, Lk, d]
   Tensor bias;
-  if (w.query_bias.defined()) bias = at::matmul(k, w.query_bias.view({w.H, w.d, 1})).reshape({B, 1, w.H * Lk});
-  return {times_each_head(k, query_heads(w)).flatten(1, 2), bias};
+  if (w.query_bias.defined()) bias = times_each_head_in_rows(k, w.query_bias.view({w.H, w.d, 1})).view({B, 1, w.H * Lk});
+  return {times_each_head_in_rows(k, query_heads(w)), bias};
 }
 
 // -> logits [B, H, Lq, Lk]
@@ -112,7 +124,7 @@ Tensor logits_of(const Layer& layer, const LayerQuery& query, const LayerContext
   switch (layer.orders.logits) {
     case Order::standard: {
       const auto B = query.x.size(0), Lq = query.x.size(1), Lk = context.keys.size(2);
-      const auto rows = (query.projected * w.scale).reshape({B, w.G, w.H / w.G * Lq, w.d});
+      const auto rows = scaled(query.projected, w.scale).reshape({B, w.G, w.H / w.G * Lq, w.d});
       return logits_product(rows, context.keys.transpose(-2, -1)).view({B, w.H, Lq, Lk});
     }
     case Order::fold_into_query: return times_shared(fold_into_query(w, query), context.keys.transpose(1, 2), logits_product);
@@ -120,8 +132,8 @@ Tensor logits_of(const Layer& layer, const LayerQuery& query, const LayerContext
       return times_shared(times_product(w, layer.products.logits, query.x), context.keys.transpose(1, 2), logits_product);
     case Order::fold_into_context: break;
   }
-  auto logits = logits_product(query.x, context.keys.transpose(1, 2));  // [B, Lq, Eq] [B, Eq, H * Lk]
-  if (context.key_bias.defined()) logits = logits + context.key_bias;
+  // [B, Lq, Eq] [B, Eq, H * Lk]
+  const auto logits = logits_product(query.x, context.keys.transpose(1, 2), context.key_bias);
   return logits.unflatten(2, {w.H, -1}).transpose(1, 2);
 }
 
@@ -133,8 +145,8 @@ Tensor project_value(const LayerWeights& w, const Tensor& value) {
 
 // (Xv Wv) Wo
 Tensor fold_values_into_context(const LayerWeights& w, const Tensor& value) {
-  const auto v = project_value(w, value).repeat_interleave(w.H / w.G, 1);  // [B, H, Lk, e]
-  return times_each_head(v, output_heads(w).transpose(1, 2)).flatten(1, 2);
+  const auto v = rows_for_every_head(project_value(w, value), w.H);  // [B, H, Lk, e]
+  return times_each_head_in_rows(v, output_heads(w).transpose(1, 2));
 }
 
 // The factor of bv in each row: the sum of the row's weights. It is one (undefined here), unless the row has no keys or some of
@@ -167,8 +179,7 @@ Tensor output_of(const Layer& layer, const Tensor& weights, const Tensor& sums, 
     if (!sums.defined()) return output + product.bias.sum(0);
     return output + at::matmul(sums.squeeze(3).expand({-1, w.H, -1}).transpose(1, 2), product.bias);
   }
-  const auto output = matrix_product(merge_heads(weights), values);  // [B, Lq, H * Lk] [B, H * Lk, Eo]
-  return w.output_bias.defined() ? output + w.output_bias : output;
+  return matrix_product(merge_heads(weights), values, w.output_bias);  // [B, Lq, H * Lk] [B, H * Lk, Eo]
 }
 
 // q bk of each head and row, [B, H, Lq]: the term that a fold into the query omits from all logits of a row.
