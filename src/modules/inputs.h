@@ -11,6 +11,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "base/text.h"
 #include "modules/layer.h"
 #include "modules/norm_weights.h"
 
