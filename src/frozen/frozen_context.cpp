@@ -12,6 +12,7 @@
 
 #include "attention/mask_parts.h"
 #include "base/check.h"
+#include "base/describe.h"
 #include "frozen/engine.h"
 #include "frozen/state.h"
 #include "modules/inputs.h"
