@@ -30,8 +30,8 @@ at::ScalarType product_type(const at::Tensor& x);
 /// x [..., in], weight [out, in], bias [out] or undefined -> [..., out].
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);
 
-/// x times a number. As with all functions here, LibTorch's threads are left alone: those of OpenMP wait actively after a call,
-/// on the cores that the kernels' threads need next.
+/// x times a number; on the kernels' threads where they run and no gradient is recorded, because LibTorch's threads (OpenMP) wait
+/// actively after a call, on the cores that the kernels need next.
 at::Tensor scaled(const at::Tensor& x, double factor);
 
 /// x for two uses. The gradients of both are then added on the kernels' threads, rather than on LibTorch's by the autograd engine.
