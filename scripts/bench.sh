@@ -87,7 +87,7 @@ torch=()
 if [[ $device == cuda ]]; then
   torch=(-DTorch_DIR="$($python -c 'import torch; print(torch.utils.cmake_prefix_path)')/Torch")
 fi
-scripts/build.sh -B $folder "${torch[@]}"
+scripts/build.sh -B $folder --target xattn_bench "${torch[@]}"
 
 load=$(cut -d' ' -f1 /proc/loadavg 2> /dev/null || echo 0)
 if awk "BEGIN { exit !($load > 0.5) }"; then

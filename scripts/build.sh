@@ -24,14 +24,14 @@ example: scripts/build.sh -DTorch_DIR=/opt/libtorch/share/cmake/Torch
 END
 }
 
-tests=OFF
+tests=()
 folder=build
 target=()
 options=()
 while (($#)); do
   case $1 in
     -h | --help) usage; exit ;;
-    --tests) tests=ON ;;
+    --tests) tests=(-DXATTN_TESTS=ON) ;;
     --target) target+=(--target "${2:?"--target needs a name"}"); shift ;;
     -B) folder=${2:?"-B needs a folder"}; shift ;;
     -*) options+=("$1") ;;
@@ -76,8 +76,8 @@ processors=$(nproc)
 jobs=$((memory < 1 ? 1 : memory < processors ? memory : processors))
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$jobs}
 
-# A folder keeps the generator that it was made with.
-[[ -e $folder/CMakeCache.txt ]] || options+=(-G Ninja)
-cmake -S . -B "$folder" --log-level=NOTICE -DCMAKE_BUILD_TYPE=Release -DXATTN_TESTS=$tests \
-  -DXATTN_TORCH_INSTALLER="$PWD/scripts/install_torch.sh" "${options[@]}"
+# A folder keeps the generator that it was made with, and its tests.
+[[ -e $folder/CMakeCache.txt ]] || options=(-G Ninja -DXATTN_TESTS=OFF "${options[@]}")
+cmake -S . -B "$folder" --log-level=NOTICE -DCMAKE_BUILD_TYPE=Release -DXATTN_TORCH_INSTALLER="$PWD/scripts/install_torch.sh" \
+  "${options[@]}" "${tests[@]}"
 cmake --build "$folder" "${target[@]}"

@@ -280,6 +280,30 @@ TEST(CheckpointTest, ReadsTheOldFileAfterItWasReplaced) {
   EXPECT_TRUE(checkpoint.tensor("a").equal(torch::ones({100})));
 }
 
+// KB of the file's mapping that are in this process's memory.
+int64_t resident(const std::string& path) {
+  std::ifstream maps("/proc/self/smaps");
+  int64_t sum = 0;
+  bool ours = false;
+  for (std::string line; std::getline(maps, line);) {
+    if (line.find(" kB") == std::string::npos) ours = line.ends_with(path);
+    if (ours && line.starts_with("Rss:")) sum += std::stoll(line.substr(4));
+  }
+  return sum;
+}
+
+TEST(CheckpointTest, WhatWasReadOfAFileIsInMemoryOnce) {
+  const TempDir dir;
+  const auto path = dir.file("x.safetensors");
+  const auto a = torch::rand({1024, 1024}), b = torch::rand({1024, 1025});
+  save_safetensors(path, NamedTensors{{"a", a}, {"b", b}});
+  const auto checkpoint = open_checkpoint(path);
+  EXPECT_TRUE(checkpoint.tensor("a").equal(a));
+  EXPECT_TRUE(checkpoint.tensor("b").equal(b));
+  EXPECT_LT(resident(path), 256);
+  EXPECT_TRUE(checkpoint.tensor("a").equal(a)) << "a second time";
+}
+
 TEST(CheckpointTest, NamesTheTensorThatDoesNotFitIntoMemory) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   GTEST_SKIP() << "sanitizers map more than any limit, and end the process";

@@ -457,6 +457,27 @@ TEST(FrozenLinearTest, EqualsTheLinearLayerForEveryShape) {
   }
 }
 
+TEST(FrozenLinearTest, ReadsRowsOfItsWeightAsAnEmbedding) {
+  const auto tokens = torch::tensor({{0, 299, 7}, {64, 63, 0}});
+  for (const auto type : {torch::kFloat32, torch::kFloat64}) {  // on the kernels and on LibTorch's operators
+    torch::nn::Linear linear(20, 300);
+    linear->to(type);
+    const FrozenLinear frozen(*linear);
+    EXPECT_TRUE(frozen.embedding(tokens).equal(torch::embedding(linear->weight, tokens)));
+    EXPECT_TRUE(frozen.embedding(tokens[0][1].to(torch::kInt)).equal(linear->weight[299]));
+    EXPECT_EQ(frozen.embedding(tokens.narrow(1, 0, 0)).sizes(), (std::vector<int64_t>{2, 0, 20}));
+    EXPECT_EQ(error_of<c10::ValueError>([&] { frozen.embedding(tokens + 1); }),
+              "[frozen_linear] indices must lie in [0, 300), but hold 300.");
+    EXPECT_EQ(error_of<c10::TypeError>([&] { frozen.embedding(torch::ones({2})); }),
+              "[frozen_linear] indices must be of an integer type, but are float32.");
+    EXPECT_EQ(error_of<c10::TypeError>([&] { frozen.embedding({}); }),
+              "[frozen_linear] indices must be of an integer type, but are undefined.");
+    if (!frozen.uses_kernels()) continue;
+    const auto rounded = linear->weight.to(torch::kBFloat16).to(torch::kFloat32);
+    EXPECT_TRUE(FrozenLinear(*linear, torch::kBFloat16).embedding(tokens).equal(torch::embedding(rounded, tokens)));
+  }
+}
+
 TEST(FrozenLinearTest, GivesARowTheSameBitsOnAnyNumberOfThreads) {
   torch::manual_seed(22);
   const FrozenLinear frozen(*torch::nn::Linear(200, 5000));

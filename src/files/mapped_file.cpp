@@ -59,4 +59,14 @@ void MappedFile::check_unchanged() const {
   FileCheck(kFile, path_)(same, "has changed since it was opened");
 }
 
+void MappedFile::release(Bytes part) const {
+  const auto file = reinterpret_cast<uintptr_t>(bytes_.data());
+  auto begin = reinterpret_cast<uintptr_t>(part.data()), end = begin + part.size();
+  if (begin < file || end > file + bytes_.size()) return;
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  begin = (begin + page - 1) / page * page;
+  end = end / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
 }  // namespace xattn::detail

@@ -36,6 +36,9 @@ class XATTN_API MappedFile {
   /// A file that was replaced or removed is unchanged: the mapping keeps the old one.
   void check_unchanged() const;
 
+  /// Gives the memory of the pages that lie in `part` back to the system, if it is of this file; another access reads them again.
+  void release(Bytes part) const;
+
  private:
   std::string path_;
   std::string place_;  // the absolute path, since the process may change its folder

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/frozen_linear.h>
 
+#include <ATen/TensorIndexing.h>
 #include <ATen/ops/linear.h>
 
 #include "base/check.h"
@@ -8,6 +9,7 @@
 #include "base/describe.h"
 #include "frozen/packed_layers.h"
 #include "frozen/state.h"
+#include "modules/layer_context.h"
 
 namespace xattn {
 
@@ -61,6 +63,19 @@ Tensor FrozenLinear::forward(const Tensor& x) const {
   check_type(x.device() == s.device, kLinear, "x must be on {}, as the weight, but is on {}.", detail::name_of(s.device),
              detail::name_of(x.device()));
   return uses_kernels() ? detail::apply(s.packed, x) : at::linear(x, s.weights.weight, s.weights.bias);
+}
+
+Tensor FrozenLinear::embedding(const Tensor& indices) const {
+  const detail::Inference inference;
+  const auto& s = state();
+  detail::check_dense(kLinear, "indices", indices);
+  const auto rows = detail::entry_indices(kLinear, indices.defined() ? indices.flatten() : indices, s.out).to(s.device);
+  auto sizes = indices.sizes().vec();
+  sizes.push_back(s.in);
+  if (!uses_kernels()) return s.weights.weight.index_select(0, rows).view(sizes);
+  const auto width = detail::kernels().panel;
+  const auto panels = s.packed.weight.data.view({-1, s.in, width});
+  return panels.index({rows.div(width, "floor"), at::indexing::Slice(), rows % width}).to(at::kFloat).view(sizes);
 }
 
 int64_t FrozenLinear::in_features() const {

@@ -59,25 +59,26 @@ xattn::FrozenBlock frozen(xattn::CrossAttentionBlockImpl& block, const xattn::Fr
 
 Model::Model(const std::string& path, std::optional<torch::ScalarType> storage) {
   const torch::NoGradGuard no_grad;
-  const auto weights = xattn::open_checkpoint(path).path();
-  folder_ = std::filesystem::absolute(weights).parent_path().string();
+  const auto file = xattn::open_checkpoint(path);
+  folder_ = std::filesystem::absolute(file.path()).parent_path().string();
   const examples::JsonFile config(folder_, "config.json");
   std::string type = "whisper";
   config.get("model_type", type);
   config.check(type == "whisper", fmt::format("model_type must be \"whisper\", but is \"{}\"", type));
-  // One part after the other, and the file opened for each: then what is read and what is made of it are never in memory all at
-  // once.
+  // The largest part first: while one is frozen, its own weights and the packed ones are both in memory.
   const xattn::FreezeOptions how = {.storage = storage};
-  read_vocabulary(xattn::open_checkpoint(weights), how);
-  read_encoder(xattn::open_checkpoint(weights), how);
-  read_decoder(xattn::open_checkpoint(weights), how);
+  read_decoder(file, how);
+  read_encoder(file, how);
+  read_vocabulary(file, how);
 }
 
 void Model::read_vocabulary(const Checkpoint& file, const xattn::FreezeOptions& how) {
-  token_embedding_ = find(file, "decoder.embed_tokens.weight", "decoder.token_embedding.weight");
   torch::nn::LinearImpl to_logits(torch::nn::LinearOptions(1, 1).bias(false));
-  const auto own = file.contains("proj_out.weight");  // otherwise the same weights read tokens and predict them
-  to_logits.weight = (own ? file.tensor("proj_out.weight") : token_embedding_).to(torch::kFloat32);
+  to_logits.weight = find(file, "decoder.embed_tokens.weight", "decoder.token_embedding.weight").to(torch::kFloat32);
+  if (file.contains("proj_out.weight")) {  // otherwise the same weights read tokens and predict them
+    token_embedding_ = to_logits.weight;
+    to_logits.weight = file.tensor("proj_out.weight").to(torch::kFloat32);
+  }
   to_logits_ = xattn::FrozenLinear(to_logits, how.storage);
 }
 
@@ -122,11 +123,13 @@ Contexts Model::contexts(const Tensor& memory, int64_t expected_queries) const {
   return contexts;
 }
 
-// The output of the decoder's last layer [n, T, E], and the attention of these heads in every layer that has some.
-Tensor Decoding::run(const Tensor& tokens, const Heads& heads, std::vector<Tensor>& attention) {
+// The output of the first `layers` [n, T, E], and the attention of these heads in each of them that has some.
+Tensor Decoding::run(const Tensor& tokens, size_t layers, const Heads& heads, std::vector<Tensor>& attention) {
   const auto T = tokens.size(1);
-  auto x = model_.token_embedding_.index({tokens}).to(torch::kFloat32) + model_.decoder_positions_.narrow(0, length_, T);
-  for (size_t i = 0; i < words_.size(); ++i) {
+  const auto& own = model_.token_embedding_;
+  auto x = own.defined() ? own.index({tokens}) : model_.to_logits_.embedding(tokens);
+  x += model_.decoder_positions_.narrow(0, length_, T);
+  for (size_t i = 0; i < layers; ++i) {
     const auto& [self, cross] = model_.decoder_[i];
     if (length_ == 0) {
       const auto causal = xattn::Mask::causal(xattn::CausalAlignment::lower_right);
@@ -147,13 +150,15 @@ Tensor Decoding::run(const Tensor& tokens, const Heads& heads, std::vector<Tenso
 
 Tensor Decoding::append(const Tensor& tokens) {
   std::vector<Tensor> none;
-  const auto x = run(tokens, Heads(words_.size()), none);
+  const auto x = run(tokens, words_.size(), Heads(words_.size()), none);
   return model_.to_logits_.forward(xattn::Norm(model_.decoder_norm_)->forward(x));
 }
 
 Tensor Decoding::attention(const Tensor& tokens, const Heads& heads) {
+  auto layers = heads.size();  // those behind the last of these heads are not needed
+  while (layers > 0 && heads[layers - 1].empty()) --layers;
   std::vector<Tensor> attention;
-  run(tokens, heads, attention);
+  run(tokens, layers, heads, attention);
   return torch::cat(attention);
 }
 

@@ -35,7 +35,7 @@ class Model {
   int64_t bins() const { return conv_weights_[0].size(1); }
   int64_t window() const { return 2 * encoder_positions_.size(0); }  ///< frames of a spectrogram that it hears at once
   int64_t longest() const { return decoder_positions_.size(0); }     ///< tokens of a text with its prompt
-  int64_t vocabulary_size() const { return token_embedding_.size(0); }
+  int64_t vocabulary_size() const { return to_logits_.out_features(); }
   int64_t decoder_layers() const { return static_cast<int64_t>(decoder_.size()); }
   int64_t heads() const { return decoder_.front().cross.options().attention().num_heads(); }
   const std::string& folder() const { return folder_; }  ///< of the files
@@ -54,7 +54,7 @@ class Model {
   torch::Tensor encoder_positions_;  // [window / 2, E]
   std::vector<xattn::FrozenBlock> encoder_;
   xattn::Norm encoder_norm_{nullptr};
-  torch::Tensor token_embedding_;    // [V, E], in the type of the file: one row is read for each token
+  torch::Tensor token_embedding_;    // [V, E], if it is not the weight of to_logits_, as in all models of OpenAI
   torch::Tensor decoder_positions_;  // [longest, E]
   std::vector<DecoderLayer> decoder_;
   xattn::Norm decoder_norm_{nullptr};
@@ -73,14 +73,15 @@ class Decoding {
   /// Adds tokens int64 [n, T] to n texts. Returns the logits of the token behind each, [n, T, V].
   torch::Tensor append(const torch::Tensor& tokens);
 
-  /// Adds tokens int64 [1, T] to one text. Returns the attention to the sound of these heads, [heads, T, Lk].
+  /// Reads a whole text, int64 [1, T], in a Decoding of its own, as far as the last layer with some of these heads. Returns their
+  /// attention to the sound, [heads, T, Lk].
   torch::Tensor attention(const torch::Tensor& tokens, const Heads& heads);
 
   /// Goes on with these texts, int64 [n]. Their contexts are selected; that of the sound serves all of them as it is.
   void select(const torch::Tensor& texts);
 
  private:
-  torch::Tensor run(const torch::Tensor& tokens, const Heads& heads, std::vector<torch::Tensor>& attention);
+  torch::Tensor run(const torch::Tensor& tokens, size_t layers, const Heads& heads, std::vector<torch::Tensor>& attention);
 
   const Model& model_;
   const Contexts& sound_;

@@ -132,25 +132,36 @@ struct Hypothesis {
 };
 using Hypotheses = std::vector<Hypothesis>;
 
-// The most probable continuations of the beginnings, the best first. logits: float32 [n, V].
-Hypotheses continuations(const Hypotheses& beginnings, Tensor logits, const Rules& rules, int64_t count) {
-  const auto V = logits.size(1);
-  if (count > 1) logits = logits.log_softmax(1);  // to compare beams; the order of one needs none
-  std::vector<double> before;
-  for (size_t i = 0; i < beginnings.size(); ++i) {
-    rules.forbid(logits.data_ptr<float>() + static_cast<int64_t>(i) * V, V, beginnings[i].tokens);
-    before.push_back(beginnings[i].score);
+// The `count` best continuations of the beginnings, the best first. logits: float32 [n, V], may be overwritten. Each row
+// is computed by itself, which LibTorch does in one thread: its others would go on waiting, and take the processor from those
+// of the decoder.
+Hypotheses continuations(const Hypotheses& beginnings, const Tensor& logits, const Rules& rules, size_t count) {
+  struct Candidate {
+    float score;
+    int64_t beam, token;
+  };
+  const auto better = [](const Candidate& a, const Candidate& b) { return a.score > b.score; };
+  std::vector<Candidate> best;  // the best first
+  std::vector<Tensor> log_probabilities;
+  for (int64_t beam = 0; beam < logits.size(0); ++beam) {
+    const auto row = count > 1 ? logits[beam].log_softmax(0) : logits[beam];  // the order of one row needs no softmax
+    const auto V = row.size(0);
+    const auto& text = beginnings.at(static_cast<size_t>(beam));
+    rules.forbid(row.data_ptr<float>(), V, text.tokens);
+    log_probabilities.push_back(row.log_softmax(0));  // among the tokens that are allowed
+    for (int64_t token = 0; token < V; ++token) {
+      const Candidate next{row.const_data_ptr<float>()[token] + static_cast<float>(text.score), beam, token};
+      if (best.size() == count && !better(next, best.back())) continue;
+      if (best.size() == count) best.pop_back();
+      best.insert(std::upper_bound(best.begin(), best.end(), next, better), next);
+    }
   }
-  const auto allowed = logits.logsumexp(1);  // [n]
-  const auto flat = count > 1 ? (logits + torch::tensor(before, torch::kFloat32).unsqueeze(1)).flatten() : logits.flatten();
-  const auto best = count > 1 ? std::get<1>(flat.topk(std::min(count, flat.numel()))) : flat.argmax().unsqueeze(0);
   Hypotheses found;
-  for (int64_t k = 0; k < best.numel(); ++k) {
-    const auto place = best[k].item<int64_t>(), beam = place / V, token = place % V;
+  for (const auto& [score, beam, token] : best) {
     auto& next = found.emplace_back(beginnings.at(static_cast<size_t>(beam)));
     next.tokens.push_back(token);
-    next.score = flat[place].item<double>();
-    next.log_probability += logits[beam][token].item<double>() - allowed[beam].item<double>();
+    next.score = score;
+    next.log_probability += log_probabilities[static_cast<size_t>(beam)].const_data_ptr<float>()[token];
     next.beam = beam;
   }
   return found;
@@ -169,7 +180,7 @@ Heard search(const Whisper& whisper, const Contexts& sound, const Tokens& prompt
   const auto better = [](const Hypothesis& a, const Hypothesis& b) { return a.mean() > b.mean(); };
   while (true) {
     // As many again as there are beams, because half of them may end here.
-    const auto found = continuations(beginnings, logits.select(1, -1).contiguous(), rules, beams > 1 ? 2 * beams : 1);
+    const auto found = continuations(beginnings, logits.select(1, -1), rules, n > 1 ? 2 * n : 1);
     beginnings.clear();
     for (size_t k = 0; k < found.size(); ++k) {
       const bool ends = found[k].tokens.back() == rules.end || found[k].tokens.size() == most;

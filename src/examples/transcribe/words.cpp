@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <set>
 #include <string_view>
@@ -51,22 +53,38 @@ void join_punctuation(Words& words) {
   std::erase_if(words, [](const Word& word) { return word.tokens.empty(); });
 }
 
-// The median of each `width` neighbours in a row; what is beyond its ends is mirrored. All medians are found at once, by odd-even
-// transposition sort of the shifted tensors. x [T, Lk].
-Tensor median_filter(const Tensor& x, int64_t width) {
-  const auto margin = width / 2;
-  if (margin <= 0 || x.size(1) <= margin) return x;
-  const auto padded = torch::reflection_pad1d(x, {margin, margin});
-  std::vector<Tensor> sorted;
-  for (int64_t i = 0; i <= 2 * margin; ++i) sorted.push_back(padded.narrow(1, i, x.size(1)));
+// Adds the median of each `width` neighbours in a row of n numbers to the sums; what is beyond the row's ends is mirrored. All
+// medians are found at once, by odd-even transposition sort of the shifted rows.
+void add_medians(const float* row, int64_t n, int64_t width, float* sums) {
+  const auto margin = n > width / 2 ? std::max<int64_t>(0, width / 2) : 0;
+  std::vector<float> padded;
+  for (auto j = -margin; j < n + margin; ++j) padded.push_back(row[std::min(std::abs(j), 2 * (n - 1) - std::abs(j))]);
+  std::vector<std::vector<float>> sorted;
+  for (auto begin = padded.begin(); begin + n <= padded.end(); ++begin) sorted.emplace_back(begin, begin + n);
   for (size_t round = 0; round < sorted.size(); ++round) {
     for (size_t i = round % 2; i + 1 < sorted.size(); i += 2) {
-      const auto lower = torch::minimum(sorted[i], sorted[i + 1]);
-      sorted[i + 1] = torch::maximum(sorted[i], sorted[i + 1]);
-      sorted[i] = lower;
+      auto *lower = sorted[i].data(), *upper = sorted[i + 1].data();
+      for (int64_t j = 0; j < n; ++j) {
+        const auto smaller = std::min(lower[j], upper[j]);
+        upper[j] = std::max(lower[j], upper[j]);
+        lower[j] = smaller;
+      }
     }
   }
-  return sorted.at(static_cast<size_t>(margin));
+  for (int64_t j = 0; j < n; ++j) sums[j] += sorted[static_cast<size_t>(margin)][static_cast<size_t>(j)];
+}
+
+// The sum over heads of their attention: normalised along the tokens and smoothed along the sound. x: [A, T, Lk], overwritten.
+Tensor smoothed(Tensor x, int64_t width) {
+  const auto A = x.size(0), T = x.size(1), Lk = x.size(2);
+  x -= x.mean(1, /*keepdim=*/true);
+  x /= torch::linalg_vector_norm(x, 2, {1}, /*keepdim=*/true) / std::sqrt(static_cast<double>(T));
+  x = x.nan_to_num_(0).contiguous();
+  auto sum = torch::zeros({T, Lk});
+  for (int64_t row = 0; row < A * T; ++row) {
+    add_medians(x.const_data_ptr<float>() + row * Lk, Lk, width, sum.data_ptr<float>() + row % T * Lk);
+  }
+  return sum;
 }
 
 }  // namespace
@@ -132,13 +150,9 @@ Words align(const Whisper& whisper, const Contexts& sound, const Tokens& prompt,
   auto weights =
       Decoding(whisper.model, sound).attention(torch::tensor(tokens).unsqueeze(0), rules.alignment_heads);  // [A, T, Lk]
   weights = weights.narrow(2, 0, std::max<int64_t>(1, frames / kFramesOfToken));
-  weights = weights / weights.sum(2, /*keepdim=*/true);
-  const auto [deviation, mean] = torch::std_mean(weights, {1}, /*unbiased=*/false, /*keepdim=*/true);
-  auto smooth = torch::zeros({weights.size(1), weights.size(2)});
-  for (const auto& head : ((weights - mean) / deviation).nan_to_num(0).unbind())
-    smooth += median_filter(head, rules.median_width);
-  const auto entered = time_warp(-smooth.narrow(0, first, rows) / weights.size(0));
+  weights /= weights.sum(2, /*keepdim=*/true);
   const auto attention = weights.mean(0).narrow(0, first, rows);
+  const auto entered = time_warp(-smoothed(weights, rules.median_width).narrow(0, first, rows) / weights.size(0));
   int64_t token = 0;
   for (auto& word : words) {
     const auto count = static_cast<int64_t>(word.tokens.size());
