@@ -474,6 +474,15 @@ TEST(LoadStacksTest, NamesWhatALayerLacks) {
             "together");
 }
 
+TEST(LoadStacksTest, NamesALayerOfAnotherWidth) {
+  Changed bart("bart");
+  bart.tensors.at("model.encoder.layers.1.self_attn.k_proj.weight") = torch::ones({8, 13});
+  EXPECT_EQ(bart.encoder_error(kTold),
+            "layer \"model.encoder.layers.1.\" must have weights for 8 features, but has them for 8 of the query, 13 of keys "
+            "and 8 of "
+            "values");
+}
+
 TEST(LoadStacksTest, NamesTensorsThatNoLayoutExplains) {
   Changed bart("bart");
   bart.tensors["model.encoder.layers.1.adapter.weight"] = torch::ones({8});

@@ -16,6 +16,7 @@
 #include "loading/model_config.h"
 #include "loading/module_options.h"
 #include "loading/recipes.h"
+#include "loading/refusals.h"
 
 namespace xattn {
 namespace {
@@ -34,7 +35,7 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint,
                                const LayerOptions& options,
                                const std::vector<std::string>& heads_in_config) {
   const auto check = load_check(checkpoint.path());
-  config.refuse_other_attention(layer);
+  detail::refuse_other_attention(config, layer);
   const auto possible = layer.possible_heads();
   auto num_heads = options.num_heads;
   if (!num_heads) num_heads = config.num_heads(layer, heads_in_config);

@@ -16,6 +16,7 @@
 #include "loading/model_config.h"
 #include "loading/module_options.h"
 #include "loading/recipes.h"
+#include "loading/refusals.h"
 #include "loading/stack_layouts.h"
 #include "modules/option_names.h"
 
@@ -51,7 +52,7 @@ class StackReader {
     const auto unexpected = names_of(detail::NameRole::unexplained, name_roles(stack_, infos_));
     check_(options.allow_unexpected || unexpected.empty(), "{} must have only names that layout {} explains{}{}", name,
            stack_.layout, detail::list("unexpected", unexpected), detail::advice_on(unexpected));
-    config_.refuse_other_positions(stack_.prefix);
+    detail::refuse_other_positions(config_, stack_.prefix);
     if (!layout_.relative_position_bias.empty()) read_bias(kind == StackKind::encoder);
   }
 
@@ -98,6 +99,11 @@ class StackReader {
                                         .activation = options_.activation,
                                         .norm_eps = options_.norm_eps};
     auto result = detail::block_options(checkpoint_, config_, found, of_block).dropout(options_.dropout);
+    const auto& attention = result.attention();
+    const auto E = stack_.layers.front().self.attention.options.dim_query(), query = attention.dim_query();
+    check_(query == E && (!layout.is_self || (attention.dim_key() == E && attention.dim_value() == E)),
+           "layer {} must have weights for {} features, but has them for {} of the query, {} of keys and {} of values",
+           in_quotes(found.prefix), E, query, attention.dim_key(), attention.dim_value());
     const auto placement = result.norm_placement();
     check_(layout.norm_placement.value_or(placement) == placement,
            "norm_placement must be the one that layout {} needs, but is {}", found.layout, detail::name_of(placement));

@@ -127,7 +127,7 @@ class Matcher {
   }
 
   void add_stack(const FoundStack& found, const std::string& path) {
-    if (in_.config) in_.config->refuse_other_positions(in_file(found).prefix);
+    if (in_.config) refuse_other_positions(*in_.config, in_file(found).prefix);
     if (!found.fault.empty()) misshapen_.push_back(formatted("{} must have {}", which(path), found.fault));
     add(recipes(found, in_.source.infos), path);
     add(name_roles(found, in_.source.infos), found.prefix);
@@ -221,7 +221,7 @@ class Matcher {
     if (layout.scale) require(path, "scale", *layout.scale, *has.scale(), layer.layout);
     if (!in_.config) return;
     const auto in_config = in_file(layer);
-    in_.config->refuse_other_attention(in_config);
+    refuse_other_attention(*in_.config, in_config);
     const auto& names = heads_in_config.empty() ? layout.num_heads : heads_in_config;
     require_said(path, "num_heads", in_.config->possible_num_heads(in_config, names), has.num_heads());
     if (has.qk_norm() != NormKind::none)

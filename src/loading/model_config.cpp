@@ -23,15 +23,6 @@ bool is_anywhere(std::string_view name) {
   return !name.empty() && name.find('.') == std::string_view::npos;
 }
 
-// Where a name of a layout may stand: "name", "text_config/name", "decoder/name", or at the one place that it gives.
-Names places_of(std::string name) {
-  if (name.empty()) return {};
-  if (is_anywhere(name)) return {name, "text_config/" + name, "decoder/" + name};
-  std::ranges::replace(name, '.', '/');
-  if (name.starts_with('/')) name.erase(0, 1);
-  return {name};
-}
-
 // The name for layers with this prefix: configs of one part have names like "decoder_attention_heads" and, for the encoder,
 // "encoder_attention_heads".
 std::string name_for(const std::string& name, const std::string& prefix) {
@@ -68,6 +59,14 @@ std::optional<Activation> activation_named(std::string_view name) {
 
 }  // namespace
 
+Names places_of(std::string name) {
+  if (name.empty()) return {};
+  if (is_anywhere(name)) return {name, "text_config/" + name, "decoder/" + name};
+  std::ranges::replace(name, '.', '/');
+  if (name.starts_with('/')) name.erase(0, 1);
+  return {name};
+}
+
 ModelConfig::ModelConfig(const Checkpoint& checkpoint)
     : check_(load_check(checkpoint.path())), tensors_(&checkpoint.tensors()) {
   if (checkpoint.files().empty()) return;   // a file in memory has no place
@@ -79,7 +78,6 @@ ModelConfig::ModelConfig(const Checkpoint& checkpoint)
   json_ = parse_json("load", path, file.bytes(), kMaxConfig);
 }
 
-// The object whose name, without "_config", begins the first component of the prefix that has one; null if there is none.
 const Json* ModelConfig::part_of(const std::string& prefix) const {
   constexpr std::string_view kEnding = "_config";
   std::istringstream components(prefix);
@@ -124,94 +122,8 @@ std::vector<T> ModelConfig::possible(const Names& names, const std::string& pref
   return {};
 }
 
-void ModelConfig::refuse_other_attention(const FoundLayer& layer) const {
-  enum class To { all, normed, self };
-  struct Refused {
-    std::string name;
-    Names words;  // with which its text begins; of timm's architectures, which it contains
-    std::string_view reason;
-    To to = To::all;  // layers that it applies to
-  };
-  constexpr std::string_view kRotary = "rotary embeddings of its queries and keys";
-  constexpr std::string_view kInPart = "attention that is not to all keys";
-  static const Names kRotaryModels = {"lightglue", "roformer", "clvp",        "sam3",      "video_llama_3", "paddleocr_vl",
-                                      "qwen2_vl",  "qwen2_5",  "qwen3_vl",    "qwen3_5",   "qwen3_omni",    "glm4v",
-                                      "glm46v",    "glm_ocr",  "ernie4_5_vl", "exaone4_5", "dots"};
-  static const std::vector<Refused> kRefused = {
-      {"model_type", {"t5gemma2"}, "attention to its own tokens and to the context in one softmax"},
-      {"model_type", {"gemma", "t5gemma"}, "norms whose weights count from one", To::normed},
-      {"model_type", {"dia"}, "logits without a scale"},
-      {"model_type", {"bros", "layoutlmv3", "mpnet", "speecht5"}, "logits that depend on positions", To::self},
-      {"model_type", {"canine", "mra", "nystromformer", "yoso"}, kInPart, To::self},
-      {"attention_type", {"block_sparse"}, kInPart, To::self},  // of BigBird
-      {"model_type", kRotaryModels, kRotary, To::self},
-      {"position_embedding_type", {"rotary"}, kRotary, To::self},
-      {"architecture", {"eva", "dinov3", "rope", "vit_pe"}, kRotary},
-      {"_class_name", {"HunyuanDiT2D"}, "rotary embeddings of its queries"},
-      {"qk_norm", {"l2", "fp32_layer_norm"}, "norms of queries and keys that have no weights"},
-  };
-  if (layer.layout == "qformer") return;  // the config is that of the language model in the same file
-  const bool has_norms = layer.options.qk_norm() != NormKind::none, is_cross = layer.kind == AttentionKind::cross;
-  for (const auto& [name, words, reason, to] : kRefused) {
-    if ((to == To::normed && !has_norms) || (to == To::self && is_cross)) continue;
-    for (const auto& text : all<std::string>({name}, layer.prefix)) {
-      const bool refused = std::ranges::any_of(words, [&, &name = name](const auto& word) {
-        return name == "architecture" ? text.find(word) != std::string::npos : text.starts_with(word);
-      });
-      check_(!refused, "its config.json says {} {}, which has {}: not computed", name, in_quotes(text), reason);
-    }
-  }
-  const auto* part = part_of(layer.prefix);
-  if (!part && has_component(layer.prefix, {"language_model"})) part = json_.find("text_config");
-  if (!part) part = &json_;
-  for (const auto* name : {"rope_theta", "rope_parameters", "rope_scaling", "rotary_dim", "rotary_pct", "rotary_emb_base"}) {
-    const auto* found = part->find(name);
-    const bool is_set = found && (found->object() || found->as<double>());  // null means none
-    check_(is_cross || !is_set, "its config.json has {}, for {}: not computed", name, kRotary);
-  }
-  constexpr const char* kCap = "attn_logit_softcapping";
-  const auto around = layer.prefix.substr(0, layer.prefix.rfind('.', layer.prefix.size() - 2) + 1);
-  const bool is_t5gemma = !layer.prefix.empty() && tensors_->contains(around + "pre_cross_attn_layernorm.weight");
-  const bool cap_known = std::ranges::any_of(places_of(kCap), [&](const auto& place) { return json_.find(place) != nullptr; });
-  check_(!is_t5gemma || cap_known,
-         "layer {} is T5Gemma's, whose config.json says whether logits are capped softly by {}, but there is none",
-         in_quotes(layer.prefix), in_quotes(kCap));
-  refuse_soft_caps(layout_of(layer).num_heads);
-}
-
-// Throws for soft caps of logits, in the parts of the config where numbers of heads are looked up.
-void ModelConfig::refuse_soft_caps(const Names& names) const {
-  Names parts = {"text_config", "decoder"};
-  for (const auto& name : names) {
-    const auto place = places_of(name).front();
-    const auto end = place.rfind('/');
-    parts.push_back(end == std::string::npos ? "" : place.substr(0, end));
-  }
-  for (const auto& part : parts) {
-    const auto* found = json_.find(part);
-    if (!found || !found->object()) continue;
-    for (const auto& [name, value] : *found->object()) {
-      const auto has = [&name = name](const char* word) { return name.find(word) != std::string::npos; };
-      const bool is_cap = has("att") && (has("softcap") || has("soft_cap") || has("logit_cap"));
-      const auto cap = value.as<double>();
-      check_(!is_cap || cap.value_or(0) == 0, "its config.json caps logits softly, by {} of {}: not computed", in_quotes(name),
-             cap.value_or(0));
-    }
-  }
-}
-
-void ModelConfig::refuse_other_positions(const std::string& prefix) const {
-  // These models add positions to the inputs or the keys of each layer.
-  constexpr std::array kInEachLayer = {"detr", "table-transformer", "nezha", "maskformer", "mask2former", "oneformer"};
-  for (const auto& type : all<std::string>({"position_embedding_type", "encoder.position_embedding_type"}, prefix)) {
-    check_(type == "absolute", "position_embedding_type in its config.json must be \"absolute\", but is {}: not computed",
-           in_quotes(type));
-  }
-  for (const auto& type : all<std::string>({"model_type"}, prefix)) {
-    const auto is_in = [&type](const char* word) { return type.find(word) != std::string::npos; };
-    check_(std::ranges::none_of(kInEachLayer, is_in),
-           "its config.json says model_type {}, which adds positions in each layer: not computed", in_quotes(type));
-  }
+std::vector<std::string> ModelConfig::texts(const Names& names, const std::string& prefix) const {
+  return all<std::string>(names, prefix);
 }
 
 std::optional<int64_t> ModelConfig::max_distance() const {
@@ -269,7 +181,7 @@ std::optional<double> ModelConfig::scale(const FoundLayer& layer, int64_t head_d
 
 std::optional<NormPlacement> ModelConfig::norm_placement(const BlockLayout& layout) const {
   if (layout.norm_placement) return layout.norm_placement;
-  for (const auto& model : all<std::string>({"model_type"})) {
+  for (const auto& model : texts({"model_type"})) {
     if (std::ranges::count(layout.models_before, model) > 0) return NormPlacement::before;
     if (std::ranges::count(layout.models_after, model) > 0) return NormPlacement::after;
   }

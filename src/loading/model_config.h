@@ -19,17 +19,24 @@
 
 namespace xattn::detail {
 
+/// Where a name of a layout may stand in a config: "name", "text_config/name", "decoder/name", or at the one place that it gives.
+std::vector<std::string> places_of(std::string name);
+
 /// The config.json beside a file of weights, which may be absent: properties of layers and blocks that the weights do not show.
 class ModelConfig {
  public:
   /// Reads it as the weights are read: throws FileError unless it is a regular file of JSON, of at most 8 MB.
   explicit ModelConfig(const Checkpoint& checkpoint);
 
-  /// Throws FileError for an unsupported kind of attention that only a config reveals.
-  void refuse_other_attention(const FoundLayer& layer) const;
+  const FileCheck& check() const { return check_; }
+  const std::map<std::string, TensorInfo>& tensors() const { return *tensors_; }  ///< of the checkpoint
+  const Json& json() const { return json_; }
 
-  /// Throws FileError for self-attention whose logits or inputs depend on positions in a way that no tensor shows.
-  void refuse_other_positions(const std::string& prefix) const;
+  /// The object whose name, without "_config", begins the first component of the prefix that has one; null if there is none.
+  const Json* part_of(const std::string& prefix) const;
+
+  /// All texts under these names, in the places of each and in the part that the prefix names.
+  std::vector<std::string> texts(const std::vector<std::string>& names, const std::string& prefix = {}) const;
 
   /// The number of heads of a layer, by the first of these names that config.json has.
   std::optional<int64_t> num_heads(const FoundLayer& layer, const std::vector<std::string>& names) const;
@@ -68,13 +75,10 @@ class ModelConfig {
   template <class T>
   std::vector<T> possible(const std::vector<std::string>& names, const std::string& prefix) const;
 
-  const Json* part_of(const std::string& prefix) const;
   std::vector<std::string> names_of_heads(const FoundLayer& layer, std::vector<std::string> names) const;
 
-  void refuse_soft_caps(const std::vector<std::string>& names) const;
-
   FileCheck check_;
-  const std::map<std::string, TensorInfo>* tensors_;  // of the checkpoint
+  const std::map<std::string, TensorInfo>* tensors_;
   Json json_;
 };
 

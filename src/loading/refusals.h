@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <xattn/find_layers.h>
+
+#include <string>
+
+#include "loading/model_config.h"
+
+// Models whose tensors have the names of a layout but whose attention is another: only their config.json tells.
+namespace xattn::detail {
+
+/// Throws FileError for a kind of attention that is not computed.
+void refuse_other_attention(const ModelConfig& config, const FoundLayer& layer);
+
+/// Throws FileError for a stack with this prefix whose logits or inputs depend on positions in a way that no tensor shows.
+void refuse_other_positions(const ModelConfig& config, const std::string& prefix);
+
+}  // namespace xattn::detail
