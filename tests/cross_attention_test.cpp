@@ -344,6 +344,7 @@ TEST(CrossAttentionTypesTest, TensorsThatAreNotDenseAreRefusedByName) {
       {x.to_sparse(), "sparse."},
       {x.to_mkldnn(), "in the layout of oneDNN."},
       {torch::_nested_tensor_from_tensor_list({x[0], x[1]}), "nested."},
+      {torch::quantize_per_tensor(x, 0.1, 0, torch::kQInt8), "quantized."},
   };
   for (const auto& [other, is] : others) {
     EXPECT_EQ(error_of<c10::TypeError>([&] { module->forward(other, x, x); }),

@@ -81,6 +81,7 @@ TEST_F(ExamplesTest, WrongUsageIsOneLineAndStatusTwo) {
   EXPECT_EQ(refused("vqa", "evaluate --threads 0"), "vqa: --threads: Value 0 not in range 1 to 1024\n");
   EXPECT_EQ(refused("vqa", ""), "vqa: A subcommand is required\n");
   EXPECT_EQ(refused("vqa", "train --text cnn"), "vqa: --text: cnn not in {rnn,transformer}\n");
+  EXPECT_EQ(refused("vqa", "ask board.png question --picture ''"), "vqa: --picture: must not be empty\n");
   EXPECT_EQ(refused("vqa", "train --resume --steps 5"), "vqa: --resume excludes --steps\n");
   EXPECT_EQ(refused("caption", "describe"), "caption: BOARD.png is required\n");
 }

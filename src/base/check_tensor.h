@@ -13,13 +13,14 @@
 // Checks of what every function needs of a tensor.
 namespace xattn::detail {
 
-/// Throws c10::TypeError for a sparse or nested tensor, or one in another library's layout. An undefined one passes.
+/// Throws c10::TypeError for a sparse, nested or quantized tensor, or one in another library's layout. An undefined one passes.
 inline void check_dense(std::string_view caller, std::string_view name, const at::Tensor& x) {
-  if (!x.defined() || (x.layout() == at::kStrided && !x.is_nested())) return;
+  if (!x.defined() || (x.layout() == at::kStrided && !x.is_nested() && !x.is_quantized())) return;
   check_type(false, caller, "{} must be dense, but is {}.", name,
-             x.is_nested()   ? "nested"
-             : x.is_mkldnn() ? "in the layout of oneDNN"
-                             : "sparse");
+             x.is_nested()      ? "nested"
+             : x.is_quantized() ? "quantized"
+             : x.is_mkldnn()    ? "in the layout of oneDNN"
+                                : "sparse");
 }
 
 /// Throws c10::TypeError for a type that attention is not computed in. An undefined tensor passes.

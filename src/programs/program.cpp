@@ -97,6 +97,9 @@ void Command::add_option(const std::string& names, Value value, const std::strin
         return has_default(*variable) ? added->capture_default_str() : added;
       },
       value);
+  // Without a value such an option is empty; whoever means that leaves it out.
+  const auto missing = [](const std::string& text) { return text.empty() ? std::string("must not be empty") : std::string(); };
+  if (std::holds_alternative<std::string*>(value)) option->check(missing, "");
   add_rules(*option, rules);
 }
 
