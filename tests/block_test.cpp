@@ -643,6 +643,33 @@ TEST(PlannedBlockTest, ForwardTakesTheCheapestOrderAndGivesTheSameResult) {
   expect_close(std::get<0>(block->attend(x, few)), std::get<0>(block->forward(x, y, y)), 1e-4, "with a raw context");
 }
 
+TEST(BlockWithoutGradientsTest, EqualsTheBlockWithThem) {  // on other kernels
+  torch::manual_seed(6);
+  const auto query = 3 * torch::randn({9, 3, 16}).transpose(0, 1), key = torch::randn({3, 20, 16});  // not contiguous
+  for (const auto activation : {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu}) {
+    for (const auto norm : {NormKind::layer, NormKind::rms, NormKind::none}) {
+      for (const auto gate : {BlockGate::none, BlockGate::scalar, BlockGate::per_feature}) {
+        for (const bool glu : {false, true}) {
+          CrossAttentionBlock block(CrossAttentionBlockOptions(CrossAttentionOptions(16, 16, 16, 16).num_heads(2))
+                                        .norm(norm)
+                                        .norm_placement(glu ? NormPlacement::before : NormPlacement::after)
+                                        .activation(activation)
+                                        .gate(gate)
+                                        .feed_forward_glu(glu));
+          {
+            const torch::NoGradGuard no_grad;
+            for (auto& parameter : block->parameters()) parameter.add_(torch::randn_like(parameter), 0.3);
+          }
+          const auto expected = std::get<0>(block->forward(query, key, key)).detach();
+          const torch::NoGradGuard no_grad;
+          const auto output = std::get<0>(block->forward(query, key, key));
+          expect_close(output, expected, tolerance(torch::kFloat, 200), "output");
+        }
+      }
+    }
+  }
+}
+
 TEST(SelfAttentionBlockTest, AContextBelongsToTheNormThatItPassed) {
   CrossAttentionBlock block(CrossAttentionBlockOptions(CrossAttentionOptions(8, 8, 8, 8)).norm_context(true));
   const auto x = torch::randn({2, 3, 8});

@@ -185,6 +185,21 @@ TEST_P(DecoupledTest, LearnedKeyBelongsToTheFirstContext) {
   EXPECT_FALSE(alone.allclose(output));
 }
 
+TEST_P(DecoupledTest, EqualsItselfWithoutGradients) {  // on other kernels
+  torch::manual_seed(9);
+  for (const double scale : {1.0, 0.6}) {
+    DecoupledCrossAttention module(DecoupledCrossAttentionOptions(CrossAttentionOptions(16, 12, 12, 16).num_heads(2))
+                                       .added({AddedContextOptions(8, 8).scale(scale)}));
+    module->to(GetParam());
+    const auto query = torch::randn({2, 40, 16}, GetParam()), text = torch::randn({2, 7, 12}, GetParam()),
+               image = torch::randn({2, 3, 8}, GetParam());
+    const auto expected = std::get<0>(module->forward(query, text, text, {{image, image}})).detach();
+    const torch::NoGradGuard no_grad;
+    expect_close(std::get<0>(module->forward(query, text, text, {{image, image}})), expected, tolerance(torch::kFloat, 100),
+                 "output");
+  }
+}
+
 TEST_P(DecoupledTest, AMaskHidesKeysOfItsOwnContextOnly) {
   auto module = make();
   const auto no_text = Mask::lengths(torch::tensor({0, 0}), kLk).to(device_);

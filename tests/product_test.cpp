@@ -7,6 +7,7 @@
 
 #include "attention/softmax.h"
 #include "compare.h"
+#include "cpu/elementwise.h"
 #include "cpu/matrix_product.h"
 #include "test_util.h"
 

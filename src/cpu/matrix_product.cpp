@@ -144,13 +144,8 @@ struct MatrixProductFunction : torch::autograd::Function<MatrixProductFunction> 
   }
 };
 
-bool is_recorded(const Tensor& a, const Tensor& b, const Tensor& bias) {
-  const auto requires_grad = [](const Tensor& x) { return x.defined() && x.requires_grad(); };
-  return at::GradMode::is_enabled() && (requires_grad(a) || requires_grad(b) || requires_grad(bias));
-}
-
 Tensor multiply_and_add(const Tensor& a, const Tensor& b, const Tensor& bias) {
-  if (is_recorded(a, b, bias)) {
+  if (is_recorded({a, b, bias})) {
     return MatrixProductFunction::apply(a, b, bias.defined() ? std::optional(bias) : std::nullopt);
   }
   return compute(a, b, bias);
@@ -158,45 +153,9 @@ Tensor multiply_and_add(const Tensor& a, const Tensor& b, const Tensor& bias) {
 
 }  // namespace
 
-namespace {
-
-struct TwoUsesFunction : torch::autograd::Function<TwoUsesFunction> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, const Tensor& x) {
-    return {x.view(x.sizes()), x.view(x.sizes())};
-  }
-
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list grads) {
-    auto& a = grads[0];
-    auto& b = grads[1];
-    if (!a.defined() || !b.defined()) return {a.defined() ? a : b};
-    const bool plain = run_on_kernels({a, b}) && a.is_contiguous() && b.is_contiguous();
-    if (at::GradMode::is_enabled() || !plain) return {a + b};
-    const bool is_ours = a.use_count() == 1 && a.storage().use_count() == 1;  // as the autograd engine decides
-    const auto sum = is_ours ? a : at::empty(a.sizes(), a.options());
-    const auto add = [x = data(a), y = data(b), z = mutable_data(sum)](int64_t begin, int64_t end) {
-      for (auto i = begin; i < end; ++i) z[i] = x[i] + y[i];
-    };
-    TaskThreads{.all = true}.parts(a.numel(), add, kOperationsOfATask / 8);  // an addition from memory takes some 8 operations
-    return {sum};
-  }
-};
-
-}  // namespace
-
-Tensor scaled(const Tensor& x, double factor) {
-  if (!run_on_kernels({x}) || is_recorded(x, {}, {}) || !x.is_non_overlapping_and_dense()) return x * factor;
-  const auto result = at::empty_like(x);  // with the strides of x
-  const auto scale = [from = data(x), to = mutable_data(result), f = static_cast<float>(factor)](int64_t begin, int64_t end) {
-    for (auto i = begin; i < end; ++i) to[i] = f * from[i];
-  };
-  TaskThreads{.all = true}.parts(x.numel(), scale, kOperationsOfATask / 8);  // as in TwoUsesFunction
-  return result;
-}
-
-std::pair<Tensor, Tensor> for_two_uses(const Tensor& x) {
-  if (!at::GradMode::is_enabled() || !x.requires_grad() || !run_on_kernels({x})) return {x, x};
-  const auto uses = TwoUsesFunction::apply(x);
-  return {uses[0], uses[1]};
+bool is_recorded(std::initializer_list<Tensor> all) {
+  return at::GradMode::is_enabled() &&
+         std::ranges::any_of(all, [](const Tensor& x) { return x.defined() && x.requires_grad(); });
 }
 
 bool run_on_kernels(std::initializer_list<Tensor> all) {
@@ -209,7 +168,7 @@ Tensor matrix_product(const Tensor& a, const Tensor& b) {
 
 Tensor matrix_product(const Tensor& a, const Tensor& b, const Tensor& bias) {
   if (!bias.defined()) return matrix_product(a, b);
-  const bool in_one = run_on_kernels({a, b, bias}) && bias.is_contiguous() && !is_recorded(a, b, bias);
+  const bool in_one = run_on_kernels({a, b, bias}) && bias.is_contiguous() && !is_recorded({a, b, bias});
   return in_one ? compute(a, b, bias) : matrix_product(a, b) + bias;
 }
 
@@ -235,7 +194,7 @@ Tensor project(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   if (!bias_fits || !run_on_kernels({x, weight})) return torch::nn::functional::linear(x, weight, bias);
   auto sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
-  if (!is_recorded(x, weight, bias) && x.is_contiguous() && weight.is_contiguous()) {  // without views, for small calls
+  if (!is_recorded({x, weight, bias}) && x.is_contiguous() && weight.is_contiguous()) {  // without views, for small calls
     const auto result = at::empty(sizes, x.options());
     const auto m = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), k = x.size(-1), n = weight.size(0);
     multiply_all({x, /*transposed=*/false, k, 1}, {weight, /*transposed=*/true, 1, k}, {m, n, k}, bias, result);

@@ -5,7 +5,6 @@
 #include <c10/core/ScalarType.h>
 
 #include <initializer_list>
-#include <utility>
 
 // The matrix products of modules, differentiable to any order: in float32 on the CPU by this library's kernels (with AVX2 or
 // AVX-512), elsewhere by LibTorch's operators. The bits of a result do not depend on the number of threads.
@@ -13,6 +12,9 @@ namespace xattn::detail {
 
 /// Whether computations on these tensors run on the library's kernels.
 bool run_on_kernels(std::initializer_list<at::Tensor> all);
+
+/// Whether gradients of a function of these tensors are recorded; some may be undefined.
+bool is_recorded(std::initializer_list<at::Tensor> all);
 
 /// a [..., m, k], b [..., k, n] -> [..., m, n]; two to four axes, the leading ones of equal sizes.
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);
@@ -29,12 +31,5 @@ at::ScalarType product_type(const at::Tensor& x);
 
 /// x [..., in], weight [out, in], bias [out] or undefined -> [..., out].
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);
-
-/// x times a number; on the kernels' threads where they run and no gradient is recorded, because LibTorch's threads (OpenMP) wait
-/// actively after a call, on the cores that the kernels need next.
-at::Tensor scaled(const at::Tensor& x, double factor);
-
-/// x for two uses. The gradients of both are then added on the kernels' threads, rather than on LibTorch's by the autograd engine.
-std::pair<at::Tensor, at::Tensor> for_two_uses(const at::Tensor& x);
 
 }  // namespace xattn::detail

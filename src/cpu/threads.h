@@ -10,6 +10,7 @@
 #include "cpu/packed.h"
 #include "cpu/tasks.h"
 #include "cpu/thread_pool.h"
+#include "cpu/tuning.h"
 
 // Runs tasks on threads, each with scratch memory.
 namespace xattn::detail::engine {
@@ -50,6 +51,12 @@ struct TaskThreads {
 template <class F>
 void each(int64_t n, const F& f) {
   TaskThreads{.all = true}.each(n, f);
+}
+
+// Calls f(begin, end) for parts of [0, n) on all threads; each of the n costs as much as so many operations of arithmetic.
+template <class F>
+void each_part(int64_t n, int64_t operations, const F& f) {
+  TaskThreads{.all = true}.parts(n, f, divided_up(kOperationsOfATask, operations));
 }
 
 // A block of memory that is handed out from the front, in whole cache lines.

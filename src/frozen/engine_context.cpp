@@ -68,6 +68,17 @@ Tensor project_rows(const EngineContext& context, const Tensor& x, const Packed&
   return projected;
 }
 
+// x.to(storage), on the kernels' threads.
+Tensor stored(const Tensor& x, at::ScalarType storage) {
+  if (storage == at::kFloat) return x;
+  const auto result = at::empty(x.sizes(), x.options().dtype(storage));
+  constexpr int64_t kOperations = 16;  // of arithmetic, in the time that one number takes
+  each_part(x.numel(), kOperations, [from = data(x), to = result.mutable_data_ptr<at::BFloat16>()](int64_t begin, int64_t end) {
+    std::copy(from + begin, from + end, to + begin);
+  });
+  return result;
+}
+
 // V of each head, packed: [B, G, Lk x e].
 Tensor project_values(const EngineWeights& w, const EngineContext& context, const Tensor& value) {
   const auto& run = kernels();
@@ -87,7 +98,7 @@ Tensor project_values(const EngineWeights& w, const EngineContext& context, cons
       pad_last_panel(c, stride, n, columns);
     }
   });
-  return values.to(w.storage);
+  return stored(values, w.storage);
 }
 
 // Xk', packed: [B, Ek x Lk].
@@ -170,7 +181,7 @@ Tensor fold_values(const EngineWeights& w, const EngineContext& context, const T
               .all_rows = context.Lk});
     pad_last_panel(c, rows * run.panel, n, w.Eo);
   });
-  return values.to(w.storage);
+  return stored(values, w.storage);
 }
 
 }  // namespace

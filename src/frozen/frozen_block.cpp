@@ -27,8 +27,6 @@ struct FrozenBlock::State {
   Frozen attention;
   detail::BlockWeights weights;                    // on the kernels, without the feed-forward network
   std::optional<detail::PackedBlock> packed = {};  // on the kernels
-
-  detail::Normalise normalise() const { return packed ? detail::normalised_on_kernels : detail::normalised; }
 };
 
 FrozenBlock::FrozenBlock(const CrossAttentionBlockImpl& module, const FreezeOptions& how) {
@@ -58,7 +56,7 @@ std::tuple<Tensor, Tensor> FrozenBlock::forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask, const CallOptions& call) const {
   const detail::Inference inference;
   const auto& s = state();
-  const auto [Xq, Xk, Xv] = detail::block_inputs(kFrozenBlock, s.weights, query, key, value, s.normalise());
+  const auto [Xq, Xk, Xv] = detail::block_inputs(kFrozenBlock, s.weights, query, key, value);
   const auto [attended, weights] = s.attention.forward(Xq, Xk, Xv, mask, call);
   return {finish(query, attended), weights};
 }
@@ -67,7 +65,7 @@ FrozenContext FrozenBlock::context(const Tensor& key, const Tensor& value, const
   const detail::Inference inference;
   const auto& s = state();
   detail::check_share(kFrozenBlock, s.weights, how);
-  const auto [none, Xk, Xv] = detail::block_context(kFrozenBlock, s.weights, key, value, s.normalise());
+  const auto [none, Xk, Xv] = detail::block_context(kFrozenBlock, s.weights, key, value);
   const auto context = s.attention.context(Xk, Xv, mask, how);
   auto state = std::make_shared<FrozenContext::State>(context.state());
   state->norm = s.weights.context_norm();
@@ -79,7 +77,7 @@ std::tuple<Tensor, Tensor> FrozenBlock::attend(const Tensor& query,
                                                const CallOptions& call) const {
   const detail::Inference inference;
   const auto& s = state();
-  const auto Xq = detail::block_query(kFrozenBlock, s.weights, query, s.normalise());
+  const auto Xq = detail::block_query(kFrozenBlock, s.weights, query);
   const auto [attended, weights] = s.attention.attend(Xq, context, call);
   return {finish(query, attended), weights};
 }

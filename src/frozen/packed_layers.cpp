@@ -2,11 +2,11 @@
 #include "frozen/packed_layers.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
+#include "cpu/elementwise.h"
 #include "cpu/huge_pages.h"
 #include "cpu/threads.h"
 #include "cpu/tuning.h"
@@ -25,44 +25,6 @@ Tensor plain(const Tensor& x) {
 
 Tensor copy_of(const Tensor& x) {
   return x.defined() ? x.resolve_neg().clone(at::MemoryFormat::Contiguous) : x;
-}
-
-Tensor open_gate(const Tensor& gate, int64_t features) {
-  return gate.defined() ? gate.tanh().expand({features}).contiguous() : gate;
-}
-
-Pointwise function_of(Activation activation) {
-  switch (activation) {
-    case Activation::relu: return Pointwise::relu;
-    case Activation::gelu: return Pointwise::gelu;
-    case Activation::gelu_tanh: return Pointwise::gelu_tanh;
-    case Activation::silu: break;
-  }
-  return Pointwise::silu;
-}
-
-// rows -> to [n, features], each head or the whole row by the size of the norm.
-void normalise_into(const NormWeights& norm, const float* rows, float* to, int64_t n, int64_t features) {
-  kernels().normalise({.rows = n * (features / norm.size),
-                       .n = norm.size,
-                       .x = rows,
-                       .y = to,
-                       .subtracts_mean = norm.kind == NormKind::layer,
-                       .eps = norm.eps,
-                       .weight = data(norm.weight),
-                       .bias = norm.bias.defined() ? data(norm.bias) : nullptr});
-}
-
-// y = x + gate * branch, for n rows. y may be x or the branch.
-void add_rows(const float* x, const Tensor& gate, const float* branch, float* y, int64_t n, int64_t features) {
-  if (!gate.defined()) {
-    for (int64_t i = 0; i < n * features; ++i) y[i] = x[i] + branch[i];
-    return;
-  }
-  const auto* factor = data(gate);
-  for (int64_t row = 0; row < n; ++row, x += features, branch += features, y += features) {
-    for (int64_t i = 0; i < features; ++i) y[i] = x[i] + factor[i] * branch[i];
-  }
 }
 
 }  // namespace
@@ -115,26 +77,15 @@ Tensor apply(const PackedLinear& linear, const Tensor& given) {
   return y;
 }
 
-Tensor normalised_on_kernels(const Tensor& given, const NormWeights& norm) {
-  if (norm.kind == NormKind::none || !given.is_cpu() || given.scalar_type() != at::kFloat) return normalised(given, norm);
-  const auto x = plain(given), y = at::empty_like(x);
-  constexpr int64_t kRowsOfATask = 16;  // of some hundred features: a few microseconds
-  const auto normalise = [&](int64_t begin, int64_t end) {
-    normalise_into(norm, data(x) + begin * norm.size, mutable_data(y) + begin * norm.size, end - begin, norm.size);
-  };
-  TaskThreads{.all = true}.parts(x.numel() / norm.size, normalise, kRowsOfATask);
-  return y;
-}
-
 void engine::normalise_rows(const NormWeights& norm, float* rows, int64_t n, int64_t features) {
-  if (norm.kind != NormKind::none) normalise_into(norm, rows, rows, n, features);
+  if (norm.kind != NormKind::none) normalise_rows(norm, rows, rows, n, features);
 }
 
 PackedBlock::PackedBlock(const BlockWeights& w, at::ScalarType storage)
     : features_(w.features),
       hidden_(w.has_feed_forward() ? w.feed_forward_in.weight.size(0) : 0),
       norms_before_(w.norms_before()),
-      activation_(function_of(w.activation)),
+      activation_(pointwise(w.activation)),
       attention_norm_(copy_of(w.attention_norm)),
       feed_forward_norm_(copy_of(w.feed_forward_norm)),
       attention_gate_(open_gate(w.attention_gate, w.features)),
@@ -174,7 +125,7 @@ void PackedBlock::finish(const Tensor& given, const Tensor& attended) const {
         if (normalises_copy) {
           entered = scratch.take(n * Eq);
           threads.parts(n, [&](int64_t first, int64_t last) {
-            normalise_into(feed_forward_norm_, x + first * Eq, entered + first * Eq, last - first, Eq);
+            normalise_rows(feed_forward_norm_, x + first * Eq, entered + first * Eq, last - first, Eq);
           });
         }
         auto* hidden = scratch.take(n * hidden_);

@@ -35,9 +35,6 @@ PackedLinear pack_linear(const LinearWeights& linear, at::ScalarType storage);
 /// x [..., k] -> [..., n]. Computed on all threads.
 at::Tensor apply(const PackedLinear& linear, const at::Tensor& x);
 
-/// Equals `normalised`; on the kernels if x is float32 on the CPU.
-at::Tensor normalised_on_kernels(const at::Tensor& x, const NormWeights& norm);
-
 /// What a block does after its attention. Immutable; safe to share between threads.
 class PackedBlock {
  public:

@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask, const CallOptions& call) {
   check_options();
   const auto weights = detail::weights_of(*this);
-  const auto [Xq, Xk, Xv] = detail::block_inputs(kBlock, weights, query, key, value, detail::normalised);
+  const auto [Xq, Xk, Xv] = detail::block_inputs(kBlock, weights, query, key, value);
   const auto [attended, attention_weights] = attention->forward(Xq, Xk, Xv, mask, call);
   return {detail::block_output(weights, query, attended, is_training() ? options.dropout() : 0), attention_weights};
 }
@@ -159,7 +159,7 @@ Context CrossAttentionBlockImpl::context(const Tensor& key, const Tensor& value,
   check_options();
   const auto weights = detail::weights_of(*this);
   detail::check_share(kBlock, weights, how);
-  const auto [none, Xk, Xv] = detail::block_context(kBlock, weights, key, value, detail::normalised);
+  const auto [none, Xk, Xv] = detail::block_context(kBlock, weights, key, value);
   auto state = std::make_shared<Context::State>(attention->context(Xk, Xv, mask, how).state());
   const auto norm = weights.context_norm();
   if (norm.kind != NormKind::none) state->norm = norm;
@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::attend(const Tensor& query,
                                                            const CallOptions& call) {
   check_options();
   const auto weights = detail::weights_of(*this);
-  const auto Xq = detail::block_query(kBlock, weights, query, detail::normalised);
+  const auto Xq = detail::block_query(kBlock, weights, query);
   context.state().normalised_by.check(kBlock, detail::stamp_of(weights.context_norm()));
   const auto [attended, attention_weights] = detail::attend_to_kept(*attention, Xq, context, call);
   return {detail::block_output(weights, query, attended, is_training() ? options.dropout() : 0), attention_weights};

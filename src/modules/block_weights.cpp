@@ -4,11 +4,13 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/gelu.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/silu.h>
 
 #include "base/check.h"
+#include "cpu/elementwise.h"
+#include "cpu/matrix_product.h"
+#include "cpu/threads.h"
 #include "modules/inputs.h"
 
 namespace xattn::detail {
@@ -17,7 +19,7 @@ using at::Tensor;
 
 namespace {
 
-Tensor activate(const Tensor& x, Activation activation) {
+Tensor activated(const Tensor& x, Activation activation) {
   switch (activation) {
     case Activation::relu: return at::relu(x);
     case Activation::gelu: return at::gelu(x);
@@ -28,7 +30,24 @@ Tensor activate(const Tensor& x, Activation activation) {
 }
 
 Tensor applied(const LinearWeights& linear, const Tensor& x) {
-  return at::linear(x, linear.weight, linear.bias);
+  return project(x, linear.weight, linear.bias);
+}
+
+// What enters the second layer of the feed-forward network. Without gradients it stays where the first has put it: see
+// elementwise.h.
+Tensor hidden_rows(const BlockWeights& w, const Tensor& x) {
+  const auto hidden = applied(w.feed_forward_in, x);  // [B, Lq, hidden]
+  const bool multiplies = w.feed_forward_multiplier.weight.defined();
+  const auto multiplier = multiplies ? applied(w.feed_forward_multiplier, x) : Tensor();
+  if (!run_on_kernels({hidden, multiplies ? multiplier : hidden}) || is_recorded({hidden, multiplier})) {
+    return multiplies ? activated(hidden, w.activation) * multiplier : activated(hidden, w.activation);
+  }
+  constexpr int64_t kOperations = 64;  // of arithmetic, in the time that one activation takes
+  engine::each_part(hidden.numel(), kOperations, [&](int64_t begin, int64_t end) {
+    const auto* factors = multiplies ? engine::data(multiplier) + begin : nullptr;
+    kernels().activate(pointwise(w.activation), engine::mutable_data(hidden) + begin, factors, end - begin);
+  });
+  return hidden;
 }
 
 LinearWeights linear_weights(const torch::nn::Linear& linear) {
@@ -59,6 +78,16 @@ BlockWeights weights_of(const CrossAttentionBlockImpl& module) {
           .feed_forward_out = linear_weights(module.feed_forward_out)};
 }
 
+Pointwise pointwise(Activation activation) {
+  switch (activation) {
+    case Activation::relu: return Pointwise::relu;
+    case Activation::gelu: return Pointwise::gelu;
+    case Activation::gelu_tanh: return Pointwise::gelu_tanh;
+    case Activation::silu: break;
+  }
+  return Pointwise::silu;
+}
+
 std::vector<Tensor*> all_tensors(BlockWeights& w) {
   std::vector all = {&w.attention_gate, &w.feed_forward_gate};
   for (auto* norm : {&w.attention_norm, &w.feed_forward_norm}) all.insert(all.end(), {&norm->weight, &norm->bias});
@@ -68,37 +97,32 @@ std::vector<Tensor*> all_tensors(BlockWeights& w) {
   return all;
 }
 
-BlockInputs block_inputs(std::string_view caller,
-                         const BlockWeights& w,
-                         const Tensor& query,
-                         const Tensor& key,
-                         const Tensor& value,
-                         Normalise normalise) {
-  const auto Xq = block_query(caller, w, query, normalise);
+BlockInputs block_inputs(
+    std::string_view caller, const BlockWeights& w, const Tensor& query, const Tensor& key, const Tensor& value) {
+  const auto Xq = block_query(caller, w, query);
   const bool forgets_norm =
       query.is_same(key) && !w.norm_context && w.norms_before() && w.attention_norm.kind != NormKind::none;
   check_value(!forgets_norm, caller,
               "key must be another tensor than the query, unless norm_context is set, but is the same: a block of "
               "self-attention with norms before normalises keys and values, too.");
   if (w.norm_context && key.is_same(query) && value.is_same(query)) return {Xq, Xq, Xq};
-  auto inputs = block_context(caller, w, key, value, normalise);
+  auto inputs = block_context(caller, w, key, value);
   inputs.query = Xq;
   return inputs;
 }
 
-Tensor block_query(std::string_view caller, const BlockWeights& w, const Tensor& query, Normalise normalise) {
+Tensor block_query(std::string_view caller, const BlockWeights& w, const Tensor& query) {
   check_input(caller, w, "query", query, "Lq");
-  return w.norms_before() ? normalise(query, w.attention_norm) : query;
+  return w.norms_before() ? normalised(query, w.attention_norm) : query;
 }
 
-BlockInputs block_context(
-    std::string_view caller, const BlockWeights& w, const Tensor& key, const Tensor& value, Normalise normalise) {
+BlockInputs block_context(std::string_view caller, const BlockWeights& w, const Tensor& key, const Tensor& value) {
   const auto norm = w.context_norm();
   if (norm.kind == NormKind::none) return {{}, key, value};
   check_input(caller, w, "key", key, "Lk");
   check_input(caller, w, "value", value, "Lk");
-  const auto Xk = normalise(key, norm);
-  return {{}, Xk, value.is_same(key) ? Xk : normalise(value, norm)};
+  const auto Xk = normalised(key, norm);
+  return {{}, Xk, value.is_same(key) ? Xk : normalised(value, norm)};
 }
 
 void check_share(std::string_view caller, const BlockWeights& w, const ContextOptions& how) {
@@ -109,16 +133,13 @@ void check_share(std::string_view caller, const BlockWeights& w, const ContextOp
 
 Tensor block_output(const BlockWeights& w, const Tensor& query, const Tensor& attended, double dropout) {
   const auto add = [&](const Tensor& x, const Tensor& branch, const Tensor& gate, const NormWeights& norm) {
-    const auto dropped = dropout > 0 ? at::dropout(branch, dropout, /*train=*/true) : branch;
-    const auto sum = x + (gate.defined() ? (gate.tanh() * dropped).to(dropped.scalar_type()) : dropped);
+    const auto sum = added(x, dropout > 0 ? at::dropout(branch, dropout, /*train=*/true) : branch, gate);
     return w.norms_before() ? sum : normalised(sum, norm);
   };
   const auto x = add(query, attended, w.attention_gate, w.attention_norm);
   if (!w.has_feed_forward()) return x;
   const auto entered = w.norms_before() ? normalised(x, w.feed_forward_norm) : x;
-  auto hidden = activate(applied(w.feed_forward_in, entered), w.activation);  // [B, Lq, hidden]
-  if (w.feed_forward_multiplier.weight.defined()) hidden = hidden * applied(w.feed_forward_multiplier, entered);
-  return add(x, applied(w.feed_forward_out, hidden), w.feed_forward_gate, w.feed_forward_norm);
+  return add(x, applied(w.feed_forward_out, hidden_rows(w, entered)), w.feed_forward_gate, w.feed_forward_norm);
 }
 
 }  // namespace xattn::detail

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "kernels/kernels.h"
 #include "modules/norm_weights.h"
 
 // What a block does before and after its attention, as plain data and functions, for the module and for its frozen form.
@@ -40,8 +41,8 @@ BlockWeights weights_of(const CrossAttentionBlockImpl& module);
 /// All of these tensors; some may be undefined.
 std::vector<at::Tensor*> all_tensors(BlockWeights& weights);
 
-/// How a norm is applied: `normalised`, or a function that equals it.
-using Normalise = at::Tensor (*)(const at::Tensor& x, const NormWeights& norm);
+/// The kernels' function of this activation.
+Pointwise pointwise(Activation activation);
 
 /// The query, the key and the value that the attention of a block reads.
 struct BlockInputs {
@@ -57,12 +58,10 @@ BlockInputs block_inputs(std::string_view caller,
                          const BlockWeights& weights,
                          const at::Tensor& query,
                          const at::Tensor& key,
-                         const at::Tensor& value,
-                         Normalise normalise);
+                         const at::Tensor& value);
 /// The parts of it that need no context, and no query. A context's query is undefined.
-at::Tensor block_query(std::string_view caller, const BlockWeights& weights, const at::Tensor& query, Normalise normalise);
-BlockInputs block_context(
-    std::string_view caller, const BlockWeights& weights, const at::Tensor& key, const at::Tensor& value, Normalise normalise);
+at::Tensor block_query(std::string_view caller, const BlockWeights& weights, const at::Tensor& query);
+BlockInputs block_context(std::string_view caller, const BlockWeights& weights, const at::Tensor& key, const at::Tensor& value);
 
 /// From query [..., Eq], as the caller gave it, and the output of the attention to the output of the block, in plain tensor
 /// operations. dropout: 0 outside training.

@@ -11,6 +11,7 @@
 #include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/text.h"
+#include "cpu/elementwise.h"
 #include "cpu/matrix_product.h"
 #include "modules/context_state.h"
 #include "modules/inputs.h"

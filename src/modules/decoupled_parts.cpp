@@ -5,6 +5,7 @@
 
 #include "base/check.h"
 #include "base/text.h"
+#include "cpu/elementwise.h"
 #include "cpu/matrix_product.h"
 #include "modules/inputs.h"
 #include "plan/order_traits.h"
@@ -49,14 +50,15 @@ AttentionResult attend_to(const std::vector<Part>& parts, const Tensor& x, Atten
       std::ranges::any_of(parts, [](const Part& part) { return projects_query(part.layer.orders.logits); });
   auto query = make_query(first, x, is_projected);
   auto result = attend_heads(parts.front().layer, query, parts.front().context, how).result;  // [B, H, Lq, e]
+  result.output = merge_heads(result.output);                                                 // [B, Lq, H * e]
   how.weights = AttentionWeights::none;
   for (size_t i = 1; i < parts.size(); ++i) {
     how.mask = parts[i].mask;
-    const auto added = attend_heads(parts[i].layer, query, parts[i].context, how).result;
-    result.output = result.output.add(added.output, parts[i].scale);
+    const auto more = attend_heads(parts[i].layer, query, parts[i].context, how).result;
+    result.output = added(result.output, merge_heads(more.output), parts[i].scale);
   }
   query = {};  // its memory serves the next product
-  result.output = project(merge_heads(result.output), first.output, first.output_bias);
+  result.output = project(result.output, first.output, first.output_bias);
   return result;
 }
 

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "attention/mask_parts.h"
+#include "cpu/elementwise.h"
 #include "cpu/matrix_product.h"
 #include "plan/order_traits.h"
 
@@ -217,7 +218,7 @@ Tensor split_heads(const Tensor& x, int64_t n, int64_t size) {
 }
 
 Tensor merge_heads(const Tensor& x) {
-  return x.transpose(1, 2).flatten(2);
+  return rows_of(x.transpose(1, 2)).flatten(2);
 }
 
 LayerWeights weights_of(const CrossAttentionImpl& m) {

@@ -9,6 +9,9 @@
 #include "base/check_tensor.h"
 #include "base/describe.h"
 #include "base/text.h"
+#include "cpu/matrix_product.h"
+#include "cpu/packed.h"
+#include "cpu/threads.h"
 #include "modules/norm_weights.h"
 #include "modules/option_names.h"
 
@@ -55,8 +58,30 @@ NormWeights norm_weights(const Norm& norm) {
   return {norm->options.kind(), norm->options.size(), norm->options.eps(), norm->weight, norm->bias};
 }
 
+void engine::normalise_rows(const NormWeights& norm, const float* x, float* y, int64_t n, int64_t features) {
+  kernels().normalise({.rows = n * (features / norm.size),
+                       .n = norm.size,
+                       .x = x,
+                       .y = y,
+                       .subtracts_mean = norm.kind == NormKind::layer,
+                       .eps = norm.eps,
+                       .weight = data(norm.weight),
+                       .bias = norm.bias.defined() ? data(norm.bias) : nullptr});
+}
+
 at::Tensor normalised(const at::Tensor& x, const NormWeights& norm) {
   if (norm.kind == NormKind::none) return x;
+  const auto& [kind, size, eps, weight, bias] = norm;
+  if (run_on_kernels({x, weight, bias.defined() ? bias : weight}) && !is_recorded({x, weight, bias}) &&
+      weight.is_contiguous()) {
+    constexpr int64_t kOperations = 16;  // of arithmetic, in the time that one number takes
+    const auto rows = x.contiguous(), y = at::empty_like(rows);
+    engine::each_part(x.numel() / size, kOperations * size, [&, size = size](int64_t begin, int64_t end) {
+      const auto first = begin * size;
+      engine::normalise_rows(norm, engine::data(rows) + first, engine::mutable_data(y) + first, end - begin, size);
+    });
+    return y;
+  }
   const auto wide = x.to(norm.weight.scalar_type());  // under autocast the weight may be wider than the input
   const auto y = norm.kind == NormKind::rms ? at::rms_norm(wide, norm.size, norm.weight, norm.eps)
                                             : at::layer_norm(wide, norm.size, norm.weight, norm.bias, norm.eps);

@@ -22,4 +22,11 @@ NormWeights norm_weights(const Norm& norm);
 /// x [..., size], normalised over its last axis; x itself for NormKind::none. Sums are made in the weight's type or wider.
 at::Tensor normalised(const at::Tensor& x, const NormWeights& norm);
 
+namespace engine {
+
+/// n rows of x -> y, which may be x: each head by itself or the whole row, by the size of the norm, which is not `none`.
+void normalise_rows(const NormWeights& norm, const float* x, float* y, int64_t n, int64_t features);
+
+}  // namespace engine
+
 }  // namespace xattn::detail
