@@ -32,7 +32,7 @@ struct TaskThreads {
     run_tasks(count, count, [&](int64_t i, int64_t) { f(n * i / count, n * (i + 1) / count); });
   }
 
-  // Computes a product by ranges of whole panels, into plain rows.
+  // Computes a product by ranges of whole panels.
   void multiply(const Product& product) const {
     const auto panel = kernels().panel;
     const bool has_many = has_many_rows(product.all_rows, product.sizes.n, product.sizes.k);
@@ -40,7 +40,7 @@ struct TaskThreads {
       auto part = product;
       part.sizes.n = std::min(product.sizes.n, end * panel) - begin * panel;
       part.b = product.b.from_panel(begin);
-      part.c.data += begin * panel;
+      part.c.data += begin * (product.c.in_panels ? product.c.panel_stride : panel);
       if (part.bias) part.bias += begin * panel;
       engine::multiply_part(part, has_many);
     });

@@ -17,29 +17,33 @@ using namespace engine;
 
 namespace {
 
-// Calls f(b, first key, keys) for blocks of the keys of all contexts. Blocks are whole panels except at the end of a context,
-// and all threads get equal numbers of panels.
+// Calls f(b, first key, keys, threads) for blocks of the keys of all contexts, each of which costs so many operations. Blocks are
+// whole panels except at the end of a context, and all threads get equal numbers of panels; if these are too few for that, all
+// threads compute one block after another.
 template <class F>
-void each_block(const EngineContext& context, const F& f) {
+void each_block(const EngineContext& context, int64_t operations, const F& f) {
   const auto& run = kernels();
-  const auto panel = run.panel;
+  const auto panel = run.panel, threads = num_threads();
   const auto most_panels = (run.has_matrix_unit ? run.many_block_rows : 2 * run.block_rows) / panel;
   const auto panels_of = [panel](int64_t length) { return divided_up(length, panel); };
-  int64_t panels = 0;
-  for (const auto length : context.lengths) panels += panels_of(length);
-  TaskThreads{.all = true}.parts(panels, [&](int64_t begin, int64_t end) {
+  int64_t panels = 0, keys = 0;
+  for (const auto length : context.lengths) panels += panels_of(length), keys += length;
+  const auto blocks_of = [&](int64_t begin, int64_t end, const TaskThreads& of_block) {
     for (int64_t b = 0; b < context.B && begin < end; ++b) {
       const auto length = context.lengths[static_cast<size_t>(b)], panels_here = panels_of(length);
       const auto stop = std::min(end, panels_here), blocks = divided_up(stop - begin, most_panels);
       for (int64_t i = 0; i < blocks; ++i) {
         const auto first = (begin + (stop - begin) * i / blocks) * panel,
                    last = (begin + (stop - begin) * (i + 1) / blocks) * panel;
-        f(b, first, std::min(length, last) - first);
+        f(b, first, std::min(length, last) - first, of_block);
       }
       begin = std::max<int64_t>(0, begin - panels_here);
       end -= panels_here;
     }
-  });
+  };
+  const bool is_uneven = panels % threads != 0 && panels < 4 * threads;
+  if (is_uneven && keys * operations >= kOperationsOfATask) return blocks_of(0, panels, TaskThreads{.all = true});
+  TaskThreads{.all = true}.parts(panels, [&](int64_t begin, int64_t end) { blocks_of(begin, end, TaskThreads{.all = false}); });
 }
 
 // K' of each head, packed: [B, G, d x Lk].
@@ -47,9 +51,10 @@ Tensor project_keys(const EngineWeights& w, const EngineContext& context, const 
   const auto& run = kernels();
   const auto inner = w.G * w.d, size = run.packed_size(w.d, context.capacity);
   const auto keys = in_huge_pages(at::empty({context.B, w.G, size}, key.options().dtype(w.storage)));
-  each_block(context, [&](int64_t b, int64_t first, int64_t n) {
+  each_block(context, 2 * w.Ek * inner, [&](int64_t b, int64_t first, int64_t n, const TaskThreads& threads) {
     const auto k = at::empty({n, inner}, key.options());
-    multiply(projection(data(key) + (b * context.Lk + first) * w.Ek, n, w.key, w.key_bias, mutable_data(k), context.Lk));
+    threads.multiply(
+        projection(data(key) + (b * context.Lk + first) * w.Ek, n, w.key, w.key_bias, mutable_data(k), context.Lk));
     normalise_rows(w.key_norm, mutable_data(k), n, inner);
     for (int64_t g = 0; g < w.G; ++g) {
       pack_transposed(data(k) + g * w.d, inner, w.d, n, keys, (b * w.G + g) * size + first * w.d);
@@ -61,9 +66,10 @@ Tensor project_keys(const EngineWeights& w, const EngineContext& context, const 
 // Xk Wk or Xv Wv, [B, Lk, n].
 Tensor project_rows(const EngineContext& context, const Tensor& x, const Packed& weight, const Tensor& bias) {
   const auto projected = in_huge_pages(at::empty({context.B, context.Lk, weight.n}, x.options()));
-  each_block(context, [&](int64_t b, int64_t first, int64_t n) {
+  each_block(context, 2 * weight.k * weight.n, [&](int64_t b, int64_t first, int64_t n, const TaskThreads& threads) {
     const auto row = b * context.Lk + first;
-    multiply(projection(data(x) + row * weight.k, n, weight, bias, mutable_data(projected) + row * weight.n, context.Lk));
+    threads.multiply(
+        projection(data(x) + row * weight.k, n, weight, bias, mutable_data(projected) + row * weight.n, context.Lk));
   });
   return projected;
 }
@@ -86,15 +92,15 @@ Tensor project_values(const EngineWeights& w, const EngineContext& context, cons
   const auto values = in_huge_pages(at::empty({context.B, w.G, size}, value.options()));
   // If heads are whole panels, one product computes all.
   const auto products = w.e % run.panel == 0 ? 1 : w.G, columns = w.G / products * w.e;
-  each_block(context, [&](int64_t b, int64_t first, int64_t n) {
+  each_block(context, 2 * w.Ev * columns, [&](int64_t b, int64_t first, int64_t n, const TaskThreads& threads) {
     for (int64_t i = 0; i < products; ++i) {
       auto* c = mutable_data(values) + (b * w.G + i) * size + first * run.panel;
-      multiply({.sizes = {n, columns, w.Ev},
-                .a = {data(value) + (b * context.Lk + first) * w.Ev, w.Ev},
-                .b = products == 1 ? packed(w.value) : packed(w.value_fold(), i),
-                .c = {c, run.panel, /*in_panels=*/true, stride},
-                .bias = data(w.value_bias) + i * w.e,
-                .all_rows = context.Lk});
+      threads.multiply({.sizes = {n, columns, w.Ev},
+                        .a = {data(value) + (b * context.Lk + first) * w.Ev, w.Ev},
+                        .b = products == 1 ? packed(w.value) : packed(w.value_fold(), i),
+                        .c = {c, run.panel, /*in_panels=*/true, stride},
+                        .bias = data(w.value_bias) + i * w.e,
+                        .all_rows = context.Lk});
       pad_last_panel(c, stride, n, columns);
     }
   });
@@ -105,7 +111,7 @@ Tensor project_values(const EngineWeights& w, const EngineContext& context, cons
 Tensor transpose_keys(const EngineWeights& w, const EngineContext& context, const Tensor& key) {
   const auto size = kernels().packed_size(w.Ek, context.capacity);
   const auto keys = in_huge_pages(at::empty({context.B, size}, key.options()));
-  each_block(context, [&](int64_t b, int64_t first, int64_t n) {
+  each_block(context, /*operations=*/0, [&](int64_t b, int64_t first, int64_t n, const TaskThreads&) {
     pack_transposed(data(key) + (b * context.Lk + first) * w.Ek, w.Ek, w.Ek, n, keys, b * size + first * w.Ek);
   });
   return keys;
@@ -116,7 +122,7 @@ Tensor pack_values(const EngineWeights& w, const EngineContext& context, const T
   const auto& run = kernels();
   const auto size = run.packed_size(context.capacity, w.Ev);
   const auto values = in_huge_pages(at::empty({context.B, size}, value.options()));
-  each_block(context, [&](int64_t b, int64_t first, int64_t n) {
+  each_block(context, /*operations=*/0, [&](int64_t b, int64_t first, int64_t n, const TaskThreads&) {
     const auto* from = data(value) + (b * context.Lk + first) * w.Ev;
     auto* to = mutable_data(values) + b * size + first * run.panel;
     for (int64_t column = 0; column < w.Ev; column += run.panel) {
