@@ -168,6 +168,21 @@ TEST_F(FrozenTest, OneThreadAndSeveralGiveEqualBits) {
   }
 }
 
+TEST_F(FrozenTest, OneThreadAndSeveralGiveEqualBitsOnShortContexts) {  // of fewer panels than threads, which share each
+  for (const auto& layer : {Layer{2, 2, 64, 64, 256, 256, 300, 256}, Layer{4, 2, 40, 72, 256, 300, 256, 80}}) {
+    auto module = make(layer);
+    for (const int64_t Lk : {1, 16, 40}) {
+      for (const auto order : {Order::standard, Order::fold_into_context}) {
+        const auto frozen = module->freeze({.plan = PlanMode::pin({order, order})});
+        const auto x = inputs_of(layer, 1, 3, Lk);
+        expect_equal_bits_with_more_threads(frozen, x);
+        const auto [expected, weights] = exact(module, x, {});
+        expect_close(std::get<0>(frozen.forward(x.query, x.key, x.value)), expected, allowed(layer), "output");
+      }
+    }
+  }
+}
+
 TEST_F(FrozenTest, OneThreadAndSeveralGiveEqualBitsWithEveryMaskStorageAndRequest) {
   const auto& layer = kLayers[1];
   auto module = make(layer);
