@@ -17,8 +17,11 @@
 #include <algorithm>
 #include <optional>
 
-#include "cpu/threads.h"
+#include "cpu/packed.h"
+#include "cpu/tasks.h"
+#include "cpu/thread_pool.h"
 #include "cpu/tuning.h"
+#include "kernels/kernels.h"
 
 namespace xattn::detail {
 

@@ -60,13 +60,11 @@ void MappedFile::check_unchanged() const {
 }
 
 void MappedFile::release(Bytes part) const {
-  const auto file = reinterpret_cast<uintptr_t>(bytes_.data());
-  auto begin = reinterpret_cast<uintptr_t>(part.data()), end = begin + part.size();
-  if (begin < file || end > file + bytes_.size()) return;
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  begin = (begin + page - 1) / page * page;
-  end = end / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  if (part.data() < bytes_.data() || part.data() + part.size() > bytes_.data() + bytes_.size()) return;
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const auto first = static_cast<size_t>(part.data() - bytes_.data());  // the mapping begins with a page
+  const auto begin = (first + page - 1) / page * page, end = (first + part.size()) / page * page;
+  if (begin < end) madvise(const_cast<std::byte*>(bytes_.data()) + begin, end - begin, MADV_DONTNEED);
 }
 
 }  // namespace xattn::detail

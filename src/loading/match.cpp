@@ -24,6 +24,7 @@
 #include "loading/choose.h"
 #include "loading/find_stacks.h"
 #include "loading/layouts.h"
+#include "loading/refusals.h"
 #include "modules/option_names.h"
 
 namespace xattn::detail {

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "base/text.h"
-#include "loading/choose.h"
 #include "loading/layouts.h"
 
 namespace xattn::detail {
