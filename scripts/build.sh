@@ -9,7 +9,7 @@ usage: scripts/build.sh [--tests] [--target NAME] [-B DIR] [CMake options]
 
 Sets everything up and makes a release build. What is there already is not fetched again.
 
-  --tests        build the tests too
+  --tests        build the tests too, now and in later calls for this folder
   --target NAME  build this target and what it needs, and nothing else; repeatable
   -B DIR         the build folder (build)
   -h, --help     show this

@@ -91,5 +91,20 @@ TEST(NormTest, RefusesBadInput) {
   EXPECT_EQ(error_of<c10::TypeError>([&] { norm(torch::ones({2, 4}).to_sparse()); }), "[norm] x must be dense, but is sparse.");
 }
 
+TEST(NormTest, TakesParametersOfAnyLayoutAndRefusesThoseOfAnotherSize) {
+  const torch::NoGradGuard no_grad;  // on the library's kernels
+  Norm norm(NormOptions(NormKind::layer, 20));
+  norm->weight.set_data(torch::randn({20, 2}).select(1, 0));
+  norm->bias.set_data(torch::randn({1}).expand({20}));
+  const auto x = torch::randn({3, 20});
+  EXPECT_TRUE(norm->forward(x).allclose(torch::layer_norm(x, {20}, norm->weight, norm->bias, norm->options.eps())));
+  for (auto* parameter : {&norm->weight, &norm->bias}) {
+    const auto fitting = parameter->clone();
+    parameter->set_data(torch::ones({7}));
+    EXPECT_THROW(norm->forward(x), c10::Error);
+    parameter->set_data(fitting);
+  }
+}
+
 }  // namespace
 }  // namespace xattn::test

@@ -478,9 +478,7 @@ TEST(LoadStacksTest, NamesALayerOfAnotherWidth) {
   Changed bart("bart");
   bart.tensors.at("model.encoder.layers.1.self_attn.k_proj.weight") = torch::ones({8, 13});
   EXPECT_EQ(bart.encoder_error(kTold),
-            "layer \"model.encoder.layers.1.\" must have weights for 8 features, but has them for 8 of the query, 13 of keys "
-            "and 8 of "
-            "values");
+            "layer \"model.encoder.layers.1.\" must have a dim_key and dim_value of 8, its dim_query, but has 13 and 8");
 }
 
 TEST(LoadStacksTest, NamesTensorsThatNoLayoutExplains) {

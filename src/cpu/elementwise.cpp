@@ -9,8 +9,10 @@
 
 #include <algorithm>
 
-#include "cpu/matrix_product.h"
+#include "cpu/on_kernels.h"
+#include "cpu/packed.h"
 #include "cpu/threads.h"
+#include "cpu/tuning.h"
 
 namespace xattn::detail {
 
@@ -18,8 +20,6 @@ using at::Tensor;
 using namespace engine;
 
 namespace {
-
-constexpr int64_t kOperations = 8;  // of arithmetic, in the time that an addition from memory takes
 
 struct TwoUsesFunction : torch::autograd::Function<TwoUsesFunction> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, const Tensor& x) {
@@ -34,9 +34,10 @@ struct TwoUsesFunction : torch::autograd::Function<TwoUsesFunction> {
     if (at::GradMode::is_enabled() || !plain) return {a + b};
     const bool is_ours = a.use_count() == 1 && a.storage().use_count() == 1;  // as the autograd engine decides
     const auto sum = is_ours ? a : at::empty(a.sizes(), a.options());
-    each_part(a.numel(), kOperations, [x = data(a), y = data(b), z = mutable_data(sum)](int64_t begin, int64_t end) {
-      for (auto i = begin; i < end; ++i) z[i] = x[i] + y[i];
-    });
+    each_part(a.numel(), kOperationsOfAnAddition,
+              [x = data(a), y = data(b), z = mutable_data(sum)](int64_t begin, int64_t end) {
+                for (auto i = begin; i < end; ++i) z[i] = x[i] + y[i];
+              });
     return {sum};
   }
 };
@@ -62,7 +63,7 @@ Tensor scaled(const Tensor& x, double factor) {
   if (!run_on_kernels({x}) || is_recorded({x}) || !x.is_non_overlapping_and_dense()) return x * factor;
   const auto result = at::empty_like(x);  // with the strides of x
   const auto f = static_cast<float>(factor);
-  each_part(x.numel(), kOperations, [f, from = data(x), to = mutable_data(result)](int64_t begin, int64_t end) {
+  each_part(x.numel(), kOperationsOfAnAddition, [f, from = data(x), to = mutable_data(result)](int64_t begin, int64_t end) {
     for (auto i = begin; i < end; ++i) to[i] = f * from[i];
   });
   return result;
@@ -72,14 +73,13 @@ Tensor rows_of(const Tensor& x) {
   if (x.is_contiguous() || x.stride(3) != 1 || !run_on_kernels({x}) || is_recorded({x})) return x.contiguous();
   const auto result = at::empty(x.sizes(), x.options());
   const auto L = x.size(1), H = x.size(2), e = x.size(3);
-  each_part(x.size(0) * L, kOperations * H * e, [&](int64_t begin, int64_t end) {
-    for (auto row = begin; row < end; ++row) {
-      for (int64_t head = 0; head < H; ++head) {
-        const auto* from = data(x) + row / L * x.stride(0) + row % L * x.stride(1) + head * x.stride(2);
-        std::copy_n(from, e, mutable_data(result) + (row * H + head) * e);
-      }
-    }
-  });
+  each_part(x.size(0) * L, kOperationsOfAnAddition * H * e,
+            [=, from = data(x), to = mutable_data(result), strides = x.strides()](int64_t begin, int64_t end) {
+              for (auto row = begin; row < end; ++row) {
+                const auto* heads = from + row / L * strides[0] + row % L * strides[1];
+                for (int64_t head = 0; head < H; ++head) std::copy_n(heads + head * strides[2], e, to + (row * H + head) * e);
+              }
+            });
   return result;
 }
 
@@ -88,9 +88,10 @@ Tensor added(const Tensor& x, const Tensor& y, double factor) {
   if (!alike || !run_on_kernels({x, y}) || is_recorded({x, y})) return x.add(y, factor);
   const auto sum = at::empty_like(x);
   const auto f = static_cast<float>(factor);
-  each_part(x.numel(), kOperations, [f, x = data(x), y = data(y), to = mutable_data(sum)](int64_t begin, int64_t end) {
-    for (auto i = begin; i < end; ++i) to[i] = x[i] + f * y[i];
-  });
+  each_part(x.numel(), kOperationsOfAnAddition,
+            [f, x = data(x), y = data(y), to = mutable_data(sum)](int64_t begin, int64_t end) {
+              for (auto i = begin; i < end; ++i) to[i] = x[i] + f * y[i];
+            });
   return sum;
 }
 
@@ -102,7 +103,7 @@ Tensor added(const Tensor& x, const Tensor& branch, const Tensor& gate) {
   }
   const auto features = x.size(-1);
   const auto factors = open_gate(gate, features), sum = at::empty_like(x);
-  each_part(x.numel() / features, kOperations * features, [&](int64_t begin, int64_t end) {
+  each_part(x.numel() / features, kOperationsOfAnAddition * features, [&](int64_t begin, int64_t end) {
     const auto first = begin * features;
     add_rows(data(x) + first, factors, data(branch) + first, mutable_data(sum) + first, end - begin, features);
   });

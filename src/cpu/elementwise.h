@@ -7,20 +7,20 @@
 #include <utility>
 
 // What modules compute between their products. In float32 on the CPU, and without gradients, it runs on the kernels' threads:
-// LibTorch's (OpenMP) wait actively after a call, on the cores that the kernels need next. Elsewhere it runs on LibTorch's
-// operators.
+// LibTorch's (OpenMP) wait actively after a call, on the cores that the kernels need next. Elsewhere, and for inputs with other
+// strides than those named, it runs on LibTorch's operators.
 namespace xattn::detail {
 
 /// x times a number.
 at::Tensor scaled(const at::Tensor& x, double factor);
 
-/// x.contiguous(); x has four axes.
+/// x.contiguous(); x has four axes, the last of consecutive numbers.
 at::Tensor rows_of(const at::Tensor& x);
 
-/// x + factor * y, of one shape.
+/// x + factor * y, of one shape and with the same strides.
 at::Tensor added(const at::Tensor& x, const at::Tensor& y, double factor = 1);
 
-/// x + tanh(gate) * branch; gate: [features] or [1], or undefined for none.
+/// x + tanh(gate) * branch; all contiguous. gate: [features] or [1], or undefined for none.
 at::Tensor added(const at::Tensor& x, const at::Tensor& branch, const at::Tensor& gate);
 
 /// x for two uses. The gradients of both are then added on the kernels' threads, rather than on LibTorch's by the autograd engine.

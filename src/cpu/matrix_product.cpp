@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/matrix_product.h"
 
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
@@ -17,6 +15,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "cpu/on_kernels.h"
 #include "cpu/packed.h"
 #include "cpu/tasks.h"
 #include "cpu/thread_pool.h"
@@ -29,11 +28,6 @@ using at::Tensor;
 using namespace engine;
 
 namespace {
-
-bool runs_on_kernels(const Tensor& x) {
-  return x.defined() && x.is_cpu() && x.scalar_type() == at::kFloat && x.layout() == at::kStrided && !x.is_neg() &&
-         !at::isTensorSubclassLike(x) && !x._fw_grad(/*level=*/0).defined();
-}
 
 // Matrices of equal sizes in a tensor; creating a view of each would take longer than a small product. Either the elements of a
 // row are consecutive or, if transposed, those of a column.
@@ -156,15 +150,6 @@ Tensor multiply_and_add(const Tensor& a, const Tensor& b, const Tensor& bias) {
 
 }  // namespace
 
-bool is_recorded(std::initializer_list<Tensor> all) {
-  return at::GradMode::is_enabled() &&
-         std::ranges::any_of(all, [](const Tensor& x) { return x.defined() && x.requires_grad(); });
-}
-
-bool run_on_kernels(std::initializer_list<Tensor> all) {
-  return kernels().is_vectorised && std::ranges::all_of(all, runs_on_kernels) && !at::autocast::is_autocast_enabled(at::kCPU);
-}
-
 Tensor matrix_product(const Tensor& a, const Tensor& b) {
   return run_on_kernels({a, b}) ? multiply_and_add(a, b, {}) : at::matmul(a, b);
 }
@@ -193,8 +178,9 @@ Tensor logits_product(const Tensor& a, const Tensor& b, const Tensor& bias) {
 }
 
 Tensor project(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  const bool bias_fits = !bias.defined() || (runs_on_kernels(bias) && bias.is_contiguous());
-  if (!bias_fits || !run_on_kernels({x, weight})) return torch::nn::functional::linear(x, weight, bias);
+  const bool bias_fits = !bias.defined() || bias.is_contiguous();
+  if (!bias_fits || !run_on_kernels({x, weight, bias.defined() ? bias : weight}))
+    return torch::nn::functional::linear(x, weight, bias);
   auto sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
   if (!is_recorded({x, weight, bias}) && x.is_contiguous() && weight.is_contiguous()) {  // without views, for small calls

@@ -4,17 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
 
-#include <initializer_list>
-
 // The matrix products of modules, differentiable to any order: in float32 on the CPU by this library's kernels (with AVX2 or
 // AVX-512), elsewhere by LibTorch's operators. The bits of a result do not depend on the number of threads.
 namespace xattn::detail {
-
-/// Whether computations on these tensors run on the library's kernels.
-bool run_on_kernels(std::initializer_list<at::Tensor> all);
-
-/// Whether gradients of a function of these tensors are recorded; some may be undefined.
-bool is_recorded(std::initializer_list<at::Tensor> all);
 
 /// a [..., m, k], b [..., k, n] -> [..., m, n]; two to four axes, the leading ones of equal sizes.
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);

@@ -22,6 +22,13 @@ constexpr int64_t kRowsOfAThread = 4;          // measured: with fewer rows for 
 constexpr int64_t kRowsOfAThreadOnUnit = 128;  // measured: rows with which a product on the matrix unit is fast
 constexpr int64_t kUnevenTasksOfAThread = 8;   // at least, of unequal costs: threads then end within 1/8 of their time
 
+// One number of an elementwise operation takes about as long as so many operations of arithmetic: estimates from the bytes that it
+// reads and writes, or from its instructions. They only decide from which size on it is divided.
+constexpr int64_t kOperationsOfAnAddition = 8;
+constexpr int64_t kOperationsOfAConversion = 16;
+constexpr int64_t kOperationsOfANorm = 16;
+constexpr int64_t kOperationsOfAnActivation = 64;
+
 // Products that pack their right side in the call.
 constexpr int64_t kPackedBytes = 1 << 19;      // of a right side at a time: a quarter of L2, beside a left side that fits too
 constexpr int64_t kPackedBytesOnce = 4 << 20;  // measured, where the left side is read from memory once for each of these

@@ -253,7 +253,7 @@ at::Tensor Checkpoint::tensor(const std::string& name) const {
   } catch (const std::exception&) {  // std::bad_alloc, or c10::Error thrown by LibTorch's allocator
     check.fail("tensor {} of {} bytes does not fit into memory", in_quotes(name), stored.data.size());
   }
-  // The tensor has memory of its own: otherwise a whole model would be in memory twice while it is loaded.
+  // The tensor is a copy. Without this, a model would be in memory twice while it is loaded.
   for (const auto& file : contents_->files) file->release(stored.data);
   check(tensor.has_value(), "tensor {} of type bool holds a byte other than 0 and 1", in_quotes(name));
   const std::lock_guard lock(contents_->reads->mutex);

@@ -8,6 +8,7 @@
 
 #include <cerrno>
 #include <filesystem>
+#include <functional>
 #include <system_error>
 
 #include "files/check_file.h"
@@ -60,7 +61,8 @@ void MappedFile::check_unchanged() const {
 }
 
 void MappedFile::release(Bytes part) const {
-  if (part.data() < bytes_.data() || part.data() + part.size() > bytes_.data() + bytes_.size()) return;
+  const std::less<> before;  // other bytes may lie anywhere
+  if (before(part.data(), bytes_.data()) || before(bytes_.data() + bytes_.size(), part.data() + part.size())) return;
   const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   const auto first = static_cast<size_t>(part.data() - bytes_.data());  // the mapping begins with a page
   const auto begin = (first + page - 1) / page * page, end = (first + part.size()) / page * page;

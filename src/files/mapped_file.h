@@ -36,7 +36,8 @@ class XATTN_API MappedFile {
   /// A file that was replaced or removed is unchanged: the mapping keeps the old one.
   void check_unchanged() const;
 
-  /// Gives the memory of the pages that lie in `part` back to the system, if it is of this file; another access reads them again.
+  /// Returns the memory of the whole pages within `part` to the system; does nothing for bytes of another file. The next access
+  /// reads them again.
   void release(Bytes part) const;
 
  private:

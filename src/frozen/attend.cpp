@@ -41,8 +41,10 @@ void project_query(
     const EngineWeights& w, const float* query, int64_t n, float* projected, int64_t all_rows, const TaskThreads& threads) {
   const auto width = w.query.n;
   threads.multiply(projection(query, n, w.query, w.query_bias, projected, all_rows));
-  threads.parts(
-      n, [&](int64_t begin, int64_t end) { normalise_rows(w.query_norm, projected + begin * width, end - begin, width); });
+  threads.parts(n, [&](int64_t begin, int64_t end) {
+    auto* rows = projected + begin * width;
+    normalise_rows(w.query_norm, rows, rows, end - begin, width);
+  });
 }
 
 // (Xq Wq) Wk' of each head: projected [n, H * d] -> folded [n, H * Ek].

@@ -17,7 +17,7 @@ using namespace engine;
 
 namespace {
 
-// Calls f(b, first key, keys, threads) for blocks of the keys of all contexts, each of which costs so many operations. Blocks are
+// Calls f(b, first key, keys, threads) for blocks of the keys of all contexts. operations: for each key. Blocks are
 // whole panels except at the end of a context, and all threads get equal numbers of panels; if these are too few for that, all
 // threads compute one block after another.
 template <class F>
@@ -55,7 +55,7 @@ Tensor project_keys(const EngineWeights& w, const EngineContext& context, const 
     const auto k = at::empty({n, inner}, key.options());
     threads.multiply(
         projection(data(key) + (b * context.Lk + first) * w.Ek, n, w.key, w.key_bias, mutable_data(k), context.Lk));
-    normalise_rows(w.key_norm, mutable_data(k), n, inner);
+    normalise_rows(w.key_norm, data(k), mutable_data(k), n, inner);
     for (int64_t g = 0; g < w.G; ++g) {
       pack_transposed(data(k) + g * w.d, inner, w.d, n, keys, (b * w.G + g) * size + first * w.d);
     }
@@ -78,10 +78,10 @@ Tensor project_rows(const EngineContext& context, const Tensor& x, const Packed&
 Tensor stored(const Tensor& x, at::ScalarType storage) {
   if (storage == at::kFloat) return x;
   const auto result = at::empty(x.sizes(), x.options().dtype(storage));
-  constexpr int64_t kOperations = 16;  // of arithmetic, in the time that one number takes
-  each_part(x.numel(), kOperations, [from = data(x), to = result.mutable_data_ptr<at::BFloat16>()](int64_t begin, int64_t end) {
-    std::copy(from + begin, from + end, to + begin);
-  });
+  each_part(x.numel(), kOperationsOfAConversion,
+            [from = data(x), to = result.mutable_data_ptr<at::BFloat16>()](int64_t begin, int64_t end) {
+              std::copy(from + begin, from + end, to + begin);
+            });
   return result;
 }
 
@@ -92,7 +92,7 @@ Tensor project_values(const EngineWeights& w, const EngineContext& context, cons
   const auto values = in_huge_pages(at::empty({context.B, w.G, size}, value.options()));
   // If heads are whole panels, one product computes all.
   const auto products = w.e % run.panel == 0 ? 1 : w.G, columns = w.G / products * w.e;
-  each_block(context, 2 * w.Ev * columns, [&](int64_t b, int64_t first, int64_t n, const TaskThreads& threads) {
+  each_block(context, 2 * w.Ev * w.G * w.e, [&](int64_t b, int64_t first, int64_t n, const TaskThreads& threads) {
     for (int64_t i = 0; i < products; ++i) {
       auto* c = mutable_data(values) + (b * w.G + i) * size + first * run.panel;
       threads.multiply({.sizes = {n, columns, w.Ev},

@@ -253,7 +253,7 @@ FrozenContext FrozenContext::select(const Tensor& indices) const {
   const detail::Inference inference;
   const auto& own = state();
   check_value(own.batched, kFrozen, "context must be batched to select entries, but is unbatched.");
-  const auto entries = detail::entry_indices(kFrozen, indices, own.parts.B);
+  const auto entries = detail::checked_indices(kFrozen, indices, own.parts.B);
   auto selected = std::make_shared<State>(own);
   selected->mask = detail::select_entries(own.mask, entries);
   if (own.owner->engine) {

@@ -9,7 +9,7 @@
 #include "base/describe.h"
 #include "frozen/packed_layers.h"
 #include "frozen/state.h"
-#include "modules/layer_context.h"
+#include "modules/inputs.h"
 
 namespace xattn {
 
@@ -69,7 +69,7 @@ Tensor FrozenLinear::embedding(const Tensor& indices) const {
   const detail::Inference inference;
   const auto& s = state();
   detail::check_dense(kLinear, "indices", indices);
-  const auto rows = detail::entry_indices(kLinear, indices.defined() ? indices.flatten() : indices, s.out).to(s.device);
+  const auto rows = detail::checked_indices(kLinear, indices.defined() ? indices.flatten() : indices, s.out).to(s.device);
   auto sizes = indices.sizes().vec();
   sizes.push_back(s.in);
   if (!uses_kernels()) return s.weights.weight.index_select(0, rows).view(sizes);

@@ -77,10 +77,6 @@ Tensor apply(const PackedLinear& linear, const Tensor& given) {
   return y;
 }
 
-void engine::normalise_rows(const NormWeights& norm, float* rows, int64_t n, int64_t features) {
-  if (norm.kind != NormKind::none) normalise_rows(norm, rows, rows, n, features);
-}
-
 PackedBlock::PackedBlock(const BlockWeights& w, at::ScalarType storage)
     : features_(w.features),
       hidden_(w.has_feed_forward() ? w.feed_forward_in.weight.size(0) : 0),
@@ -115,7 +111,7 @@ void PackedBlock::finish(const Tensor& given, const Tensor& attended) const {
           threads.parts(n, [&](int64_t first, int64_t last) {
             const auto at = first * Eq, count = last - first;
             add_rows(from + at, gate, branch + at, x + at, count, Eq);
-            if (!norms_before_) normalise_rows(norm, x + at, count, Eq);
+            if (!norms_before_) normalise_rows(norm, x + at, x + at, count, Eq);
           });
         };
         add(data(query) + begin * Eq, attention_gate_, x, attention_norm_);

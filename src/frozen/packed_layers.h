@@ -55,11 +55,4 @@ class PackedBlock {
   PackedLinear in_, multiplier_, out_;
 };
 
-namespace engine {
-
-/// Normalises rows [n, features] in place: each head or the whole row, by the size of the norm.
-void normalise_rows(const NormWeights& norm, float* rows, int64_t n, int64_t features);
-
-}  // namespace engine
-
 }  // namespace xattn::detail

@@ -100,10 +100,12 @@ class StackReader {
                                         .norm_eps = options_.norm_eps};
     auto result = detail::block_options(checkpoint_, config_, found, of_block).dropout(options_.dropout);
     const auto& attention = result.attention();
-    const auto E = stack_.layers.front().self.attention.options.dim_query(), query = attention.dim_query();
-    check_(query == E && (!layout.is_self || (attention.dim_key() == E && attention.dim_value() == E)),
-           "layer {} must have weights for {} features, but has them for {} of the query, {} of keys and {} of values",
-           in_quotes(found.prefix), E, query, attention.dim_key(), attention.dim_value());
+    const auto E = stack_.layers.front().self.attention.options.dim_query();
+    check_(attention.dim_query() == E, "layer {} must have a dim_query of {}, as the first, but has {}",
+           in_quotes(found.prefix), E, attention.dim_query());
+    check_(!layout.is_self || (attention.dim_key() == E && attention.dim_value() == E),
+           "layer {} must have a dim_key and dim_value of {}, its dim_query, but has {} and {}", in_quotes(found.prefix), E,
+           attention.dim_key(), attention.dim_value());
     const auto placement = result.norm_placement();
     check_(layout.norm_placement.value_or(placement) == placement,
            "norm_placement must be the one that layout {} needs, but is {}", found.layout, detail::name_of(placement));

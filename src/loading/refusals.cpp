@@ -12,13 +12,13 @@
 namespace xattn::detail {
 namespace {
 
-using Names = std::vector<std::string>;
-
 enum class To { all, normed, self };
 
+using Words = std::vector<std::string_view>;
+
 struct Refused {
-  std::string name;  // in the config
-  Names words;       // with which its text begins; of timm's architectures, which it contains
+  const char* name;  // in the config
+  Words words;       // with which its text begins; of timm's architectures, which it contains
   std::string_view reason;
   To to = To::all;  // layers that it applies to
 };
@@ -26,30 +26,33 @@ struct Refused {
 constexpr std::string_view kRotary = "rotary embeddings of its queries and keys";
 constexpr std::string_view kInPart = "attention that is not to all keys";
 
-const Names kRotaryModels = {"lightglue", "roformer", "clvp",        "sam3",      "video_llama_3", "paddleocr_vl",
-                             "qwen2_vl",  "qwen2_5",  "qwen3_vl",    "qwen3_5",   "qwen3_omni",    "glm4v",
-                             "glm46v",    "glm_ocr",  "ernie4_5_vl", "exaone4_5", "dots"};
-const std::vector<Refused> kRefused = {
-    {"model_type", {"t5gemma2"}, "attention to its own tokens and to the context in one softmax"},
-    {"model_type", {"gemma", "t5gemma"}, "norms whose weights count from one", To::normed},
-    {"model_type", {"dia"}, "logits without a scale"},
-    {"model_type", {"bros", "layoutlmv3", "mpnet", "speecht5"}, "logits that depend on positions", To::self},
-    {"model_type", {"canine", "mra", "nystromformer", "yoso"}, kInPart, To::self},
-    {"attention_type", {"block_sparse"}, kInPart, To::self},  // of BigBird
-    {"model_type", kRotaryModels, kRotary, To::self},
-    {"position_embedding_type", {"rotary"}, kRotary, To::self},
-    {"architecture", {"eva", "dinov3", "rope", "vit_pe"}, kRotary},
-    {"_class_name", {"HunyuanDiT2D"}, "rotary embeddings of its queries"},
-    {"qk_norm", {"l2", "fp32_layer_norm"}, "norms of queries and keys that have no weights"},
-};
+const std::vector<Refused>& all_refused() {
+  static const Words kRotaryModels = {"lightglue", "roformer", "clvp",        "sam3",      "video_llama_3", "paddleocr_vl",
+                                      "qwen2_vl",  "qwen2_5",  "qwen3_vl",    "qwen3_5",   "qwen3_omni",    "glm4v",
+                                      "glm46v",    "glm_ocr",  "ernie4_5_vl", "exaone4_5", "dots"};
+  static const std::vector<Refused> kRefused = {
+      {"model_type", {"t5gemma2"}, "attention to its own tokens and to the context in one softmax"},
+      {"model_type", {"gemma", "t5gemma"}, "norms whose weights count from one", To::normed},
+      {"model_type", {"dia"}, "logits without a scale"},
+      {"model_type", {"bros", "layoutlmv3", "mpnet", "speecht5"}, "logits that depend on positions", To::self},
+      {"model_type", {"canine", "mra", "nystromformer", "yoso"}, kInPart, To::self},
+      {"attention_type", {"block_sparse"}, kInPart, To::self},  // of BigBird
+      {"model_type", kRotaryModels, kRotary, To::self},
+      {"position_embedding_type", {"rotary"}, kRotary, To::self},
+      {"architecture", {"eva", "dinov3", "rope", "vit_pe"}, kRotary},
+      {"_class_name", {"HunyuanDiT2D"}, "rotary embeddings of its queries"},
+      {"qk_norm", {"l2", "fp32_layer_norm"}, "norms of queries and keys that have no weights"},
+  };
+  return kRefused;
+}
 
 void refuse_by_name(const ModelConfig& config, const FoundLayer& layer) {
   const bool has_norms = layer.options.qk_norm() != NormKind::none, is_cross = layer.kind == AttentionKind::cross;
-  for (const auto& [name, words, reason, to] : kRefused) {
+  for (const auto& [name, words, reason, to] : all_refused()) {
     if ((to == To::normed && !has_norms) || (to == To::self && is_cross)) continue;
     for (const auto& text : config.texts({name}, layer.prefix)) {
       const bool is_one = std::ranges::any_of(words, [&, &name = name](const auto& word) {
-        return name == "architecture" ? text.find(word) != std::string::npos : text.starts_with(word);
+        return name == std::string_view("architecture") ? text.find(word) != std::string::npos : text.starts_with(word);
       });
       config.check()(!is_one, "its config.json says {} {}, which has {}: not computed", name, in_quotes(text), reason);
     }
@@ -78,7 +81,7 @@ void refuse_soft_caps(const ModelConfig& config, const FoundLayer& layer) {
   config.check()(!is_t5gemma || is_known,
                  "layer {} is T5Gemma's, whose config.json says whether logits are capped softly by {}, but there is none",
                  in_quotes(layer.prefix), in_quotes(kCap));
-  Names parts = {"text_config", "decoder"};
+  std::vector<std::string> parts = {"text_config", "decoder"};
   for (const auto& name : layout_of(layer).num_heads) {
     const auto place = places_of(name).front();
     const auto end = place.rfind('/');

@@ -7,7 +7,7 @@
 
 #include "loading/model_config.h"
 
-// Models whose tensors have the names of a layout but whose attention is another: only their config.json tells.
+// Models whose tensors are named as a layout's but whose attention differs, which only config.json shows.
 namespace xattn::detail {
 
 /// Throws FileError for a kind of attention that is not computed.

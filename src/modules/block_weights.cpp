@@ -10,7 +10,10 @@
 #include "base/check.h"
 #include "cpu/elementwise.h"
 #include "cpu/matrix_product.h"
+#include "cpu/on_kernels.h"
+#include "cpu/packed.h"
 #include "cpu/threads.h"
+#include "cpu/tuning.h"
 #include "modules/inputs.h"
 
 namespace xattn::detail {
@@ -33,8 +36,8 @@ Tensor applied(const LinearWeights& linear, const Tensor& x) {
   return project(x, linear.weight, linear.bias);
 }
 
-// What enters the second layer of the feed-forward network. Without gradients it stays where the first has put it: see
-// elementwise.h.
+// What enters the second layer of the feed-forward network. Without gradients it is computed in place, in the new tensor that the
+// first layer returned.
 Tensor hidden_rows(const BlockWeights& w, const Tensor& x) {
   const auto hidden = applied(w.feed_forward_in, x);  // [B, Lq, hidden]
   const bool multiplies = w.feed_forward_multiplier.weight.defined();
@@ -42,8 +45,7 @@ Tensor hidden_rows(const BlockWeights& w, const Tensor& x) {
   if (!run_on_kernels({hidden, multiplies ? multiplier : hidden}) || is_recorded({hidden, multiplier})) {
     return multiplies ? activated(hidden, w.activation) * multiplier : activated(hidden, w.activation);
   }
-  constexpr int64_t kOperations = 64;  // of arithmetic, in the time that one activation takes
-  engine::each_part(hidden.numel(), kOperations, [&](int64_t begin, int64_t end) {
+  engine::each_part(hidden.numel(), kOperationsOfAnActivation, [&](int64_t begin, int64_t end) {
     const auto* factors = multiplies ? engine::data(multiplier) + begin : nullptr;
     kernels().activate(pointwise(w.activation), engine::mutable_data(hidden) + begin, factors, end - begin);
   });

@@ -63,8 +63,8 @@ BlockInputs block_inputs(std::string_view caller,
 at::Tensor block_query(std::string_view caller, const BlockWeights& weights, const at::Tensor& query);
 BlockInputs block_context(std::string_view caller, const BlockWeights& weights, const at::Tensor& key, const at::Tensor& value);
 
-/// From query [..., Eq], as the caller gave it, and the output of the attention to the output of the block, in plain tensor
-/// operations. dropout: 0 outside training.
+/// From query [..., Eq], as the caller gave it, and the output of the attention to the output of the block: without gradients on
+/// the kernels where they run, else in plain tensor operations. dropout: 0 outside training.
 at::Tensor block_output(const BlockWeights& weights, const at::Tensor& query, const at::Tensor& attended, double dropout);
 
 }  // namespace xattn::detail

@@ -115,7 +115,7 @@ Context Context::truncate(int64_t n) const {
 Context Context::select(const Tensor& indices) const {
   const auto& s = state();
   check_value(s.is_batched, kContext, "context must be batched to select entries, but is unbatched.");
-  const auto entries = detail::entry_indices(kContext, indices, batch_size());
+  const auto entries = detail::checked_indices(kContext, indices, batch_size());
   auto selected = std::make_shared<State>(s);
   selected->mask = detail::select_entries(s.mask, entries);
   selected->parts = detail::select_entries(s.layer, s.parts, entries.to(s.parts.keys.device()));

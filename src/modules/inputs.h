@@ -34,6 +34,9 @@ void check_shape(std::string_view caller, const char* name, const at::Tensor& x,
 /// Throws unless x is on the device of the parameters.
 void check_device(std::string_view caller, const char* name, const at::Tensor& x, at::Device device);
 
+/// Indices, a tensor of one axis, as int64. Throws unless they are of an integer type and, on the CPU, in [0, n).
+at::Tensor checked_indices(std::string_view caller, const at::Tensor& indices, int64_t n);
+
 /// Throws unless key and value fit the layer and each other. The mask is left to `check_mask`.
 ContextInputs context_inputs(
     std::string_view caller, const LayerWeights& layer, const at::Tensor& key, const at::Tensor& value, const Mask& mask);

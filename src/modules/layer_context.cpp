@@ -156,16 +156,4 @@ void check_length(std::string_view caller, int64_t n, int64_t length) {
   check_value(n >= 0 && n <= length, caller, "n must lie in [0, {}], the length of the context, but is {}.", length, n);
 }
 
-Tensor entry_indices(std::string_view caller, const Tensor& indices, int64_t B) {
-  check_type(indices.defined() && at::isIntegralType(indices.scalar_type(), /*includeBool=*/false), caller,
-             "indices must be of an integer type, but are {}.", type_of(indices));
-  check_value(indices.dim() == 1, caller, "indices must have shape [n], but have {}.", shape_of(indices));
-  const auto numbers = indices.to(at::kLong);
-  if (numbers.is_cpu() && numbers.numel() > 0) {
-    const auto least = numbers.min().item<int64_t>(), most = numbers.max().item<int64_t>();
-    check_value(least >= 0 && most < B, caller, "indices must lie in [0, {}), but hold {}.", B, least < 0 ? least : most);
-  }
-  return numbers;
-}
-
 }  // namespace xattn::detail

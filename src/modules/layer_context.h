@@ -32,7 +32,4 @@ bool can_grow(const Layer& layer, const std::vector<LayerContext>& contexts);
 /// Throws unless n lies in [0, length].
 void check_length(std::string_view caller, int64_t n, int64_t length);
 
-/// Indices of batch entries as int64 [n] on this device. Throws unless they are of an integer type and, on the CPU, in [0, B).
-at::Tensor entry_indices(std::string_view caller, const at::Tensor& indices, int64_t B);
-
 }  // namespace xattn::detail

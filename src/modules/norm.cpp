@@ -9,9 +9,10 @@
 #include "base/check_tensor.h"
 #include "base/describe.h"
 #include "base/text.h"
-#include "cpu/matrix_product.h"
+#include "cpu/on_kernels.h"
 #include "cpu/packed.h"
 #include "cpu/threads.h"
+#include "cpu/tuning.h"
 #include "modules/norm_weights.h"
 #include "modules/option_names.h"
 
@@ -59,6 +60,7 @@ NormWeights norm_weights(const Norm& norm) {
 }
 
 void engine::normalise_rows(const NormWeights& norm, const float* x, float* y, int64_t n, int64_t features) {
+  if (norm.kind == NormKind::none) return;
   kernels().normalise({.rows = n * (features / norm.size),
                        .n = norm.size,
                        .x = x,
@@ -72,11 +74,13 @@ void engine::normalise_rows(const NormWeights& norm, const float* x, float* y, i
 at::Tensor normalised(const at::Tensor& x, const NormWeights& norm) {
   if (norm.kind == NormKind::none) return x;
   const auto& [kind, size, eps, weight, bias] = norm;
-  if (run_on_kernels({x, weight, bias.defined() ? bias : weight}) && !is_recorded({x, weight, bias}) &&
-      weight.is_contiguous()) {
-    constexpr int64_t kOperations = 16;  // of arithmetic, in the time that one number takes
+  const auto fits = [size = size](const Tensor& of_features) {
+    return of_features.is_contiguous() && of_features.numel() == size;
+  };
+  const bool all_fit = fits(weight) && (!bias.defined() || fits(bias)) && x.size(-1) == size;  // LibTorch reports others
+  if (all_fit && run_on_kernels({x, weight, bias.defined() ? bias : weight}) && !is_recorded({x, weight, bias})) {
     const auto rows = x.contiguous(), y = at::empty_like(rows);
-    engine::each_part(x.numel() / size, kOperations * size, [&, size = size](int64_t begin, int64_t end) {
+    engine::each_part(x.numel() / size, kOperationsOfANorm * size, [&, size = size](int64_t begin, int64_t end) {
       const auto first = begin * size;
       engine::normalise_rows(norm, engine::data(rows) + first, engine::mutable_data(y) + first, end - begin, size);
     });

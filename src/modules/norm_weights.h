@@ -24,7 +24,8 @@ at::Tensor normalised(const at::Tensor& x, const NormWeights& norm);
 
 namespace engine {
 
-/// n rows of x -> y, which may be x: each head by itself or the whole row, by the size of the norm, which is not `none`.
+/// n rows of x -> y, which may be x: each head by itself or the whole row, by the size of the norm. Nothing for NormKind::none,
+/// for which x must be y.
 void normalise_rows(const NormWeights& norm, const float* x, float* y, int64_t n, int64_t features);
 
 }  // namespace engine

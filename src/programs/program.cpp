@@ -97,9 +97,11 @@ void Command::add_option(const std::string& names, Value value, const std::strin
         return has_default(*variable) ? added->capture_default_str() : added;
       },
       value);
-  // Without a value such an option is empty; whoever means that leaves it out.
-  const auto missing = [](const std::string& text) { return text.empty() ? std::string("must not be empty") : std::string(); };
-  if (std::holds_alternative<std::string*>(value)) option->check(missing, "");
+  // An option that is not set is empty: an empty value would pass for a missing one.
+  const auto not_empty = [](const std::string& text) {
+    return text.empty() ? std::string("must not be empty") : std::string();
+  };
+  if (std::holds_alternative<std::string*>(value)) option->check(not_empty, "");
   add_rules(*option, rules);
 }
 

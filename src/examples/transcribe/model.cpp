@@ -65,11 +65,11 @@ Model::Model(const std::string& path, std::optional<torch::ScalarType> storage) 
   std::string type = "whisper";
   config.get("model_type", type);
   config.check(type == "whisper", fmt::format("model_type must be \"whisper\", but is \"{}\"", type));
-  // The largest part first: while one is frozen, its own weights and the packed ones are both in memory.
+  // The vocabulary first: it alone is in memory twice while it is packed.
   const xattn::FreezeOptions how = {.storage = storage};
-  read_decoder(file, how);
-  read_encoder(file, how);
   read_vocabulary(file, how);
+  read_encoder(file, how);
+  read_decoder(file, how);
 }
 
 void Model::read_vocabulary(const Checkpoint& file, const xattn::FreezeOptions& how) {

@@ -54,7 +54,7 @@ class Model {
   torch::Tensor encoder_positions_;  // [window / 2, E]
   std::vector<xattn::FrozenBlock> encoder_;
   xattn::Norm encoder_norm_{nullptr};
-  torch::Tensor token_embedding_;    // [V, E], if it is not the weight of to_logits_, as in all models of OpenAI
+  torch::Tensor token_embedding_;    // [V, E]; undefined if it is the weight of to_logits_, as in OpenAI's models
   torch::Tensor decoder_positions_;  // [longest, E]
   std::vector<DecoderLayer> decoder_;
   xattn::Norm decoder_norm_{nullptr};

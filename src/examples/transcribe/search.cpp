@@ -124,7 +124,7 @@ namespace {
 // A beginning of a text, or with the mark of the end a whole one.
 struct Hypothesis {
   Tokens tokens;
-  double score = 0;            // the sum of log-probabilities, by which beams compete
+  double score = 0;            // the sum of log-probabilities, by which beams compete; of logits for one beam
   double log_probability = 0;  // the same among the tokens that were allowed
   int64_t beam = 0;            // the beginning that it continues
 
@@ -132,12 +132,11 @@ struct Hypothesis {
 };
 using Hypotheses = std::vector<Hypothesis>;
 
-// The `count` best continuations of the beginnings, the best first. logits: float32 [n, V], may be overwritten. Each row
-// is computed by itself, which LibTorch does in one thread: its others would go on waiting, and take the processor from those
-// of the decoder.
+// The `count` best continuations of the beginnings, the best first. logits: float32 [n, V], may be overwritten. Each row is
+// computed by itself, because LibTorch does that in one thread; its others would spin on the cores that the decoder needs next.
 Hypotheses continuations(const Hypotheses& beginnings, const Tensor& logits, const Rules& rules, size_t count) {
   struct Candidate {
-    float score;
+    double score;
     int64_t beam, token;
   };
   const auto better = [](const Candidate& a, const Candidate& b) { return a.score > b.score; };
@@ -147,10 +146,11 @@ Hypotheses continuations(const Hypotheses& beginnings, const Tensor& logits, con
     const auto row = count > 1 ? logits[beam].log_softmax(0) : logits[beam];  // the order of one row needs no softmax
     const auto V = row.size(0);
     const auto& text = beginnings.at(static_cast<size_t>(beam));
-    rules.forbid(row.data_ptr<float>(), V, text.tokens);
+    auto* scores = row.data_ptr<float>();
+    rules.forbid(scores, V, text.tokens);
     log_probabilities.push_back(row.log_softmax(0));  // among the tokens that are allowed
     for (int64_t token = 0; token < V; ++token) {
-      const Candidate next{row.const_data_ptr<float>()[token] + static_cast<float>(text.score), beam, token};
+      const Candidate next{text.score + scores[token], beam, token};
       if (best.size() == count && !better(next, best.back())) continue;
       if (best.size() == count) best.pop_back();
       best.insert(std::upper_bound(best.begin(), best.end(), next, better), next);

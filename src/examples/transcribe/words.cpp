@@ -60,7 +60,7 @@ void add_medians(const float* row, int64_t n, int64_t width, float* sums) {
   std::vector<float> padded;
   for (auto j = -margin; j < n + margin; ++j) padded.push_back(row[std::min(std::abs(j), 2 * (n - 1) - std::abs(j))]);
   std::vector<std::vector<float>> sorted;
-  for (auto begin = padded.begin(); begin + n <= padded.end(); ++begin) sorted.emplace_back(begin, begin + n);
+  for (int64_t i = 0; i <= 2 * margin; ++i) sorted.emplace_back(padded.begin() + i, padded.begin() + i + n);
   for (size_t round = 0; round < sorted.size(); ++round) {
     for (size_t i = round % 2; i + 1 < sorted.size(); i += 2) {
       auto *lower = sorted[i].data(), *upper = sorted[i + 1].data();
