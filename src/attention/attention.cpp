@@ -28,6 +28,7 @@
 #include "base/check_tensor.h"
 #include "base/describe.h"
 #include "cpu/matrix_product.h"
+#include "cpu/on_kernels.h"
 
 namespace xattn {
 

@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "attention/mask_parts.h"
-#include "cpu/matrix_product.h"
+#include "cpu/on_kernels.h"
 #include "cpu/threads.h"
 #include "cpu/tuning.h"
 

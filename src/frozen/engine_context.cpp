@@ -8,7 +8,6 @@
 #include "cpu/huge_pages.h"
 #include "cpu/threads.h"
 #include "frozen/engine.h"
-#include "frozen/packed_layers.h"
 
 namespace xattn::detail {
 

@@ -15,6 +15,7 @@
 #include "attention/mask_parts.h"
 #include "cpu/elementwise.h"
 #include "cpu/matrix_product.h"
+#include "cpu/on_kernels.h"
 #include "plan/order_traits.h"
 
 namespace xattn::detail {

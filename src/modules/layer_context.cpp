@@ -11,7 +11,6 @@
 #include <utility>
 
 #include "base/check.h"
-#include "base/describe.h"
 #include "plan/order_traits.h"
 
 namespace xattn::detail {

@@ -74,7 +74,7 @@ void engine::normalise_rows(const NormWeights& norm, const float* x, float* y, i
 at::Tensor normalised(const at::Tensor& x, const NormWeights& norm) {
   if (norm.kind == NormKind::none) return x;
   const auto& [kind, size, eps, weight, bias] = norm;
-  const auto fits = [size = size](const Tensor& of_features) {
+  const auto fits = [size = size](const at::Tensor& of_features) {
     return of_features.is_contiguous() && of_features.numel() == size;
   };
   const bool all_fit = fits(weight) && (!bias.defined() || fits(bias)) && x.size(-1) == size;  // LibTorch reports others

@@ -11,7 +11,7 @@
 
 #include "attention/mask_parts.h"
 #include "base/check.h"
-#include "cpu/matrix_product.h"
+#include "cpu/on_kernels.h"
 #include "plan/order_traits.h"
 
 namespace xattn::detail {
