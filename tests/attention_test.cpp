@@ -772,7 +772,7 @@ TEST_P(AttentionTest, GradientsOfMergedPartsAreThoseOfAllKeysToTheSecondOrder) {
       return r.output.sin().sum() + r.weights.square().sum() +
              r.log_sum_exp.masked_fill(r.log_sum_exp.isneginf(), 0).cos().sum();
     };
-    const auto merged = [&](const std::vector<torch::Tensor>& x) {
+    const auto merged = [&, &mask = mask](const std::vector<torch::Tensor>& x) {
       return scalar_of(merged_attention(x[0], x[1], x[2], mask, {2, 0, 5}, AttentionWeights::per_head));
     };
     const auto all = scalar_of(

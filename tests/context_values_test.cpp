@@ -402,11 +402,11 @@ TEST_P(ContextValuesTest, UnbatchedContextsGrowAndAreJoined) {
   expect_equal(module->attend(query, Context::join({context, module->context(k2, v2, padding)})), expected, "joined", 1e-12);
   const auto frozen = module->freeze();
   expect_equal(frozen.attend(query, frozen.context(k1, v1).append(k2, v2, padding)), expected, "frozen", 1e-12);
-  EXPECT_EQ(error_of<c10::ValueError>([&] { (void)context.append(k2.unsqueeze(0), v2.unsqueeze(0)); }),
+  EXPECT_EQ(error_of<c10::ValueError>([&, &k2 = k2, &v2 = v2] { (void)context.append(k2.unsqueeze(0), v2.unsqueeze(0)); }),
             "[context] key must be unbatched, as the context, but is a batch of 1.");
   EXPECT_EQ(error_of<c10::ValueError>([&] { (void)context.select(torch::tensor({0})); }),
             "[context] context must be batched to select entries, but is unbatched.");
-  EXPECT_EQ(error_of<c10::ValueError>([&] { (void)frozen.context(k1, v1).select(torch::tensor({0})); }),
+  EXPECT_EQ(error_of<c10::ValueError>([&, &k1 = k1, &v1 = v1] { (void)frozen.context(k1, v1).select(torch::tensor({0})); }),
             "[frozen] context must be batched to select entries, but is unbatched.");
 }
 
@@ -455,7 +455,7 @@ TEST_P(ContextValuesTest, WithKeyNormsContextsEqualTheOneBigContext) {
     const auto expected = exact(module, query, whole(parts));
     const auto frozen = module->freeze({.plan = PlanMode::standard});
     const auto [p1, p2, p3] = std::tie(parts[0], parts[1], parts[2]);
-    const auto grow = [&](const auto& context) {
+    const auto grow = [&, &p2 = p2, &p3 = p3](const auto& context) {
       return context.append(p2.key, p2.value, p2.mask).append(p3.key, p3.value, p3.mask);
     };
     expect_equal(module->attend(query, grow(module->context(p1.key, p1.value, p1.mask))), expected, "module");
@@ -964,10 +964,11 @@ TEST(ContextErrorsTest, PartsThatDoNotFitAreRefused) {
       error_of<c10::ValueError>([&] { (void)FrozenContext::join({of_frozen, other_frozen.context(part.key, part.value)}); }),
       "[frozen] contexts must be of one Frozen, batch and device to be joined, but they differ.");
   const auto long_mask = Mask::lengths(torch::tensor({1, 2, 3}), 4);
-  for (const auto& [caller, append] :
+  for (const auto& [caller, function] :
        std::vector<std::pair<std::string, std::function<void(const Tensor&, const Tensor&, const Mask&)>>>{
            {"[context]", [&](const auto& k, const auto& v, const Mask& m) { (void)context.append(k, v, m); }},
            {"[frozen]", [&](const auto& k, const auto& v, const Mask& m) { (void)of_frozen.append(k, v, m); }}}) {
+    const auto& append = function;  // Clang before 16 lets no lambda capture a structured binding
     EXPECT_EQ(error_of<c10::ValueError>([&] { append(first(part.key), first(part.value), {}); }),
               caller + " key must be a batch of 3, as the context, but is a batch of 1.");
     EXPECT_EQ(error_of<c10::ValueError>([&] { append(part.value, part.value, {}); }),

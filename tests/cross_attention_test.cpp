@@ -346,7 +346,8 @@ TEST(CrossAttentionTypesTest, TensorsThatAreNotDenseAreRefusedByName) {
       {torch::_nested_tensor_from_tensor_list({x[0], x[1]}), "nested."},
       {torch::quantize_per_tensor(x, 0.1, 0, torch::kQInt8), "quantized."},
   };
-  for (const auto& [other, is] : others) {
+  for (const auto& [tensor, is] : others) {
+    const auto& other = tensor;  // Clang before 16 lets no lambda capture a structured binding
     EXPECT_EQ(error_of<c10::TypeError>([&] { module->forward(other, x, x); }),
               "[cross_attention] query must be dense, but is " + is);
     EXPECT_EQ(error_of<c10::TypeError>([&] { module->forward(x, other, x); }),

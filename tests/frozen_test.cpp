@@ -120,7 +120,7 @@ TEST_F(FrozenTest, EqualsTheDefinitionInEveryOrderWithEveryMask) {
       for (const auto& [name, mask] : masks(3, layer.H, 5, 37)) {
         SCOPED_TRACE(name);
         const auto [output, weights] = exact(module, x, mask);
-        for_each_pair([&](const Orders& orders) {
+        for_each_pair([&, &mask = mask, &output = output, &weights = weights](const Orders& orders) {
           const auto frozen = module->freeze({.plan = PlanMode::pin(orders)});
           ASSERT_TRUE(frozen.uses_kernels());
           const auto [y, p] = frozen.forward(x.query, x.key, x.value, mask);
@@ -253,7 +253,7 @@ TEST_F(FrozenTest, ABatchEntryHasTheBitsThatItHasAlone) {
   const auto x = inputs_of(layer, B, Lq, Lk);
   for (const auto& [name, mask] : masks(B, layer.H, Lq, Lk)) {
     SCOPED_TRACE(name);
-    for_each_pair([&](const Orders& orders) {
+    for_each_pair([&, &mask = mask](const Orders& orders) {
       const auto frozen = module->freeze({.plan = PlanMode::pin(orders)});
       const auto all = results_of(frozen, x, mask);
       for (int64_t b = 0; b < B; ++b) {
@@ -311,7 +311,7 @@ TEST_F(FrozenTest, AConstantQueryIsFoldedAndGivesWhatAGivenOneDoes) {
     auto x = inputs_of(layer, 3, 4, 50);
     x.query = x.query.narrow(0, 0, 1).expand({3, -1, -1});
     const auto [output, weights] = exact(module, x, {});
-    for_each_pair([&](const Orders& orders) {
+    for_each_pair([&, &output = output, &weights = weights](const Orders& orders) {
       const auto frozen = module->freeze({.query = x.query[0], .plan = PlanMode::pin(orders)});
       const auto [y, p] = frozen.forward(x.key, x.value);
       expect_close(y, output, allowed(layer), "output");
@@ -381,7 +381,7 @@ TEST_F(FrozenTest, AContextServesBeamsSlicesAndBatches) {
   const auto [output, weights] =
       exact(module, {beams, repeated(x.key), repeated(x.value)},
             Mask::lengths(torch::tensor({21, 21, 0, 0, 9, 9}), Lk) & Mask::causal(CausalAlignment::lower_right));
-  for_each_pair([&](const Orders& orders) {
+  for_each_pair([&, &output = output, &weights = weights](const Orders& orders) {
     for (const auto type : {torch::kFloat, torch::kDouble}) {
       auto typed = std::dynamic_pointer_cast<CrossAttentionImpl>(module->clone());
       typed->to(type);
@@ -452,7 +452,7 @@ TEST_F(FrozenTest, AContextOfNoKeysGivesTheBiasOfTheOutput) {
         {"lengths", Mask::lengths(torch::zeros({B}, torch::kLong), Lk)}};
     for (const auto& [name, mask] : all_masks) {
       SCOPED_TRACE(name);
-      for_each_pair([&](const Orders& orders) {
+      for_each_pair([&, &mask = mask](const Orders& orders) {
         const auto results = results_of(module->freeze({.plan = PlanMode::pin(orders)}), x, mask);
         for (const size_t i : {0, 2}) {
           EXPECT_TRUE(results[i].equal(expected));
@@ -602,7 +602,7 @@ TEST_F(FrozenTest, EmptyAxesGiveEmptyResultsOrTheBiasOfTheOutput) {
         const auto& l = kLayers[1];
         const Inputs x = {torch::randn({B, Lq, l.Eq}).to(type), torch::randn({B, Lk, l.Ek}).to(type),
                           torch::randn({B, Lk, l.Ev}).to(type)};
-        for_each_pair([&](const Orders& orders) {
+        for_each_pair([&, &B = B, &Lk = Lk, &Lq = Lq](const Orders& orders) {
           for (const auto& mask : {Mask(), Mask::lengths(torch::zeros({B}, torch::kLong), Lk)}) {
             const auto results = results_of(module->freeze({.plan = PlanMode::pin(orders)}), x, mask);
             for (const size_t i : {0, 2}) {

@@ -318,7 +318,7 @@ TEST_P(KernelsProductTest, WritesTheSameBitsIntoPanels) {
     const auto a = random_matrix(m, k), b = random_matrix(k, n);
     const auto packed_b = packed(b);
     for (const auto& each : products()) {
-      const auto compute = [&](Matrix& c, int64_t c_stride, bool in_panels) {
+      const auto compute = [&, &m = m, &k = k](Matrix& c, int64_t c_stride, bool in_panels) {
         each.product({.sizes = {m, n, k},
                       .a = {a.data.get(), k},
                       .b = kernels_.packed(packed_b.data(), k),

@@ -142,7 +142,7 @@ TEST(StateDictTest, ListsTensorsThatAreNotReadAndRefusesThemWhenAskedFor) {
   EXPECT_EQ(lazy(checkpoint).unreadable, expected);
   for (const auto& [name, reason] : expected) {
     EXPECT_FALSE(checkpoint.contains(name));
-    EXPECT_EQ(error_of<FileError>([&] { return checkpoint.tensor(name); }),
+    EXPECT_EQ(error_of<FileError>([&, &name = name] { return checkpoint.tensor(name); }),
               "[checkpoint] " + path + ": tensor \"" + name + "\" is not read: " + reason);
   }
   EXPECT_EQ(error_of<FileError>([&] { return load_tensors(path); }),

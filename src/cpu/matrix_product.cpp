@@ -75,7 +75,7 @@ void multiply_packed(const Product& whole, bool b_is_transposed, bool has_many, 
 // result [..., m, n] = a [..., m, k] b [..., k, n] + bias, [n] for all matrices or for each, in their order.
 void multiply_all(const Matrices& a, const Matrices& b, const ProductSizes& sizes, const Tensor& bias, const Tensor& result) {
   if (result.numel() == 0) return;
-  const auto [m, n, k] = sizes;
+  const auto m = sizes.m, n = sizes.n, k = sizes.k;
   const bool packs = packs_right_side(m, k), has_many = has_many_rows(m, n, k);
   const auto count = a.groups * a.per_group;
   const auto shares = plan_product(count, sizes, has_many, num_threads(), kernels());

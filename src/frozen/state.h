@@ -33,7 +33,7 @@ inline constexpr auto kFrozen = "frozen";  ///< the caller in messages
 
 /// The state of a call: ordinary results without gradients, and no autocast.
 struct Inference {
-  const OrdinaryTensors ordinary;
+  const OrdinaryTensors ordinary{};
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 

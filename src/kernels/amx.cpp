@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#ifdef __AMX_BF16__
+#ifdef XATTN_AMX
 #define XATTN_KERNELS amx
 #include <type_traits>
 

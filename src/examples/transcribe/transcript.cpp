@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <ranges>
 
 #include "base/text.h"
 #include "common/mel.h"
@@ -31,10 +30,13 @@ int64_t find_language(const Whisper& whisper, const Contexts& sound, const std::
   const auto known = vocabulary.marks_between(rules.start, vocabulary.at("<|translate|>"));
   const auto named = known.find("<|" + language.value_or("") + "|>");
   if (named != known.end()) return named->second;
-  TORCH_CHECK_VALUE(!language, "language must be one of ", xattn::detail::joined(known | std::views::keys, " "), ", but is ",
+  std::vector<std::string> names;
+  for (const auto& [name, token] : known) names.push_back(name);
+  TORCH_CHECK_VALUE(!language, "language must be one of ", xattn::detail::joined(names, " "), ", but is ",
                     language.value_or(""));
   const auto logits = Decoding(model, sound).append(torch::tensor({{rules.start}}))[0][0];
-  return std::ranges::max(known | std::views::values, {}, [&](int64_t token) { return logits[token].item<float>(); });
+  const auto score = [&](const auto& mark) { return logits[mark.second].template item<float>(); };
+  return std::ranges::max_element(known, {}, score)->second;
 }
 
 // Cuts a text at the pairs of timestamps into segments, with times from the beginning of the window. `frames` are those of the
@@ -76,7 +78,7 @@ Transcript transcribe(const Whisper& whisper, const Tensor& samples, const Optio
                     "this model only transcribes English");
   Transcript transcript;
   auto& [language, all, mel, tokens, seconds] = transcript;
-  mel = timed(seconds.mel, [&] { return examples::log_mel(samples, model.bins()); });
+  mel = timed(seconds.mel, [&] { return examples::log_mel(samples, whisper.model.bins()); });
   Tokens prompt = {rules.start};
   const auto is_text = [end = rules.end](int64_t token) { return token < end; };
   for (int64_t seek = 0, done = 0; seek < mel.size(1); seek += done) {
@@ -85,9 +87,9 @@ Transcript transcribe(const Whisper& whisper, const Tensor& samples, const Optio
     const auto part = mel.narrow(1, seek, frames);
     if (part.min().equal(part.max())) continue;  // models hear words in digital silence
     const auto window = torch::constant_pad_nd(part, {0, model.window() - frames});
-    const auto memory = timed(seconds.encoder, [&] { return model.encode(window); });
+    const auto memory = timed(seconds.encoder, [&] { return whisper.model.encode(window); });
     // About 100 tokens say what 30 seconds of speech do.
-    const auto sound = timed(seconds.contexts, [&] { return model.contexts(memory, 100 * options.beams); });
+    const auto sound = timed(seconds.contexts, [&] { return whisper.model.contexts(memory, 100 * options.beams); });
     if (rules.multilingual && prompt.size() == 1) {
       prompt.insert(prompt.end(), {find_language(whisper, sound, options.language), vocabulary.at("<|" + options.task + "|>")});
       language = vocabulary.mark(prompt[1]);
