@@ -81,16 +81,30 @@ std::unique_ptr<c10d::Reducer> make_reducer(const torch::nn::Module& model, cons
   for (const auto& parameter : model.parameters()) {
     if (parameter.requires_grad()) parameters.push_back(parameter);
   }
-  auto [buckets, limits] =
+  auto assigned =
       c10d::compute_bucket_assignment_by_size(parameters, {c10d::kDefaultFirstBucketBytes, c10d::kDefaultBucketBytesCap});
+  auto& buckets = std::get<0>(assigned);
   std::ranges::reverse(buckets);
-  const auto count = parameters.size();
-  return std::make_unique<c10d::Reducer>(std::move(parameters), std::move(buckets), processes.group(),
-                                         std::vector<bool>(count, false), c10d::kDefaultBucketBytesCap,
-                                         /*find_unused_parameters=*/false,
-                                         /*gradient_as_bucket_view=*/false, std::unordered_map<size_t, std::string>{},
-                                         c10d::kDefaultFirstBucketBytes, /*skip_all_reduce_unused_params=*/false,
-                                         /*use_python_reducer=*/false, std::vector<int64_t>{});
+  const std::vector<bool> is_sparse(parameters.size(), false);
+  const std::unordered_map<size_t, std::string> names;
+  const auto make = [&](auto... more) -> std::unique_ptr<c10d::Reducer> {
+    constexpr auto kFirst = c10d::kDefaultFirstBucketBytes, kMost = c10d::kDefaultBucketBytesCap;
+    constexpr bool kFindsUnused = false, kGradientsAreViews = false;
+    if constexpr (requires {
+                    new c10d::Reducer(parameters, buckets, processes.group(), is_sparse, kMost, kFindsUnused,
+                                      kGradientsAreViews, names, kFirst, more...);
+                  }) {
+      return std::make_unique<c10d::Reducer>(parameters, buckets, processes.group(), is_sparse, kMost, kFindsUnused,
+                                             kGradientsAreViews, names, kFirst, more...);
+    }
+    return nullptr;
+  };
+  // Newer versions of LibTorch have more parameters, all behind these.
+  constexpr bool kSkipsUnused = false, kIsPython = false;
+  if (auto reducer = make(kSkipsUnused, kIsPython, std::vector<int64_t>())) return reducer;
+  if (auto reducer = make(kSkipsUnused, kIsPython)) return reducer;
+  if (auto reducer = make(kSkipsUnused)) return reducer;
+  return make();
 }
 
 }  // namespace
