@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/choose_kernel.h"
 #include "attention/heads.h"
 #include "attention/mask_parts.h"
 #include "compare.h"
@@ -114,9 +115,15 @@ TEST_P(AttentionTest, DefinitionEqualsItsFormulaNumberByNumber) {
   }
 }
 
+// Whether LibTorch's fused kernel for the CPU, of float64 among others, runs if heads share keys.
+bool fused_heads_may_share_keys() {
+  return detail::is_fused(detail::choose_kernel({.shares_keys = true}).kernel);
+}
+
 TEST_P(AttentionTest, FusedEqualsDefinitionInOutputLogSumExpAndGradients) {
   for (const auto type : kTypes) {
     for (const int64_t G : {1, 2, 4}) {
+      if (G < kH && !fused_heads_may_share_keys()) continue;
       const auto q = random({kB, kH, kLq, kD}, type), k = random({kB, G, kLk, kD}, type), v = random({kB, G, kLk, kD}, type);
       const auto cotangent = random({kB, kH, kLq, kD}, type).detach();
       for (const auto& [name, mask] : masks(device_)) {
@@ -181,7 +188,8 @@ TEST_P(AttentionTest, GradientsOverALongContextAreExactAndOfEqualBitsForAnyThrea
 }
 
 TEST_P(AttentionTest, FusedIsTwiceDifferentiableThroughTheDefinition) {
-  const auto q = random({kB, kH, kLq, kD}), k = random({kB, 2, kLk, kD}), v = random({kB, 2, kLk, kD});
+  const auto G = fused_heads_may_share_keys() ? 2 : kH;
+  const auto q = random({kB, kH, kLq, kD}), k = random({kB, G, kLk, kD}), v = random({kB, G, kLk, kD});
   for (const auto& [name, mask] : masks(device_)) {
     std::vector<std::vector<torch::Tensor>> second;
     for (const auto path : {AttentionPath::definition, AttentionPath::fused}) {

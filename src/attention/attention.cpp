@@ -116,6 +116,7 @@ detail::KernelRequest kernel_request(const AttentionCall& call) {
           .is_empty = q.numel() == 0 || k.numel() == 0,
           .Lk = k.size(2),
           .equal_head_sizes = q.size(3) == v.size(3),
+          .shares_keys = k.size(1) < q.size(1),
           .drops_weights = options.dropout > 0,
           .returns_weights = options.weights != AttentionWeights::none,
           .returns_log_sum_exp = options.log_sum_exp,

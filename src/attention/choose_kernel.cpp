@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "attention/choose_kernel.h"
 
+#include <torch/version.h>
+
 namespace xattn {
 
 std::string_view name_of(AttentionKernel kernel) {
@@ -27,6 +29,9 @@ KernelChoice choose_kernel(const KernelRequest& r) {
     return {scaled_dot_product_attention, "the layer is not on the CPU"};
   }
   if (!r.equal_head_sizes) return {tensor_operations, "LibTorch's CPU kernel needs value heads of the size of key heads"};
+  // LibTorch 2.7's takes no fewer key/value heads than heads: it reads beyond them. 2.12's does, those between are untested.
+  constexpr bool kTakesFewerHeads = TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 12;
+  if (r.shares_keys && !kTakesFewerHeads) return {tensor_operations, "heads share keys, and LibTorch is older than 2.12"};
   return {fused_cpu, "this library's is for float32, AVX2 or AVX-512, and no autocast"};
 }
 

@@ -16,6 +16,7 @@ struct KernelRequest {
   bool is_empty = false;         ///< B, Lq or Lk is 0
   int64_t Lk = 1;                ///< context length
   bool equal_head_sizes = true;  ///< value heads have the size of key heads
+  bool shares_keys = false;      ///< there are fewer key/value heads than heads
   bool drops_weights = false;    ///< dropout is above 0
   bool returns_weights = false;
   bool returns_log_sum_exp = false;

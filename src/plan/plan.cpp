@@ -186,6 +186,7 @@ detail::KernelChoice kernel_of(const Orders& orders, const PlanRequest& r) {
                                 .is_empty = r.B == 0 || r.Lq == 0 || Lk == 0,
                                 .Lk = Lk,
                                 .equal_head_sizes = r.d == r.e,
+                                .shares_keys = r.G < r.H,
                                 .drops_weights = r.drops_weights,
                                 .returns_weights = r.returns_weights,
                                 .is_differentiated = r.training,

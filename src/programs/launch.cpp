@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <netdb.h>
 #include <sys/socket.h>
+#include <torch/version.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -21,6 +22,7 @@
 #include "base/printed.h"
 
 #ifdef XATTN_HAS_NCCL
+
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #endif
 
@@ -137,6 +139,8 @@ std::optional<Place> find_place() {
 c10::intrusive_ptr<c10d::ProcessGroup> join(const Place& place, c10::Device device, std::chrono::milliseconds timeout) {
   ignore_broken_pipes();
   c10d::TCPStoreOptions options;
+  // The libuv of LibTorch 2.7 cannot take over a listening socket; that of 2.12 can, those between are untested.
+  options.useLibUV = TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 12;
   options.port = place.port;
   options.isServer = place.rank == 0 && !place.store_is_there;
   options.timeout = timeout;
