@@ -87,7 +87,7 @@ std::unique_ptr<c10d::Reducer> make_reducer(const torch::nn::Module& model, cons
   std::ranges::reverse(buckets);
   const std::vector<bool> is_sparse(parameters.size(), false);
   const std::unordered_map<size_t, std::string> names;
-  const auto make = [&](auto... more) -> std::unique_ptr<c10d::Reducer> {
+  const auto make = [&](const auto&... more) -> std::unique_ptr<c10d::Reducer> {
     constexpr auto kFirst = c10d::kDefaultFirstBucketBytes, kMost = c10d::kDefaultBucketBytesCap;
     constexpr bool kFindsUnused = false, kGradientsAreViews = false;
     if constexpr (requires {
