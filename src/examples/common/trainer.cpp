@@ -11,6 +11,7 @@
 #include <cmath>
 #include <numbers>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
+#include <type_traits>
 #include <utility>
 
 #include "common/batch_norm.h"
@@ -87,17 +88,14 @@ std::unique_ptr<c10d::Reducer> make_reducer(const torch::nn::Module& model, cons
   std::ranges::reverse(buckets);
   const std::vector<bool> is_sparse(parameters.size(), false);
   const std::unordered_map<size_t, std::string> names;
-  const auto make = [&](const auto&... more) -> std::unique_ptr<c10d::Reducer> {
-    constexpr auto kFirst = c10d::kDefaultFirstBucketBytes, kMost = c10d::kDefaultBucketBytesCap;
-    constexpr bool kFindsUnused = false, kGradientsAreViews = false;
-    if constexpr (requires {
-                    new c10d::Reducer(parameters, buckets, processes.group(), is_sparse, kMost, kFindsUnused,
-                                      kGradientsAreViews, names, kFirst, more...);
-                  }) {
-      return std::make_unique<c10d::Reducer>(parameters, buckets, processes.group(), is_sparse, kMost, kFindsUnused,
-                                             kGradientsAreViews, names, kFirst, more...);
-    }
+  const auto if_possible = [](const auto&... all) -> std::unique_ptr<c10d::Reducer> {
+    if constexpr (std::is_constructible_v<c10d::Reducer, decltype(all)...>) return std::make_unique<c10d::Reducer>(all...);
     return nullptr;
+  };
+  const auto make = [&](const auto&... more) {
+    return if_possible(parameters, buckets, processes.group(), is_sparse, int64_t{c10d::kDefaultBucketBytesCap},
+                       /*find_unused_parameters=*/false, /*gradient_as_bucket_view=*/false, names,
+                       int64_t{c10d::kDefaultFirstBucketBytes}, more...);
   };
   // Newer versions of LibTorch have more parameters, all behind these.
   constexpr bool kSkipsUnused = false, kIsPython = false;
