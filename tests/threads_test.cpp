@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Objects that several threads may share. Also built as a program of its own, which is all the thread sanitizer needs.
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/tensor.h>
 #include <gtest/gtest.h>
+#include <sys/wait.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <unistd.h>
 #include <xattn/block.h>
 #include <xattn/cross_attention.h>
 #include <xattn/decoupled.h>
@@ -162,6 +165,42 @@ TEST(ThreadsTest, ShareAFrozenDecoupledLayerAndItsContextsAndGetTheSameBits) {
     });
   }
 }
+
+#ifndef __SANITIZE_THREAD__  // which starts no thread after a fork
+// libgomp's threads do not survive a fork: a child that calls an operator which needs them waits for ever.
+TEST(ThreadsTest, AForkedProcessComputesOnFrozenObjects) {
+  const at::NoGradGuard no_grad;
+  const Threads two(2);
+  const auto sizes = CrossAttentionOptions(64, 64, 64, 64).num_heads(4);
+  CrossAttention module(sizes);
+  CrossAttentionBlock block{CrossAttentionBlockOptions(sizes)};
+  const auto frozen = module->freeze();
+  const auto frozen_block = block->freeze();
+  const auto x = at::randn({2, 600, 64}), keys = at::randn({2, 500, 64});
+  const auto mask = Mask::lengths(at::tensor({500, 300}), 500);
+  const auto compute = [&] {
+    Results results;
+    for (const auto weights : {AttentionWeights::mean, AttentionWeights::per_head}) {
+      results.push_back(frozen.forward(x, keys, keys, mask, {.weights = weights}));
+      results.push_back(frozen_block.forward(x, keys, keys, mask, {.weights = weights}));
+    }
+    return results;
+  };
+  const auto expected = compute();
+  at::ones({1 << 20}).exp_();  // starts libgomp's threads
+
+  const auto child = fork();
+  if (child == 0) {
+    alarm(60);
+    const auto results = compute();
+    const Threads one(1);  // for the comparison, an operator
+    _exit(are_equal(results, expected) ? 0 : 1);
+  }
+  int status = 1;
+  waitpid(child, &status, 0);
+  EXPECT_EQ(status, 0);
+}
+#endif
 
 }  // namespace
 }  // namespace xattn::test

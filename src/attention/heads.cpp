@@ -3,7 +3,6 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <utility>
@@ -11,6 +10,7 @@
 #include "attention/choose_kernel.h"
 #include "attention/mask_parts.h"
 #include "attention/merge.h"
+#include "cpu/elementwise.h"
 #include "cpu/huge_pages.h"
 #include "cpu/tuning.h"
 
@@ -23,9 +23,9 @@ namespace engine {
 Tensor empty_weights(
     AttentionWeights wanted, const std::vector<int64_t>& heads, int64_t B, int64_t H, int64_t Lq, int64_t Lk, bool all_keys) {
   if (wanted == AttentionWeights::none) return {};
-  if (wanted == AttentionWeights::mean) return at::zeros({B, Lq, Lk}, at::kFloat);
+  if (wanted == AttentionWeights::mean) return zeros({B, Lq, Lk});
   const auto count = heads.empty() ? H : static_cast<int64_t>(heads.size());
-  return all_keys ? in_huge_pages(at::empty({B, count, Lq, Lk}, at::kFloat)) : at::zeros({B, count, Lq, Lk}, at::kFloat);
+  return all_keys ? in_huge_pages(at::empty({B, count, Lq, Lk}, at::kFloat)) : zeros({B, count, Lq, Lk});
 }
 
 namespace {

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "cpu/huge_pages.h"
 #include "cpu/on_kernels.h"
 #include "cpu/packed.h"
 #include "cpu/threads.h"
@@ -57,6 +58,12 @@ void engine::add_rows(const float* x, const Tensor& gate, const float* branch, f
   for (int64_t row = 0; row < n; ++row, x += features, branch += features, y += features) {
     for (int64_t i = 0; i < features; ++i) y[i] = x[i] + factor[i] * branch[i];
   }
+}
+
+Tensor zeros(at::IntArrayRef sizes) {
+  auto x = in_huge_pages(at::empty(sizes, at::kFloat));
+  each_part(x.numel(), 1, [to = mutable_data(x)](int64_t begin, int64_t end) { std::fill(to + begin, to + end, 0.0f); });
+  return x;
 }
 
 Tensor scaled(const Tensor& x, double factor) {

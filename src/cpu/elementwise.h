@@ -11,6 +11,9 @@
 // strides than those named, it runs on LibTorch's operators.
 namespace xattn::detail {
 
+/// Zeros in float32 on the CPU, for a result of any size.
+at::Tensor zeros(at::IntArrayRef sizes);
+
 /// x times a number.
 at::Tensor scaled(const at::Tensor& x, double factor);
 
