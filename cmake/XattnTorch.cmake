@@ -5,7 +5,7 @@
 cmake_policy(VERSION 3.25)  # for this file alone: a project that calls find_package may have older ones
 
 set(XATTN_TORCH_OLDEST 2.7)   # wheels before it use the old string ABI
-set(XATTN_TORCH_TESTED 2.7 2.12 2.13 2.15)  # a list: the minors on which the suite has run
+set(XATTN_TORCH_TESTED 2.7 2.12 2.13 2.14 2.15)  # a list: the minors on which the suite has run
 
 # Looks for LibTorch, unless the project already has a target `torch`, in this order:
 #   1. Torch_DIR and CMAKE_PREFIX_PATH, as variables of CMake or of the environment
