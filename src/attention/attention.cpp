@@ -36,7 +36,6 @@ using at::Tensor;
 using detail::check_type;
 using detail::check_value;
 using detail::kMinusInfinity;
-using detail::LogSumExpBase;
 using detail::name_of;
 using detail::RelativeAttention;
 using detail::run_on_kernels;
@@ -49,15 +48,14 @@ using torch::autograd::variable_list;
 
 namespace {
 
-// The arguments of one call, and the base of its log-sum-exp.
+// The arguments of one call.
 struct AttentionCall {
   const Tensor &q, &k, &v;
   const AttentionOptions& options;
-  LogSumExpBase base = LogSumExpBase::zero;
 };
 
 void check_inputs(const AttentionCall& call) {
-  const auto& [q, k, v, options, base] = call;
+  const auto& [q, k, v, options] = call;
   constexpr auto kCaller = "attention";
   for (const auto& [name, x] : {std::pair("q", &q), {"k", &k}, {"v", &v}}) detail::check_dense(kCaller, name, *x);
   check_value(q.dim() == 4 && q.size(1) >= 1 && q.size(3) >= 1, kCaller, "q must have shape [B, H, Lq, d], but has {}.",
@@ -90,15 +88,14 @@ void check_inputs(const AttentionCall& call) {
 //   P = softmax(S + bias, over the keys that the mask allows)    [B, H, Lq, Lk]
 //   output = dropout(P) v                                        [B, H, Lq, e]
 RelativeAttention define(const AttentionCall& call) {
-  const auto& [q, k, v, options, base] = call;
+  const auto& [q, k, v, options] = call;
   const auto B = q.size(0), H = q.size(1), Lq = q.size(2), d = q.size(3);
   const auto G = k.size(1), Lk = k.size(2), e = v.size(3);
   // The H/G query heads that share a key/value head are rows of one product.
   const auto rows = (q * scale_of(options, d)).reshape({B, G, H / G * Lq, d});
   const auto products = detail::logits_product(rows, k.transpose(-2, -1)).view({B, H, Lq, Lk});
   const auto type = detail::product_type(q);
-  const auto log_sum_exp = options.log_sum_exp ? std::optional(base) : std::nullopt;
-  const auto softmax = detail::softmax_over_keys(products, type, options.mask, log_sum_exp);
+  const auto softmax = detail::softmax_over_keys(products, type, options.mask, options.log_sum_exp);
   const auto& weights = softmax.weights;
   const auto dropped = options.dropout > 0 ? at::dropout(weights, options.dropout, /*train=*/true) : weights;
   const auto values = detail::matrix_product(dropped.to(v.scalar_type()).reshape({B, G, H / G * Lq, Lk}), v);
@@ -108,7 +105,7 @@ RelativeAttention define(const AttentionCall& call) {
 
 // The properties of a call that `choose_kernel` reads.
 detail::KernelRequest kernel_request(const AttentionCall& call) {
-  const auto& [q, k, v, options, base] = call;
+  const auto& [q, k, v, options] = call;
   const bool is_learned = detail::is_learned(options.mask);
   const bool requires_grad = q.requires_grad() || k.requires_grad() || v.requires_grad() || is_learned;
   return {.own_kernels = run_on_kernels({q, k, v}),
@@ -192,7 +189,7 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
     variable_list results, saved = {q, k, v};
     if (is_own) {
       const AttentionOptions how{.mask = options.mask, .scale = state->scale, .log_sum_exp = true};
-      const auto [result, largest] = detail::attend_on_kernels_by_largest(q, k, v, how);
+      const auto [result, largest] = detail::attend_on_kernels(q, k, v, how);
       ctx->mark_non_differentiable({largest});
       results = {result.output, result.log_sum_exp, largest};
     } else if (q.is_cpu() || state->mask.has_bias) {
@@ -286,31 +283,26 @@ struct FusedKernel : torch::autograd::Function<FusedKernel> {
 
 // Calls a fused kernel: through FusedKernel if it is differentiated, otherwise LibTorch's directly.
 RelativeAttention fuse(const AttentionCall& call, const detail::KernelRequest& request) {
-  const auto& [given_q, given_k, given_v, options, base] = call;
+  const auto& [given_q, given_k, given_v, options] = call;
   const auto q = with_unit_stride(given_q), k = with_unit_stride(given_k), v = with_unit_stride(given_v);
   const auto scale = scale_of(options, q.size(3));
   auto results = request.is_differentiated ? FusedKernel::apply(q, k, v, options, request.own_kernels)
                                            : run_libtorch(q, k, v, libtorch_mask(options.mask, q, k, scale), scale);
   results.resize(3);  // results that the kernel does not return stay undefined
-  const auto &output = results[0], &largest = results[2];
-  auto log_sum_exp = results[1];
+  const auto &output = results[0], &log_sum_exp = results[1], &largest = results[2];
 
   const auto empty_rows = detail::rows_without_keys(options.mask, q.size(2), k.size(2), q.device(), q.scalar_type());
   RelativeAttention attended;
   attended.result.output = with_rows_filled(output, empty_rows, 0);
   if (!options.log_sum_exp) return attended;
-  if (base == LogSumExpBase::largest_logit) {
-    attended.largest = largest.defined() ? largest : at::zeros_like(log_sum_exp);
-  } else if (largest.defined()) {
-    log_sum_exp = log_sum_exp + largest;
-  }
+  attended.largest = largest.defined() ? largest : at::zeros_like(log_sum_exp);
   const auto rows = empty_rows.defined() ? empty_rows.squeeze(-1) : empty_rows;
   attended.result.log_sum_exp = with_rows_filled(log_sum_exp, rows, kMinusInfinity);
   return attended;
 }
 
 RelativeAttention attend(const AttentionCall& call) {
-  const auto& [q, k, v, options, base] = call;
+  const auto& [q, k, v, options] = call;
   if (options.path == AttentionPath::definition) return define(call);
   const auto request = kernel_request(call);
   const auto [kernel, reason] = detail::choose_kernel(request);
@@ -319,30 +311,18 @@ RelativeAttention attend(const AttentionCall& call) {
     return define(call);
   }
   if (!detail::is_own(kernel) || request.is_differentiated) return fuse(call, request);
-  if (base == LogSumExpBase::largest_logit) return detail::attend_on_kernels_by_largest(q, k, v, options);
-  return {detail::attend_on_kernels(q, k, v, options), {}};
+  return detail::attend_on_kernels(q, k, v, options);
 }
 
 }  // namespace
 
 AttentionResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   check_inputs({q, k, v, options});
-  return attend({q, k, v, options}).result;
+  return detail::absolute(attend({q, k, v, options}));
 }
 
-AttentionResult detail::attend_unchecked(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
-  return xattn::attend({q, k, v, options}).result;
-}
-
-RelativeAttention detail::attention_by_largest(const Tensor& q,
-                                               const Tensor& k,
-                                               const Tensor& v,
-                                               const AttentionOptions& options) {
-  check_inputs({q, k, v, options});
-  auto how = options;
-  // LibTorch's kernels return only the log-sum-exp itself, which is inexact beside a large bias.
-  if (has_bias(options.mask) && !run_on_kernels({q, k, v})) how.path = AttentionPath::definition;
-  return xattn::attend({q, k, v, how, LogSumExpBase::largest_logit});
+RelativeAttention detail::attend_unchecked(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+  return xattn::attend({q, k, v, options});
 }
 
 }  // namespace xattn

@@ -7,7 +7,7 @@
 // The backward pass of this library's kernels for heads.
 namespace xattn::detail {
 
-/// The inputs of the backward pass: arguments and results of `attend_on_kernels_by_largest`, and the gradient of its output.
+/// The inputs of the backward pass: arguments and results of `attend_on_kernels`, and the gradient of its output.
 struct AttentionBackward {
   at::Tensor q;            ///< [B, H, Lq, d]
   at::Tensor k;            ///< [B, G, Lk, d]

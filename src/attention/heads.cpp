@@ -318,10 +318,7 @@ engine::Heads heads_of(const Tensor& q, const Tensor& k, const Tensor& v) {
 
 }  // namespace
 
-RelativeAttention attend_on_kernels_by_largest(const Tensor& q,
-                                               const Tensor& k,
-                                               const Tensor& v,
-                                               const AttentionOptions& options) {
+RelativeAttention attend_on_kernels(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   using namespace engine;
   const auto B = q.size(0), H = q.size(1), Lq = q.size(2), Lk = k.size(2), e = v.size(3);
   const auto queries = with_rows(q);
@@ -366,12 +363,6 @@ RelativeAttention attend_on_kernels_by_largest(const Tensor& q,
                       .together = scratch_of_heads(heads, softmax, {.all = true})},
                      run);
   return attended;
-}
-
-AttentionResult attend_on_kernels(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
-  auto [result, largest] = attend_on_kernels_by_largest(q, k, v, options);
-  if (options.log_sum_exp) result.log_sum_exp.add_(largest);
-  return result;
 }
 
 }  // namespace xattn::detail

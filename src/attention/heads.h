@@ -150,15 +150,9 @@ namespace xattn::detail {
 
 /// `attention` for float32 on the CPU, without gradients and dropout; weights come from the same pass.
 /// q [B, H, Lq, d], k [B, G, Lk, d], v [B, G, Lk, e], none of them empty; any strides.
-AttentionResult attend_on_kernels(const at::Tensor& q,
-                                  const at::Tensor& k,
-                                  const at::Tensor& v,
-                                  const AttentionOptions& options);
-
-/// The same with a log-sum-exp that is relative to each row's largest logit.
-RelativeAttention attend_on_kernels_by_largest(const at::Tensor& q,
-                                               const at::Tensor& k,
-                                               const at::Tensor& v,
-                                               const AttentionOptions& options);
+RelativeAttention attend_on_kernels(const at::Tensor& q,
+                                    const at::Tensor& k,
+                                    const at::Tensor& v,
+                                    const AttentionOptions& options);
 
 }  // namespace xattn::detail

@@ -114,11 +114,8 @@ Tensor with_rows_filled(const Tensor& x, const Tensor& rows, double value) {
   return rows.defined() ? x.masked_fill(rows, value) : x;
 }
 
-SoftmaxResult softmax_over_keys(const Tensor& products,
-                                at::ScalarType type,
-                                const Mask& mask,
-                                std::optional<LogSumExpBase> log_sum_exp,
-                                SoftmaxOfRows softmax) {
+SoftmaxResult softmax_over_keys(
+    const Tensor& products, at::ScalarType type, const Mask& mask, bool log_sum_exp, SoftmaxOfRows softmax) {
   const auto Lq = products.size(2), Lk = products.size(3);
   const auto allowed = allowed_keys(mask, Lq, Lk, products.device());
   const auto bias = total_bias(mask, Lk, type);
@@ -133,13 +130,16 @@ SoftmaxResult softmax_over_keys(const Tensor& products,
   logits = with_rows_filled(logits, result.empty_rows, 0);
   result.weights = with_rows_filled(softmax_as_stored(logits, softmax), result.empty_rows, 0);
   if (!log_sum_exp) return result;
-  if (log_sum_exp == LogSumExpBase::largest_logit) {
-    const auto sizes = logits.sizes().slice(0, 3);
-    result.largest = Lk > 0 ? at::amax(logits.detach(), -1) : at::zeros(sizes, logits.options());
-    logits = logits - result.largest.unsqueeze(-1);
-  }
+  result.largest = Lk > 0 ? at::amax(logits.detach(), -1) : at::zeros(logits.sizes().slice(0, 3), logits.options());
   const auto rows = result.empty_rows.defined() ? result.empty_rows.squeeze(-1) : result.empty_rows;
-  result.log_sum_exp = with_rows_filled(at::logsumexp(logits, -1), rows, kMinusInfinity);
+  const auto sums = at::logsumexp(logits - result.largest.unsqueeze(-1), -1);
+  result.log_sum_exp = with_rows_filled(sums, rows, kMinusInfinity);
+  return result;
+}
+
+AttentionResult absolute(RelativeAttention attended) {
+  auto& [result, largest] = attended;
+  if (largest.defined()) result.log_sum_exp = result.log_sum_exp + largest;
   return result;
 }
 

@@ -17,22 +17,23 @@ namespace xattn::detail {
 
 inline constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 
-/// The base of a row's log-sum-exp. Beside a large logit, float32 loses log n of n keys; parts of a context are therefore
-/// merged by a log-sum-exp relative to the largest logit.
-enum class LogSumExpBase { zero, largest_logit };
-
 struct SoftmaxResult {
   at::Tensor weights;      ///< [B, H, Lq, Lk], at least float32; zeros in a row without keys; differentiable
-  at::Tensor log_sum_exp;  ///< [B, H, Lq], if requested; -inf for a row without keys
-  at::Tensor largest;      ///< the base of log_sum_exp: undefined, or the largest logit, [B, H, Lq], 0 for a row without keys
+  at::Tensor log_sum_exp;  ///< [B, H, Lq], if requested, relative to `largest`; -inf for a row without keys
+  at::Tensor largest;      ///< the largest logit, [B, H, Lq], 0 for a row without keys; has no gradient
   at::Tensor empty_rows;   ///< rows without keys, [B|1, H|1, Lq|1, 1]; undefined if the kind of the mask rules them out
 };
 
-/// An attention result whose log-sum-exp is relative to `largest`.
+/// An attention result whose log-sum-exp, if requested, is relative to `largest`. Beside a large logit, float32 loses log n of n
+/// keys; parts of a context are therefore merged by relative ones.
 struct RelativeAttention {
   AttentionResult result;
-  at::Tensor largest;  ///< undefined (zero), or [B, H, Lq]; has no gradient
+  at::Tensor
+      largest;  ///< [B, H, Lq], 0 for a row without keys, and wherever the log-sum-exp itself is as exact; has no gradient
 };
+
+/// The result with the log-sum-exp itself.
+AttentionResult absolute(RelativeAttention attended);
 
 /// The type of the softmax and of sums over ranks: half types keep too few digits of a logit.
 at::ScalarType wide_type(at::ScalarType type);
@@ -49,25 +50,18 @@ at::Tensor softmax_on_operators(const at::Tensor& logits);
 at::Tensor softmax_of_rows(const at::Tensor& logits);
 
 /// products: scaled, [B, H, Lq, Lk], any strides, which the weights keep. type: that of the logits, in which the mask is read;
-/// products of half types may be wider. log_sum_exp: its base; not computed without one.
+/// products of half types may be wider.
 SoftmaxResult softmax_over_keys(const at::Tensor& products,
                                 at::ScalarType type,
                                 const Mask& mask,
-                                std::optional<LogSumExpBase> log_sum_exp,
+                                bool log_sum_exp,
                                 SoftmaxOfRows softmax = softmax_on_operators);
 
 /// `attention` without its checks. REQUIRES: the caller has checked the arguments, the mask included (`check_mask`).
-AttentionResult attend_unchecked(const at::Tensor& q,
-                                 const at::Tensor& k,
-                                 const at::Tensor& v,
-                                 const AttentionOptions& options);
-
-/// `attention`, checks included, with a log-sum-exp for merging: relative to `largest`, which is always defined. It is 0 for a
-/// row without keys, and wherever the log-sum-exp itself is as exact.
-RelativeAttention attention_by_largest(const at::Tensor& q,
-                                       const at::Tensor& k,
-                                       const at::Tensor& v,
-                                       const AttentionOptions& options);
+RelativeAttention attend_unchecked(const at::Tensor& q,
+                                   const at::Tensor& k,
+                                   const at::Tensor& v,
+                                   const AttentionOptions& options);
 
 /// The part of weights [B, H, Lq, Lk] that the options request, in the type of the logits: nothing, the mean over heads, all
 /// heads or chosen ones.

@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   if (returned == AttentionWeights::mean) how.weights = AttentionWeights::per_head;  // the mean is taken after merging
   how.log_sum_exp = true;
   const auto query_of_all = detail::make_query(layer.weights, Xq, /*is_projected=*/true);
-  const auto [part, largest] = detail::attend_heads(layer, query_of_all, c.parts, how, detail::LogSumExpBase::largest_logit);
+  const auto [part, largest] = detail::attend_heads(layer, query_of_all, c.parts, how);
   const auto merged = detail::merge(part.output, part.log_sum_exp, largest, ranks);
 
   auto heads = detail::merge_heads(merged.output.to(type));  // [B, Lq, H * e]

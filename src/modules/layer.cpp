@@ -194,13 +194,11 @@ Tensor logits_of_key_bias(const LayerWeights& w, const LayerQuery& query) {
 RelativeAttention attend_in_steps(const Layer& layer,
                                   const LayerQuery& query,
                                   const LayerContext& context,
-                                  const AttentionOptions& options,
-                                  LogSumExpBase base) {
+                                  const AttentionOptions& options) {
   const auto& w = layer.weights;
   const auto type = product_type(query.x);
   const auto logits = logits_of(layer, query, context);  // [B, H, Lq, Lk]
-  auto softmax =
-      softmax_over_keys(logits, type, options.mask, options.log_sum_exp ? std::optional(base) : std::nullopt, softmax_of_rows);
+  auto softmax = softmax_over_keys(logits, type, options.mask, options.log_sum_exp, softmax_of_rows);
   if (options.log_sum_exp && w.key_bias.defined() && layer.orders.logits == Order::fold_into_query) {
     softmax.log_sum_exp = softmax.log_sum_exp + logits_of_key_bias(w, query);
   }
@@ -314,21 +312,23 @@ LayerContext make_context(const Layer& layer, const Tensor& key, const Tensor& v
 RelativeAttention attend_heads(const Layer& layer,
                                const LayerQuery& query,
                                const LayerContext& context,
-                               const AttentionOptions& options,
-                               LogSumExpBase base) {
-  if (layer.orders != Orders{}) return attend_in_steps(layer, query, context, options, base);
+                               const AttentionOptions& options) {
+  if (layer.orders != Orders{}) return attend_in_steps(layer, query, context, options);
   auto how = options;
   how.scale = layer.weights.scale;
   const auto& q = query.projected;
   if (layer.weights.bias_k.defined()) how.mask = with_bias_kv(options.mask, q.size(2), context.Lk, q.device());
-  if (base == LogSumExpBase::largest_logit) return attention_by_largest(q, context.keys, context.values, how);
-  return {attend_unchecked(q, context.keys, context.values, how), {}};
+  // LibTorch's kernels return only the log-sum-exp itself, which is inexact beside a large bias.
+  const bool is_inexact = how.log_sum_exp && has_bias(how.mask) && !run_on_kernels({q, context.keys, context.values});
+  if (is_inexact) how.path = AttentionPath::definition;
+  return attend_unchecked(q, context.keys, context.values, how);
 }
 
 AttentionResult attend(const Layer& layer, const Tensor& x, const LayerContext& context, const AttentionOptions& options) {
   const auto query = [&] { return make_query(layer.weights, x, projects_query(layer.orders.logits)); };
-  if (!ends_in_heads(layer.orders.values)) return attend_in_steps(layer, query(), context, options, LogSumExpBase::zero).result;
-  auto result = attend_heads(layer, query(), context, options).result;  // the projected query is freed before the next product
+  if (!ends_in_heads(layer.orders.values)) return absolute(attend_in_steps(layer, query(), context, options));
+  auto result =
+      absolute(attend_heads(layer, query(), context, options));  // the projected query is freed before the next product
   result.output = project(merge_heads(result.output), layer.weights.output, layer.weights.output_bias);
   return result;
 }

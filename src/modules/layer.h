@@ -122,7 +122,6 @@ AttentionResult attend(const Layer& layer,
 RelativeAttention attend_heads(const Layer& layer,
                                const LayerQuery& query,
                                const LayerContext& context,
-                               const AttentionOptions& options,
-                               LogSumExpBase base = LogSumExpBase::zero);
+                               const AttentionOptions& options);
 
 }  // namespace xattn::detail
