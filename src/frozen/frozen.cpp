@@ -328,11 +328,10 @@ const CrossAttentionOptions& Frozen::options() const {
 
 int64_t Frozen::bytes() const {
   const auto& s = state();
-  auto weights = s.weights;
   int64_t bytes = detail::bytes_of(s.query);
   for (const auto& x : s.folded_query) bytes += detail::bytes_of(x);
   if (s.engine) return bytes + s.engine->bytes();
-  for (const auto* x : all_tensors(weights)) bytes += detail::bytes_of(*x);
+  for (const auto* x : all_tensors(s.weights)) bytes += detail::bytes_of(*x);
   for (const auto* product : {&s.products.logits, &s.products.values})
     bytes += detail::bytes_of(product->weight) + detail::bytes_of(product->bias);
   return bytes;

@@ -205,9 +205,8 @@ const DecoupledCrossAttentionOptions& FrozenDecoupled::options() const {
 int64_t FrozenDecoupled::bytes() const {
   const auto& layers = state().layers;
   const auto& first = layer(0).state().weights;
-  const auto shared = detail::bytes_of(first.query) + detail::bytes_of(first.query_bias) + detail::bytes_of(first.output) +
-                      detail::bytes_of(first.output_bias) + detail::bytes_of(first.query_norm.weight) +
-                      detail::bytes_of(first.query_norm.bias);
+  auto shared = detail::bytes_of(first.output) + detail::bytes_of(first.output_bias);
+  for (const auto* x : query_tensors(first)) shared += detail::bytes_of(*x);
   // An engine counts what its layer alone holds.
   int64_t bytes = uses_kernels() ? 0 : -shared * (std::ssize(layers) - 1);
   for (const auto& each : layers) bytes += each.bytes();

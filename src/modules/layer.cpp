@@ -241,40 +241,6 @@ LayerWeights weights_of(const CrossAttentionImpl& m) {
           .scale = *m.options.scale()};
 }
 
-namespace {
-
-template <class Weights>
-auto tensors_of_query(Weights& w) {
-  return std::vector{&w.query, &w.query_bias, &w.query_norm.weight, &w.query_norm.bias};
-}
-
-template <class Weights>
-auto tensors_of_context(Weights& w) {
-  return std::vector{&w.key, &w.key_bias, &w.value, &w.value_bias, &w.key_norm.weight, &w.key_norm.bias, &w.bias_k, &w.bias_v};
-}
-
-}  // namespace
-
-std::vector<Tensor*> query_tensors(LayerWeights& w) {
-  return tensors_of_query(w);
-}
-std::vector<Tensor*> context_tensors(LayerWeights& w) {
-  return tensors_of_context(w);
-}
-std::vector<Tensor*> all_tensors(LayerWeights& w) {
-  auto all = query_tensors(w);
-  const auto of_context = context_tensors(w);
-  all.insert(all.end(), of_context.begin(), of_context.end());
-  all.insert(all.end(), {&w.output, &w.output_bias});
-  return all;
-}
-std::vector<const Tensor*> query_tensors(const LayerWeights& w) {
-  return tensors_of_query(w);
-}
-std::vector<const Tensor*> context_tensors(const LayerWeights& w) {
-  return tensors_of_context(w);
-}
-
 WeightProduct product_for_logits(const LayerWeights& w) {
   const auto k = for_every_head(key_heads(w), w.H).transpose(1, 2) * w.scale;  // [H, Ek, d]
   WeightProduct product{matrix_product(k, query_heads(w)), {}};

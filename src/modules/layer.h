@@ -41,12 +41,24 @@ struct LayerWeights {
 LayerWeights weights_of(const CrossAttentionImpl& module);
 
 /// The tensors that a query is multiplied by, and the tensors that a context is made with; some may be undefined.
-std::vector<at::Tensor*> query_tensors(LayerWeights& weights);
-std::vector<at::Tensor*> context_tensors(LayerWeights& weights);
+/// w: LayerWeights, const or not.
+template <class Weights>
+auto query_tensors(Weights& w) {
+  return std::vector{&w.query, &w.query_bias, &w.query_norm.weight, &w.query_norm.bias};
+}
+template <class Weights>
+auto context_tensors(Weights& w) {
+  return std::vector{&w.key, &w.key_bias, &w.value, &w.value_bias, &w.key_norm.weight, &w.key_norm.bias, &w.bias_k, &w.bias_v};
+}
 /// Both of these, and those of the output projection.
-std::vector<at::Tensor*> all_tensors(LayerWeights& weights);
-std::vector<const at::Tensor*> query_tensors(const LayerWeights& weights);
-std::vector<const at::Tensor*> context_tensors(const LayerWeights& weights);
+template <class Weights>
+auto all_tensors(Weights& w) {
+  auto all = query_tensors(w);
+  const auto of_context = context_tensors(w);
+  all.insert(all.end(), of_context.begin(), of_context.end());
+  all.insert(all.end(), {&w.output, &w.output_bias});
+  return all;
+}
 
 /// The product of two projections of each head, and the product of the second with the bias of the first.
 struct WeightProduct {
