@@ -25,8 +25,8 @@ constexpr auto kFrozenBlock = "frozen_block";
 struct FrozenBlock::State {
   CrossAttentionBlockOptions options;
   Frozen attention;
-  detail::BlockWeights weights;                    // on the kernels, without the feed-forward network
-  std::optional<detail::PackedBlock> packed = {};  // on the kernels
+  detail::BlockWeights weights;           // on the kernels, without the feed-forward network and with open gates
+  detail::PackedFeedForward packed = {};  // on the kernels
 };
 
 FrozenBlock::FrozenBlock(const CrossAttentionBlockImpl& module, const FreezeOptions& how) {
@@ -38,11 +38,16 @@ FrozenBlock::FrozenBlock(const CrossAttentionBlockImpl& module, const FreezeOpti
   State state{options, module.attention->freeze(how), detail::weights_of(module)};
   auto& weights = state.weights;
   if (state.attention.uses_kernels()) {
-    state.packed.emplace(weights, how.storage.value_or(at::kFloat));
+    const auto storage = how.storage.value_or(at::kFloat);
+    state.packed = {pack_linear(weights.feed_forward_in, storage), pack_linear(weights.feed_forward_multiplier, storage),
+                    pack_linear(weights.feed_forward_out, storage)};
+    for (auto* gate : {&weights.attention_gate, &weights.feed_forward_gate}) {
+      *gate = detail::engine::open_gate(*gate, weights.features);
+    }
     weights.feed_forward_in = weights.feed_forward_multiplier = weights.feed_forward_out = {};
   }
   for (auto* x : all_tensors(weights)) {
-    if (x->defined()) *x = x->detach().clone();
+    if (x->defined()) *x = x->detach().resolve_neg().clone(at::MemoryFormat::Contiguous);
   }
   state_ = std::make_shared<const State>(std::move(state));
 }
@@ -84,8 +89,8 @@ std::tuple<Tensor, Tensor> FrozenBlock::attend(const Tensor& query,
 
 // The output of the block from that of its attention, which nobody else holds.
 Tensor FrozenBlock::finish(const Tensor& query, const Tensor& attended) const {
-  if (!state().packed) return detail::block_output(state().weights, query, attended, /*dropout=*/0);
-  state().packed->finish(query, attended);
+  if (!uses_kernels()) return detail::block_output(state().weights, query, attended, /*dropout=*/0);
+  detail::finish_block(state().weights, state().packed, query, attended);
   return attended;
 }
 
@@ -99,8 +104,7 @@ const CrossAttentionBlockOptions& FrozenBlock::options() const {
 
 int64_t FrozenBlock::bytes() const {
   auto weights = state().weights;
-  auto bytes = state().attention.bytes();
-  if (state().packed) return bytes + state().packed->bytes();
+  auto bytes = state().attention.bytes() + state().packed.bytes();
   for (const auto* x : all_tensors(weights)) bytes += detail::bytes_of(*x);
   return bytes;
 }

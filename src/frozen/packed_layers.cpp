@@ -77,30 +77,17 @@ Tensor apply(const PackedLinear& linear, const Tensor& given) {
   return y;
 }
 
-PackedBlock::PackedBlock(const BlockWeights& w, at::ScalarType storage)
-    : features_(w.features),
-      hidden_(w.has_feed_forward() ? w.feed_forward_in.weight.size(0) : 0),
-      norms_before_(w.norms_before()),
-      activation_(pointwise(w.activation)),
-      attention_norm_(copy_of(w.attention_norm)),
-      feed_forward_norm_(copy_of(w.feed_forward_norm)),
-      attention_gate_(open_gate(w.attention_gate, w.features)),
-      feed_forward_gate_(open_gate(w.feed_forward_gate, w.features)),
-      in_(pack_linear(w.feed_forward_in, storage)),
-      multiplier_(pack_linear(w.feed_forward_multiplier, storage)),
-      out_(pack_linear(w.feed_forward_out, storage)) {}
-
-void PackedBlock::finish(const Tensor& given, const Tensor& attended) const {
+void finish_block(const BlockWeights& w, const PackedFeedForward& packed, const Tensor& given, const Tensor& attended) {
   const auto query = plain(given);
-  const auto Eq = features_, rows = query.numel() / Eq;
-  const bool normalises_copy = norms_before_ && feed_forward_norm_.kind != NormKind::none;
-  const bool multiplies = multiplier_.weight.data.defined();
+  const auto Eq = w.features, rows = query.numel() / Eq, hidden_size = packed.in.weight.n;
+  const bool normalises_copy = w.norms_before() && w.feed_forward_norm.kind != NormKind::none;
+  const bool multiplies = packed.multiplier.weight.data.defined();
   const ScratchSize floats{
-      std::max<int64_t>(1, hidden_ * (multiplies ? 2 : 1) + (hidden_ > 0 ? Eq * (normalises_copy ? 2 : 1) : 0))};
+      std::max<int64_t>(1, hidden_size * (multiplies ? 2 : 1) + (hidden_size > 0 ? Eq * (normalises_copy ? 2 : 1) : 0))};
   each_share_of_rows(
       {.rows = rows,
-       .has_many_rows = has_many_rows(rows, hidden_, Eq),
-       .reads = {.weights = in_.bytes() + multiplier_.bytes() + out_.bytes(), .context = 0},
+       .has_many_rows = has_many_rows(rows, hidden_size, Eq),
+       .reads = {.weights = packed.bytes(), .context = 0},
        .apart = floats,
        .together = floats},
       [&](int64_t begin, int64_t end, Scratch scratch, const TaskThreads& threads) {
@@ -111,39 +98,33 @@ void PackedBlock::finish(const Tensor& given, const Tensor& attended) const {
           threads.parts(n, [&](int64_t first, int64_t last) {
             const auto at = first * Eq, count = last - first;
             add_rows(from + at, gate, branch + at, x + at, count, Eq);
-            if (!norms_before_) normalise_rows(norm, x + at, x + at, count, Eq);
+            if (!w.norms_before()) normalise_rows(norm, x + at, x + at, count, Eq);
           });
         };
-        add(data(query) + begin * Eq, attention_gate_, x, attention_norm_);
-        if (hidden_ == 0) return;
+        add(data(query) + begin * Eq, w.attention_gate, x, w.attention_norm);
+        if (hidden_size == 0) return;
 
         auto* entered = x;
         if (normalises_copy) {
           entered = scratch.take(n * Eq);
           threads.parts(n, [&](int64_t first, int64_t last) {
-            normalise_rows(feed_forward_norm_, x + first * Eq, entered + first * Eq, last - first, Eq);
+            normalise_rows(w.feed_forward_norm, x + first * Eq, entered + first * Eq, last - first, Eq);
           });
         }
-        auto* hidden = scratch.take(n * hidden_);
-        auto* multiplier = multiplies ? scratch.take(n * hidden_) : nullptr;
-        threads.multiply(projection(entered, n, in_.weight, in_.bias, hidden, rows));
-        if (multiplies) threads.multiply(projection(entered, n, multiplier_.weight, multiplier_.bias, multiplier, rows));
+        auto* hidden = scratch.take(n * hidden_size);
+        auto* multiplier = multiplies ? scratch.take(n * hidden_size) : nullptr;
+        threads.multiply(projection(entered, n, packed.in.weight, packed.in.bias, hidden, rows));
+        if (multiplies)
+          threads.multiply(projection(entered, n, packed.multiplier.weight, packed.multiplier.bias, multiplier, rows));
         threads.parts(n, [&](int64_t first, int64_t last) {
-          const auto at = first * hidden_;
-          kernels().activate(activation_, hidden + at, multiplies ? multiplier + at : nullptr, (last - first) * hidden_);
+          const auto at = first * hidden_size;
+          kernels().activate(pointwise(w.activation), hidden + at, multiplies ? multiplier + at : nullptr,
+                             (last - first) * hidden_size);
         });
         auto* branch = scratch.take(n * Eq);
-        threads.multiply(projection(hidden, n, out_.weight, out_.bias, branch, rows));
-        add(x, feed_forward_gate_, branch, feed_forward_norm_);
+        threads.multiply(projection(hidden, n, packed.out.weight, packed.out.bias, branch, rows));
+        add(x, w.feed_forward_gate, branch, w.feed_forward_norm);
       });
-}
-
-int64_t PackedBlock::bytes() const {
-  int64_t bytes = in_.bytes() + multiplier_.bytes() + out_.bytes();
-  for (const auto* x : {&attention_norm_.weight, &attention_norm_.bias, &feed_forward_norm_.weight, &feed_forward_norm_.bias,
-                        &attention_gate_, &feed_forward_gate_})
-    bytes += bytes_of(*x);
-  return bytes;
 }
 
 }  // namespace xattn::detail

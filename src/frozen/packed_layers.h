@@ -35,24 +35,19 @@ PackedLinear pack_linear(const LinearWeights& linear, at::ScalarType storage);
 /// x [..., k] -> [..., n]. Computed on all threads.
 at::Tensor apply(const PackedLinear& linear, const at::Tensor& x);
 
-/// What a block does after its attention. Immutable; safe to share between threads.
-class PackedBlock {
- public:
-  PackedBlock(const BlockWeights& weights, at::ScalarType storage);
+/// The feed-forward network of a block; empty where there is none. Immutable; safe to share between threads.
+struct PackedFeedForward {
+  PackedLinear in, multiplier, out;
 
-  /// Turns the output of the attention [..., Eq], in consecutive rows, into that of the block, which `block_output` defines:
-  /// some rows at a time through the whole feed-forward network, so that intermediate results stay in the cache.
-  void finish(const at::Tensor& query, const at::Tensor& attended) const;
-
-  int64_t bytes() const;
-
- private:
-  int64_t features_, hidden_;
-  bool norms_before_;
-  Pointwise activation_;
-  NormWeights attention_norm_, feed_forward_norm_;
-  at::Tensor attention_gate_, feed_forward_gate_;  // [Eq], after tanh; undefined where there is none
-  PackedLinear in_, multiplier_, out_;
+  int64_t bytes() const { return in.bytes() + multiplier.bytes() + out.bytes(); }
 };
+
+/// Turns the output of the attention [..., Eq], in consecutive rows, into that of the block, which `block_output` defines:
+/// some rows at a time through the whole feed-forward network, so that intermediate results stay in the cache. Norms are as the
+/// kernels read them, and gates as `open_gate` returns them.
+void finish_block(const BlockWeights& weights,
+                  const PackedFeedForward& packed,
+                  const at::Tensor& query,
+                  const at::Tensor& attended);
 
 }  // namespace xattn::detail
