@@ -96,16 +96,17 @@ struct EngineWeights {
 
 /// A context as the engine reads it. Immutable; safe to share between threads. Keys and values that are not folded have room
 /// for `capacity` keys, which stands for Lk in the sizes below; what lies behind the first Lk keys has no influence.
-struct EngineContext {
+///
+///   keys      packed: K' of each head, [B, G, d x Lk]; Xk', [B, Ek x Lk]; folded, [B, Eq x H * Lk]
+///   key_bias  folded: added to the logits, [B, H * Lk]
+///   values    packed: V of each head, [B, G, Lk x e]; Xv, [B, Lk x Ev]; folded, [B, H * Lk x Eo]
+struct EngineContext : LayerContext {
+  using LayerContext::operator=;  ///< replaces keys and values; the rest stays
   Orders orders;
-  int64_t B = 0, Lk = 0;
-  std::vector<int64_t> lengths;  ///< keys of each batch entry; later keys are not read
-  at::Tensor keys;               ///< packed: K' of each head, [B, G, d x Lk]; Xk', [B, Ek x Lk]; folded, [B, Eq x H * Lk]
-  at::Tensor key_bias;           ///< folded: added to the logits, [B, H * Lk]
-  at::Tensor values;             ///< packed: V of each head, [B, G, Lk x e]; Xv, [B, Lk x Ev]; folded, [B, H * Lk x Eo]
+  int64_t B = 0;
+  std::vector<int64_t> lengths;                  ///< keys of each batch entry; later keys are not read
   ContextLayout layout = ContextLayout::packed;  ///< of keys and values in orders that leave them as they are
   int64_t capacity = 0;                          ///< keys that the tensors have room for, at least Lk
-  std::shared_ptr<Room> room = {};               ///< behind the last key; null if there is none
 };
 
 /// key [B, Lk, Ek], value [B, Lk, Ev]; lengths as in EngineContext; layout: of raw keys and values. There is room for `capacity`

@@ -141,7 +141,7 @@ void join_folded_values(const EngineWeights& w, const std::vector<EngineContext>
 }  // namespace
 
 EngineContext join(const EngineWeights& w, const std::vector<EngineContext>& parts, int64_t keys, int64_t capacity) {
-  auto joined = empty_like(w, parts.front(), std::ranges::all_of(parts, is_one<EngineContext>), keys, capacity);
+  auto joined = empty_like(w, parts.front(), std::ranges::all_of(parts, is_one), keys, capacity);
   if (is_folded(joined.orders.logits)) join_folded_keys(w, parts, joined);
   if (is_folded(joined.orders.values)) join_folded_values(w, parts, joined);
   int64_t first = 0;

@@ -310,7 +310,7 @@ AttentionResult Frozen::attend_with(const Tensor& query, const FrozenContext& co
   const detail::Queries queries(query.defined() ? query : state().query.expand({B, -1, -1}), B);
   how.mask = queries.mask(mask, parts.Lk, queries.rows.scalar_type());
   const detail::Layer layer(parts.orders, state().weights, state().products);
-  return queries.results(detail::attend(layer, queries.rows, context.state().layer_context(), how));
+  return queries.results(detail::attend(layer, queries.rows, parts, how));
 }
 
 std::string Frozen::explain(int64_t B, int64_t Lq, int64_t Lk, std::optional<int64_t> expected_queries) const {

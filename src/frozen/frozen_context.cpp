@@ -51,16 +51,8 @@ std::shared_ptr<FrozenContext::State> FrozenContext::State::make(std::shared_ptr
   parts.B = B;
   const auto layer = context->layer();
   const auto made = detail::make_context(layer, inputs.key, inputs.value);
-  context->set(capacity > Lk && detail::can_grow(layer, {made}) ? detail::join(layer, {made}, capacity) : made);
+  parts = capacity > Lk && detail::can_grow(layer, {made}) ? detail::join(layer, {made}, capacity) : made;
   return context;
-}
-
-void FrozenContext::State::set(const detail::LayerContext& made) {
-  parts.keys = made.keys;
-  parts.key_bias = made.key_bias;
-  parts.values = made.values;
-  parts.Lk = made.Lk;
-  parts.room = made.room;
 }
 
 Mask FrozenContext::State::whole_mask() const {
@@ -70,14 +62,12 @@ Mask FrozenContext::State::whole_mask() const {
 }
 
 void FrozenContext::State::join(const std::vector<FrozenContext>& contexts, int64_t keys) {
+  std::vector<detail::EngineContext> all;
+  for (const auto& context : contexts) all.push_back(context.state().parts);
   if (owner->engine) {
-    std::vector<detail::EngineContext> all;
-    for (const auto& context : contexts) all.push_back(context.state().parts);
     parts = detail::join(*owner->engine, all, keys, /*capacity=*/0);
   } else {
-    std::vector<detail::LayerContext> all;
-    for (const auto& context : contexts) all.push_back(context.state().layer_context());
-    set(detail::join(layer(), all));
+    parts = detail::join(layer(), {all.begin(), all.end()});
   }
   shared = false;
 }
@@ -165,7 +155,7 @@ FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
   };
   parts.keys = join_tensors(&detail::EngineContext::keys);
   parts.key_bias = join_tensors(&detail::EngineContext::key_bias);
-  const bool one = std::ranges::all_of(all, detail::is_one<detail::EngineContext>);
+  const bool one = std::ranges::all_of(all, detail::is_one);
   parts.values = one ? parts.keys : join_tensors(&detail::EngineContext::values);
   parts.capacity = parts.Lk;
   parts.room.reset();
@@ -223,7 +213,7 @@ FrozenContext FrozenContext::append(const Tensor& key, const Tensor& value, cons
   if (own.owner->engine) {
     longer->parts = detail::append(*own.owner->engine, own.parts, more->parts);
   } else {
-    longer->set(detail::append(own.layer(), own.layer_context(), more->layer_context()));
+    longer->parts = detail::append(own.layer(), own.parts, more->parts);
   }
   longer->shared = false;
   return FrozenContext(std::move(longer));
@@ -237,7 +227,7 @@ FrozenContext FrozenContext::truncate(int64_t n) const {
   auto& parts = first->parts;
   const auto& [logits, values] = parts.orders;
   if (!own.owner->engine) {
-    first->set(detail::truncate(own.layer(), own.layer_context(), n));
+    parts = detail::truncate(own.layer(), own.parts, n);
   } else if (detail::is_folded(logits) || detail::is_folded(values)) {
     first->mask = own.whole_mask();
     first->join({*this}, n);
@@ -259,7 +249,7 @@ FrozenContext FrozenContext::select(const Tensor& indices) const {
   if (own.owner->engine) {
     selected->parts = detail::select_entries(own.parts, entries.cpu());
   } else {
-    selected->set(detail::select_entries(own.layer(), own.layer_context(), entries.to(own.parts.keys.device())));
+    selected->parts = detail::select_entries(own.layer(), own.parts, entries.to(own.parts.keys.device()));
   }
   selected->parts.B = entries.size(0);
   selected->shared = false;

@@ -165,8 +165,8 @@ AttentionResult FrozenDecoupled::attend_to(const Tensor& query, const std::vecto
   std::vector<detail::Part> of_modules;
   for (const auto& [index, context, scale] : parts) {
     const auto& of_context = layer(index).state();
-    of_modules.push_back({detail::Layer(context.orders(), of_context.weights, of_context.products),
-                          context.state().layer_context(), mask_of(context), scale});
+    of_modules.push_back({detail::Layer(context.orders(), of_context.weights, of_context.products), context.state().parts,
+                          mask_of(context), scale});
   }
   how.mask = of_modules.front().mask;
   return queries.results(detail::attend_to(of_modules, queries.rows, how));

@@ -75,7 +75,7 @@ struct Frozen::State {
 
 struct FrozenContext::State {
   std::shared_ptr<const Frozen::State> owner;
-  detail::EngineContext parts;  // its keys and values are those of a LayerContext where the engine does not run
+  detail::EngineContext parts;  // a LayerContext where the engine does not run
   Mask mask;                    // without the lengths of `parts`
   bool batched;
   bool shared = false;            // whether keys and values are the caller's tensors
@@ -89,8 +89,6 @@ struct FrozenContext::State {
                                      int64_t capacity = 0);
 
   detail::Layer layer() const { return {parts.orders, owner->weights, {}}; }
-  detail::LayerContext layer_context() const { return {parts.keys, parts.key_bias, parts.values, parts.Lk, parts.room}; }
-  void set(const detail::LayerContext& made);
   // The mask with the lengths of `parts`.
   Mask whole_mask() const;
   // Replaces the keys by those of these contexts, one behind the other, without what follows the first `keys`.

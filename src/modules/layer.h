@@ -90,19 +90,17 @@ struct LayerContext {
   at::Tensor keys;                  ///< standard: K, [B, G, Lk, d]; raw: Xk; folded: [B, H * Lk, Eq]
   at::Tensor key_bias;              ///< added to the logits, [B, 1, H * Lk]; undefined where there is none
   at::Tensor values;                ///< standard: V, [B, G, Lk, e]; raw: Xv; folded: [B, H * Lk, Eo]
-  int64_t Lk;                       ///< without the key of bias_kv
+  int64_t Lk = 0;                   ///< without the key of bias_kv
   std::shared_ptr<Room> room = {};  ///< behind the last key; null if there is none
 };
 
 /// Whether keys and values of a context are one tensor.
-template <class AnyContext>
-bool is_one(const AnyContext& context) {
+inline bool is_one(const LayerContext& context) {
   return context.values.is_same(context.keys);
 }
 
 /// Copies the tensors that a context would share with the caller, so that the caller's later changes do not affect it.
-template <class AnyContext>
-void copy_shared(AnyContext& context, const at::Tensor& key, const at::Tensor& value) {
+inline void copy_shared(LayerContext& context, const at::Tensor& key, const at::Tensor& value) {
   const bool one = is_one(context);
   if (context.keys.is_alias_of(key)) context.keys = context.keys.clone();
   if (one) {

@@ -107,8 +107,7 @@ LayerContext join(const Layer& layer, const std::vector<LayerContext>& parts, in
     for (const auto& part : parts) all.push_back(part.key_bias.view({part.keys.size(0), layer.weights.H, part.Lk}));
     joined.key_bias = at::cat(all, 2).flatten(1).unsqueeze(1);
   }
-  joined.values =
-      std::ranges::all_of(parts, is_one<LayerContext>) ? joined.keys : join_rows(layer.orders.values, &LayerContext::values);
+  joined.values = std::ranges::all_of(parts, is_one) ? joined.keys : join_rows(layer.orders.values, &LayerContext::values);
   return joined;
 }
 
