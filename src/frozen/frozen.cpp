@@ -90,7 +90,6 @@ PlanRequest Frozen::State::request(int64_t B, int64_t Lq, int64_t Lk, AttentionW
   auto request = detail::request_of(weights, B, Lq, Lk);
   request.weights_are_frozen = true;
   if (engine) request.stored_element = static_cast<int64_t>(c10::elementSize(engine->storage));
-  request.sums_heads = sums_heads;
   request.query_is_constant = query.defined();
   const int threads = at::get_num_threads();
   request.rates = plan.rates                ? *plan.rates
@@ -141,14 +140,13 @@ Frozen::Frozen(const CrossAttentionImpl& module, const FreezeOptions& freeze) {
     detail::query_input(kFrozen, weights, query, /*is_batched=*/false, 1);
     query = query.detach().clone();
   }
-  state_ = State::make(o, weights, freeze, query, /*sums_heads=*/false, nullptr);
+  state_ = State::make(o, weights, freeze, query, nullptr);
 }
 
 std::shared_ptr<const Frozen::State> Frozen::State::make(const CrossAttentionOptions& options,
                                                          detail::LayerWeights weights,
                                                          const FreezeOptions& freeze,
                                                          const Tensor& query,
-                                                         bool sums_heads,
                                                          const State* first) {
   auto plan = freeze.plan.value_or(options.plan());
   detail::check_plan(kFrozen, plan, options);
@@ -166,7 +164,6 @@ std::shared_ptr<const Frozen::State> Frozen::State::make(const CrossAttentionOpt
   };
   auto request = detail::request_of(weights, 1, 1, 1);
   request.weights_are_frozen = true;
-  request.sums_heads = sums_heads;
   detail::WeightProducts products;
   if (is_requested(plan.orders.logits, illegal_for_logits(Order::prefold, request))) {
     products.logits = in_type_of(weights.query, detail::product_for_logits(exact()));
@@ -176,7 +173,6 @@ std::shared_ptr<const Frozen::State> Frozen::State::make(const CrossAttentionOpt
   }
 
   auto state = std::make_shared<State>(State{options, std::move(weights), plan});
-  state->sums_heads = sums_heads;
   state->query = query;
   if (!kernels) {
     state->weights = copied(state->weights, first ? &first->weights : nullptr);

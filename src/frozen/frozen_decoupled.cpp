@@ -54,8 +54,8 @@ FrozenDecoupled::FrozenDecoupled(const DecoupledCrossAttentionImpl& module, cons
   State state{options, {}};
   for (size_t i = 0; i <= module.added_projections.size(); ++i) {
     const auto* first = i > 0 ? &state.layers.front().state() : nullptr;
-    state.layers.push_back(Frozen(Frozen::State::make(module.attention->options, detail::weights_of(module, i), how, {},
-                                                      /*sums_heads=*/true, first)));
+    state.layers.push_back(
+        Frozen(Frozen::State::make(module.attention->options, detail::weights_of(module, i), how, {}, first)));
   }
   state_ = std::make_shared<const State>(std::move(state));
 }

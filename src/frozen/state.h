@@ -56,14 +56,12 @@ struct Frozen::State {
   std::optional<detail::EngineWeights> engine = {};
   at::Tensor query = {};                              // [Lq, Eq], or undefined
   std::array<at::Tensor, kOrders> folded_query = {};  // for each order of the logits
-  bool sums_heads = false;                            // a context of a decoupled layer
 
   // From the parameters of a module. first: of a decoupled layer, if this is of an added context.
   static std::shared_ptr<const State> make(const CrossAttentionOptions& options,
                                            detail::LayerWeights weights,
                                            const FreezeOptions& freeze,
                                            const at::Tensor& query,
-                                           bool sums_heads,
                                            const State* first);
 
   PlanRequest request(int64_t B, int64_t Lq, int64_t Lk, AttentionWeights returned) const;

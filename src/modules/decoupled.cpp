@@ -40,22 +40,6 @@ DecoupledCrossAttentionOptions resolved(DecoupledCrossAttentionOptions options) 
   return options;
 }
 
-// The request for one context. Its heads are added to those of the others, so its values end in heads.
-PlanRequest request(const DecoupledCrossAttentionImpl& module,
-                    const detail::LayerWeights& weights,
-                    size_t context,
-                    int64_t B,
-                    int64_t Lq,
-                    int64_t Lk,
-                    const Mask& mask,
-                    const CallOptions& call,
-                    bool inputs_train) {
-  const auto returned = context == 0 ? detail::returned_weights(module.attention->options, call) : AttentionWeights::none;
-  auto request = detail::request_of(*module.attention, weights, B, Lq, Lk, mask, returned, inputs_train);
-  request.sums_heads = true;
-  return request;
-}
-
 Context make_kept_context(const DecoupledCrossAttentionImpl& module,
                           size_t context,
                           const Tensor& key,
@@ -67,7 +51,8 @@ Context make_kept_context(const DecoupledCrossAttentionImpl& module,
   const auto inputs = detail::context_inputs(caller, weights, key, value, mask);
   detail::check_mask(caller, weights, inputs, std::nullopt);
   const bool trains = key.requires_grad() || value.requires_grad();
-  const auto request = xattn::request(module, weights, context, inputs.B(), 1, inputs.Lk(), mask, {}, trains);
+  const auto returned = context == 0 ? module.attention->options.attention_weights() : AttentionWeights::none;
+  const auto request = detail::request_of(*module.attention, weights, inputs.B(), 1, inputs.Lk(), mask, returned, trains);
   const auto orders = detail::orders_of_context(caller, request, how);
   return detail::keep_context(detail::Layer(orders, std::move(weights), {}), inputs, how);
 }
@@ -182,7 +167,8 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::forward(const Tensor& qu
     detail::check_mask(detail::caller_of(kDecoupled, context), weights, inputs, Lq);
     const auto dropped = detail::drop_padding(weights, inputs);
     const bool trains = query.requires_grad() || inputs.key.requires_grad() || inputs.value.requires_grad();
-    const auto request = xattn::request(*this, weights, context, B, Lq, inputs.Lk(), inputs.mask, call, trains);
+    const auto returned = context == 0 ? detail::returned_weights(attention->options, call) : AttentionWeights::none;
+    const auto request = detail::request_of(*attention, weights, B, Lq, inputs.Lk(), inputs.mask, returned, trains);
     detail::Layer layer(detail::orders_of(request), std::move(weights));
     auto tensors = detail::make_context(layer, inputs.key, inputs.value);
     parts.push_back({std::move(layer), std::move(tensors), inputs.mask, scale});
@@ -258,7 +244,9 @@ std::string DecoupledCrossAttentionImpl::explain(int64_t B,
   for (size_t i = 0; i < lengths.size(); ++i) {
     const auto keys = i == 0 && !attention->options.bias_kv() ? detail::needed_keys(mask, lengths[i]) : lengths[i];
     text += i == 0 ? "first context: " : detail::formatted("added context {}: ", i - 1);
-    text += xattn::explain(request(*this, detail::weights_of(*this, i), i, B, Lq, keys, i == 0 ? mask : Mask(), {}, false));
+    const auto returned = i == 0 ? attention->options.attention_weights() : AttentionWeights::none;
+    const auto weights = detail::weights_of(*this, i);
+    text += xattn::explain(detail::request_of(*attention, weights, B, Lq, keys, i == 0 ? mask : Mask(), returned, false));
   }
   return text;
 }

@@ -16,6 +16,7 @@ using at::Tensor;
 
 LayerWeights weights_of(const DecoupledCrossAttentionImpl& module, size_t context) {
   auto weights = weights_of(*module.attention);
+  weights.sums_heads = true;
   if (context == 0) return weights;
   const auto& added = *module.added_projections[context - 1];
   weights.key = added.key_linear->weight, weights.key_bias = added.key_linear->bias;

@@ -37,6 +37,7 @@ struct LayerWeights {
   NormScope norm_scope;
   int64_t H, G, d, e;
   double scale;
+  bool sums_heads = false;  ///< of a decoupled layer: heads are added to those of other contexts before the output projection
 };
 LayerWeights weights_of(const CrossAttentionImpl& module);
 

@@ -37,6 +37,7 @@ PlanRequest request_of(const LayerWeights& w, int64_t B, int64_t Lq, int64_t Lk)
   request.query_norm = w.query_norm.kind != NormKind::none;
   request.key_norm = w.key_norm.kind != NormKind::none;
   request.bias_kv = w.bias_k.defined();
+  request.sums_heads = w.sums_heads;
   return request;
 }
 
