@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -60,14 +59,21 @@ void copy_columns(const Tensor& from, const Tensor& to, int64_t first, int64_t n
   if (shift > 0 && spilling > 0) copy(begin + 1, spilling, 0, panel - shift, shift);
 }
 
-// Copies n keys and their values behind the first `first` of `to`, of the chains that are not folded.
+// Copies n keys and their values behind the first `first` of `to`, of the chains that are not folded. Values behind a batch
+// entry's own keys become zeros, because their memory may hold NaN, which a mask does not stop.
 void copy_keys(const EngineWeights& w, const EngineContext& from, const EngineContext& to, int64_t first, int64_t n) {
   const auto& [logits, values] = from.orders;
   if (!is_folded(logits)) {
     const auto copy = is_packed(from, logits) ? copy_columns : copy_rows;
     copy(keys_of(w, from), keys_of(w, to), first, n);
   }
-  if (!is_folded(values) && !is_one(to)) copy_rows(values_of(w, from), values_of(w, to), first, n);
+  if (is_folded(values)) return;
+  const auto place = values_of(w, to);
+  if (!is_one(to)) copy_rows(values_of(w, from), place, first, n);
+  for (int64_t b = 0; b < from.B; ++b) {
+    const auto length = from.lengths[static_cast<size_t>(b)];
+    if (length < n) place.select(0, b).narrow(-2, first + length, n - length).zero_();
+  }
 }
 
 // A context like another, with uninitialised tensors for the chains that are not folded.
@@ -148,10 +154,6 @@ EngineContext join(const EngineWeights& w, const std::vector<EngineContext>& par
   for (const auto& part : parts) {
     const auto n = std::min(part.Lk, keys - first);
     copy_keys(w, part, joined, first, n);
-    for (int64_t b = 0; b < joined.B && !is_folded(joined.orders.values); ++b) {
-      const auto length = part.lengths[static_cast<size_t>(b)];  // memory behind it may hold NaN
-      if (length < n) values_of(w, joined).select(0, b).narrow(-2, first + length, n - length).zero_();
-    }
     first += n;
   }
   joined.lengths.assign(static_cast<size_t>(joined.B), keys);
@@ -170,28 +172,6 @@ EngineContext append(const EngineWeights& w, const EngineContext& context, const
   longer.lengths.assign(static_cast<size_t>(context.B), Lk);
   copy_keys(w, more, longer, context.Lk, more.Lk);
   return longer;
-}
-
-EngineContext select_entries(const EngineContext& context, const Tensor& indices) {
-  auto selected = context;
-  const auto entries = [&](const Tensor& x) { return x.defined() ? in_huge_pages(x.index_select(0, indices)) : x; };
-  selected.keys = entries(context.keys);
-  selected.key_bias = entries(context.key_bias);
-  selected.values = is_one(context) ? selected.keys : entries(context.values);
-  selected.B = indices.size(0);
-  selected.lengths.clear();
-  for (int64_t i = 0; i < selected.B; ++i) {
-    selected.lengths.push_back(context.lengths[static_cast<size_t>(indices[i].item<int64_t>())]);
-  }
-  if (context.room) selected.room = std::make_shared<Room>(context.Lk, context.capacity);
-  return selected;
-}
-
-EngineContext without_room(const EngineWeights& w, const EngineContext& context) {
-  if (context.capacity == context.Lk) return context;
-  const auto copy = empty_like(w, context, is_one(context), context.Lk, context.Lk);
-  copy_keys(w, context, copy, 0, context.Lk);
-  return copy;
 }
 
 }  // namespace xattn::detail

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <ATen/ops/cat.h>
-#include <ATen/ops/logical_not.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/tensor.h>
 #include <xattn/frozen.h>
 
@@ -13,6 +13,7 @@
 #include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/describe.h"
+#include "cpu/huge_pages.h"
 #include "frozen/engine.h"
 #include "frozen/state.h"
 #include "modules/inputs.h"
@@ -143,7 +144,8 @@ FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
                     state.batched && state.parts.layout == first.parts.layout,
                 kFrozen, "contexts must be batches of one Frozen, of one length and orders, but they differ.");
     masks.emplace_back(state.mask, state.parts.B);
-    all.push_back(state.owner->engine ? detail::without_room(*state.owner->engine, state.parts) : state.parts);
+    const bool has_room = state.owner->engine && state.parts.capacity > state.parts.Lk;
+    all.push_back(has_room ? detail::join(*state.owner->engine, {state.parts}, state.parts.Lk, /*capacity=*/0) : state.parts);
     parts.B += state.parts.B;
     parts.lengths.insert(parts.lengths.end(), state.parts.lengths.begin(), state.parts.lengths.end());
   }
@@ -196,17 +198,7 @@ FrozenContext FrozenContext::append(const Tensor& key, const Tensor& value, cons
                      "context must be on {}, as the weights, to be appended to, but is on {}.",
                      detail::name_of(inputs.key.device()), detail::name_of(own.parts.keys.device()));
   detail::check_mask(kFrozen, weights, inputs, std::nullopt);
-  if (const auto lengths = detail::host_lengths(mask); own.owner->engine && !lengths.empty()) {
-    // Every entry gets all keys, because they lie in one buffer. Zeros take the place of those that may hold anything.
-    const auto valid =
-        detail::allowed_keys(Mask::lengths(at::tensor(lengths, at::kLong), inputs.Lk()), 1, inputs.Lk(), at::kCPU);
-    const auto padding = at::logical_not(valid).squeeze(1).transpose(1, 2);  // [B|1, Lk, 1]
-    const bool one = inputs.value.is_same(inputs.key);
-    inputs.key = inputs.key.masked_fill(padding, 0);
-    inputs.value = one ? inputs.key : inputs.value.masked_fill(padding, 0);
-  }
   detail::normalise(inputs, own.norm);
-  inputs.mask = {};
   const auto more = State::make(own.owner, own.parts.orders, inputs, own.parts.layout);
   auto longer = std::make_shared<State>(own);
   longer->mask = detail::join_keys({{own.whole_mask(), own.parts.Lk}, {mask & detail::causal_part(own.mask), more->parts.Lk}});
@@ -247,7 +239,13 @@ FrozenContext FrozenContext::select(const Tensor& indices) const {
   auto selected = std::make_shared<State>(own);
   selected->mask = detail::select_entries(own.mask, entries);
   if (own.owner->engine) {
-    selected->parts = detail::select_entries(own.parts, entries.cpu());
+    auto& parts = selected->parts;
+    selected->change_tensors([&](const Tensor& x) { return detail::in_huge_pages(x.index_select(0, entries.to(x.device()))); });
+    parts.lengths.clear();
+    for (int64_t i = 0; i < entries.numel(); ++i) {
+      parts.lengths.push_back(own.parts.lengths[static_cast<size_t>(entries[i].item<int64_t>())]);
+    }
+    if (parts.room) parts.room = std::make_shared<detail::Room>(parts.Lk, parts.capacity);
   } else {
     selected->parts = detail::select_entries(own.layer(), own.parts, entries.to(own.parts.keys.device()));
   }
