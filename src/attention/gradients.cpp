@@ -50,7 +50,7 @@ class Gradients {
         output_grad_(with_rows(call.output_grad)),
         into_(into),
         scale_(static_cast<float>(call.scale)),
-        softmax_(call.mask, H_, Lq_, Lk_, scale_, AttentionWeights::none, {}),
+        softmax_({.mask = call.mask}, H_, Lq_, Lk_, scale_),
         blocks_((Lk_ + kKeysOfABlock - 1) / kKeysOfABlock),
         keys_of_a_block_((Lk_ + blocks_ - 1) / blocks_),
         rows_of_a_step_(std::clamp<int64_t>(kScratchFloats / (2 * keys_of_a_block_), 1, Lq_)) {}

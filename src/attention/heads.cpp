@@ -5,7 +5,6 @@
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
-#include <utility>
 
 #include "attention/choose_kernel.h"
 #include "attention/mask_parts.h"
@@ -20,10 +19,10 @@ using at::Tensor;
 
 namespace engine {
 
-Tensor empty_weights(
-    AttentionWeights wanted, const std::vector<int64_t>& heads, int64_t B, int64_t H, int64_t Lq, int64_t Lk, bool all_keys) {
-  if (wanted == AttentionWeights::none) return {};
-  if (wanted == AttentionWeights::mean) return zeros({B, Lq, Lk});
+Tensor empty_weights(const AttentionOptions& options, int64_t B, int64_t H, int64_t Lq, int64_t Lk, bool all_keys) {
+  const auto& heads = options.weight_heads;
+  if (options.weights == AttentionWeights::none) return {};
+  if (options.weights == AttentionWeights::mean) return zeros({B, Lq, Lk});
   const auto count = heads.empty() ? H : static_cast<int64_t>(heads.size());
   return all_keys ? in_huge_pages(at::empty({B, count, Lq, Lk}, at::kFloat)) : zeros({B, count, Lq, Lk});
 }
@@ -37,20 +36,19 @@ Tensor contiguous(const Tensor& x) {
 
 }  // namespace
 
-SoftmaxStage::SoftmaxStage(
-    const Mask& mask, int64_t H, int64_t Lq, int64_t Lk, float scale, AttentionWeights wanted, std::vector<int64_t> heads)
+SoftmaxStage::SoftmaxStage(const AttentionOptions& options, int64_t H, int64_t Lq, int64_t Lk, float scale)
     : H_(H),
       Lq_(Lq),
       Lk_(Lk),
       scale_(scale),
-      diagonal_(causal_diagonal(mask, Lq, Lk)),
-      allowed_tensor_(contiguous(allowed_keys(without_causal(mask), Lq, Lk, at::kCPU))),
-      bias_tensor_(contiguous(total_bias(mask, Lk, at::kFloat))),
+      diagonal_(causal_diagonal(options.mask, Lq, Lk)),
+      allowed_tensor_(contiguous(allowed_keys(without_causal(options.mask), Lq, Lk, at::kCPU))),
+      bias_tensor_(contiguous(total_bias(options.mask, Lk, at::kFloat))),
       allowed_(allowed_tensor_),
       bias_(bias_tensor_),
-      all_have_keys_(!may_have_empty_rows(mask, Lq, Lk)),
-      wanted_(wanted),
-      heads_(std::move(heads)) {}
+      all_have_keys_(!may_have_empty_rows(options.mask, Lq, Lk)),
+      wanted_(options.weights),
+      heads_(options.weight_heads) {}
 
 void SoftmaxStage::write_to(const Tensor& weights, const Tensor& log_sum_exp, const Tensor& largest) {
   weights_ = weights.defined() ? mutable_data(weights) : nullptr;
@@ -324,13 +322,13 @@ RelativeAttention attend_on_kernels(const Tensor& q, const Tensor& k, const Tens
   const auto queries = with_rows(q);
   const auto heads = heads_of(queries, k, v);
   const auto scale = static_cast<float>(scale_of(options, q.size(3)));
-  SoftmaxStage softmax(options.mask, H, Lq, Lk, scale, options.weights, options.weight_heads);
+  SoftmaxStage softmax(options, H, Lq, Lk, scale);
 
   const auto output = in_huge_pages(at::empty({B, Lq, H, e}, q.options()));
   RelativeAttention attended;
   auto& result = attended.result;
   result.output = output.transpose(1, 2);
-  result.weights = empty_weights(options.weights, options.weight_heads, B, H, Lq, Lk, /*all_keys=*/true);
+  result.weights = empty_weights(options, B, H, Lq, Lk, /*all_keys=*/true);
   if (options.log_sum_exp) {
     result.log_sum_exp = at::empty({B, H, Lq}, q.options());
     attended.largest = at::empty_like(result.log_sum_exp);

@@ -59,14 +59,12 @@ struct MaskRows {
 
 /// Output buffer for the requested weights: undefined, [B, Lq, Lk] of zeros, or [B, H, Lq, Lk], which is uninitialised if
 /// `all_keys` will be written, and zeros otherwise.
-at::Tensor empty_weights(
-    AttentionWeights wanted, const std::vector<int64_t>& heads, int64_t B, int64_t H, int64_t Lq, int64_t Lk, bool all_keys);
+at::Tensor empty_weights(const AttentionOptions& options, int64_t B, int64_t H, int64_t Lq, int64_t Lk, bool all_keys);
 
 /// The softmax of one call: it turns logits into weights and writes the requested results to their buffers.
 class SoftmaxStage {
  public:
-  SoftmaxStage(
-      const Mask& mask, int64_t H, int64_t Lq, int64_t Lk, float scale, AttentionWeights wanted, std::vector<int64_t> heads);
+  SoftmaxStage(const AttentionOptions& options, int64_t H, int64_t Lq, int64_t Lk, float scale);
 
   /// Sets the buffers for weights, and for the log-sum-exp and the largest logit that it is relative to, both [B, H, Lq].
   /// Undefined ones are skipped.

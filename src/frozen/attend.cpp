@@ -97,10 +97,11 @@ class Attend {
         rows_((query_.defined() && context.B > 0 ? query_.size(0) / context.B : 1) * Lq_),
         projected_rows_(is_small(w, context.B, rows_, context.Lk) ? rows_ : context.B * rows_),
         heads_{w.H, w.G, w.d, w.e, context.Lk, context.keys, context.values, /*are_packed=*/true, context.capacity},
-        softmax_(call.mask, w.H, Lq_, context.Lk, w.scale, call.weights, call.weight_heads) {
+        softmax_(call.how, w.H, Lq_, context.Lk, w.scale) {
     added_.reserve(call.added.size());
     for (const auto& added : call.added) {
-      added_.emplace_back(*added.weights, *added.context, EngineCall{.query = query_, .folded_query = {}, .mask = added.mask});
+      added_.emplace_back(*added.weights, *added.context,
+                          EngineCall{.query = query_, .folded_query = {}, .how = {.mask = added.mask}});
       added_.back().factor_ = added.scale;
     }
   }
@@ -521,9 +522,7 @@ AttentionResult empty_result(
     const EngineWeights& w, int64_t B, int64_t Lk, const std::vector<int64_t>& lengths, const EngineCall& call) {
   const auto Lq = rows_of(call);
   const bool all_keys = std::ranges::all_of(lengths, [Lk](int64_t length) { return length == Lk; });
-  return {in_huge_pages(at::empty({B, Lq, w.Eo}, at::kFloat)),
-          empty_weights(call.weights, call.weight_heads, B, w.H, Lq, Lk, all_keys),
-          {}};
+  return {in_huge_pages(at::empty({B, Lq, w.Eo}, at::kFloat)), empty_weights(call.how, B, w.H, Lq, Lk, all_keys), {}};
 }
 
 }  // namespace
@@ -572,7 +571,7 @@ AttentionResult forward(const Orders& orders,
     const auto part = [&](const Tensor& x) { return x.defined() ? x.narrow(0, begin, end - begin) : x; };
     auto part_call = call;
     part_call.query = part(call.query);
-    part_call.mask = call.mask.slice(begin, end);
+    part_call.how.mask = call.how.mask.slice(begin, end);
     const auto context =
         make_engine_context(orders, w, part(key), part(value), {lengths.begin() + begin, lengths.begin() + end}, layout);
     Attend(w, context, part_call).run({part(result.output), part(result.weights), {}});

@@ -140,10 +140,8 @@ struct EngineAdded {
 struct EngineCall {
   at::Tensor query;         ///< [B * n, Lq, Eq]: n queries for each of B contexts; or undefined
   at::Tensor folded_query;  ///< from fold_query, if there is no query
-  Mask mask = {};           ///< without the lengths of the context
-  AttentionWeights weights = AttentionWeights::none;
-  std::vector<int64_t> weight_heads = {};  ///< with per_head; all if empty
-  std::vector<EngineAdded> added = {};     ///< if there are any, all values end in heads, and the query is given
+  AttentionOptions how;     ///< mask, without the lengths of the context, and returned weights; nothing else of it is read
+  std::vector<EngineAdded> added = {};  ///< if there are any, all values end in heads, and the query is given
 };
 
 /// -> output [B * n, Lq, Eo] and weights as requested, [B * n, (H,) Lq, Lk].

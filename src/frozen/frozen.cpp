@@ -110,11 +110,7 @@ PlanRequest Frozen::State::request_for_context(std::string_view caller,
 }
 
 detail::EngineCall Frozen::State::call(const Orders& orders, const Tensor& given, const AttentionOptions& how) const {
-  return {.query = given,
-          .folded_query = folded_query[static_cast<size_t>(orders.logits)],
-          .mask = how.mask,
-          .weights = how.weights,
-          .weight_heads = how.weight_heads};
+  return {.query = given, .folded_query = folded_query[static_cast<size_t>(orders.logits)], .how = how};
 }
 
 AttentionOptions Frozen::State::attention_options(const Mask& mask, const CallOptions& call) const {
