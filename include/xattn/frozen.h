@@ -158,7 +158,8 @@ class XATTN_API Frozen {
   at::Tensor query_for(std::string_view caller, const at::Tensor& query, const FrozenContext& context) const;
   void check_owner(const FrozenContext& context) const;
   void check_context(std::string_view caller, const FrozenContext& context, int64_t Lq) const;
-  AttentionResult attend_with(const at::Tensor& query, const FrozenContext& context, const CallOptions& call) const;
+  struct Part;
+  static AttentionResult attend_to(const at::Tensor& query, const std::vector<Part>& parts, const CallOptions& call);
   std::tuple<at::Tensor, at::Tensor> forward_with(const std::optional<at::Tensor>& query,
                                                   const at::Tensor& key,
                                                   const at::Tensor& value,

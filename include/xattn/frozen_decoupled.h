@@ -80,11 +80,9 @@ class XATTN_API FrozenDecoupled {
  private:
   friend class DecoupledCrossAttentionImpl;
   struct State;
-  struct Part;
   FrozenDecoupled(const DecoupledCrossAttentionImpl& module, const FreezeOptions& options);
   const State& state() const;
   const Frozen& layer(size_t context) const;
-  AttentionResult attend_to(const at::Tensor& query, const std::vector<Part>& parts, const CallOptions& call) const;
 
   std::shared_ptr<const State> state_;
 };

@@ -16,6 +16,7 @@
 #include "base/text.h"
 #include "frozen/engine.h"
 #include "frozen/state.h"
+#include "modules/decoupled_parts.h"
 #include "modules/inputs.h"
 #include "modules/layer.h"
 #include "modules/options.h"
@@ -100,13 +101,6 @@ PlanRequest Frozen::State::request(int64_t B, int64_t Lq, int64_t Lk, AttentionW
   request.runs_on = engine ? RunsOn::frozen_kernels : detail::runs_on(weights.query);
   if (plan.pinned) request.pinned = plan.orders;
   return request;
-}
-
-PlanRequest Frozen::State::request_for_context(std::string_view caller,
-                                               int64_t B,
-                                               int64_t Lk,
-                                               const ContextOptions& how) const {
-  return detail::for_context(caller, request(B, 1, Lk, options.attention_weights()), how);
 }
 
 detail::EngineCall Frozen::State::call(const Orders& orders, const Tensor& given, const AttentionOptions& how) const {
@@ -221,7 +215,7 @@ std::tuple<Tensor, Tensor> Frozen::forward_with(const std::optional<Tensor>& que
     const auto dropped_keys = detail::drop_padding(state().weights, inputs);
     const auto orders = detail::orders_of(state().request(B, Lq, inputs.Lk(), returned));
     const FrozenContext context(FrozenContext::State::make(state_, orders, inputs, {}));
-    return detail::results(attend_with(Xq, context, call), inputs.is_batched, dropped_keys);
+    return detail::results(attend_to(Xq, {{context}}, call), inputs.is_batched, dropped_keys);
   }
   const auto [lengths, rest] = detail::split_lengths(mask, B, inputs.Lk());
   const auto orders = detail::orders_of(state().request(B, Lq, mean_length(lengths), returned));
@@ -242,7 +236,8 @@ FrozenContext Frozen::context_for(
   if (are_one(key, value)) inputs.value = inputs.key;
   const bool kernels = uses_kernels();
   const auto keys = kernels ? mean_length(detail::split_lengths(mask, inputs.B(), inputs.Lk()).first) : inputs.Lk();
-  const auto orders = detail::orders_of_kept(caller, state().request_for_context(caller, inputs.B(), keys, how));
+  const auto request = state().request(inputs.B(), 1, keys, options().attention_weights());
+  const auto orders = detail::orders_of_context(caller, request, how);
   const bool many = how.expected_queries == ContextOptions::kMany;
   const auto rows = many ? std::numeric_limits<int64_t>::max() : how.expected_queries;
   auto layout = detail::context_layout(rows, options().num_heads());
@@ -262,7 +257,9 @@ FrozenContext Frozen::context_for(
 std::tuple<Tensor, Tensor> Frozen::attend(const Tensor& query, const FrozenContext& context, const CallOptions& call) const {
   const detail::Inference inference;
   check_owner(context);
-  return detail::results(attend_with(query_for(kFrozen, query, context), context, call), context.is_batched());
+  const auto Xq = query_for(kFrozen, query, context);
+  check_context(kFrozen, context, Xq.size(1));
+  return detail::results(attend_to(Xq, {{context}}, call), context.is_batched());
 }
 
 // query [B * n, Lq, Eq] for a context of B entries, with a batch axis.
@@ -282,7 +279,8 @@ std::tuple<Tensor, Tensor> Frozen::attend(const FrozenContext& context, const Ca
   const detail::Inference inference;
   check_value(state().query.defined(), kFrozen, "query must be given to freeze or to attend, but is given to neither.");
   check_owner(context);
-  return detail::results(attend_with({}, context, call), context.is_batched());
+  check_context(kFrozen, context, state().query.size(0));
+  return detail::results(attend_to({}, {{context}}, call), context.is_batched());
 }
 
 void Frozen::check_owner(const FrozenContext& context) const {
@@ -291,23 +289,34 @@ void Frozen::check_owner(const FrozenContext& context) const {
               "context must be made by the Frozen that attends to it, but is another's.");
 }
 
-// query [B * n, Lq, Eq], which has been checked, or undefined for the constant one.
-AttentionResult Frozen::attend_with(const Tensor& query, const FrozenContext& context, const CallOptions& call) const {
-  const auto& parts = context.state().parts;
-  const auto& mask = context.state().mask;
-  const auto B = parts.B, Lq = query.defined() ? query.size(1) : state().query.size(0);
-  check_context(kFrozen, context, Lq);
-  auto how = state().attention_options(mask, call);
-  if (state().engine) return detail::attend(*state().engine, parts, state().call(parts.orders, query, how));
-  const detail::Queries queries(query.defined() ? query : state().query.expand({B, -1, -1}), B);
-  how.mask = queries.mask(mask, parts.Lk, queries.rows.scalar_type());
-  const detail::Layer layer(parts.orders, state().weights, state().products);
-  return queries.results(detail::attend(layer, queries.rows, parts, how));
+// query [B * n, Lq, Eq], or undefined for the constant one. If there are several contexts, their heads are added.
+AttentionResult Frozen::attend_to(const Tensor& query, const std::vector<Part>& parts, const CallOptions& call) {
+  const auto& first = parts.front().context.state();
+  const auto& layer = *first.owner;
+  auto how = layer.attention_options(first.mask, call);
+  if (layer.engine) {
+    auto engine_call = layer.call(first.parts.orders, query, how);
+    for (size_t i = 1; i < parts.size(); ++i) {
+      const auto& s = parts[i].context.state();
+      engine_call.added.push_back({&*s.owner->engine, &s.parts, s.mask, static_cast<float>(parts[i].scale)});
+    }
+    return detail::attend(*layer.engine, first.parts, engine_call);
+  }
+  const detail::Queries queries(query.defined() ? query : layer.query.expand({first.parts.B, -1, -1}), first.parts.B);
+  std::vector<detail::Part> of_modules;
+  for (const auto& [context, scale] : parts) {
+    const auto& s = context.state();
+    const auto mask = queries.mask(s.mask, s.parts.Lk, queries.rows.scalar_type());
+    of_modules.push_back({detail::Layer(s.parts.orders, s.owner->weights, s.owner->products), s.parts, mask, scale});
+  }
+  how.mask = of_modules.front().mask;
+  return queries.results(detail::attend_to(of_modules, queries.rows, how));
 }
 
 std::string Frozen::explain(int64_t B, int64_t Lq, int64_t Lk, std::optional<int64_t> expected_queries) const {
-  return xattn::explain(expected_queries ? state().request_for_context(kFrozen, B, Lk, {.expected_queries = *expected_queries})
-                                         : state().request(B, Lq, Lk, options().attention_weights()));
+  const auto request = state().request(B, expected_queries ? 1 : Lq, Lk, options().attention_weights());
+  if (!expected_queries) return xattn::explain(request);
+  return xattn::explain(detail::for_context(kFrozen, request, {.expected_queries = *expected_queries}));
 }
 
 Orders Frozen::orders(int64_t B, int64_t Lq, int64_t Lk) const {

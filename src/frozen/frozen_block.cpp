@@ -69,8 +69,7 @@ std::tuple<Tensor, Tensor> FrozenBlock::forward(
 FrozenContext FrozenBlock::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& how) const {
   const detail::Inference inference;
   const auto& s = state();
-  detail::check_share(kFrozenBlock, s.weights, how);
-  const auto [none, Xk, Xv] = detail::block_context(kFrozenBlock, s.weights, key, value);
+  const auto [none, Xk, Xv] = detail::block_context(kFrozenBlock, s.weights, key, value, how.share);
   const auto context = s.attention.context(Xk, Xv, mask, how);
   auto state = std::make_shared<FrozenContext::State>(context.state());
   state->norm = s.weights.context_norm();

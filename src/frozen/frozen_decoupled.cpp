@@ -15,7 +15,6 @@
 #include "modules/layer.h"
 #include "modules/options.h"
 #include "modules/planning.h"
-#include "modules/queries.h"
 
 namespace xattn {
 
@@ -35,13 +34,6 @@ std::string caller_of(size_t context) {
 struct FrozenDecoupled::State {
   DecoupledCrossAttentionOptions options;
   std::vector<Frozen> layers;  // of the first context and of the added ones, with the projections of query and output in common
-};
-
-// One context of a call.
-struct FrozenDecoupled::Part {
-  size_t index;
-  FrozenContext context;
-  double scale;
 };
 
 FrozenDecoupled::FrozenDecoupled(const DecoupledCrossAttentionImpl& module, const FreezeOptions& how) {
@@ -85,7 +77,7 @@ std::tuple<Tensor, Tensor> FrozenDecoupled::forward(const Tensor& query,
   const auto Xq = detail::query_input(kFrozenDecoupled, first.weights, query, is_batched, B);
   const auto Lq = Xq.size(1);
   int64_t dropped_keys = 0;
-  std::vector<Part> parts;
+  std::vector<Frozen::Part> parts;
   for (size_t i = 0; i <= added.size(); ++i) {
     const auto& of_context = layer(i).state();
     if (i > 0) {
@@ -101,9 +93,9 @@ std::tuple<Tensor, Tensor> FrozenDecoupled::forward(const Tensor& query,
     const auto returned = i == 0 ? detail::returned_weights(first.options, call) : AttentionWeights::none;
     const auto orders = detail::orders_of(of_context.request(B, Lq, inputs.Lk(), returned));
     const auto layout = detail::context_layout(Lq, first.options.num_heads());
-    parts.push_back({i, FrozenContext(FrozenContext::State::make(layer(i).state_, orders, inputs, layout)), scale});
+    parts.push_back({FrozenContext(FrozenContext::State::make(layer(i).state_, orders, inputs, layout)), scale});
   }
-  return detail::results(attend_to(Xq, parts, call), is_batched, dropped_keys);
+  return detail::results(Frozen::attend_to(Xq, parts, call), is_batched, dropped_keys);
 }
 
 FrozenContext FrozenDecoupled::context(const Tensor& key,
@@ -128,7 +120,7 @@ std::tuple<Tensor, Tensor> FrozenDecoupled::attend(const Tensor& query,
   const detail::Inference inference;
   const auto& s = state();
   detail::check_count(kFrozenDecoupled, added.size(), s.options.added().size());
-  std::vector<Part> parts;
+  std::vector<Frozen::Part> parts;
   for (size_t i = 0; i <= added.size(); ++i) {
     const auto& of_call = i == 0 ? context : added[i - 1];
     check_value(of_call.state().owner == layer(i).state_, caller_of(i),
@@ -138,38 +130,13 @@ std::tuple<Tensor, Tensor> FrozenDecoupled::attend(const Tensor& query,
                           context.batch_size());
     }
     const auto scale = i == 0 ? 1 : s.options.added()[i - 1].scale();
-    if (scale != 0) parts.push_back({i, of_call, scale});
+    if (scale != 0) parts.push_back({of_call, scale});
   }
   const auto Xq = layer(0).query_for(kFrozenDecoupled, query, context);
-  return detail::results(attend_to(Xq, parts, call), context.is_batched());
-}
-
-// query [B * n, Lq, Eq]
-AttentionResult FrozenDecoupled::attend_to(const Tensor& query, const std::vector<Part>& parts, const CallOptions& call) const {
-  const auto& first = layer(0).state();
-  for (const auto& part : parts) layer(part.index).check_context(caller_of(part.index), part.context, query.size(1));
-  auto how = first.attention_options(parts.front().context.mask(), call);
-  if (layer(0).uses_kernels()) {
-    auto engine_call = first.call(parts.front().context.orders(), query, how);
-    for (size_t i = 1; i < parts.size(); ++i) {
-      const auto& [index, context, scale] = parts[i];
-      engine_call.added.push_back(
-          {&*layer(index).state().engine, &context.state().parts, context.mask(), static_cast<float>(scale)});
-    }
-    return detail::attend(*first.engine, parts.front().context.state().parts, engine_call);
+  for (size_t i = 0; i <= added.size(); ++i) {
+    layer(i).check_context(caller_of(i), i == 0 ? context : added[i - 1], Xq.size(1));
   }
-  const detail::Queries queries(query, parts.front().context.batch_size());
-  const auto mask_of = [&](const FrozenContext& context) {
-    return queries.mask(context.mask(), context.length(), query.scalar_type());
-  };
-  std::vector<detail::Part> of_modules;
-  for (const auto& [index, context, scale] : parts) {
-    const auto& of_context = layer(index).state();
-    of_modules.push_back({detail::Layer(context.orders(), of_context.weights, of_context.products), context.state().parts,
-                          mask_of(context), scale});
-  }
-  how.mask = of_modules.front().mask;
-  return queries.results(detail::attend_to(of_modules, queries.rows, how));
+  return detail::results(Frozen::attend_to(Xq, parts, call), context.is_batched());
 }
 
 FrozenDecoupled FrozenDecoupled::with_scales(const std::vector<double>& scales) const {

@@ -65,10 +65,15 @@ struct Frozen::State {
                                            const State* first);
 
   PlanRequest request(int64_t B, int64_t Lq, int64_t Lk, AttentionWeights returned) const;
-  PlanRequest request_for_context(std::string_view caller, int64_t B, int64_t Lk, const ContextOptions& how) const;
   // query [B, Lq, Eq], or undefined for the constant one.
   detail::EngineCall call(const Orders& orders, const at::Tensor& query, const AttentionOptions& how) const;
   AttentionOptions attention_options(const Mask& mask, const CallOptions& call) const;
+};
+
+// One context of a call, and the factor of its heads.
+struct Frozen::Part {
+  FrozenContext context;
+  double scale = 1;
 };
 
 struct FrozenContext::State {

@@ -158,12 +158,10 @@ std::tuple<Tensor, Tensor> CrossAttentionBlockImpl::forward(
 Context CrossAttentionBlockImpl::context(const Tensor& key, const Tensor& value, const Mask& mask, const ContextOptions& how) {
   check_options();
   const auto weights = detail::weights_of(*this);
-  detail::check_share(kBlock, weights, how);
-  const auto [none, Xk, Xv] = detail::block_context(kBlock, weights, key, value);
+  const auto [none, Xk, Xv] = detail::block_context(kBlock, weights, key, value, how.share);
   auto state = std::make_shared<Context::State>(attention->context(Xk, Xv, mask, how).state());
-  const auto norm = weights.context_norm();
-  if (norm.kind != NormKind::none) state->norm = norm;
-  state->normalised_by = detail::stamp_of(norm);
+  state->norm = weights.context_norm();
+  state->normalised_by = detail::stamp_of(state->norm);
   return Context(std::move(state));
 }
 

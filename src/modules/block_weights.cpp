@@ -118,19 +118,16 @@ Tensor block_query(std::string_view caller, const BlockWeights& w, const Tensor&
   return w.norms_before() ? normalised(query, w.attention_norm) : query;
 }
 
-BlockInputs block_context(std::string_view caller, const BlockWeights& w, const Tensor& key, const Tensor& value) {
+BlockInputs block_context(std::string_view caller, const BlockWeights& w, const Tensor& key, const Tensor& value, bool shares) {
   const auto norm = w.context_norm();
   if (norm.kind == NormKind::none) return {{}, key, value};
+  check_value(
+      !shares, caller,
+      "share must be left out if a layer cannot read keys and values as given, but is set: norm_context normalises them.");
   check_input(caller, w, "key", key, "Lk");
   check_input(caller, w, "value", value, "Lk");
   const auto Xk = normalised(key, norm);
   return {{}, Xk, value.is_same(key) ? Xk : normalised(value, norm)};
-}
-
-void check_share(std::string_view caller, const BlockWeights& w, const ContextOptions& how) {
-  check_value(
-      !how.share || w.context_norm().kind == NormKind::none, caller,
-      "share must be left out if a layer cannot read keys and values as given, but is set: norm_context normalises them.");
 }
 
 Tensor block_output(const BlockWeights& w, const Tensor& query, const Tensor& attended, double dropout) {

@@ -49,9 +49,6 @@ struct BlockInputs {
   at::Tensor query, key, value;
 };
 
-/// Throws if keys and values are to be shared that a norm changes first.
-void check_share(std::string_view caller, const BlockWeights& weights, const ContextOptions& how);
-
 /// query [B, Lq, Eq], key [B, Lk, Ek], value [B, Lk, Ev], or without B. Throws for inputs that a norm cannot read, and if the
 /// query is its own key but only the query would be normalised; other checks are left to the attention.
 BlockInputs block_inputs(std::string_view caller,
@@ -59,9 +56,11 @@ BlockInputs block_inputs(std::string_view caller,
                          const at::Tensor& query,
                          const at::Tensor& key,
                          const at::Tensor& value);
-/// The parts of it that need no context, and no query. A context's query is undefined.
+/// The parts of it that need no context, and no query. A context's query is undefined. Throws if keys and values are to be shared
+/// that a norm changes first.
 at::Tensor block_query(std::string_view caller, const BlockWeights& weights, const at::Tensor& query);
-BlockInputs block_context(std::string_view caller, const BlockWeights& weights, const at::Tensor& key, const at::Tensor& value);
+BlockInputs block_context(
+    std::string_view caller, const BlockWeights& weights, const at::Tensor& key, const at::Tensor& value, bool shares = false);
 
 /// From query [..., Eq], as the caller gave it, and the output of the attention to the output of the block: without gradients on
 /// the kernels where they run, else in plain tensor operations. dropout: 0 outside training.

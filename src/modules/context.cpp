@@ -88,11 +88,11 @@ Context Context::append(const Tensor& key, const Tensor& value, const Mask& mask
   const auto& s = state();
   const auto& [orders, weights, products] = s.layer;
   s.made_from.check(kContext, detail::stamp_of(weights, orders));
-  if (s.norm) s.normalised_by.check(kContext, detail::stamp_of(*s.norm));
+  s.normalised_by.check(kContext, detail::stamp_of(s.norm));
   auto inputs = detail::context_inputs(kContext, weights, key, value, mask);
   detail::check_appended(kContext, inputs, s.is_batched, batch_size());
   detail::check_mask(kContext, weights, inputs, std::nullopt);
-  if (s.norm) detail::normalise(inputs, *s.norm);
+  detail::normalise(inputs, s.norm);
   const auto more = detail::make_context(s.layer, inputs.key, inputs.value);
   check_type(more.keys.scalar_type() == s.parts.keys.scalar_type(), kContext,
              "key must become {}, the type of the context, but becomes {}. Make it and append to it under the same autocast.",

@@ -8,7 +8,6 @@
 #include <xattn/plan.h>
 
 #include <cstdint>
-#include <optional>
 #include <string_view>
 #include <tuple>
 #include <vector>
@@ -70,8 +69,8 @@ struct Context::State {
   Mask mask;
   bool is_batched;
   detail::WeightsStamp made_from;
-  std::optional<detail::NormWeights> norm = {};  // of a block, which keys and values pass first
-  detail::WeightsStamp normalised_by = {};       // that norm; empty if there is none
+  detail::NormWeights norm = {};            // of a block, which keys and values pass first
+  detail::WeightsStamp normalised_by = {};  // that norm; empty if there is none
 };
 
 }  // namespace xattn

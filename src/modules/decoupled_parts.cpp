@@ -46,6 +46,7 @@ void check_ends_in_heads(std::string_view layer, const PlanMode& plan) {
 }
 
 AttentionResult attend_to(const std::vector<Part>& parts, const Tensor& x, AttentionOptions how) {
+  if (parts.size() == 1) return attend(parts.front().layer, x, parts.front().context, how);
   const auto& first = parts.front().layer.weights;
   const bool is_projected =
       std::ranges::any_of(parts, [](const Part& part) { return projects_query(part.layer.orders.logits); });

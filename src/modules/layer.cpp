@@ -24,15 +24,9 @@ using at::Tensor;
 
 namespace {
 
-// [G, a, b] -> [H, a, b], repeated for the H/G heads that share a key/value head.
+// [..., G, a, b] -> [..., H, a, b], repeated for the H/G heads that share a key/value head.
 Tensor for_every_head(const Tensor& x, int64_t H) {
-  const auto G = x.size(0);
-  return H == G ? x : x.unsqueeze(1).expand({G, H / G, -1, -1}).reshape({H, x.size(1), x.size(2)});
-}
-
-// [B, G, L, a] -> [B, H, L, a], as for_every_head.
-Tensor rows_for_every_head(const Tensor& x, int64_t H) {
-  return x.size(1) == H ? x : x.repeat_interleave(H / x.size(1), 1);
+  return x.size(-3) == H ? x : x.repeat_interleave(H / x.size(-3), -3);
 }
 
 // x [B, H, L, a], w [H, a, b] -> [B, H, L, b]: all rows of a head are rows of one product.
@@ -83,13 +77,13 @@ Tensor value_bias_heads(const LayerWeights& w) {
 // ---- Logits ----------------------------------------------------------------------------------------------------------------
 
 // x [B, L, n * size] -> [B, n, L, size], and normalised.
-Tensor normalised_heads(const Tensor& x, int64_t n, int64_t size, NormScope scope, const NormWeights& norm) {
-  if (scope == NormScope::across_heads) return split_heads(normalised(x, norm), n, size);
+Tensor normalised_heads(const Tensor& x, int64_t n, int64_t size, const NormWeights& norm) {
+  if (norm.size == n * size) return split_heads(normalised(x, norm), n, size);  // across heads
   return normalised(x.view({x.size(0), x.size(1), n, size}), norm).transpose(1, 2);
 }
 
 Tensor project_key(const LayerWeights& w, const Tensor& key) {
-  return normalised_heads(project(key, w.key, w.key_bias), w.G, w.d, w.norm_scope, w.key_norm);  // [B, G, Lk, d]
+  return normalised_heads(project(key, w.key, w.key_bias), w.G, w.d, w.key_norm);  // [B, G, Lk, d]
 }
 
 // x [B, G, Lk, size], bias [1, 1, G * size] -> [B, G, Lk + 1, size]; x without a bias.
@@ -114,7 +108,7 @@ Tensor times_product(const LayerWeights& w, const WeightProduct& product, const 
 // Wq (Wk' Xk'), and bq (Wk' Xk')
 std::pair<Tensor, Tensor> fold_into_context(const LayerWeights& w, const Tensor& key) {
   const auto B = key.size(0), Lk = key.size(1);
-  const auto k = scaled(rows_for_every_head(project_key(w, key), w.H), w.scale);  // [B, H, Lk, d]
+  const auto k = scaled(for_every_head(project_key(w, key), w.H), w.scale);  // [B, H, Lk, d]
   Tensor bias;
   if (w.query_bias.defined()) bias = times_each_head_in_rows(k, w.query_bias.view({w.H, w.d, 1})).view({B, 1, w.H * Lk});
   return {times_each_head_in_rows(k, query_heads(w)), bias};
@@ -147,7 +141,7 @@ Tensor project_value(const LayerWeights& w, const Tensor& value) {
 
 // (Xv Wv) Wo
 Tensor fold_values_into_context(const LayerWeights& w, const Tensor& value) {
-  const auto v = rows_for_every_head(project_value(w, value), w.H);  // [B, H, Lk, e]
+  const auto v = for_every_head(project_value(w, value), w.H);  // [B, H, Lk, e]
   return times_each_head_in_rows(v, output_heads(w).transpose(1, 2));
 }
 
@@ -233,7 +227,6 @@ LayerWeights weights_of(const CrossAttentionImpl& m) {
           .bias_v = m.bias_v,
           .query_norm = norm_weights(m.query_norm),
           .key_norm = norm_weights(m.key_norm),
-          .norm_scope = m.options.qk_norm_scope(),
           .H = m.options.num_heads(),
           .G = *m.options.kv_heads(),
           .d = *m.options.head_dim(),
@@ -262,7 +255,7 @@ Layer::Layer(const Orders& orders_, LayerWeights weights_) : orders(orders_), we
 
 LayerQuery make_query(const LayerWeights& w, const Tensor& x, bool is_projected) {
   if (!is_projected) return {x, {}};
-  return {x, normalised_heads(project(x, w.query, w.query_bias), w.H, w.d, w.norm_scope, w.query_norm)};
+  return {x, normalised_heads(project(x, w.query, w.query_bias), w.H, w.d, w.query_norm)};
 }
 
 LayerContext make_context(const Layer& layer, const Tensor& key, const Tensor& value) {

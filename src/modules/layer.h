@@ -34,7 +34,6 @@ struct LayerWeights {
   at::Tensor output, output_bias;  ///< [Eo, H * e], [Eo]
   at::Tensor bias_k, bias_v;       ///< [1, 1, G * d], [1, 1, G * e]: the key and value of bias_kv; undefined without
   NormWeights query_norm, key_norm;
-  NormScope norm_scope;
   int64_t H, G, d, e;
   double scale;
   bool sums_heads = false;  ///< of a decoupled layer: heads are added to those of other contexts before the output projection

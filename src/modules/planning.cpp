@@ -69,13 +69,10 @@ Orders orders_of(const PlanRequest& request) {
   return request.pinned ? *request.pinned : make_plan(request).orders;
 }
 
-Orders orders_of_context(std::string_view caller, const PlanRequest& request, const ContextOptions& how) {
-  const auto kept = for_context(caller, request, how);
-  return how.expected_queries == ContextOptions::kMany && !how.share ? Orders{} : orders_of_kept(caller, kept);
-}
-
-Orders orders_of_kept(std::string_view caller, const PlanRequest& request) {
-  if (!request.shares_context) return orders_of(request);
+Orders orders_of_context(std::string_view caller, const PlanRequest& of_call, const ContextOptions& how) {
+  const auto request = for_context(caller, of_call, how);
+  const bool is_standard = how.expected_queries == ContextOptions::kMany && !request.weights_are_frozen;
+  if (!request.shares_context) return is_standard ? Orders{} : orders_of(request);
   const auto reads_as_given = [](const Orders& orders) { return is_raw(orders.logits) && is_raw(orders.values); };
   constexpr auto kRaw = Order::fold_into_query;  // legal wherever any order that reads keys and values as given is
   std::string_view reason;

@@ -35,12 +35,9 @@ Orders orders_of(const PlanRequest& request);
 /// The sizes and norms of a layer; the caller adds rates, type and purpose.
 PlanRequest request_of(const LayerWeights& weights, int64_t B, int64_t Lq, int64_t Lk);
 
-/// The orders of a context that a module keeps: standard for an unknown number of query rows, else the cheapest. Throws if the
-/// context cannot be kept as the options require.
+/// The orders of a context that is kept: the cheapest, but standard in a module for an unknown number of query rows. Throws if
+/// the context cannot be kept as the options require.
 Orders orders_of_context(std::string_view caller, const PlanRequest& request, const ContextOptions& how);
-
-/// The orders of a request from `for_context`. Throws if the context is shared and the layer cannot read it as it is.
-Orders orders_of_kept(std::string_view caller, const PlanRequest& request);
 
 /// The request for a context that serves the expected query rows over all calls. Throws for invalid options.
 PlanRequest for_context(std::string_view caller, PlanRequest request, const ContextOptions& how);
