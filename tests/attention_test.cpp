@@ -23,6 +23,10 @@ namespace {
 
 constexpr int64_t kB = 2, kH = 4, kLq = 5, kLk = 7, kD = 8;
 
+AttentionResult on_kernels(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options) {
+  return detail::absolute(detail::attend_on_kernels(q, k, v, options));
+}
+
 const std::vector<at::ScalarType> kTypes = {torch::kDouble, torch::kFloat, torch::kBFloat16, torch::kHalf};
 
 // Every kind of mask, by name. Two of them leave rows without keys.
@@ -554,7 +558,7 @@ class AttentionOnKernelsTest : public testing::Test {
                                     AttentionOptions options,
                                     const std::string& what) {
     options.log_sum_exp = true;
-    const auto result = detail::attend_on_kernels(q, k, v, options);
+    const auto result = on_kernels(q, k, v, options);
     options.path = AttentionPath::definition;
     const auto exact = attention(q.to(torch::kDouble), k.to(torch::kDouble), v.to(torch::kDouble), options);
     const auto limit = tolerance(torch::kFloat, q.size(3) + k.size(2));
@@ -596,8 +600,8 @@ TEST_F(AttentionOnKernelsTest, ReadALongContextInParts) {
     all["all_but_last"] = Mask::key_padding(only_last.logical_not());
     for (const auto& [name, mask] : all) {
       expect_the_definition(q, k, v, {.mask = mask}, name);
-      const auto alone = detail::attend_on_kernels(q, k, v, {.mask = mask}).output;
-      const auto with_weights = detail::attend_on_kernels(q, k, v, {.mask = mask, .weights = AttentionWeights::mean}).output;
+      const auto alone = on_kernels(q, k, v, {.mask = mask}).output;
+      const auto with_weights = on_kernels(q, k, v, {.mask = mask, .weights = AttentionWeights::mean}).output;
       expect_close(alone, with_weights, tolerance(torch::kFloat, Lk), name + " with weights");
     }
   }
@@ -609,7 +613,7 @@ TEST_F(AttentionOnKernelsTest, HaveEqualBitsForOneThreadAndTwoAndWithOrWithoutWe
       const auto q = torch::randn({3, 4, Lq, 16}), k = torch::randn({3, 2, Lk, 16}), v = torch::randn({3, 2, Lk, 16});
       const auto run = [&](int threads, AttentionWeights weights) {
         at::set_num_threads(threads);
-        return detail::attend_on_kernels(q, k, v, {.weights = weights});
+        return on_kernels(q, k, v, {.weights = weights});
       };
       for (const auto weights : {AttentionWeights::none, AttentionWeights::mean, AttentionWeights::per_head}) {
         const auto one = run(1, weights), two = run(2, weights);
@@ -667,7 +671,7 @@ TEST_F(AttentionOnKernelsTest, EqualTheDefinitionUnderCausalMasksOnALongContext)
 TEST_F(AttentionOnKernelsTest, GiveZeroWeightsBehindTheDiagonalAndNothingToRowsBeforeIt) {
   const int64_t Lq = 250, Lk = 130;
   const auto q = torch::randn({kB, kH, Lq, kD}), k = torch::randn({kB, kH, Lk, kD});
-  const auto result = detail::attend_on_kernels(
+  const auto result = on_kernels(
       q, k, k,
       {.mask = Mask::causal(CausalAlignment::lower_right), .weights = AttentionWeights::per_head, .log_sum_exp = true});
   EXPECT_TRUE(result.weights.triu(Lk - Lq + 1).eq(0).all().item<bool>());
@@ -683,7 +687,7 @@ TEST_F(AttentionOnKernelsTest, ReadNoKeyBehindTheLastThatAGroupOfRowsSees) {
       const auto q = torch::randn({1, 2, L, 8});
       auto k = torch::randn({1, 2, L, 8});
       k.select(2, L - 1).fill_(std::numeric_limits<float>::quiet_NaN());
-      const auto output = detail::attend_on_kernels(q, k, k, {.mask = Mask::causal(alignment)}).output;
+      const auto output = on_kernels(q, k, k, {.mask = Mask::causal(alignment)}).output;
       EXPECT_TRUE(output.narrow(2, 0, L - 150).isfinite().all().item<bool>()) << L;
       EXPECT_TRUE(output.select(2, L - 1).isnan().all().item<bool>()) << L;
     }
@@ -698,7 +702,7 @@ TEST_F(AttentionOnKernelsTest, HaveEqualBitsUnderCausalMasksForAnyThreadsAndOthe
         for (const auto weights : {AttentionWeights::none, AttentionWeights::mean, AttentionWeights::per_head}) {
           const auto run = [&](int threads, const torch::Tensor& queries) {
             at::set_num_threads(threads);
-            return detail::attend_on_kernels(queries, k, v, {.mask = Mask::causal(alignment), .weights = weights});
+            return on_kernels(queries, k, v, {.mask = Mask::causal(alignment), .weights = weights});
           };
           const auto one = run(1, q);
           for (const int threads : {2, 3, 8}) {
@@ -720,10 +724,10 @@ TEST_F(AttentionOnKernelsTest, HaveEqualBitsUnderCausalMasksForAnyThreadsAndOthe
 TEST_F(AttentionOnKernelsTest, ConfineANaNToItsRow) {
   for (const int64_t Lk : {50, 5000}) {
     const auto q = torch::randn({1, 2, 30, 8}), k = torch::randn({1, 2, Lk, 8});
-    const auto clean = detail::attend_on_kernels(q, k, k, {.log_sum_exp = true});
+    const auto clean = on_kernels(q, k, k, {.log_sum_exp = true});
     auto spoilt = q.clone();
     spoilt[0][1][7][0] = std::numeric_limits<float>::quiet_NaN();
-    const auto result = detail::attend_on_kernels(spoilt, k, k, {.log_sum_exp = true});
+    const auto result = on_kernels(spoilt, k, k, {.log_sum_exp = true});
     auto expected = clean.output.clone();
     expected[0][1][7].fill_(std::numeric_limits<float>::quiet_NaN());
     EXPECT_TRUE(torch::allclose(result.output, expected, 0, 0, /*equal_nan=*/true)) << Lk;

@@ -758,6 +758,23 @@ TEST(DecoupledContextTest, AScaleOfZeroLeavesAContextOut) {
                "attend");
 }
 
+TEST(DecoupledContextTest, TheMaskOfAContextThatIsLeftOutIsCheckedAllTheSame) {
+  DecoupledCrossAttention module(
+      DecoupledCrossAttentionOptions(CrossAttentionOptions(8, 12, 12, 8)).added({AddedContextOptions(6, 6).scale(0)}));
+  const auto frozen = module->freeze();
+  const auto x = torch::randn({2, 3, 8}), y = torch::randn({2, 5, 12}), z = torch::randn({2, 4, 6});
+  const auto mask = Mask::dense(torch::ones({1, 1, 7, 4}, torch::kBool));  // of 7 queries
+  const auto expect_refused = [](const std::string& caller, const auto& call) {
+    EXPECT_EQ(error_of<c10::ValueError>(call),
+              "[" + caller + ".added0] mask (dense) must fit [B, H, Lq, Lk] = [2, 1, 3, 4], but has [1, 1, 7, 4].");
+  };
+  const std::string of_module = "decoupled_cross_attention", of_frozen = "frozen_decoupled";
+  expect_refused(of_module, [&] { module->forward(x, y, y, {{z, z, mask}}); });
+  expect_refused(of_module, [&] { module->attend(x, module->context(y, y), {module->added_context(0, z, z, mask)}); });
+  expect_refused(of_frozen, [&] { frozen.forward(x, y, y, {{z, z, mask}}); });
+  expect_refused(of_frozen, [&] { frozen.attend(x, frozen.context(y, y), {frozen.added_context(0, z, z, mask)}); });
+}
+
 TEST(DecoupledOptionsTest, OptionsOfTheAttentionAreThoseOfItsModule) {
   DecoupledCrossAttention module(DecoupledCrossAttentionOptions(CrossAttentionOptions(8, 12, 12, 8)).added({{6, 6}}));
   const auto x = torch::randn({2, 3, 8}), y = torch::randn({2, 5, 12}), z = torch::randn({2, 4, 6});

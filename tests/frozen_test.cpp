@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include "attention/mask_parts.h"
 #include "compare.h"
 #include "one_thread.h"
 #include "test_util.h"
@@ -415,6 +416,26 @@ TEST_F(FrozenTest, AContextMovesBetweenDevicesAndIsAskedForWhereTheWeightsAre) {
   }
   EXPECT_EQ(error_of<c10::TypeError>([&] { frozen.attend(x.query, context.to(torch::kMeta)); }),
             "[frozen] context must be on cpu, as the weights, but is on meta.");
+}
+
+TEST_F(FrozenTest, AConstantQueryIsHeldOnce) {
+  auto module = make(kLayers[0]);
+  const auto x = inputs_of(kLayers[0], 1, 4, 5);
+  for (const auto order : {Order::standard, Order::fold_into_context}) {  // the second reads the query as it is
+    const FreezeOptions how{.plan = PlanMode::pin({order, Order::standard})};
+    auto with_query = how;
+    with_query.query = x.query[0];
+    const auto more = module->freeze(with_query).bytes() - module->freeze(how).bytes();
+    const auto folded = order == Order::standard ? 4 * module->query_linear->weight.size(0) * 4 : 0;
+    EXPECT_EQ(more, static_cast<int64_t>(x.query.nbytes()) + folded) << name_of(order);
+  }
+}
+
+TEST_F(FrozenTest, AContextTellsTheWholeMask) {
+  auto module = make(kLayers[0]);
+  const auto x = inputs_of(kLayers[0], 2, 3, 9);
+  const auto context = module->freeze().context(x.key, x.value, Mask::lengths(torch::tensor({4, 2}), 9));
+  EXPECT_EQ(detail::host_lengths(context.mask()), (std::vector<int64_t>{4, 2}));
 }
 
 TEST_F(FrozenTest, KeysBehindHostLengthsAreNeverRead) {

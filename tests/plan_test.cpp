@@ -307,8 +307,8 @@ TEST(KernelTest, GoesThroughAContextInPartsWhereTheEngineDoes) {
   using detail::engine::Heads;
   for (const int64_t Lk : {4096, 4097}) {
     for (const auto weights : {AttentionWeights::none, AttentionWeights::mean}) {
-      detail::engine::SoftmaxStage softmax({}, 1, 1, Lk, 1, weights, {});
-      const auto map = detail::engine::empty_weights(weights, {}, 1, 1, 1, Lk, /*all_keys=*/true);
+      detail::engine::SoftmaxStage softmax({.weights = weights}, 1, 1, Lk, 1);
+      const auto map = detail::engine::empty_weights({.weights = weights}, 1, 1, 1, Lk, /*all_keys=*/true);
       softmax.write_to(map, {});
       const Heads heads{.H = 1, .G = 1, .d = 8, .e = 8, .Lk = Lk, .keys = {}, .values = {}, .are_packed = true, .capacity = Lk};
       const bool in_parts = scratch_of_heads(heads, softmax, {.all = true}).row < Lk;
@@ -370,6 +370,15 @@ TEST(ExplainTest, SaysWhatWasPinned) {
   const auto text = explain(r);
   EXPECT_EQ(text.find("<- chosen"), std::string::npos) << text;
   EXPECT_NE(text.find("<- pinned"), std::string::npos) << text;
+}
+
+TEST(ExplainTest, DividesByNoTimeOfZero) {
+  auto r = request(1, 4, 0, 0, 8, 8, 8);
+  for (const auto& pinned : {std::optional<Orders>(), std::optional(Orders{})}) {
+    r.pinned = pinned;
+    EXPECT_EQ(explain(r).find("nan times"), std::string::npos) << explain(r);
+    EXPECT_EQ(explain(r).find("inf times"), std::string::npos) << explain(r);
+  }
 }
 
 TEST(PlanTest, RefusesSizesThatCannotBe) {

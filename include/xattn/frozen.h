@@ -29,7 +29,7 @@ class XATTN_API FrozenContext {
   FrozenContext() = default;
 
   const Orders& orders() const;
-  const Mask& mask() const;
+  Mask mask() const;  ///< of its keys, lengths included
   int64_t batch_size() const;
   int64_t length() const;
   bool is_batched() const;

@@ -17,7 +17,6 @@ using namespace engine;
 namespace {
 
 constexpr int64_t kKeysOfABlock = 1024;
-// Floats of one step's logits and their gradients, which fit into a core's cache beside the keys and values of a block.
 
 // An empty tensor of x's shape [B, n, L, size], stored as [B, L, n, size]: the gradient of a result of split_heads.
 Tensor like_heads(const Tensor& x, bool is_requested) {

@@ -28,8 +28,7 @@ struct SoftmaxResult {
 /// keys; parts of a context are therefore merged by relative ones.
 struct RelativeAttention {
   AttentionResult result;
-  at::Tensor
-      largest;  ///< [B, H, Lq], 0 for a row without keys, and wherever the log-sum-exp itself is as exact; has no gradient
+  at::Tensor largest;  ///< [B, H, Lq], without gradients; 0 for a row without keys, or where LibTorch's kernels ran
 };
 
 /// The result with the log-sum-exp itself.

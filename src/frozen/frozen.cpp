@@ -272,7 +272,7 @@ void Frozen::check_context(std::string_view caller, const FrozenContext& context
   const auto device = parts.keys.device(), own = state().weights.query.device();
   detail::check_type(device == own, caller, "context must be on {}, as the weights, but is on {}.", detail::name_of(own),
                      detail::name_of(device));
-  detail::check_mask(context.mask(), caller, parts.B, options().num_heads(), Lq, parts.Lk, device);
+  detail::check_mask(context.state().mask, caller, parts.B, options().num_heads(), Lq, parts.Lk, device);
 }
 
 std::tuple<Tensor, Tensor> Frozen::attend(const FrozenContext& context, const CallOptions& call) const {
@@ -330,7 +330,7 @@ const CrossAttentionOptions& Frozen::options() const {
 int64_t Frozen::bytes() const {
   const auto& s = state();
   int64_t bytes = detail::bytes_of(s.query);
-  for (const auto& x : s.folded_query) bytes += detail::bytes_of(x);
+  for (const auto& x : s.folded_query) bytes += x.is_same(s.query) ? 0 : detail::bytes_of(x);
   if (s.engine) return bytes + s.engine->bytes();
   for (const auto* x : all_tensors(s.weights)) bytes += detail::bytes_of(*x);
   for (const auto* product : {&s.products.logits, &s.products.values})

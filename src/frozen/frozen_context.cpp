@@ -81,8 +81,8 @@ const FrozenContext::State& FrozenContext::state() const {
 const Orders& FrozenContext::orders() const {
   return state().parts.orders;
 }
-const Mask& FrozenContext::mask() const {
-  return state().mask;
+Mask FrozenContext::mask() const {
+  return state().whole_mask();
 }
 int64_t FrozenContext::batch_size() const {
   return state().parts.B;

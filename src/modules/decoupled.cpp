@@ -165,6 +165,7 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::forward(const Tensor& qu
   std::vector<detail::Part> parts;
   const auto add_part = [&](size_t context, double scale) {
     detail::check_mask(detail::caller_of(kDecoupled, context), weights, inputs, Lq);
+    if (scale == 0) return int64_t{0};
     const auto dropped = detail::drop_padding(weights, inputs);
     const bool trains = query.requires_grad() || inputs.key.requires_grad() || inputs.value.requires_grad();
     const auto returned = context == 0 ? detail::returned_weights(attention->options, call) : AttentionWeights::none;
@@ -179,7 +180,7 @@ std::tuple<Tensor, Tensor> DecoupledCrossAttentionImpl::forward(const Tensor& qu
     weights = detail::weights_of(*this, i + 1);
     inputs = detail::context_inputs(detail::caller_of(kDecoupled, i + 1), weights, added[i].key, added[i].value, added[i].mask);
     detail::check_batch(kDecoupled, i + 1, inputs.is_batched, inputs.B(), is_batched, B);
-    if (const auto scale = options.added()[i].scale(); scale != 0) add_part(i + 1, scale);
+    add_part(i + 1, options.added()[i].scale());
   }
   const auto how = detail::attention_options(kDecoupled, attention->options, call, parts.front().mask, is_training());
   return detail::results(detail::attend_to(parts, Xq, how), is_batched, dropped_keys);

@@ -367,11 +367,11 @@ std::string explain(const PlanRequest& request) {
     text += detail::formatted("{:24}{:>14}{:>12}{:>12}\n", name, "operations", "memory", "time");
     const auto least = costs[static_cast<size_t>(chosen)].seconds;
     for (const auto& cost : costs) {
-      const auto remark = cost.order == chosen    ? std::string(r.pinned ? "<- pinned" : "<- chosen")
-                          : !cost.illegal.empty() ? detail::formatted("illegal: {}", cost.illegal)
-                          : cost.seconds <= least && !r.pinned
-                              ? std::string("as fast, but not with the other chain")
-                              : detail::formatted("{:.2f} times its time", cost.seconds / least);
+      const auto remark = cost.order == chosen                 ? std::string(r.pinned ? "<- pinned" : "<- chosen")
+                          : !cost.illegal.empty()              ? detail::formatted("illegal: {}", cost.illegal)
+                          : cost.seconds <= least && !r.pinned ? std::string("as fast, but not with the other chain")
+                          : least == 0                         ? std::string("the other costs nothing")
+                                       : detail::formatted("{:.2f} times its time", cost.seconds / least);
       text += detail::formatted("  {:22}{:>14}{:>12}{:>12}  {}\n", name_of(cost.order), engineering(cost.operations, ""),
                                 engineering(cost.bytes, "B"), engineering(cost.seconds, "s"), remark);
     }
