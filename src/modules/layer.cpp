@@ -286,8 +286,8 @@ RelativeAttention attend_heads(const Layer& layer,
 AttentionResult attend(const Layer& layer, const Tensor& x, const LayerContext& context, const AttentionOptions& options) {
   const auto query = [&] { return make_query(layer.weights, x, projects_query(layer.orders.logits)); };
   if (!ends_in_heads(layer.orders.values)) return absolute(attend_in_steps(layer, query(), context, options));
-  auto result =
-      absolute(attend_heads(layer, query(), context, options));  // the projected query is freed before the next product
+  // The projected query is freed before the next product.
+  auto result = absolute(attend_heads(layer, query(), context, options));
   result.output = project(merge_heads(result.output), layer.weights.output, layer.weights.output_bias);
   return result;
 }
