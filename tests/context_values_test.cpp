@@ -597,6 +597,18 @@ TEST_P(ContextValuesTest, AppendedKeysBehindHostLengthsAreNeverRead) {
   }
 }
 
+TEST_P(ContextValuesTest, EntriesAreSelectedFromAContextWithoutKeys) {
+  auto module = module_in({});
+  const auto frozen = module->freeze({.plan = PlanMode::standard});
+  const auto part = draw_part(4, 0, of(torch::kFloat));
+  const auto none = frozen.context(part.key.narrow(1, 0, 0), part.value.narrow(1, 0, 0), {}, {.capacity = 20});
+  const auto beams = torch::tensor({1, 1, 0});
+  const auto query = torch::randn({3, kLq, 9}, of(torch::kFloat));
+  const auto pick = [&](const Tensor& x) { return x.index_select(0, beams.to(x.device())); };
+  const auto expected = frozen.forward(query, pick(part.key), pick(part.value));
+  expect_equal(frozen.attend(query, none.select(beams).append(pick(part.key), pick(part.value))), expected, "appended");
+}
+
 TEST_P(ContextValuesTest, ContextsMadeUnderInferenceModeGrowOutsideOfIt) {
   auto module = module_in({});
   const auto frozen = module->freeze({.plan = PlanMode::standard});

@@ -178,8 +178,9 @@ TEST(ThreadsTest, AForkedProcessComputesOnFrozenObjects) {
   const auto frozen_block = block->freeze();
   const auto x = at::randn({2, 600, 64}), keys = at::randn({2, 500, 64});
   const auto mask = Mask::lengths(at::tensor({500, 300}), 500);
+  const auto context = frozen.context(keys, keys, mask, {.capacity = 600});
   const auto compute = [&] {
-    Results results;
+    Results results = {frozen.attend(x, context.select(at::tensor({1, 0})))};
     for (const auto weights : {AttentionWeights::mean, AttentionWeights::per_head}) {
       results.push_back(frozen.forward(x, keys, keys, mask, {.weights = weights}));
       results.push_back(frozen_block.forward(x, keys, keys, mask, {.weights = weights}));

@@ -125,6 +125,8 @@ EngineContext make_engine_context(const Orders& orders,
 EngineContext join(const EngineWeights& weights, const std::vector<EngineContext>& parts, int64_t keys, int64_t capacity);
 /// Keys of another context behind those of the first: written to its room if it can claim that, otherwise joined.
 EngineContext append(const EngineWeights& weights, const EngineContext& context, const EngineContext& more);
+/// The batch entries with these indices, int64 [n] on the CPU, contiguous. The room is kept, and not copied.
+EngineContext select_entries(const EngineWeights& weights, const EngineContext& context, const at::Tensor& indices);
 
 /// The left context of the logits for a constant query [Lq, Eq] in these orders, [Lq, ...].
 at::Tensor fold_query(const Orders& orders, const EngineWeights& weights, const at::Tensor& query);

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <memory>
 #include <vector>
 
 #include "cpu/huge_pages.h"
+#include "cpu/threads.h"
 #include "frozen/engine.h"
 
 // Contexts of the engine that are joined, grown and reordered, by copies between packed matrices. A panel of packed keys has one
@@ -144,6 +147,25 @@ void join_folded_values(const EngineWeights& w, const std::vector<EngineContext>
   });
 }
 
+// The entries of x [B, ...] with these indices. Each is cut into equal pieces, of which the first `used` elements are copied.
+Tensor entries_of(const Tensor& x, const Tensor& indices, int64_t pieces, int64_t used) {
+  const auto n = indices.size(0);
+  if (!x.is_cpu() || !x.is_contiguous() || n == 0) return in_huge_pages(x.index_select(0, indices.to(x.device())));
+  auto sizes = x.sizes().vec();
+  sizes[0] = n;
+  const auto selected = in_huge_pages(at::empty(sizes, x.options()));
+  const auto bytes = used * x.element_size(), stride = x.numel() / x.size(0) / pieces * x.element_size();
+  const auto* from = static_cast<const std::byte*>(x.const_data_ptr());
+  auto* to = static_cast<std::byte*>(selected.mutable_data_ptr());
+  each_part(n * pieces, std::max<int64_t>(1, used),
+            [&, entries = indices.const_data_ptr<int64_t>()](int64_t begin, int64_t end) {
+              for (auto i = begin; i < end; ++i) {
+                std::copy_n(from + (entries[i / pieces] * pieces + i % pieces) * stride, bytes, to + i * stride);
+              }
+            });
+  return selected;
+}
+
 }  // namespace
 
 EngineContext join(const EngineWeights& w, const std::vector<EngineContext>& parts, int64_t keys, int64_t capacity) {
@@ -172,6 +194,34 @@ EngineContext append(const EngineWeights& w, const EngineContext& context, const
   longer.lengths.assign(static_cast<size_t>(context.B), Lk);
   copy_keys(w, more, longer, context.Lk, more.Lk);
   return longer;
+}
+
+EngineContext select_entries(const EngineWeights& w, const EngineContext& context, const Tensor& indices) {
+  const auto& [logits, values] = context.orders;
+  const auto Lk = context.Lk, panel = kernels().panel;
+  const auto all = [&](const Tensor& x) { return entries_of(x, indices, 1, x.numel() / std::max<int64_t>(1, x.size(0))); };
+  const auto heads = [&](const Tensor& packed) { return packed.dim() == 3 ? w.G : 1; };
+  const auto keys = [&](const Tensor& x) {
+    if (is_folded(logits)) return all(x);
+    if (!is_packed(context, logits)) return entries_of(x, indices, 1, Lk * w.Ek);
+    return entries_of(x, indices, heads(x), round_up(Lk, panel) * (is_raw(logits) ? w.Ek : w.d));
+  };
+  const auto values_of = [&](const Tensor& x) {
+    if (is_folded(values)) return all(x);
+    if (!is_packed(context, values)) return entries_of(x, indices, 1, Lk * w.Ev);
+    return entries_of(x, indices, heads(x) * divided_up(is_raw(values) ? w.Ev : w.e, panel), Lk * panel);
+  };
+  auto selected = context;
+  selected.keys = keys(context.keys);
+  selected.values = is_one(context) ? selected.keys : values_of(context.values);
+  if (context.key_bias.defined()) selected.key_bias = all(context.key_bias);
+  selected.B = indices.size(0);
+  selected.lengths.clear();
+  for (int64_t i = 0; i < selected.B; ++i) {
+    selected.lengths.push_back(context.lengths[static_cast<size_t>(indices.const_data_ptr<int64_t>()[i])]);
+  }
+  if (context.room) selected.room = std::make_shared<Room>(Lk, context.capacity);
+  return selected;
 }
 
 }  // namespace xattn::detail

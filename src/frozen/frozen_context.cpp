@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <ATen/ops/cat.h>
-#include <ATen/ops/index_select.h>
 #include <ATen/ops/tensor.h>
 #include <xattn/frozen.h>
 
@@ -13,7 +12,6 @@
 #include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/describe.h"
-#include "cpu/huge_pages.h"
 #include "frozen/engine.h"
 #include "frozen/state.h"
 #include "modules/inputs.h"
@@ -239,13 +237,7 @@ FrozenContext FrozenContext::select(const Tensor& indices) const {
   auto selected = std::make_shared<State>(own);
   selected->mask = detail::select_entries(own.mask, entries);
   if (own.owner->engine) {
-    auto& parts = selected->parts;
-    selected->change_tensors([&](const Tensor& x) { return detail::in_huge_pages(x.index_select(0, entries.to(x.device()))); });
-    parts.lengths.clear();
-    for (int64_t i = 0; i < entries.numel(); ++i) {
-      parts.lengths.push_back(own.parts.lengths[static_cast<size_t>(entries[i].item<int64_t>())]);
-    }
-    if (parts.room) parts.room = std::make_shared<detail::Room>(parts.Lk, parts.capacity);
+    selected->parts = detail::select_entries(*own.owner->engine, own.parts, entries.cpu().contiguous());
   } else {
     selected->parts = detail::select_entries(own.layer(), own.parts, entries.to(own.parts.keys.device()));
   }
