@@ -382,24 +382,48 @@ TEST(ChooseBlockTest, TakesABlockThatIsAWholeFile) {
   EXPECT_TRUE(block->attention_norm->weight.equal(tensors.at("norm2.weight")));
 }
 
+// The blocks of a file with one decoder layer in which a tensor is replaced, or left out.
+std::vector<FoundBlock> blocks_with(const std::string& name, const Tensor& tensor) {
+  auto tensors = decoder_layer("a.");
+  tensor.defined() ? tensors["a." + name] = tensor : (tensors.erase("a." + name), Tensor());
+  std::map<std::string, TensorInfo> infos;
+  for (const auto& [full, x] : tensors) infos[full] = {x.scalar_type(), x.sizes().vec()};
+  return find_blocks(infos);
+}
+
 TEST(ChooseBlockTest, SkipsIncompleteBlocks) {
-  const auto count = [](const std::string& name, const Tensor& tensor) {
-    auto tensors = decoder_layer("a.");
-    tensor.defined() ? tensors["a." + name] = tensor : (tensors.erase("a." + name), Tensor());
-    std::map<std::string, TensorInfo> infos;
-    for (const auto& [full, x] : tensors) infos[full] = {x.scalar_type(), x.sizes().vec()};
-    return find_blocks(infos).size();
-  };
-  EXPECT_EQ(count("other", torch::ones({1})), 1U);
-  for (const auto* name : {"norm2.weight", "norm2.bias", "norm3.weight", "linear1.weight", "linear1.bias", "linear2.weight",
-                           "linear2.bias", "multihead_attn.in_proj_weight"}) {
-    EXPECT_EQ(count(name, {}), 0U) << name;
+  EXPECT_EQ(blocks_with("other", torch::ones({1})).size(), 1U);
+  for (const auto* name :
+       {"norm2.weight", "norm2.bias", "norm3.weight", "linear1.weight", "linear2.weight", "multihead_attn.in_proj_weight"}) {
+    EXPECT_TRUE(blocks_with(name, {}).empty()) << name;
   }
-  EXPECT_EQ(count("norm2.weight", torch::ones({9})), 0U);
-  EXPECT_EQ(count("linear1.weight", torch::ones({12, 9})), 0U);
-  EXPECT_EQ(count("linear1.weight", torch::ones({12})), 0U);
-  EXPECT_EQ(count("linear2.weight", torch::ones({8, 13})), 0U);
-  EXPECT_EQ(count("linear1.bias", torch::ones({8})), 0U);
+  EXPECT_TRUE(blocks_with("norm2.weight", torch::ones({9})).empty());
+  EXPECT_TRUE(blocks_with("linear1.weight", torch::ones({12, 9})).empty());
+  EXPECT_TRUE(blocks_with("linear1.weight", torch::ones({12})).empty());
+  EXPECT_TRUE(blocks_with("linear2.weight", torch::ones({8, 13})).empty());
+}
+
+TEST(ChooseBlockTest, NamesBiasesThatDoNotFit) {
+  const auto misshapen = [](const std::string& name, const Tensor& tensor) {
+    const auto blocks = blocks_with(name, tensor);
+    return blocks.size() == 1 ? blocks[0].misshapen : std::vector<std::string>();
+  };
+  const auto reasons = [](const char* reason) { return std::vector<std::string>{reason}; };
+  EXPECT_EQ(misshapen("linear1.bias", {}), reasons("linear2.bias must be absent, as linear1.bias is, but has shape [8]"));
+  EXPECT_EQ(misshapen("linear2.bias", {}), reasons("linear2.bias must have shape [8], but is absent"));
+  EXPECT_EQ(misshapen("linear1.bias", torch::ones({8})), reasons("linear1.bias must have shape [12], but has shape [8]"));
+
+  auto tensors = decoder_layer("a.");
+  tensors.erase("a.linear1.bias");
+  CrossAttentionBlock block(decoder_layer_options().feed_forward_bias(false));
+  const auto message = error_of<LoadError>([&] { load_weights(*block, tensors, {.prefix = "a.", .allow_unexpected = true}); });
+  EXPECT_TRUE(message.ends_with("misshapen: linear2.bias must be absent, as linear1.bias is, but has shape [8]")) << message;
+  const TempDir dir;
+  save_safetensors(dir.file("x"), tensors);
+  EXPECT_EQ(error_of<FileError>([&] { return cross_attention_block_from(open_checkpoint(dir.file("x")), {.num_heads = 2}); }),
+            "[load] " + dir.file("x") +
+                ": block \"a.\" does not fit together; misshapen: linear2.bias must be absent, as "
+                "linear1.bias is, but has shape [8]");
 }
 
 TEST(LoadBlockTest, NamesOfTheBlockAreNeverLeftOutSilently) {

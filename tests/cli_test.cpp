@@ -373,13 +373,13 @@ TEST_F(CliTest, InspectListsTheBlocksAroundLayers) {
   EXPECT_EQ(json::parse(xattn("inspect " + moonshine + " --json").out)["blocks"], json::parse(R"([
       {"prefix": "model.decoder.layers.0.", "layout": "moonshine", "attention": "model.decoder.layers.0.encoder_attn.",
        "norm": "layer", "norm_bias": false, "gate": "none",
-       "feed_forward": 16, "feed_forward_glu": true, "feed_forward_bias": true, "unexpected": []}])"));
+       "feed_forward": 16, "feed_forward_glu": true, "feed_forward_bias": true, "unexpected": [], "misshapen": []}])"));
   const auto text = xattn("inspect " + idefics).out;
   EXPECT_TRUE(
       text.ends_with("blocks around them\n"
                      "  prefix \"model.gated_cross_attn_layers.0.\", layout \"idefics\", attention "
                      "\"model.gated_cross_attn_layers.0.cross_attn.\", norm \"rms\", norm_bias false, gate \"scalar\", "
-                     "feed_forward 24, feed_forward_glu true, feed_forward_bias false, unexpected []\n"))
+                     "feed_forward 24, feed_forward_glu true, feed_forward_bias false, unexpected [], misshapen []\n"))
       << text;
 }
 

@@ -458,6 +458,17 @@ TEST(MisshapenTest, NormsOfOtherSizesAreNamed) {
   }
 }
 
+TEST(MisshapenTest, HalfOfTheBiasesOfNormsIsNamed) {
+  auto tensors = diffusers_layer("attn2.");
+  for (const auto* name : {"norm_q.weight", "norm_k.weight", "norm_q.bias"}) {
+    tensors[std::string("attn2.") + name] = torch::ones({8});
+  }
+  const SavedLayer saved(tensors);
+  const std::string reason = "norm_q.bias and norm_k.bias must both be there";
+  expect_part(saved.error({.allow_unexpected = true}), "layer \"attn2.\" does not fit together; misshapen: " + reason);
+  EXPECT_EQ(choose_layer(saved.open()).misshapen, Strings({reason}));
+}
+
 TEST(InputNormsTest, AreNotDropped) {
   for (const auto* name : {"flamingo", "perceiver", "perceiver_lucidrains"}) {
     const Example example{name};

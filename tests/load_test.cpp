@@ -422,6 +422,20 @@ TEST(FindLayersTest, ListsTheHeadsOfWidthsOfAnySize) {
   for (size_t i = 0; i < heads.size(); ++i) EXPECT_EQ(heads[i], int64_t{1} << i);
 }
 
+TEST(FindLayersTest, SkipsWidthsWhoseProductsOverflow) {
+  constexpr int64_t kWidth = int64_t{1} << 62;
+  std::map<std::string, TensorInfo> infos;
+  infos["query_linear.weight"] = {torch::kFloat, {kWidth, 1}};
+  infos["key_linear.weight"] = {torch::kFloat, {1, 1}};
+  infos["value_linear.weight"] = {torch::kFloat, {5, 1}};
+  infos["output_linear.weight"] = {torch::kFloat, {1, kWidth}};  // 5 times as much in 64 bits
+  EXPECT_TRUE(find_layers(infos).empty());
+  for (const int64_t size : {-1, 0}) {
+    infos["key_linear.weight"].shape[0] = size;
+    EXPECT_TRUE(find_layers(infos).empty());
+  }
+}
+
 TEST(FindLayersTest, ListsTheHeadsInOrder) {
   const auto layer = layers_of(copy_of(*CrossAttention(CrossAttentionOptions(4, 5, 6, 36).num_heads(6)))).at(0);
   EXPECT_EQ(layer.possible_heads(), (std::vector<int64_t>{1, 2, 3, 4, 6, 9, 12, 18, 36}));

@@ -647,6 +647,13 @@ TEST(LoadStacksTest, ChecksTheNormBehindTheLayers) {
   Changed vit("vit");
   vit.tensors.at("vit.layernorm.bias") = torch::ones({9});
   EXPECT_EQ(vit.encoder_error({.num_heads = 2}), "\"vit.layernorm.bias\" must have shape [8], but has [9]");
+  vit.remove("vit.layernorm.bias");
+  for (const auto* name : {"gamma", "beta"}) vit.tensors[std::string("vit.layernorm.") + name] = torch::ones({8});
+  EXPECT_EQ(vit.encoder_error({.num_heads = 2}),
+            "stack \"vit.\" must have only names that layout vit explains; unexpected: layernorm.beta, layernorm.gamma");
+  const auto encoder = encoder_from(vit.saved(), {.num_heads = 2, .allow_unexpected = true});
+  EXPECT_TRUE(encoder->norm->weight.equal(vit.tensors.at("vit.layernorm.weight")));
+  EXPECT_FALSE(encoder->norm->bias.defined());
 }
 
 TEST(LoadStacksTest, ReadsOldNamesOfNorms) {
@@ -673,6 +680,50 @@ TEST(LoadStacksTest, RefusesHalfOfALearnedKeyAndValueAndOtherSizesOfThem) {
             R"("encoder.layers.1.self_attn.bias_v" must have shape [1, 1, 8], but has [1, 1, 7])");
   torch.tensors["encoder.layers.1.self_attn.bias_v"] = torch::ones({1, 1, 8});
   EXPECT_TRUE(encoder_from(torch.saved(), options)->options.layers()[1].attention().bias_kv());
+}
+
+TEST(LoadStacksTest, RefusesHalfOfTheBiasesOfQueryAndKeyNorms) {
+  const auto error_with = [](const std::vector<std::string>& names) {
+    Changed timm("timm");
+    for (const auto& name : names) timm.tensors["blocks.0.attn." + name] = torch::ones({8});
+    return timm.encoder_error({.num_heads = 2, .allow_unexpected = true});
+  };
+  const std::string start = R"(layer "blocks.0.attn." does not fit together; misshapen: )";
+  EXPECT_EQ(error_with({"q_norm.weight", "q_norm.bias", "k_norm.weight"}),
+            start + "q_norm.bias and k_norm.bias must both be there");
+  EXPECT_EQ(error_with({"q_norm.bias", "k_norm.bias"}), start + "q_norm.weight and k_norm.weight must both be there");
+  EXPECT_EQ(error_with({"k_norm.bias"}),
+            start + "q_norm.bias and k_norm.bias must both be there, q_norm.weight and k_norm.weight must both be there");
+}
+
+TEST(LoadStacksTest, RefusesBiasesOfTheFeedForwardBranchThatDoNotFit) {
+  const auto error_with = [](const std::string& removed, const std::string& name, const torch::Tensor& value) {
+    Changed bart("bart");
+    if (!removed.empty()) bart.remove("model.encoder.layers.1." + removed);
+    if (value.defined()) bart.tensors["model.encoder.layers.1." + name] = value;
+    auto options = kTold;
+    options.allow_unexpected = true;
+    return bart.encoder_error(options);
+  };
+  const std::string start = R"(block "model.encoder.layers.1." does not fit together; misshapen: )";
+  EXPECT_EQ(error_with("fc1.bias", "fc2.bias", torch::ones({9})),
+            start + "fc2.bias must be absent, as fc1.bias is, but has shape [9]");
+  EXPECT_EQ(error_with("fc1.bias", "", {}), start + "fc2.bias must be absent, as fc1.bias is, but has shape [8]");
+  EXPECT_EQ(error_with("fc2.bias", "", {}), start + "fc2.bias must have shape [8], but is absent");
+  EXPECT_EQ(error_with("", "fc2.bias", torch::ones({9})), start + "fc2.bias must have shape [8], but has shape [9]");
+}
+
+TEST(LoadStacksTest, RefusesNormsOfMixedNames) {
+  Changed bert("bert");
+  for (const auto& [name, tensor] : NamedTensors(bert.tensors)) {
+    if (!name.starts_with("bert.encoder.layer.0.") || !name.ends_with("LayerNorm.bias")) continue;
+    bert.tensors.erase(name);
+    bert.tensors[name.substr(0, name.size() - 4) + "beta"] = tensor;
+  }
+  EXPECT_EQ(bert.encoder_error(kTold),
+            "block \"bert.encoder.layer.0.\" does not fit together; misshapen: attention.output.LayerNorm.beta must be named "
+            "attention.output.LayerNorm.bias, as attention.output.LayerNorm.weight is named, output.LayerNorm.beta must be "
+            "named output.LayerNorm.bias, as output.LayerNorm.weight is named");
 }
 
 TEST(LoadStacksTest, RefusesQuantizedWeights) {

@@ -21,6 +21,9 @@ struct XATTN_API FoundBlock {
   /// Derived from names, shapes and layout: the attention with the fewest heads that its widths allow, kinds of norms, whether
   /// they have biases, gates, the feed-forward branch; placement, activation and eps if the layout determines them.
   CrossAttentionBlockOptions options;
+  /// What does not fit together around the attention, as in FoundLayer: biases of the feed-forward branch that have other sizes
+  /// or that only some of its layers have, norms whose names have two spellings.
+  std::vector<std::string> misshapen = {};
 };
 
 /// All blocks with cross-attention in a file, in order of prefix, found by names and shapes only. With a `layout`, only those

@@ -41,8 +41,8 @@ constexpr auto kInspectFooter = R"(Example: xattn inspect weights.safetensors
             layout does not explain, misshapen are tensors that do not fit together: run, verify and convert refuse layers with
             either.
   blocks    list of {prefix, layout, attention, norm, norm_bias, gate, feed_forward, feed_forward_glu, feed_forward_bias,
-            unexpected}, by prefix: the blocks around cross-attention layers. attention is the layer's prefix; norm is "rms" or
-            "layer"; gate is "none", "scalar" or "per_feature"; feed_forward is the number of hidden features.)";
+            unexpected, misshapen}, by prefix: the blocks around cross-attention layers. attention is the layer's prefix; norm
+            is "rms" or "layer"; gate is "none", "scalar" or "per_feature"; feed_forward is the number of hidden features.)";
 
 struct InspectArguments {
   std::string file;
@@ -88,7 +88,8 @@ Json block_as_json(const FoundBlock& block, const Checkpoint& file) {
           {"feed_forward", options.feed_forward().value()},
           {"feed_forward_glu", options.feed_forward_glu()},
           {"feed_forward_bias", options.feed_forward_bias()},
-          {"unexpected", unexplained_names(block, file.tensors())}};
+          {"unexpected", unexplained_names(block, file.tensors())},
+          {"misshapen", block.misshapen}};
 }
 
 struct Found {

@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "base/text.h"
 #include "loading/block_layouts.h"
 #include "loading/choose.h"
 #include "loading/recipes.h"
@@ -11,7 +12,9 @@ namespace xattn {
 namespace {
 
 using detail::BlockLayout;
+using detail::formatted;
 using detail::Infos;
+using detail::joined;
 using Shape = std::vector<int64_t>;
 
 // A block of this layout at a prefix, if it is present and its shapes fit together.
@@ -20,7 +23,7 @@ class BlockMatch {
   BlockMatch(const Infos& tensors, const BlockLayout& layout, std::string prefix)
       : tensors_(tensors), layout_(layout), prefix_(std::move(prefix)) {}
 
-  std::optional<FoundBlock> block(const FoundLayer& attention) const {
+  std::optional<FoundBlock> block(const FoundLayer& attention) {
     const auto Eq = attention.options.dim_query();
     if (attention.options.dim_output() != Eq) return {};
     const auto gate = gate_of(Eq);
@@ -35,12 +38,12 @@ class BlockMatch {
     if (layout_.norm_placement) options.norm_placement(*layout_.norm_placement);
     if (layout_.activation) options.activation(*layout_.activation);
     if (!layout_.feed_forward.in.empty() && !add_feed_forward(options, *norm_bias)) return {};
-    return FoundBlock{prefix_, layout_.name, attention, options};
+    return FoundBlock{prefix_, layout_.name, attention, options, std::move(misshapen_)};
   }
 
  private:
   // Whether there is a feed-forward branch that fits; if so, adds it to the options.
-  bool add_feed_forward(CrossAttentionBlockOptions& options, bool norm_bias) const {
+  bool add_feed_forward(CrossAttentionBlockOptions& options, bool norm_bias) {
     const auto Eq = options.attention().dim_query();
     const auto& names = layout_.feed_forward;
     const auto* in = find(names.in + ".weight");
@@ -51,8 +54,13 @@ class BlockMatch {
     const bool bias = find(names.in + ".bias") != nullptr;
     options.feed_forward(hidden).feed_forward_glu(glu).feed_forward_bias(bias);
     return hidden > 0 && inner == names.parts() * hidden && norm_bias == norm(layout_.norms.feed_forward, Eq) &&
-           linear(names.in, Eq, inner, bias) && (!glu || linear(names.multiplier, Eq, inner, bias)) &&
+           linear(names.in, Eq, inner, bias) && (!glu || names.parts() > 1 || linear(names.multiplier, Eq, inner, bias)) &&
            linear(names.out, hidden, Eq, bias);
+  }
+
+  template <class... Args>
+  void report(detail::Format<Args...> format, Args&&... args) {
+    misshapen_.push_back(formatted(format, std::forward<Args>(args)...));
   }
 
   const TensorInfo* find(const std::string& name) const {
@@ -66,18 +74,29 @@ class BlockMatch {
   }
 
   // Whether the norm has a bias; nothing if there is no such norm of the layout's kind.
-  std::optional<bool> norm(const std::string& name, int64_t size) const {
+  std::optional<bool> norm(const std::string& name, int64_t size) {
     for (const auto& [weight, bias] : detail::kNormEndings) {
       if (!has(name + weight, {size})) continue;
-      if (!find(name + bias)) return false;
-      return layout_.norms.kind == NormKind::layer && has(name + bias, {size}) ? std::optional(true) : std::nullopt;
+      if (find(name + bias)) {
+        return layout_.norms.kind == NormKind::layer && has(name + bias, {size}) ? std::optional(true) : std::nullopt;
+      }
+      for (const auto& [other_weight, other] : detail::kNormEndings) {
+        if (!find(name + other)) continue;
+        report("{0}{3} must be named {0}{2}, as {0}{1} is named", name, weight, bias, other);
+        return true;
+      }
+      return false;
     }
     return {};
   }
 
-  bool linear(const std::string& name, int64_t in, int64_t out, bool bias) const {
-    return has(name + ".weight", layout_.feed_forward.transposed ? Shape{in, out} : Shape{out, in}) &&
-           has(name + ".bias", {out}) == bias;
+  // Whether there is a linear layer of this size. Biases that do not fit are reported: `bias` is whether there must be one.
+  bool linear(const std::string& name, int64_t in, int64_t out, bool bias) {
+    const auto* found = find(name + ".bias");
+    const auto has_it = found ? formatted("has shape [{}]", joined(found->shape)) : "is absent";
+    if (bias && !has(name + ".bias", {out})) report("{}.bias must have shape [{}], but {}", name, out, has_it);
+    if (!bias && found) report("{}.bias must be absent, as {}.bias is, but {}", name, layout_.feed_forward.in, has_it);
+    return has(name + ".weight", layout_.feed_forward.transposed ? Shape{in, out} : Shape{out, in});
   }
 
   // The kind of both gates; nothing if they do not match the layout.
@@ -93,6 +112,7 @@ class BlockMatch {
   const Infos& tensors_;
   const BlockLayout& layout_;
   std::string prefix_;
+  std::vector<std::string> misshapen_;
 };
 
 std::optional<FoundBlock> block_around(const FoundLayer& attention, const Infos& tensors) {

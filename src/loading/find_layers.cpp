@@ -46,10 +46,10 @@ class Match {
     const auto output = weight(names[3]);  // [Eo, H * e]
     if (!query || !key || !value || !output || !input_norms()) return {};
     const auto group = query->out / key->out;  // H / G
-    if (query->out != group * key->out || output->in != group * value->out) return {};
+    if (query->out % key->out != 0 || output->in % value->out != 0 || output->in / value->out != group) return {};
 
     const bool has_k = take(layout_.bias_kv[0]), has_v = take(layout_.bias_kv[1]);
-    if (has_k != has_v) misshapen_.push_back(formatted("{} must both be there", detail::joined(layout_.bias_kv, " and ")));
+    if (has_k != has_v) report_half(layout_.bias_kv[0], layout_.bias_kv[1]);
     auto options = CrossAttentionOptions(query->in, key->in, value->in, output->out)
                        .num_heads(group)
                        .kv_heads(1)
@@ -94,9 +94,14 @@ class Match {
     if (!info || info->shape.size() != 2) return {};
     auto out = info->shape[0], in = info->shape[1];
     if (layout_.transposed) std::swap(out, in);
-    if (out == 0 || in == 0 || out % names.parts != 0) return {};
+    constexpr int64_t kMost = int64_t{1} << 60;  // a bias may have a few times as many
+    if (out <= 0 || out > kMost || in <= 0 || out % names.parts != 0) return {};
     take(names.weight);
     return Sizes{out / names.parts, in};
+  }
+
+  void report_half(const std::string& one, const std::string& other) {
+    misshapen_.push_back(formatted("{} and {} must both be there", one, other));
   }
 
   bool bias(const LinearNames& names, int64_t out) {
@@ -123,8 +128,10 @@ class Match {
     if (query.empty()) return true;
     const bool has_norms = take(query + ".weight");
     if (has_norms != take(key + ".weight")) return false;
+    const bool centred = take(query + ".bias"), key_centred = take(key + ".bias");
+    if (centred != key_centred) report_half(query + ".bias", key + ".bias");
+    if (!has_norms && (centred || key_centred)) report_half(query + ".weight", key + ".weight");
     if (!has_norms) return true;
-    const bool centred = take(query + ".bias") && take(key + ".bias");
     const auto query_size = find(query + ".weight")->shape, key_size = find(key + ".weight")->shape;
     auto& options = layer.options;
     const auto group = options.num_heads(), inner_key = *options.head_dim(), inner_value = *options.value_head_dim();

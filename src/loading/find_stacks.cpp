@@ -136,6 +136,7 @@ Recipes recipes(const FoundStack& stack, const Infos& tensors) {
     if (stack.norm.empty() || !tensors.contains(norm + weight)) continue;
     add("norm.weight", norm + weight);
     add("norm.bias", norm + bias);
+    break;
   }
   if (const auto& bias = layout.relative_position_bias; !bias.empty()) {
     add("relative_position_bias.weight", stack.layer_prefix(0) + bias);

@@ -111,6 +111,12 @@ void refuse_misshapen(const Checkpoint& checkpoint, const FoundLayer& layer) {
                                 list("misshapen", layer.misshapen));
 }
 
+void refuse_misshapen(const Checkpoint& checkpoint, const FoundBlock& block) {
+  refuse_misshapen(checkpoint, block.attention);
+  load_check(checkpoint.path())(block.misshapen.empty(), "block {} does not fit together{}", in_quotes(block.prefix),
+                                list("misshapen", block.misshapen));
+}
+
 at::ScalarType type_of(const Checkpoint& checkpoint, const Recipes& all, std::optional<at::ScalarType> wanted) {
   check_value(!wanted || has_arithmetic(*wanted), "load", "dtype must be float64, float32, bfloat16 or float16, but is {}.",
               c10::getDtypeNames(wanted.value_or(at::kFloat)).first);
@@ -196,7 +202,7 @@ DecoupledCrossAttention decoupled_cross_attention_from(const Checkpoint& checkpo
 CrossAttentionBlock cross_attention_block_from(const Checkpoint& checkpoint, const BlockOptionsFromFile& options) {
   const auto found = choose_block(checkpoint, options.prefix, options.layout);
   const auto type = detail::type_of(checkpoint, recipes(found, checkpoint.tensors()), options.dtype);
-  detail::refuse_misshapen(checkpoint, found.attention);
+  detail::refuse_misshapen(checkpoint, found);
   const auto block_options = detail::block_options(checkpoint, detail::ModelConfig(checkpoint), found, options);
   return loaded<CrossAttentionBlock>(checkpoint, found.prefix, block_options, type, options);
 }

@@ -92,7 +92,7 @@ class StackReader {
  private:
   CrossAttentionBlockOptions block(const FoundBlock& found) const {
     const auto& layout = detail::block_layout_named(found.layout);
-    detail::refuse_misshapen(checkpoint_, found.attention);
+    detail::refuse_misshapen(checkpoint_, found);
     const BlockOptionsFromFile of_block{.layout = options_.layout,
                                         .num_heads = bias_ ? bias_->num_heads() : options_.num_heads,
                                         .norm_placement = options_.norm_placement,

@@ -144,6 +144,7 @@ class Matcher {
   void add_block(const FoundBlock& found, const std::string& path, const CrossAttentionBlockImpl& own) {
     check_arithmetic(found, path, own);
     misshapen_.insert(misshapen_.end(), found.attention.misshapen.begin(), found.attention.misshapen.end());
+    misshapen_.insert(misshapen_.end(), found.misshapen.begin(), found.misshapen.end());
     done_.insert(own.attention.get());
   }
 

@@ -27,5 +27,6 @@ at::ScalarType type_of(const Checkpoint& checkpoint, const Recipes& all, std::op
 
 /// Throws if biases or norms of the layer do not fit its weights.
 void refuse_misshapen(const Checkpoint& checkpoint, const FoundLayer& layer);
+void refuse_misshapen(const Checkpoint& checkpoint, const FoundBlock& block);  ///< or of anything else in the block
 
 }  // namespace xattn::detail
