@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ops/equal.h>
+#include <ATen/ops/ones.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -62,6 +63,34 @@ void expect_old_file_kept_on_full_disk(const Save& save) {
   int status = 0;
   waitpid(child, &status, 0);
   EXPECT_EQ(WEXITSTATUS(status), 7);
+  EXPECT_EQ(read_bytes(dir.file("x")), old);
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(dir.path()), {}), 1);
+}
+
+/// Expects `save(path, lazy tensors)` to refuse a tensor that is made otherwise than announced, and to change nothing.
+template <class Save>
+void expect_only_announced_tensors(const std::string& reader, const Save& save) {
+  const TempDir dir;
+  const auto refusal = [&](const at::Tensor& made) {
+    const LazyTensors tensors{{{"a", {at::kFloat, {2, 3}}}, {"b", {at::kFloat, {1}}}},
+                              [&](const std::string& name) { return name == "a" ? made : at::ones({1}); }};
+    return error_of<c10::ValueError>([&] { save(dir.file("x"), tensors); });
+  };
+  const auto message = [&](const std::string& made) {
+    return "[" + reader + "] tensor \"a\" must be made as announced, float32 [2, 3], but is " + made + ".";
+  };
+  const auto expect_refusals = [&] {
+    EXPECT_EQ(refusal(at::ones({2, 3}, at::kDouble)), message("float64 [2, 3]"));
+    EXPECT_EQ(refusal(at::ones({2, 3}, at::kInt)), message("int32 [2, 3]"));
+    EXPECT_EQ(refusal(at::ones({3, 2})), message("float32 [3, 2]"));
+    EXPECT_EQ(refusal(at::ones({2, 4})), message("float32 [2, 4]"));
+    EXPECT_EQ(refusal(at::Tensor()), message("undefined undefined"));
+  };
+  expect_refusals();
+  EXPECT_TRUE(std::filesystem::is_empty(dir.path()));
+  save(dir.file("x"), lazy({{"old", at::ones({1})}}));
+  const auto old = read_bytes(dir.file("x"));
+  expect_refusals();
   EXPECT_EQ(read_bytes(dir.file("x")), old);
   EXPECT_EQ(std::distance(std::filesystem::directory_iterator(dir.path()), {}), 1);
 }

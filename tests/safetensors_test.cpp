@@ -170,6 +170,11 @@ TEST(SafetensorsTest, RefusesToWriteWhatTheFormatCannotHold) {
   EXPECT_EQ(refused({}, {{"a", "\xff"}}), "names and metadata must be UTF-8");
 }
 
+TEST(SafetensorsTest, RefusesTensorsThatAreMadeOtherwiseThanAnnounced) {
+  test::expect_only_announced_tensors(
+      "safetensors", [](const std::string& path, const LazyTensors& tensors) { save_safetensors(path, tensors); });
+}
+
 TEST(SafetensorsTest, RefusesPathsThatCannotBeWritten) {
   const TempDir dir;
   const auto refused = [](const std::string& path) {

@@ -296,6 +296,11 @@ TEST(StateDictTest, RefusesToWriteWhatTheFormatCannotHold) {
   EXPECT_EQ(refused({{"\xff", torch::ones({1})}}), "names must be UTF-8");
 }
 
+TEST(StateDictTest, RefusesTensorsThatAreMadeOtherwiseThanAnnounced) {
+  test::expect_only_announced_tensors(
+      "state dict", [](const std::string& path, const LazyTensors& tensors) { save_state_dict(path, tensors); });
+}
+
 TEST(StateDictTest, RefusesPathsThatCannotBeWritten) {
   const TempDir dir;
   const auto refused = [](const std::string& path) {

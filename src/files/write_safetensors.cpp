@@ -67,8 +67,8 @@ void save_safetensors(const std::string& path, const LazyTensors& tensors, const
     out.write(header.data(), static_cast<std::streamsize>(header_size));
     for (const auto& item : items) {
       if (!out) return;  // writing failed: the rest need not be made
-      const auto plain = detail::plain(tensors.make(item.name));
-      out.write(static_cast<const char*>(plain.const_data_ptr()), static_cast<std::streamsize>(plain.nbytes()));
+      const auto tensor = detail::made(detail::kSafetensors, tensors, item.name);
+      out.write(static_cast<const char*>(tensor.const_data_ptr()), static_cast<std::streamsize>(tensor.nbytes()));
     }
   });
 }

@@ -101,8 +101,8 @@ void save_state_dict(const std::string& path, const LazyTensors& tensors) {
     int64_t key = 0;
     for (const auto& [name, info] : tensors.infos) {
       if (!out) break;  // writing failed: the rest need not be made
-      const auto plain = detail::plain(tensors.make(name));
-      archive.writeRecord(detail::formatted("data/{}", key++), plain.const_data_ptr(), plain.nbytes());
+      const auto tensor = detail::made(detail::kStateDict, tensors, name);
+      archive.writeRecord(detail::formatted("data/{}", key++), tensor.const_data_ptr(), tensor.nbytes());
     }
     archive.writeEndOfFile();
   });
