@@ -59,6 +59,18 @@ TEST(JsonTest, KeepsIntegersOfEverySizeAndRefusesWhatDoesNotFit) {
   EXPECT_EQ(refusal("[-1e999]"), "[json] x: is not JSON in UTF-8, at its byte 7");
 }
 
+TEST(JsonTest, TellsNumbersThatAreTooLargeFromThoseThatAreTooSmall) {
+  const std::string zeros(400, '0'), nines(400, '9');
+  for (const auto& text : {"0." + zeros + "1", "1e-" + nines, "-0." + zeros + "1e50", "1" + zeros + "e-999"}) {
+    EXPECT_EQ(detail::json_number<double>(text), 0) << text;
+    EXPECT_EQ(read("[" + text + "]").find("0")->as<double>(), 0) << text;
+  }
+  for (const auto& text : {"1" + zeros, "1" + zeros + "e-1", "-1" + zeros + ".5E-50", "1e" + nines, "0." + zeros + "1e+999"}) {
+    EXPECT_EQ(detail::json_number<double>(text), std::nullopt) << text;
+    EXPECT_TRUE(refusal("[" + text + "]").starts_with("[json] x: is not JSON in UTF-8")) << text;
+  }
+}
+
 TEST(JsonTest, WritesStringsThatAnotherParserReads) {
   std::string all;
   for (char c = 1; c > 0 && c < 127; ++c) all += c;

@@ -232,6 +232,17 @@ class JsonBuilder : public JsonEvents {
   Json* value_ = &document;  // where the next value goes, unless that is the end of a list
 };
 
+// Whether a number beyond the range of double is too close to 0, rather than too large.
+bool is_tiny(std::string_view text) {
+  const auto end = std::min(text.find_first_of("eE"), text.size());
+  const auto point = std::min(text.find('.'), end), first = text.find_first_of("123456789");
+  const auto digits = static_cast<int64_t>(point) - static_cast<int64_t>(first);  // before the point; below 0, zeros behind it
+  auto exponent = text.substr(std::min(end + 1, text.size()));
+  if (exponent.starts_with('+')) exponent.remove_prefix(1);
+  const auto power = exponent.empty() ? 0 : json_number<int64_t>(exponent);
+  return power ? *power < -digits : exponent.starts_with('-');
+}
+
 }  // namespace
 
 template <class T>
@@ -239,10 +250,8 @@ std::optional<T> json_number(std::string_view text) {
   T number{};
   const auto *begin = text.data(), *end = begin + text.size();
   const auto [parsed, error] = std::from_chars(begin, end, number);
-  // An exponent below those of double gives 0.
-  const bool is_tiny =
-      std::is_same_v<T, double> && error == std::errc::result_out_of_range && text.find('-', 1) != std::string_view::npos;
-  return parsed == end && (error == std::errc() || is_tiny) ? std::optional(number) : std::nullopt;
+  const bool becomes_zero = std::is_same_v<T, double> && error == std::errc::result_out_of_range && is_tiny(text);
+  return parsed == end && (error == std::errc() || becomes_zero) ? std::optional(number) : std::nullopt;
 }
 
 template std::optional<int64_t> json_number(std::string_view text);
