@@ -45,6 +45,19 @@ inline bool is_control(char32_t code) {
          (code >= 0x2028 && code <= 0x202e) || (code >= 0x2066 && code <= 0x206f);
 }
 
+/// The text with other texts in place of some characters: `instead(character)` is the other one, or empty to keep it.
+template <class Instead>
+std::string rewritten(std::string_view text, const Instead& instead) {
+  std::string result;
+  while (!text.empty()) {
+    const auto character = first_character(text);
+    const std::string other = instead(character);
+    result += other.empty() ? text.substr(0, character.bytes) : std::string_view(other);
+    text.remove_prefix(character.bytes);
+  }
+  return result;
+}
+
 /// The last digits of a code: "1b" for 27 and two digits.
 inline std::string hexadecimal(char32_t code, int digits) {
   std::string text;
@@ -73,20 +86,11 @@ inline std::string shortened(std::string_view text, size_t most) {
 
 /// A message as it is printed: shortened to kMostOfMessage, controls as "\x1b" or "\u202e", bytes that are not UTF-8 as "\xff".
 inline std::string one_line(std::string_view text) {
-  const auto kept = shortened(text, kMostOfMessage);
-  std::string line;
-  for (std::string_view rest = kept; !rest.empty();) {
-    const auto [code, bytes, valid] = first_character(rest);
-    if (!valid || (is_control(code) && code < 0x80)) {
-      line += "\\x" + hexadecimal(code, 2);
-    } else if (is_control(code)) {
-      line += "\\u" + hexadecimal(code, 4);
-    } else {
-      line += rest.substr(0, bytes);
-    }
-    rest.remove_prefix(bytes);
-  }
-  return line;
+  return rewritten(shortened(text, kMostOfMessage), [](const Character& character) -> std::string {
+    const auto [code, bytes, valid] = character;
+    if (!valid || (is_control(code) && code < 0x80)) return "\\x" + hexadecimal(code, 2);
+    return is_control(code) ? "\\u" + hexadecimal(code, 4) : "";
+  });
 }
 
 /// A name without quotes: shortened to `most` bytes, and escaped as by `one_line`.
@@ -96,39 +100,23 @@ inline std::string shown(std::string_view text, size_t most = kMostOfName) {
 
 /// A name as a JSON string with controls escaped; a long name is cut, with its length in bytes after the quotes.
 inline std::string in_quotes(std::string_view text) {
-  std::string quoted = "\"";
-  for (auto rest = beginning(text, kMostOfName); !rest.empty();) {
-    const auto [code, bytes, valid] = first_character(rest);
+  const auto escaped = rewritten(beginning(text, kMostOfName), [](const Character& character) -> std::string {
     constexpr std::string_view kEscaped = "\"\\\b\f\n\r\t";
-    const auto escape = valid && code < 0x80 ? kEscaped.find(static_cast<char>(code)) : std::string_view::npos;
-    if (!valid) {
-      quoted += "\xef\xbf\xbd";  // U+FFFD, the replacement character
-    } else if (escape != std::string_view::npos) {
-      quoted += {'\\', "\"\\bfnrt"[escape]};
-    } else if (is_control(code)) {
-      quoted += "\\u" + hexadecimal(code, 4);
-    } else {
-      quoted += rest.substr(0, bytes);
-    }
-    rest.remove_prefix(bytes);
-  }
-  quoted += '"';
+    const auto [code, bytes, valid] = character;
+    if (!valid) return "\xef\xbf\xbd";  // U+FFFD, the replacement character
+    const auto escape = code < 0x80 ? kEscaped.find(static_cast<char>(code)) : std::string_view::npos;
+    if (escape != std::string_view::npos) return {'\\', "\"\\bfnrt"[escape]};
+    return is_control(code) ? "\\u" + hexadecimal(code, 4) : "";
+  });
+  const auto quoted = '"' + escaped + '"';
   return text.size() <= kMostOfName ? quoted : quoted + " (" + std::to_string(text.size()) + " bytes)";
 }
 
 /// A whole JSON document of the same value, with the controls in its strings escaped. REQUIRES: valid JSON in UTF-8.
 inline std::string printed_json(std::string_view json) {
-  std::string printed;
-  for (auto rest = json; !rest.empty();) {
-    const auto [code, bytes, valid] = first_character(rest);
-    if (is_control(code) && code >= 0x7f) {
-      printed += "\\u" + hexadecimal(code, 4);
-    } else {
-      printed += rest.substr(0, bytes);
-    }
-    rest.remove_prefix(bytes);
-  }
-  return printed;
+  return rewritten(json, [](const Character& character) {
+    return is_control(character.code) && character.code >= 0x7f ? "\\u" + hexadecimal(character.code, 4) : "";
+  });
 }
 
 }  // namespace xattn::detail

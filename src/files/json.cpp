@@ -259,19 +259,14 @@ template std::optional<uint64_t> json_number(std::string_view text);
 template std::optional<double> json_number(std::string_view text);
 
 std::optional<std::string> json_string(std::string_view text) {
-  std::string json = "\"";
-  for (auto rest = text; !rest.empty();) {
-    const auto [code, bytes, valid] = first_character(rest);
-    if (!valid) return {};
-    if (code < 0x20) {
-      json += "\\u" + hexadecimal(code, 4);
-    } else {
-      if (code == '"' || code == '\\') json += '\\';
-      json += rest.substr(0, bytes);
-    }
-    rest.remove_prefix(bytes);
-  }
-  return json + '"';
+  bool is_valid = true;
+  const auto escaped = rewritten(text, [&is_valid](const Character& character) -> std::string {
+    is_valid = is_valid && character.valid;
+    const auto code = character.code;
+    if (code == '"' || code == '\\') return {'\\', static_cast<char>(code)};
+    return code < 0x20 ? "\\u" + hexadecimal(code, 4) : "";
+  });
+  return is_valid ? std::optional('"' + escaped + '"') : std::nullopt;
 }
 
 const Json* Json::find(std::string_view place) const {
