@@ -282,15 +282,17 @@ TEST(SafetensorsTest, ListsTensorsOfOtherTypesAndReadsTheOthers) {
   const auto file = file_of(R"({"a":{"dtype":"F4","shape":[3],"data_offsets":[0,2]},)"
                             R"("b":{"dtype":"F6_E3M2","shape":[2,2],"data_offsets":[2,5]},)"
                             R"("c":{"dtype":"U8","shape":[2],"data_offsets":[5,7]},)"
-                            R"("d":{"dtype":"F128","shape":[1],"data_offsets":[7,23]}})",
-                            23);
+                            R"("d":{"dtype":"F128","shape":[1],"data_offsets":[7,23]},)"
+                            R"("e":{"dtype":"","shape":[1],"data_offsets":[23,39]}})",
+                            39);
   const auto checkpoint = open_checkpoint(std::as_bytes(std::span(file)));
   EXPECT_TRUE(checkpoint.tensor("c").equal(torch::ones({2}, at::kByte)));
   EXPECT_EQ(checkpoint.tensors().size(), 1U);
   EXPECT_EQ(checkpoint.unreadable(),
             (std::map<std::string, std::string>{{"a", "it is of dtype \"F4\", which torch does not have"},
                                                 {"b", "it is of dtype \"F6_E3M2\", which torch does not have"},
-                                                {"d", "it is of dtype \"F128\", which torch does not have"}}));
+                                                {"d", "it is of dtype \"F128\", which torch does not have"},
+                                                {"e", "it is of dtype \"\", which torch does not have"}}));
   EXPECT_EQ(safetensors_refusal(file_of(header_of("\"F4\"", "[3]", "[0,3]"), 3)),
             "tensor \"a\" of type F4 and shape [3] takes 2 bytes, but its data_offsets [0, 3] hold 3");
 }

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/text.h"
+#include "files/types.h"
 
 namespace xattn::detail {
 namespace {
@@ -18,32 +19,13 @@ using Kind = Pickle::Kind;
 constexpr int kMaxNesting = 100;
 constexpr size_t kChargesPerByte = 16;  // a tensor has about 60 bytes of pickle, and is charged about 150
 
-constexpr std::array kPickledTypes{PickledType{at::kDouble, true},         PickledType{at::kFloat, true},
-                                   PickledType{at::kHalf, true},           PickledType{at::kBFloat16, true},
-                                   PickledType{at::kLong, true},           PickledType{at::kInt, true},
-                                   PickledType{at::kShort, true},          PickledType{at::kChar, true},
-                                   PickledType{at::kByte, true},           PickledType{at::kBool, true},
-                                   PickledType{at::kComplexDouble, true},  PickledType{at::kComplexFloat, true},
-                                   PickledType{at::kComplexHalf, false},   PickledType{at::kUInt64, false},
-                                   PickledType{at::kUInt32, false},        PickledType{at::kUInt16, false},
-                                   PickledType{at::kFloat8_e4m3fn, false}, PickledType{at::kFloat8_e4m3fnuz, false},
-                                   PickledType{at::kFloat8_e5m2, false},   PickledType{at::kFloat8_e5m2fnuz, false},
-                                   PickledType{at::kFloat8_e8m0fnu, false}};
-
-// The type for which `is_meant` is true; null if there is none.
-template <class IsMeant>
-const PickledType* find_type(const IsMeant& is_meant) {
-  const auto* found = std::ranges::find_if(kPickledTypes, [&](const auto& x) { return is_meant(x.type); });
-  return found == kPickledTypes.end() ? nullptr : found;
-}
-
-const PickledType* type_of_name(std::string_view name) {
-  return find_type([name](at::ScalarType type) { return c10::getDtypeNames(type).first == name; });
+const FileType* type_of_name(std::string_view name) {
+  return find_type([name](const FileType& each) { return c10::getDtypeNames(each.type).first == name; });
 }
 
 // A class without its module. TorchScript has a storage class for each type.
-const PickledType* type_of_storage(std::string_view name) {
-  return find_type([name](at::ScalarType type) { return name == formatted("{}Storage", c10::toString(type)); });
+const FileType* type_of_storage(std::string_view name) {
+  return find_type([name](const FileType& each) { return name == formatted("{}Storage", c10::toString(each.type)); });
 }
 
 std::string_view without_module(std::string_view name) {
@@ -51,10 +33,6 @@ std::string_view without_module(std::string_view name) {
 }
 
 }  // namespace
-
-const PickledType* find_pickled_type(at::ScalarType type) {
-  return find_type([type](at::ScalarType other) { return other == type; });
-}
 
 std::optional<size_t> size_of_items(std::string_view storage_class) {
   if (const auto* type = type_of_storage(storage_class)) return c10::elementSize(type->type);

@@ -20,14 +20,6 @@ namespace xattn::detail {
 
 inline constexpr std::string_view kStateDict = "state dict";  ///< in messages
 
-/// A type that tensors are saved in: torch.float32 is called "float32", and stored in a "FloatStorage".
-struct PickledType {
-  at::ScalarType type;
-  bool has_storage_class;  ///< in Python; tensors of other types lie in an "UntypedStorage" and name their type
-};
-
-const PickledType* find_pickled_type(at::ScalarType type);  ///< null if there is none
-
 /// The size of the items of a storage by the name of its class, in bytes; nothing if torch has no such class.
 std::optional<size_t> size_of_items(std::string_view storage_class);
 

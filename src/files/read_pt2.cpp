@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <optional>
 #include <string_view>
@@ -11,6 +10,7 @@
 #include "files/check_file.h"
 #include "files/json.h"
 #include "files/readers.h"
+#include "files/types.h"
 
 // An archive of torch.export.save, as PyTorch describes it in torch/csrc/export/pt2_archive_constants.h:
 //
@@ -31,17 +31,8 @@ constexpr char kOldForm[] =
     "{} pickled, as older versions of PyTorch wrote them, and pickles are not run; save it again in Python: "
     "torch.save(torch.export.load(PATH).state_dict, NEW_PATH)";
 
-// Types by their numbers in the configs, from torch/_export/serde/schema.py and not from c10: from 1 on, and from 28 on.
-constexpr std::array kTypesFrom1 = {at::kByte,          at::kChar,  at::kShort,   at::kInt,         at::kLong,
-                                    at::kHalf,          at::kFloat, at::kDouble,  at::kComplexHalf, at::kComplexFloat,
-                                    at::kComplexDouble, at::kBool,  at::kBFloat16};
-constexpr std::array kTypesFrom28 = {at::kUInt16,          at::kFloat8_e4m3fn,  at::kFloat8_e5m2, at::kFloat8_e4m3fnuz,
-                                     at::kFloat8_e5m2fnuz, at::kFloat8_e8m0fnu, at::kUInt32,      at::kUInt64};
-
-std::optional<at::ScalarType> type_of_number(uint64_t number) {
-  if (number >= 1 && number - 1 < kTypesFrom1.size()) return kTypesFrom1.at(number - 1);
-  if (number >= 28 && number - 28 < kTypesFrom28.size()) return kTypesFrom28.at(number - 28);
-  return {};
+const FileType* type_of_number(uint64_t number) {
+  return find_type([number](const FileType& each) { return each.pt2 == number; });
 }
 
 template <typename T>
@@ -75,8 +66,9 @@ class Entry {
     const auto record = folder + get<std::string>("path_name");
     check_(zip.has(record), "{} should be in {}, which is not there", tensor_, in_quotes(record));
     std::string reason;
-    auto view = view_of(zip.bytes(record), *type_of_number(get<uint64_t>("tensor_meta/dtype")), counts("tensor_meta/sizes"),
-                        counts("tensor_meta/strides"), count("tensor_meta/storage_offset"), &reason);
+    auto view =
+        view_of(zip.bytes(record), type_of_number(get<uint64_t>("tensor_meta/dtype"))->type, counts("tensor_meta/sizes"),
+                counts("tensor_meta/strides"), count("tensor_meta/storage_offset"), &reason);
     check_(view.has_value(), "{} {}", tensor_, reason);
     return *std::move(view);
   }

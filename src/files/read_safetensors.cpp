@@ -9,7 +9,8 @@
 #include "files/check_file.h"
 #include "files/json.h"
 #include "files/readers.h"
-#include "files/safetensors_types.h"
+#include "files/safetensors_format.h"
+#include "files/types.h"
 
 namespace xattn::detail {
 namespace {
@@ -142,7 +143,8 @@ Index laid_out(const std::string& path, const std::map<std::string, HeaderEntry>
           in_quotes(name), end, data.size());
     // Sizes from 2^63 on become negative, which count_elements rejects.
     std::vector<int64_t> shape(record.shape->begin(), record.shape->end());
-    const auto* type = find_safetensors_type(*record.type);
+    const auto* type =
+        find_type([&dtype = *record.type](const FileType& each) { return !dtype.empty() && each.safetensors == dtype; });
     const auto bits =
         type != nullptr ? std::optional<uint64_t>(8 * c10::elementSize(type->type)) : bits_of_other_type(*record.type);
     const auto elements = count_elements(shape);

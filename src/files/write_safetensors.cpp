@@ -9,7 +9,8 @@
 #include "base/text.h"
 #include "files/check_file.h"
 #include "files/json.h"
-#include "files/safetensors_types.h"
+#include "files/safetensors_format.h"
+#include "files/types.h"
 #include "files/writable.h"
 #include "files/write_beside.h"
 
@@ -26,15 +27,16 @@ void save_safetensors(const std::string& path,
 void save_safetensors(const std::string& path, const LazyTensors& tensors, const std::map<std::string, std::string>& metadata) {
   const detail::FileCheck check(detail::kSafetensors, path);
   struct Item {
-    const detail::SafetensorsType* type;
+    const detail::FileType* type;
     std::string name;
     const TensorInfo* info;
   };
   std::vector<Item> items;
   for (const auto& [name, info] : tensors.infos) {
     check(name != detail::kSafetensorsMetadata, "a tensor must not have the format's own name {}", in_quotes(name));
-    const auto* type = detail::find_safetensors_type(info.type);
-    check(type, "tensor {} is {}, which the format does not have", in_quotes(name), c10::getDtypeNames(info.type).first);
+    const auto* type = detail::find_type(info.type);
+    check(type && !type->safetensors.empty(), "tensor {} is {}, which the format does not have", in_quotes(name),
+          c10::getDtypeNames(info.type).first);
     items.push_back({type, name, &info});
   }
   std::ranges::stable_sort(items, {}, &Item::type);
@@ -52,8 +54,8 @@ void save_safetensors(const std::string& path, const LazyTensors& tensors, const
   uint64_t offset = 0;
   for (const auto& [type, name, info] : items) {
     const uint64_t end = offset + static_cast<uint64_t>(byte_count(*info));
-    entries.push_back(detail::formatted(R"({}:{{"dtype":"{}","shape":[{}],"data_offsets":[{},{}]}})", quoted(name), type->name,
-                                        detail::joined(info->shape, ","), offset, end));
+    entries.push_back(detail::formatted(R"({}:{{"dtype":"{}","shape":[{}],"data_offsets":[{},{}]}})", quoted(name),
+                                        type->safetensors, detail::joined(info->shape, ","), offset, end));
     offset = end;
   }
   auto header = detail::formatted("{{{}}}", detail::joined(entries, ","));

@@ -11,6 +11,7 @@
 #include "files/json.h"
 #include "files/pickled_tensors.h"
 #include "files/stored_tensor.h"
+#include "files/types.h"
 #include "files/writable.h"
 #include "files/write_beside.h"
 
@@ -46,7 +47,7 @@ void put_tuple(std::string& out, at::IntArrayRef values) {
 // hooks, and in _v3 its type.
 void put_tensor(std::string& out, const TensorInfo& info, std::string_view key) {
   const auto type = info.type;
-  const bool typed = detail::find_pickled_type(type)->has_storage_class;
+  const bool typed = detail::find_type(type)->has_storage_class;
   out += typed ? "ctorch._utils\n_rebuild_tensor_v2\n((" : "ctorch._utils\n_rebuild_tensor_v3\n((";
   put_text(out, "storage");
   out += typed ? detail::formatted("ctorch\n{}Storage\n", c10::toString(type)) : "ctorch.storage\nUntypedStorage\n";
@@ -85,8 +86,7 @@ void save_state_dict(const std::string& path, const LazyTensors& tensors) {
   const detail::FileCheck check(detail::kStateDict, path);
   for (const auto& [name, info] : tensors.infos) {
     check(detail::json_string(name).has_value(), "names must be UTF-8");
-    check(detail::find_pickled_type(info.type), "tensor {} is {}, which cannot be saved", in_quotes(name),
-          c10::toString(info.type));
+    check(detail::find_type(info.type), "tensor {} is {}, which cannot be saved", in_quotes(name), c10::toString(info.type));
   }
   detail::write_beside(detail::kStateDict, path, [&](std::ostream& out) {
     // Errors are checked at the end, in `out`, and hidden from PyTorch's writer, whose destructor would throw.
