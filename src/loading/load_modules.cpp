@@ -48,11 +48,10 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint,
         in_quotes(layer.prefix), detail::joined(possible), *num_heads);
   auto sizes = layer.with_heads(*num_heads).attention_weights(options.attention_weights);
 
-  auto eps = options.qk_norm_eps;
-  if (!eps) eps = config.qk_norm_eps(layer);
-  const auto& known_in = detail::layout_of(layer).qk_norm.eps_known_in;
-  const bool eps_known = eps || sizes.qk_norm() == NormKind::none || !options.layout.is_any() || known_in.empty() ||
-                         detail::has_component(layer.prefix, known_in);
+  const auto& norm = detail::layout_of(layer).qk_norm;
+  const auto eps = options.qk_norm_eps ? options.qk_norm_eps : config.first<double>(norm.eps_in_config, layer.prefix);
+  const bool eps_known = eps || sizes.qk_norm() == NormKind::none || !options.layout.is_any() || norm.eps_known_in.empty() ||
+                         detail::has_component(layer.prefix, norm.eps_known_in);
   check(
       eps_known,
       "the eps of the norms of queries and keys of {} is not among its weights, nor in a config.json beside it, and its prefix "
@@ -140,12 +139,9 @@ CrossAttentionBlockOptions block_options(const Checkpoint& checkpoint,
                                   option, in_quotes(found.prefix), values);
     return *value;
   };
-  auto placement = options.norm_placement;
-  if (!placement) placement = config.norm_placement(layout);
-  auto activation = options.activation;
-  if (!activation) activation = config.activation(found);
-  auto eps = options.norm_eps;
-  if (!eps) eps = config.norm_eps(found);
+  const auto placement = options.norm_placement ? options.norm_placement : config.norm_placement(layout);
+  const auto activation = options.activation ? options.activation : config.activation(found);
+  const auto eps = options.norm_eps ? options.norm_eps : config.first<double>(layout.norms.eps_in_config, found.prefix);
 
   const LayerOptions of_layer{.layout = options.layout,
                               .num_heads = options.num_heads,

@@ -227,7 +227,8 @@ class Matcher {
     const auto& names = heads_in_config.empty() ? layout.num_heads : heads_in_config;
     require_said(path, "num_heads", in_.config->possible_num_heads(in_config, names), has.num_heads());
     if (has.qk_norm() != NormKind::none)
-      require_said(path, "qk_norm_eps", in_.config->possible_qk_norm_eps(in_config), has.qk_norm_eps());
+      require_said(path, "qk_norm_eps", in_.config->possible<double>(layout.qk_norm.eps_in_config, in_config.prefix),
+                   has.qk_norm_eps());
     if (const auto scale = in_.config->scale(in_config, *has.head_dim()))
       require_said(path, "scale", std::vector{*scale}, *has.scale());
   }
@@ -248,7 +249,8 @@ class Matcher {
     const auto placement = layout.norm_placement ? std::nullopt : in_.config->norm_placement(layout);
     if (placement)
       require_said(path, "norm_placement", Names{std::string(name_of(*placement))}, std::string(name_of(has.norm_placement())));
-    require_said(path, "norm_eps", in_.config->possible_norm_eps(in_file(found)), has.norm_eps());
+    require_said(path, "norm_eps", in_.config->possible<double>(layout.norms.eps_in_config, in_file(found).prefix),
+                 has.norm_eps());
     if (has.feed_forward().value_or(0) == 0) return;
     require_said(path, "activation", in_.config->possible_activations(in_file(found)), std::string(name_of(has.activation())));
   }

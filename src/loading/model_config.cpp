@@ -122,9 +122,9 @@ std::vector<T> ModelConfig::possible(const Names& names, const std::string& pref
   return {};
 }
 
-std::vector<std::string> ModelConfig::texts(const Names& names, const std::string& prefix) const {
-  return all<std::string>(names, prefix);
-}
+template std::vector<std::string> ModelConfig::all(const Names& names, const std::string& prefix) const;
+template std::vector<double> ModelConfig::all(const Names& names, const std::string& prefix) const;
+template std::vector<double> ModelConfig::possible(const Names& names, const std::string& prefix) const;
 
 std::optional<int64_t> ModelConfig::max_distance() const {
   return first<int64_t>({"relative_attention_max_distance"});
@@ -154,14 +154,6 @@ std::vector<int64_t> ModelConfig::possible_num_heads(const FoundLayer& layer, co
   return numbers;
 }
 
-std::optional<double> ModelConfig::qk_norm_eps(const FoundLayer& layer) const {
-  return first<double>(layout_of(layer).qk_norm.eps_in_config, layer.prefix);
-}
-
-std::vector<double> ModelConfig::possible_qk_norm_eps(const FoundLayer& layer) const {
-  return possible<double>(layout_of(layer).qk_norm.eps_in_config, layer.prefix);
-}
-
 std::optional<double> ModelConfig::scale(const FoundLayer& layer, int64_t head_dim) const {
   const auto& layout = layout_of(layer);
   if (const auto root = first<double>({layout.scale_root_in_config})) {
@@ -181,19 +173,11 @@ std::optional<double> ModelConfig::scale(const FoundLayer& layer, int64_t head_d
 
 std::optional<NormPlacement> ModelConfig::norm_placement(const BlockLayout& layout) const {
   if (layout.norm_placement) return layout.norm_placement;
-  for (const auto& model : texts({"model_type"})) {
+  for (const auto& model : all<std::string>({"model_type"})) {
     if (std::ranges::count(layout.models_before, model) > 0) return NormPlacement::before;
     if (std::ranges::count(layout.models_after, model) > 0) return NormPlacement::after;
   }
   return {};
-}
-
-std::optional<double> ModelConfig::norm_eps(const FoundBlock& block) const {
-  return first<double>(block_layout_named(block.layout).norms.eps_in_config, block.prefix);
-}
-
-std::vector<double> ModelConfig::possible_norm_eps(const FoundBlock& block) const {
-  return possible<double>(block_layout_named(block.layout).norms.eps_in_config, block.prefix);
 }
 
 std::optional<Activation> ModelConfig::activation(const FoundBlock& block) const {

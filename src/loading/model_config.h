@@ -35,30 +35,6 @@ class ModelConfig {
   /// The object whose name, without "_config", begins the first component of the prefix that has one; null if there is none.
   const Json* part_of(const std::string& prefix) const;
 
-  /// All texts under these names, in the places of each and in the part that the prefix names.
-  std::vector<std::string> texts(const std::vector<std::string>& names, const std::string& prefix = {}) const;
-
-  /// The number of heads of a layer, by the first of these names that config.json has.
-  std::optional<int64_t> num_heads(const FoundLayer& layer, const std::vector<std::string>& names) const;
-  std::optional<int64_t> max_distance() const;  ///< of relative positions
-  std::optional<double> qk_norm_eps(const FoundLayer& layer) const;
-  std::optional<double> scale(const FoundLayer& layer, int64_t head_dim) const;  ///< of the logits
-
-  /// By the layout, else by the type of the model.
-  std::optional<NormPlacement> norm_placement(const BlockLayout& layout) const;
-  std::optional<double> norm_eps(const FoundBlock& block) const;
-  /// By config.json, else by the layout. Throws FileError if config.json names an unknown one.
-  std::optional<Activation> activation(const FoundBlock& block) const;
-
-  // For a comparison with a module that exists: the values that config.json may mean for this part of the model, the likeliest
-  // first. None if it says nothing of it.
-  std::vector<int64_t> possible_num_heads(const FoundLayer& layer, const std::vector<std::string>& names) const;
-  std::vector<double> possible_qk_norm_eps(const FoundLayer& layer) const;
-  std::vector<double> possible_norm_eps(const FoundBlock& block) const;
-  std::vector<std::string> possible_activations(
-      const FoundBlock& block) const;  ///< as Activation's, or as config.json spells it
-
- private:
   /// All values of type T under these names; see Layout for where they are looked up. The part of the config that a
   /// component of the prefix names comes first: "vision_config" for "vision_model.encoder.layers.0.".
   template <class T>
@@ -70,11 +46,28 @@ class ModelConfig {
     return values.empty() ? std::nullopt : std::optional(values.front());
   }
 
+  /// The number of heads of a layer, by the first of these names that config.json has.
+  std::optional<int64_t> num_heads(const FoundLayer& layer, const std::vector<std::string>& names) const;
+  std::optional<int64_t> max_distance() const;                                   ///< of relative positions
+  std::optional<double> scale(const FoundLayer& layer, int64_t head_dim) const;  ///< of the logits
+
+  /// By the layout, else by the type of the model.
+  std::optional<NormPlacement> norm_placement(const BlockLayout& layout) const;
+  /// By config.json, else by the layout. Throws FileError if config.json names an unknown one.
+  std::optional<Activation> activation(const FoundBlock& block) const;
+
+  // For a comparison with a module that exists: the values that config.json may mean for this part of the model, the likeliest
+  // first. None if it says nothing of it.
+
   /// The value in the part of the config that the prefix names; else all under the first name that has one, in every part if the
   /// prefix does not say which.
   template <class T>
   std::vector<T> possible(const std::vector<std::string>& names, const std::string& prefix) const;
+  std::vector<int64_t> possible_num_heads(const FoundLayer& layer, const std::vector<std::string>& names) const;
+  std::vector<std::string> possible_activations(
+      const FoundBlock& block) const;  ///< as Activation's, or as config.json spells it
 
+ private:
   std::vector<std::string> names_of_heads(const FoundLayer& layer, std::vector<std::string> names) const;
 
   FileCheck check_;

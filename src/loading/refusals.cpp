@@ -50,7 +50,7 @@ void refuse_by_name(const ModelConfig& config, const FoundLayer& layer) {
   const bool has_norms = layer.options.qk_norm() != NormKind::none, is_cross = layer.kind == AttentionKind::cross;
   for (const auto& [name, words, reason, to] : all_refused()) {
     if ((to == To::normed && !has_norms) || (to == To::self && is_cross)) continue;
-    for (const auto& text : config.texts({name}, layer.prefix)) {
+    for (const auto& text : config.all<std::string>({name}, layer.prefix)) {
       const bool is_one = std::ranges::any_of(words, [&, &name = name](const auto& word) {
         return name == std::string_view("architecture") ? text.find(word) != std::string::npos : text.starts_with(word);
       });
@@ -112,11 +112,11 @@ void refuse_other_attention(const ModelConfig& config, const FoundLayer& layer) 
 void refuse_other_positions(const ModelConfig& config, const std::string& prefix) {
   // These models add positions to the inputs or the keys of each layer.
   constexpr std::array kInEachLayer = {"detr", "table-transformer", "nezha", "maskformer", "mask2former", "oneformer"};
-  for (const auto& type : config.texts({"position_embedding_type", "encoder.position_embedding_type"}, prefix)) {
+  for (const auto& type : config.all<std::string>({"position_embedding_type", "encoder.position_embedding_type"}, prefix)) {
     config.check()(type == "absolute",
                    "position_embedding_type in its config.json must be \"absolute\", but is {}: not computed", in_quotes(type));
   }
-  for (const auto& type : config.texts({"model_type"}, prefix)) {
+  for (const auto& type : config.all<std::string>({"model_type"}, prefix)) {
     const auto is_in = [&type](const char* word) { return type.find(word) != std::string::npos; };
     config.check()(std::ranges::none_of(kInEachLayer, is_in),
                    "its config.json says model_type {}, which adds positions in each layer: not computed", in_quotes(type));
