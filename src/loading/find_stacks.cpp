@@ -97,6 +97,17 @@ std::string FoundStack::layer_prefix(int64_t number) const {
   return formatted("{}{}{}.", prefix, stack_layout_named(layout).layers, number);
 }
 
+std::vector<std::pair<std::string, const FoundBlock*>> FoundStack::blocks() const {
+  std::vector<std::pair<std::string, const FoundBlock*>> blocks;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto& [self, cross] = layers[i];
+    const auto path = formatted("layers.{}.", i);
+    blocks.emplace_back(cross ? path + "self." : path, &self);
+    if (cross) blocks.emplace_back(path + "cross.", &*cross);
+  }
+  return blocks;
+}
+
 std::vector<FoundStack> find_stacks(const Infos& tensors, StackKind kind, const LayoutChoice& attention_layout) {
   Attention attention;
   for (auto& layer : find_layers(tensors, attention_layout)) attention.emplace(layer.prefix, layer);
@@ -119,17 +130,11 @@ std::vector<FoundStack> find_stacks(const Infos& tensors, StackKind kind, const 
 Recipes recipes(const FoundStack& stack, const Infos& tensors) {
   const auto& layout = stack_layout_named(stack.layout);
   Recipes result;
-  const auto add_block = [&](const std::string& path, const FoundBlock& block) {
-    for (const auto& [parameter, recipe] : recipes(block, tensors)) result.emplace(path + parameter, recipe);
-  };
   const auto add = [&](const std::string& parameter, const std::string& name) {
     if (tensors.contains(name)) result.emplace(parameter, TensorRecipe{name});
   };
-  for (size_t i = 0; i < stack.layers.size(); ++i) {
-    const auto& [self, cross] = stack.layers[i];
-    const auto path = formatted("layers.{}.", i);
-    add_block(cross ? path + "self." : path, self);
-    if (cross) add_block(path + "cross.", *cross);
+  for (const auto& [path, block] : stack.blocks()) {
+    for (const auto& [parameter, recipe] : recipes(*block, tensors)) result.emplace(path + parameter, recipe);
   }
   for (const auto& [weight, bias] : kNormEndings) {
     const auto norm = stack.prefix + stack.norm;
@@ -152,11 +157,11 @@ std::map<std::string, NameRole> name_roles(const FoundStack& stack, const Infos&
     const bool is_around = std::ranges::any_of(around, [&](const auto& beginning) { return name.starts_with(beginning); });
     roles.emplace(name, is_around ? NameRole::around : NameRole::unexplained);
   }
-  const auto add_block = [&](const FoundBlock& block) {
+  for (const auto& [path, block] : stack.blocks()) {
     // A name beside one block belongs to the layer's other block, which explains its own names.
-    const auto& beside = block_layout_named(block.layout).beside;
-    for (const auto& [name, role] : name_roles(block, tensors)) {
-      const auto full = block.prefix + name;
+    const auto& beside = block_layout_named(block->layout).beside;
+    for (const auto& [name, role] : name_roles(*block, tensors)) {
+      const auto full = block->prefix + name;
       const auto begins = [&name = name](const auto& word) { return name.starts_with(word); };
       const bool is_of_other = role == NameRole::beside && std::ranges::any_of(beside, begins);
       if (!tensors.contains(full)) {
@@ -165,10 +170,6 @@ std::map<std::string, NameRole> name_roles(const FoundStack& stack, const Infos&
         roles[full.substr(stack.prefix.size())] = role;
       }
     }
-  };
-  for (const auto& [self, cross] : stack.layers) {
-    add_block(self);
-    if (cross) add_block(*cross);
   }
   for (const auto& [parameter, recipe] : recipes(stack, tensors)) {
     roles[recipe.source.substr(stack.prefix.size())] = NameRole::parameter;

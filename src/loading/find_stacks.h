@@ -6,6 +6,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "loading/recipes.h"
@@ -28,6 +29,9 @@ struct FoundStack {
   std::string fault = {};  ///< why a layer behind those is missing, if one is
 
   std::string layer_prefix(int64_t number) const;
+
+  /// Its blocks by their paths in an Encoder or Decoder: "layers.0.", or "layers.0.self." and "layers.0.cross.".
+  std::vector<std::pair<std::string, const FoundBlock*>> blocks() const;
 };
 
 /// All stacks of this kind, in order of prefix, found by names and shapes only: those of which at least one layer is whole. If

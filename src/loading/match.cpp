@@ -108,30 +108,18 @@ class Matcher {
     }
   }
 
-  void add_stack(const FoundStack& found, const std::string& path, const EncoderImpl& own) {
-    add_stack(found, path);
-    for (size_t i = 0; i < std::min(found.layers.size(), own.layers->size()); ++i) {
-      add_block(found.layers[i].self, formatted("{}layers.{}.", path, i), own.layers->at<CrossAttentionBlockImpl>(i));
-    }
-    if (own.relative_position_bias) check_distance(path, *own.relative_position_bias);
-  }
-
-  void add_stack(const FoundStack& found, const std::string& path, const DecoderImpl& own) {
-    add_stack(found, path);
-    for (size_t i = 0; i < std::min(found.layers.size(), own.layers->size()); ++i) {
-      const auto& layer = own.layers->at<DecoderLayerImpl>(i);
-      const auto of_layer = formatted("{}layers.{}.", path, i);
-      add_block(found.layers[i].self, of_layer + "self.", *layer.self);
-      add_block(*found.layers[i].cross, of_layer + "cross.", *layer.cross);
-    }
-    if (own.relative_position_bias) check_distance(path, *own.relative_position_bias);
-  }
-
-  void add_stack(const FoundStack& found, const std::string& path) {
+  template <class Impl>
+  void add_stack(const FoundStack& found, const std::string& path, const Impl& own) {
     if (in_.config) refuse_other_positions(*in_.config, in_file(found).prefix);
     if (!found.fault.empty()) misshapen_.push_back(formatted("{} must have {}", which(path), found.fault));
     add(recipes(found, in_.source.infos), path);
     add(name_roles(found, in_.source.infos), found.prefix);
+    const auto modules = own.named_modules("", /*include_self=*/false);
+    for (const auto& [place, block] : found.blocks()) {
+      const auto* module = modules.find(place.substr(0, place.size() - 1));  // null behind the last layer of the module
+      if (module) add_block(*block, path + place, *(*module)->template as<CrossAttentionBlockImpl>());
+    }
+    if (own.relative_position_bias) check_distance(path, *own.relative_position_bias);
   }
 
   void check_distance(const std::string& path, const RelativePositionBiasImpl& own) {
