@@ -37,8 +37,7 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint,
   const auto check = load_check(checkpoint.path());
   detail::refuse_other_attention(config, layer);
   const auto possible = layer.possible_heads();
-  auto num_heads = options.num_heads;
-  if (!num_heads) num_heads = config.num_heads(layer, heads_in_config);
+  auto num_heads = options.num_heads ? options.num_heads : config.num_heads(layer, heads_in_config);
   if (!num_heads && possible.size() == 1) num_heads = possible.front();
   if (!num_heads && layer.layout == "reference") num_heads = layer.options.num_heads();
   check(num_heads.has_value(),

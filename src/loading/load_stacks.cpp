@@ -114,22 +114,15 @@ class StackReader {
 
   // The norm behind the last layer, which has the kind and eps of that layer's.
   std::optional<NormOptions> norm_behind(const CrossAttentionBlockOptions& last) const {
-    const std::vector shape = {last.attention().dim_query()};
-    for (const auto& [weight, bias] : detail::kNormEndings) {
-      const auto full = stack_.prefix + stack_.norm;
-      if (stack_.norm.empty() || !infos_.contains(full + weight)) continue;
-      const bool has_bias = infos_.contains(full + bias);
-      for (const auto& name : {full + weight, full + bias}) {
-        if (!infos_.contains(name)) continue;
-        check_(infos_.at(name).shape == shape, "{} must have shape [{}], but has [{}]", in_quotes(name), shape.front(),
-               detail::joined(infos_.at(name).shape));
-      }
-      check_(!has_bias || last.norm() == NormKind::layer, "{} must be a norm without a bias, but has one", in_quotes(full));
-      return NormOptions(last.norm(), shape.front()).eps(last.norm_eps()).bias(has_bias);
+    if (!recipes_.contains("norm.weight")) {
+      check_(!layout_.has_norm, "stack {} must have a norm behind its layers, {}, but has none", in_quotes(stack_.prefix),
+             in_quotes(stack_.norm));
+      return {};
     }
-    check_(!layout_.has_norm, "stack {} must have a norm behind its layers, {}, but has none", in_quotes(stack_.prefix),
-           in_quotes(stack_.norm));
-    return {};
+    const bool has_bias = recipes_.contains("norm.bias");
+    check_(!has_bias || last.norm() == NormKind::layer, "{} must be a norm without a bias, but has one",
+           in_quotes(stack_.prefix + stack_.norm));
+    return NormOptions(last.norm(), last.attention().dim_query()).eps(last.norm_eps()).bias(has_bias);
   }
 
   // The relative position bias, which shows the number of heads.
