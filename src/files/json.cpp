@@ -19,14 +19,6 @@ bool is_digit(char c) {
   return c >= '0' && c <= '9';
 }
 
-void append_utf8(std::string& text, char32_t code) {
-  const auto put = [&text](char32_t byte) { text += static_cast<char>(byte); };
-  if (code < 0x80) return put(code);
-  const int following = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-  put((0xff00U >> (following + 1) & 0xffU) | code >> 6 * following);  // as many leading ones as bytes
-  for (int i = following - 1; i >= 0; --i) put(0x80U | (code >> 6 * i & 0x3fU));
-}
-
 // A parser by recursive descent.
 class JsonReader {
  public:
@@ -244,6 +236,14 @@ bool is_tiny(std::string_view text) {
 }
 
 }  // namespace
+
+void append_utf8(std::string& text, char32_t code) {
+  const auto put = [&text](char32_t byte) { text += static_cast<char>(byte); };
+  if (code < 0x80) return put(code);
+  const int following = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+  put((0xff00U >> (following + 1) & 0xffU) | code >> 6 * following);  // as many leading ones as bytes
+  for (int i = following - 1; i >= 0; --i) put(0x80U | (code >> 6 * i & 0x3fU));
+}
 
 template <class T>
 std::optional<T> json_number(std::string_view text) {

@@ -44,6 +44,9 @@ void read_json(std::string_view text, const FileCheck& check, std::string_view w
 template <class T>
 std::optional<T> json_number(std::string_view text);
 
+/// Appends a character in UTF-8.
+void append_utf8(std::string& text, char32_t code);
+
 /// The text as a JSON string, with its quotes; nothing if it is not UTF-8.
 std::optional<std::string> json_string(std::string_view text);
 

@@ -11,6 +11,7 @@
 
 #include "base/text.h"
 #include "files/check_file.h"
+#include "files/json.h"
 
 namespace xattn::detail {
 namespace {
@@ -189,11 +190,9 @@ class Machine {
   }
 
   size_t index_of_line() {
-    const auto text = line();
-    size_t index = 0;
-    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), index);
-    expect(error == std::errc() && end == text.data() + text.size(), "a number");
-    return index;
+    const auto index = json_number<uint64_t>(line());
+    expect(index.has_value(), "a number");
+    return *index;
   }
 
   // ---- Stack and memo -------------------------------------------------------------------------------------------------------
@@ -277,10 +276,9 @@ class Machine {
   }
 
   void push_float(std::string_view text) {
-    double value = 0;
-    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-    expect(error == std::errc() && end == text.data() + text.size(), "a number");
-    add(Kind::real).real = value;
+    const auto value = json_number<double>(text);
+    expect(value.has_value(), "a number");
+    add(Kind::real).real = *value;
   }
 
   void push_text(std::string_view text) { set_text(add(Kind::text), text); }
@@ -329,14 +327,6 @@ class Machine {
     const auto* last = text.data() + begin + digits;
     const auto [end, error] = std::from_chars(text.data() + begin, last, value, 16);
     return error == std::errc() && end == last ? std::optional(value) : std::nullopt;
-  }
-
-  static void append_utf8(std::string& text, uint32_t code) {
-    const auto put = [&text](uint32_t byte) { text += static_cast<char>(byte); };
-    const int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;  // bytes behind the first
-    constexpr std::array<uint32_t, 4> kFirst = {0, 0xc0, 0xe0, 0xf0};
-    put(kFirst.at(static_cast<size_t>(more)) | code >> 6 * more);
-    for (int i = more - 1; i >= 0; --i) put(0x80 | (code >> 6 * i & 0x3f));
   }
 
   std::string_view kept(std::string text) { return *pickle_.texts.insert(std::move(text)).first; }

@@ -2,14 +2,13 @@
 #include "loading/layouts.h"
 
 #include <algorithm>
-#include <charconv>
 #include <memory>
-#include <system_error>
 #include <utility>
 
 #include "base/check.h"
 #include "base/printed.h"
 #include "base/text.h"
+#include "files/json.h"
 
 namespace xattn::detail {
 namespace {
@@ -270,10 +269,8 @@ bool has_component(const std::string& prefix, const std::vector<std::string>& wo
 }
 
 std::optional<int64_t> number_of(const std::string& component) {
-  int64_t number = 0;
-  const auto* end = component.data() + component.size();
-  const auto [parsed, error] = std::from_chars(component.data(), end, number);
-  return error == std::errc() && parsed == end && number >= 0 ? std::optional(number) : std::nullopt;
+  const auto number = json_number<int64_t>(component);
+  return number && *number >= 0 ? number : std::nullopt;
 }
 
 std::vector<ParameterName> parameter_names(const Layout& layout) {
