@@ -6,50 +6,20 @@
 
 #include "base/text.h"
 #include "loading/layouts.h"
-#include "loading/recipes.h"
 
 namespace xattn::detail {
-namespace {
-
-// The layer, block or stack found at `prefix`; without a prefix, the only one.
-template <class Found>
-Found choose_one(const std::string& file, const std::vector<Found>& found, const std::optional<std::string>& prefix) {
-  if (!prefix && found.size() == 1) return found.front();
-  if (const auto* one = prefix ? find_at(found, *prefix) : nullptr) return *one;
-  std::vector<std::string> prefixes;
-  for (const auto& one : found) prefixes.push_back(one.prefix);
-  load_check(file).fail("{}", must_be_one_of(std::move(prefixes), prefix));
-}
-
-}  // namespace
-
 std::string must_be_one_of(std::vector<std::string> prefixes, const std::optional<std::string>& given) {
   for (auto& prefix : prefixes) prefix = in_quotes(prefix);
   return formatted("prefix must be one of {}, but {}", joined(prefixes), given ? "is " + in_quotes(*given) : "was not given");
 }
 
-FoundLayer choose(const std::string& file, const std::vector<FoundLayer>& layers, const std::optional<std::string>& prefix) {
-  load_check(file)(!layers.empty(), "must hold an attention layer in a layout that is known, but holds none");
+std::vector<FoundLayer> likeliest(const std::vector<FoundLayer>& layers) {
   std::vector<FoundLayer> of_kind;
   for (const auto kind : {AttentionKind::cross, AttentionKind::unknown, AttentionKind::self}) {
     if (!of_kind.empty()) break;
     std::ranges::copy_if(layers, std::back_inserter(of_kind), [kind](const auto& layer) { return layer.kind == kind; });
   }
-  return choose_one(file, prefix ? layers : of_kind, prefix);
-}
-
-FoundBlock choose(const std::string& file, const std::vector<FoundBlock>& blocks, const std::optional<std::string>& prefix) {
-  load_check(file)(!blocks.empty(), "must hold a block around cross-attention in a layout that is known, but holds none");
-  return choose_one(file, blocks, prefix);
-}
-
-FoundStack choose(const std::string& file,
-                  const std::vector<FoundStack>& stacks,
-                  StackKind kind,
-                  const std::optional<std::string>& prefix) {
-  load_check(file)(!stacks.empty(), "must hold {} in a layout that is known, but holds none",
-                   kind == StackKind::encoder ? "an encoder" : "a decoder");
-  return choose_one(file, stacks, prefix);
+  return of_kind;
 }
 
 void explain_none(const Checkpoint& checkpoint, const std::string& place, const LayoutChoice& choice) {

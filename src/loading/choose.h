@@ -8,10 +8,13 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "files/check_file.h"
-#include "loading/find_stacks.h"
+#include "loading/recipes.h"
 
 // Chooses the layer, block or stack of a file that a prefix names.
 namespace xattn::detail {
@@ -44,13 +47,25 @@ const Found* find_at(const std::vector<Found>& found, const std::string& prefix)
   return one == found.end() ? nullptr : &*one;
 }
 
-/// See `choose_layer` and `choose_block`. `file` is its path, for messages.
-FoundLayer choose(const std::string& file, const std::vector<FoundLayer>& layers, const std::optional<std::string>& prefix);
-FoundBlock choose(const std::string& file, const std::vector<FoundBlock>& blocks, const std::optional<std::string>& prefix);
-FoundStack choose(const std::string& file,
-                  const std::vector<FoundStack>& stacks,
-                  StackKind kind,
-                  const std::optional<std::string>& prefix);
+/// The layers of the likeliest kind: cross-attention, else the unknown, else self-attention.
+std::vector<FoundLayer> likeliest(const std::vector<FoundLayer>& layers);
+
+/// The layer, block or stack found at `prefix`; without a prefix, the only one of the likeliest kind. Throws FileError if there
+/// is none. In messages, `file` is the path, and `what` is looked for: "an encoder".
+template <class Found>
+Found choose(const std::string& file,
+             const std::vector<Found>& found,
+             std::string_view what,
+             const std::optional<std::string>& prefix) {
+  load_check(file)(!found.empty(), "must hold {} in a layout that is known, but holds none", what);
+  if (const auto* one = prefix ? find_at(found, *prefix) : nullptr) return *one;
+  auto possible = found;
+  if constexpr (std::is_same_v<Found, FoundLayer>) possible = prefix ? found : likeliest(found);
+  if (!prefix && possible.size() == 1) return possible.front();
+  std::vector<std::string> prefixes;
+  for (const auto& one : possible) prefixes.push_back(one.prefix);
+  load_check(file).fail("{}", must_be_one_of(std::move(prefixes), prefix));
+}
 
 /// Throws FileError if no layer of this layout was found below a prefix for a known reason: quantized or low-rank weights.
 void explain_none(const Checkpoint& checkpoint, const std::string& prefix, const LayoutChoice& layout);

@@ -149,7 +149,7 @@ FoundBlock choose_block(const Checkpoint& checkpoint, const std::optional<std::s
   if (blocks.empty() && find_layers(checkpoint.tensors(), layout).empty()) {
     detail::explain_none(checkpoint, prefix.value_or(""), layout);
   }
-  return detail::choose(checkpoint.path(), blocks, prefix);
+  return detail::choose(checkpoint.path(), blocks, "a block around cross-attention", prefix);
 }
 
 }  // namespace xattn

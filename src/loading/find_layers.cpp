@@ -269,7 +269,7 @@ FoundLayer choose_layer(const Checkpoint& checkpoint, const std::optional<std::s
   const auto layers = find_layers(checkpoint.tensors(), layout);
   if (layers.empty() || (prefix && !detail::find_at(layers, *prefix)))
     detail::explain_none(checkpoint, prefix.value_or(""), layout);
-  return detail::choose(checkpoint.path(), layers, prefix);
+  return detail::choose(checkpoint.path(), layers, "an attention layer", prefix);
 }
 
 }  // namespace xattn

@@ -32,7 +32,7 @@ FoundStack chosen(const Checkpoint& checkpoint, const StackOptionsFromFile& opti
   if (stacks.empty() && find_layers(checkpoint.tensors(), options.layout).empty()) {
     detail::explain_none(checkpoint, options.prefix.value_or(""), options.layout);
   }
-  return detail::choose(checkpoint.path(), stacks, kind, options.prefix);
+  return detail::choose(checkpoint.path(), stacks, kind == StackKind::encoder ? "an encoder" : "a decoder", options.prefix);
 }
 
 // One stack of a file: options of a module that is like it, and the weights for that module.

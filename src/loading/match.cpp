@@ -102,7 +102,7 @@ class Matcher {
     const auto own = modules_of<Impl>();
     if (own.empty()) return;
     const auto stacks = find_stacks(in_.source.infos, kind, in_.options.layout);
-    choose_prefix<Impl>(stacks, kind);
+    choose_prefix<Impl>(stacks);
     for (const auto& [path, stack] : own) {
       if (const auto* found = at_prefix(stacks, path)) add_stack(*found, path, *stack);
     }
@@ -137,10 +137,10 @@ class Matcher {
   }
 
   // If the module itself is one of these, and no prefix is given, the file's only one is used.
-  template <class Impl, class Found, class... Kind>
-  void choose_prefix(const std::vector<Found>& found, Kind... kind) {
+  template <class Impl, class Found>
+  void choose_prefix(const std::vector<Found>& found) {
     if (!in_.module.as<Impl>() || found.empty()) return;
-    if (!in_.options.prefix) prefix_ = choose(in_.file, found, kind..., std::nullopt).prefix;
+    if (!in_.options.prefix) prefix_ = choose(in_.file, found, "", std::nullopt).prefix;
     for (const auto& one : found) places_.push_back(one.prefix);
   }
 
