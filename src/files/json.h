@@ -14,30 +14,10 @@
 #include <variant>
 #include <vector>
 
-#include "files/check_file.h"
 #include "files/mapped_file.h"
 
 // JSON (RFC 8259), so that the library needs no other for it.
 namespace xattn::detail {
-
-/// Receives a document token by token. A function that throws ends the reading.
-class JsonEvents {
- public:
-  virtual ~JsonEvents() = default;
-  virtual void null() = 0;
-  virtual void boolean(bool value) = 0;
-  virtual void number(std::string_view text) = 0;  ///< see `json_number`
-  virtual void string(std::string value) = 0;
-  virtual void start_object() = 0;
-  virtual void key(std::string name) = 0;
-  virtual void end_object() = 0;
-  virtual void start_list() = 0;
-  virtual void end_list() = 0;
-};
-
-/// Reads one document. Throws through `check` unless it is JSON in UTF-8; `what` begins the reason, as in "header ". REQUIRES:
-/// `events` throws where objects and lists are nested too deeply for the stack.
-void read_json(std::string_view text, const FileCheck& check, std::string_view what, JsonEvents& events);
 
 /// A number of a document as int64_t, uint64_t or double; nothing if T does not hold it, as an integer type does not hold one
 /// with a point or an exponent.

@@ -7,7 +7,7 @@
 
 #include "base/text.h"
 #include "files/check_file.h"
-#include "files/json.h"
+#include "files/json_reader.h"
 #include "files/readers.h"
 #include "files/safetensors_format.h"
 #include "files/types.h"
@@ -22,100 +22,84 @@ struct HeaderEntry {
   std::optional<std::vector<uint64_t>> offsets;
 };
 
-// Reads the header token by token, without building a tree in memory, and throws at a token that is not allowed at its place.
-// Nothing can therefore nest deeper than the format, and duplicate names are noticed.
-class HeaderParser : public JsonEvents {
+// Reads the header without building a tree in memory. Nothing can nest deeper than the format, and duplicate names are noticed.
+class HeaderReader {
  public:
-  explicit HeaderParser(const std::string& path) : check_(kSafetensors, path) {}
+  HeaderReader(std::string_view header, const FileCheck& check) : check_(check), json_(header, check, "header ") {}
+
+  void read() {
+    bool has_metadata = false;
+    json_.object([&](const std::string& name) {
+      const auto quoted = [&name] { return in_quotes(name); };
+      const bool is_metadata = name == kSafetensorsMetadata;
+      const bool is_new = is_metadata ? !std::exchange(has_metadata, true) : records.try_emplace(name).second;
+      check_(is_new, "has the name {} twice", quoted);
+      if (is_metadata && json_.next() == 'n') return json_.word("null");  // some writers have null for no metadata
+      check_(json_.next() == '{', "the value of {} must be an object", quoted);
+      is_metadata ? read_metadata() : read_record(name, records[name]);
+    });
+    json_.end();
+  }
 
   std::map<std::string, HeaderEntry> records;
   std::map<std::string, std::string> metadata;
 
-  void start_object() override {
-    if (level_ == 2) refuse();
-    ++level_;
-  }
-
-  void key(std::string key) override {
-    if (level_ == 1) {
-      const bool is_new = key == kSafetensorsMetadata ? !std::exchange(has_metadata_, true) : records.try_emplace(key).second;
-      check_(is_new, "has the name {} twice", in_quotes(key));
-      name_ = std::move(key);
-      return;
-    }
-    if (name_ == kSafetensorsMetadata) {
-      check_(metadata.try_emplace(key).second, "has the metadata {} twice", in_quotes(key));
-    } else {
-      check_(key == "dtype" || key == "shape" || key == "data_offsets",
-             "tensor {} must have dtype, shape and data_offsets only, but has {}", in_quotes(name_), in_quotes(key));
-    }
-    field_ = std::move(key);
-  }
-
-  void string(std::string value) override {
-    if (level_ != 2 || in_list_ || (name_ != kSafetensorsMetadata && field_ != "dtype")) refuse();
-    if (name_ == kSafetensorsMetadata) {
-      metadata[field_] = std::move(value);
-    } else {
-      set(records[name_].type, std::move(value));
-    }
-  }
-
-  void start_list() override {
-    if (level_ != 2 || in_list_ || name_ == kSafetensorsMetadata || field_ == "dtype") refuse();
-    in_list_ = true;
-  }
-
-  void number(std::string_view text) override {
-    const auto value = json_number<uint64_t>(text);
-    if (!value || !in_list_ || list_.size() == kMaxAxes) refuse();
-    list_.push_back(*value);
-  }
-
-  void end_list() override {
-    if (field_ == "data_offsets" && list_.size() != 2) refuse();
-    set(field_ == "shape" ? records[name_].shape : records[name_].offsets, list_);
-    list_.clear();
-    in_list_ = false;
-  }
-
-  void end_object() override {
-    if (level_-- == 2 && name_ != kSafetensorsMetadata) {
-      const auto& [type, shape, offsets] = records[name_];
-      check_(type && shape && offsets, "tensor {} must have dtype, shape and data_offsets, but lacks {}", in_quotes(name_),
-             !type ? "dtype" : (!shape ? "shape" : "data_offsets"));
-    }
-  }
-
-  void null() override {
-    if (level_ != 1 || name_ != kSafetensorsMetadata) refuse();  // some writers have null for no metadata
-  }
-  void boolean(bool) override { refuse(); }
-
  private:
-  // Throws for a token that is not allowed here; the message names the allowed ones.
-  [[noreturn]] void refuse() const {
-    check_(level_ == 2, "the value of {} must be an object", in_quotes(name_));
-    check_(name_ != kSafetensorsMetadata, "metadata {} must be a string", in_quotes(field_));
-    const auto wanted = field_ == "dtype"   ? "a string"
-                        : field_ == "shape" ? "a list of at most 64 non-negative integers"
-                                            : "a list of two non-negative integers";
-    check_.fail("{} of tensor {} must be {}", field_, in_quotes(name_), wanted);
+  void read_metadata() {
+    json_.object([&](const std::string& key) {
+      const auto quoted = [&key] { return in_quotes(key); };
+      const auto [place, is_new] = metadata.try_emplace(key);
+      check_(is_new, "has the metadata {} twice", quoted);
+      check_(json_.next() == '"', "metadata {} must be a string", quoted);
+      place->second = json_.string();
+    });
   }
 
-  template <typename T>
-  void set(std::optional<T>& field, T value) const {
-    check_(!field, "tensor {} has {} twice", in_quotes(name_), field_);
-    field = std::move(value);
+  void read_record(const std::string& name, HeaderEntry& entry) {
+    const auto quoted = [&name] { return in_quotes(name); };
+    json_.object([&](const std::string& field) {
+      const auto require = [&](bool ok, std::string_view wanted) {
+        check_(ok, "{} of tensor {} must be {}", field, quoted, wanted);
+      };
+      const auto set = [&](auto& value, auto read) {
+        check_(!std::exchange(value, std::move(read)), "tensor {} has {} twice", quoted, field);
+      };
+      if (field == "dtype") {
+        require(json_.next() == '"', "a string");
+        set(entry.type, json_.string());
+      } else if (field == "shape") {
+        constexpr std::string_view kWanted = "a list of at most 64 non-negative integers";
+        set(entry.shape, numbers(kMaxAxes, [&](bool ok) { require(ok, kWanted); }));
+      } else {
+        check_(field == "data_offsets", "tensor {} must have dtype, shape and data_offsets only, but has {}", quoted,
+               in_quotes(field));
+        const auto is_pair = [&](bool ok) { require(ok, "a list of two non-negative integers"); };
+        set(entry.offsets, numbers(2, is_pair));
+        is_pair(entry.offsets->size() == 2);
+      }
+    });
+    const auto& [type, shape, offsets] = entry;
+    check_(type && shape && offsets, "tensor {} must have dtype, shape and data_offsets, but lacks {}", quoted,
+           !type ? "dtype" : (!shape ? "shape" : "data_offsets"));
   }
 
-  FileCheck check_;
-  bool has_metadata_ = false;
-  int level_ = 0;               // of objects: 1 names, 2 fields
-  std::string name_;            // at level 1
-  std::string field_;           // at level 2
-  bool in_list_ = false;        // inside a field
-  std::vector<uint64_t> list_;  // read so far
+  // A list of at most `most` numbers; `require(false)` throws if the value is another.
+  template <class Require>
+  std::vector<uint64_t> numbers(size_t most, const Require& require) {
+    std::vector<uint64_t> numbers;
+    require(json_.next() == '[');
+    json_.list([&] {
+      const char first = json_.next();
+      require(first == '-' || (first >= '0' && first <= '9'));
+      const auto number = json_number<uint64_t>(json_.number());
+      require(number && numbers.size() < most);
+      numbers.push_back(*number);
+    });
+    return numbers;
+  }
+
+  const FileCheck& check_;
+  JsonReader json_;
 };
 
 // The bits of an element of types that torch has no tensors of; nothing for types that the format does not name.
@@ -190,10 +174,10 @@ Index read_safetensors(const std::string& path, Bytes file) {
 
   const auto header = as_text(after_length.first(header_size));
   check(header.starts_with('{'), "header must begin with '{{'");
-  HeaderParser parser(path);
-  read_json(header, check, "header ", parser);
-  auto index = laid_out(path, parser.records, after_length.subspan(header_size));
-  index.metadata = std::move(parser.metadata);
+  HeaderReader reader(header, check);
+  reader.read();
+  auto index = laid_out(path, reader.records, after_length.subspan(header_size));
+  index.metadata = std::move(reader.metadata);
   return index;
 }
 

@@ -19,7 +19,7 @@
 
 namespace xattn::detail {
 
-/// Where a name of a layout may stand in a config: "name", "text_config/name", "decoder/name", or at the one place that it gives.
+/// Where a name of a layout may stand in a config: "name", "text_config/name", "decoder/name", or the one place that it gives.
 std::vector<std::string> places_of(std::string name);
 
 /// The config.json beside a file of weights, which may be absent: properties of layers and blocks that the weights do not show.
@@ -59,8 +59,8 @@ class ModelConfig {
   // For a comparison with a module that exists: the values that config.json may mean for this part of the model, the likeliest
   // first. None if it says nothing of it.
 
-  /// The value in the part of the config that the prefix names; else all under the first name that has one, in every part if the
-  /// prefix does not say which.
+  /// The value in the part of the config that the prefix names; else all under the first name that has one, in every part if
+  /// the prefix does not say which.
   template <class T>
   std::vector<T> possible(const std::vector<std::string>& names, const std::string& prefix) const;
   std::vector<int64_t> possible_num_heads(const FoundLayer& layer, const std::vector<std::string>& names) const;
