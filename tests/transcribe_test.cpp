@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // The program transcribe: what transformers computes with the same files, written by scripts/speech_fixtures.py.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <sndfile.h>
 #include <torch/torch.h>
@@ -12,6 +13,7 @@
 #include <cmath>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -184,8 +186,7 @@ TEST(ByteVocabularyTest, ReadsVocabJsonWithAddedTokens) {
   const ByteVocabulary separate(dir.path()), whole(data_path("speech/multilingual"));
   for (const auto* text : {" the", "\xff", "\n", "<|translate|>"}) EXPECT_EQ(separate.at(text), whole.at(text)) << text;
   const auto languages = separate.marks_between(separate.at("<|startoftranscript|>"), separate.at("<|translate|>"));
-  EXPECT_EQ(languages.size(), 3U);
-  EXPECT_EQ(separate.mark(languages.at("<|de|>")), "de");
+  EXPECT_EQ(languages, (std::map<std::string, int64_t>{{"en", 283}, {"de", 284}, {"ja", 285}}));
 }
 
 TEST(RulesTest, TimestampsComeInPairsAndGrow) {
@@ -397,8 +398,17 @@ TEST_F(TranscribeTest, TakesALanguageAndATask) {
   EXPECT_EQ(language(" --language de"), "de");
   EXPECT_NE(said(model, " --language en"), said(model));
   EXPECT_NE(said(model, " --task translate"), said(model));
-  expect_error(kSound + " --model " + model + " --language xx", "language must be one of <|de|> <|en|> <|ja|>, but is xx");
+  expect_error(kSound + " --model " + model + " --language xx", "language must be one of de en ja, but is xx");
   expect_error(kSound + " --model " + data_path("speech/english") + " --task translate", "this model only transcribes English");
+  EXPECT_THROW(Fixture("multilingual").transcribed({.task = "de"}), c10::ValueError);
+}
+
+TEST_F(TranscribeTest, ChecksTheLanguageOfASilentRecording) {
+  write_sound(dir.file("silence.wav"), torch::zeros({40'000, 1}), kSampleRate, SF_FORMAT_WAV | SF_FORMAT_PCM_16);
+  const auto line = "silence.wav --json --model " + data_path("speech/multilingual");
+  EXPECT_EQ(json::parse(run(line + " --language de").out)["language"], "de");
+  EXPECT_EQ(json::parse(run(line).out)["language"], "en");
+  expect_error(line + " --language xx", "language must be one of de en ja, but is xx");
 }
 
 TEST_F(TranscribeTest, MixesChannelsAndSaysSo) {
@@ -436,6 +446,15 @@ TEST_F(TranscribeTest, HearsNothingInDigitalSilence) {
   EXPECT_EQ(result.status, 0) << result.err;
   EXPECT_EQ(result.out, "");
   EXPECT_GT(examples::read_png(dir.file("a.png")).size(1), 50);
+}
+
+TEST_F(TranscribeTest, DrawsSoundsShorterThanAToken) {
+  for (const auto samples : {1, 100, 200}) {  // no frame, and one; a token is two
+    write_sound(dir.file("short.wav"), torch::zeros({samples, 1}), kSampleRate, SF_FORMAT_WAV | SF_FORMAT_PCM_16);
+    const auto result = run("short.wav --picture a.png --report a.html --model " + data_path("speech/english"));
+    EXPECT_EQ(result.status, 0) << samples << result.err;
+    EXPECT_EQ(result.out, "");
+  }
 }
 
 TEST_F(TranscribeTest, DrawsTheFirstWindowAndWritesAPage) {
@@ -488,12 +507,47 @@ TEST_F(TranscribeTest, RejectsModelsThatItCannotRun) {
   change(folder + "generation_config.json", [](json& config) { config["suppress_tokens"] = {-1, 9999}; });
   expect_error(line, "tokens must be below");
   copy("english");
+  change(folder + "generation_config.json", [](json& config) { config["max_initial_timestamp_index"] = -100'000; });
+  expect_error(line, "generation_config.json: max_initial_timestamp_index must not be negative, but is -100000");
+  copy("english");
   std::filesystem::remove(folder + "tokenizer.json");
   expect_error(line, "it must hold a tokenizer, tokenizer.json or vocab.json, but does not");
   std::filesystem::remove(folder + "model.safetensors");
   expect_error(line, "must hold one of model.safetensors");
   expect_error(kSound + " --model missing", "missing");
   expect_error(kSound + " --model " + data_path("stacks/bart.safetensors"), "it must hold a Whisper");
+}
+
+TEST_F(TranscribeTest, RejectsTokensThatTheModelDoesNotHave) {
+  const auto expect_rejected = [this](const std::string& model, const std::string& mark, int64_t token) {
+    const auto folder = copy(model);
+    if (mark == "<|startofprev|>") std::filesystem::remove(folder + "generation_config.json");  // suppressed by default
+    change(folder + "tokenizer.json", [&](json& tokenizer) {
+      for (auto& each : tokenizer["added_tokens"]) {
+        if (each["content"] == mark) each["id"] = token;
+      }
+    });
+    expect_error(kSound + " --model " + folder,
+                 fmt::format("tokens must be below {}, but one is {}", model == "english" ? 341 : 343, token));
+  };
+  for (const auto* mark : {"<|startoftranscript|>", "<|endoftext|>", "<|startofprev|>"}) {
+    expect_rejected("english", mark, 999'999);
+    expect_rejected("english", mark, -5);
+  }
+  for (const auto* mark : {"<|transcribe|>", "<|translate|>"}) expect_rejected("multilingual", mark, 999'999);
+}
+
+TEST_F(TranscribeTest, RejectsTokenizersWithoutTimestampsOrLanguages) {
+  const auto folder = copy("english");
+  const auto marks = [&](const std::function<void(json&)>& edit) {
+    change(folder + "tokenizer.json", [&](json& tokenizer) { edit(tokenizer["added_tokens"]); });
+  };
+  marks([](json& all) { all.back()["id"] = 340; });
+  expect_error(kSound + " --model " + folder, "it has no tokens of timestamps");
+  copy("english");
+  marks([](json& all) { all.erase(2); });  // <|en|>
+  change(folder + "generation_config.json", [](json& config) { config["is_multilingual"] = true; });
+  expect_error(kSound + " --model " + folder, "it has no tokens of languages");
 }
 
 }  // namespace

@@ -84,11 +84,6 @@ std::string ByteVocabulary::text(const Tokens& tokens) const {
   return text;
 }
 
-std::string ByteVocabulary::mark(int64_t token) const {
-  const auto& text = texts_.at(token);
-  return text.substr(2, text.size() - 4);
-}
-
 std::optional<int64_t> ByteVocabulary::find(const std::string& text) const {
   const auto found = tokens_.find(text);
   return found != tokens_.end() ? std::optional(found->second) : std::nullopt;
@@ -103,7 +98,8 @@ int64_t ByteVocabulary::at(const std::string& text) const {
 std::map<std::string, int64_t> ByteVocabulary::marks_between(int64_t first, int64_t last) const {
   std::map<std::string, int64_t> marks;
   for (auto found = texts_.upper_bound(first); found != texts_.end() && found->first < last; ++found) {
-    if (is_mark(found->second)) marks[found->second] = found->first;
+    const auto& [token, text] = *found;
+    if (is_mark(text)) marks[text.substr(2, text.size() - 4)] = token;
   }
   return marks;
 }

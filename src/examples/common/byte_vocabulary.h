@@ -22,16 +22,13 @@ class ByteVocabulary {
   /// The bytes of the text of these tokens; marks have none.
   std::string text(const Tokens& tokens) const;
 
-  /// What is between the bars of a mark: "en".
-  std::string mark(int64_t token) const;
-
   /// The token of a mark, or of a text that is one token.
   std::optional<int64_t> find(const std::string& text) const;
 
   /// The same, or xattn::FileError, naming the file.
   int64_t at(const std::string& text) const;
 
-  /// The marks with tokens between these two, by their texts.
+  /// The marks with tokens between these two, by what is between their bars: "en".
   std::map<std::string, int64_t> marks_between(int64_t first, int64_t last) const;
 
  private:

@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
+#include <ranges>
 #include <set>
 #include <sstream>
 #include <string>
@@ -53,7 +55,7 @@ Rules::Rules(const Model& model, const examples::ByteVocabulary& vocabulary)
       alignment_heads(static_cast<size_t>(model.decoder_layers())),
       median_width(7) {
   const auto V = latest_start = model.vocabulary_size();
-  multilingual = V >= 51'865;  // tokens of OpenAI's multilingual models, at least
+  bool multilingual = V >= 51'865;  // tokens of OpenAI's multilingual models, at least
   examples::JsonFile(model.folder(), "config.json").get("median_filter_width", median_width);
   const examples::JsonFile config(model.folder(), "generation_config.json");
   std::set<std::pair<int64_t, int64_t>> heads;
@@ -63,9 +65,8 @@ Rules::Rules(const Model& model, const examples::ByteVocabulary& vocabulary)
   config.get("max_initial_timestamp_index", latest_start);
   config.get("alignment_heads", heads);
   config.get("max_length", longest);
-  for (const auto* tokens : {&suppressed, &suppressed_at_start}) {
-    for (const auto token : *tokens) config.check(token >= 0 && token < V, fmt::format("tokens must be below {}", V));
-  }
+  config.check(latest_start >= 0, fmt::format("max_initial_timestamp_index must not be negative, but is {}", latest_start));
+  latest_start = std::min(latest_start, V);
   for (const auto& [layer, head] : heads) {
     config.check(layer >= 0 && layer < model.decoder_layers() && head >= 0 && head < model.heads(),
                  fmt::format("alignment_heads must be of {} layers with {} heads, but one is [{}, {}]", model.decoder_layers(),
@@ -80,7 +81,21 @@ Rules::Rules(const Model& model, const examples::ByteVocabulary& vocabulary)
     }
     suppressed_at_start = {vocabulary.at(" "), end};
   }
-  if (first_timestamp >= V) throw xattn::FileError(fmt::format("{}: it has no tokens of timestamps", model.folder()));
+  if (multilingual) {
+    languages = vocabulary.marks_between(start, vocabulary.at("<|translate|>"));
+    tasks = {{"transcribe", vocabulary.at("<|transcribe|>")}, {"translate", vocabulary.at("<|translate|>")}};
+  }
+  const auto check = [&model](bool ok, const std::string& fault) {
+    if (!ok) throw xattn::FileError(fmt::format("{}: {}", model.folder(), fault));
+  };
+  check(!multilingual || !languages.empty(), "it has no tokens of languages");
+  check(first_timestamp != V, "it has no tokens of timestamps");
+  Tokens all = {start, end, no_timestamps, no_speech};
+  for (const auto* more : {&suppressed, &suppressed_at_start}) all.insert(all.end(), more->begin(), more->end());
+  for (const auto* more : {&languages, &tasks}) std::ranges::copy(*more | std::views::values, std::back_inserter(all));
+  for (const auto token : all) {
+    check(token >= 0 && token < V, fmt::format("tokens must be below {}, but one is {}", V, token));
+  }
   longest = std::min(longest, model.longest());
   if (std::ranges::all_of(alignment_heads, &std::vector<int64_t>::empty)) {  // all of the upper half of the layers
     for (auto layer = alignment_heads.size() / 2; layer < alignment_heads.size(); ++layer) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,7 +19,8 @@ inline constexpr int64_t kFramesOfToken = 2;
 
 /// What a model was trained to write, and what it must not: by its generation_config.json, or as OpenAI's program does it.
 struct Rules {
-  /// Throws xattn::FileError, naming the file, if one is damaged, a token is missing or a number is out of range.
+  /// Throws xattn::FileError, naming the file, if one is damaged, a token is missing or a number is out of range; so all tokens
+  /// here are below V.
   Rules(const Model& model, const examples::ByteVocabulary& vocabulary);
 
   bool is_timestamp(int64_t token) const { return token >= first_timestamp; }
@@ -26,10 +28,10 @@ struct Rules {
   /// Sets the logits of tokens that must not follow `text`, which is without the prompt, to -inf. row: float32 [V].
   void forbid(float* row, int64_t V, const Tokens& text) const;
 
-  bool multilingual;
   int64_t start, end, no_timestamps, no_speech;
-  int64_t first_timestamp;  ///< 0.00 seconds into the window
-  int64_t latest_start;     ///< of the first timestamp, in tokens
+  std::map<std::string, int64_t> languages, tasks;  ///< by name: "en"; empty if the model only transcribes English
+  int64_t first_timestamp;                          ///< 0.00 seconds into the window
+  int64_t latest_start;                             ///< of the first timestamp, in tokens
   Tokens suppressed, suppressed_at_start;
   int64_t longest;        ///< tokens of a text with its prompt
   Heads alignment_heads;  ///< heads of cross-attention that follow the speech

@@ -29,6 +29,11 @@ Tensor draw_spectrogram(const Tensor& mel, const Tensor& loudest) {
   return grey.flip(0).repeat_interleave(kScale, 0).unsqueeze(2).expand({-1, -1, 3}).contiguous();
 }
 
+// The spectrogram of the whole sound, with one column at least.
+Tensor mel_of(const Transcript& transcript) {
+  return torch::constant_pad_nd(transcript.mel, {0, std::max<int64_t>(0, kFramesOfToken - transcript.mel.size(1))});
+}
+
 std::string clock(double seconds) {
   const int64_t milliseconds = std::llround(seconds * 1000);
   return fmt::format("{:02}:{:02}.{:03}", milliseconds / 60'000, milliseconds / 1000 % 60, milliseconds % 1000);
@@ -83,7 +88,7 @@ std::string json_of(const Transcript& transcript, const examples::Sound& sound) 
 }
 
 Tensor draw(const Transcript& transcript) {
-  const auto& mel = transcript.mel;
+  const auto mel = mel_of(transcript);
   Words words;
   for (const auto& segment : transcript.segments) {
     std::ranges::copy_if(segment.words, std::back_inserter(words), [](const Word& word) { return word.attention.defined(); });
@@ -112,7 +117,7 @@ Tensor draw(const Transcript& transcript) {
 }
 
 void write_page(const std::string& path, const std::string& file, const Transcript& transcript, const examples::Sound& sound) {
-  const auto& mel = transcript.mel;
+  const auto mel = mel_of(transcript);
   constexpr int64_t kFrames = 3000;  // of a picture
   auto pictures = Json::array();
   for (const auto& part : mel.split(kFrames, 1)) {

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <map>
+#include <ranges>
 
 #include "base/text.h"
 #include "common/mel.h"
@@ -24,19 +26,16 @@ auto timed(double& seconds, const Job& job) {
   return result;
 }
 
-// The token of a language: of this one, or else of the most probable one behind the start.
-int64_t find_language(const Whisper& whisper, const Contexts& sound, const std::optional<std::string>& language) {
-  const auto& [model, vocabulary, rules] = whisper;
-  const auto known = vocabulary.marks_between(rules.start, vocabulary.at("<|translate|>"));
-  const auto named = known.find("<|" + language.value_or("") + "|>");
-  if (named != known.end()) return named->second;
-  std::vector<std::string> names;
-  for (const auto& [name, token] : known) names.push_back(name);
-  TORCH_CHECK_VALUE(!language, "language must be one of ", xattn::detail::joined(names, " "), ", but is ",
-                    language.value_or(""));
-  const auto logits = Decoding(model, sound).append(torch::tensor({{rules.start}}))[0][0];
-  const auto score = [&](const auto& mark) { return logits[mark.second].template item<float>(); };
-  return std::ranges::max_element(known, {}, score)->second;
+void check_known(const char* what, const std::string& name, const std::map<std::string, int64_t>& known) {
+  TORCH_CHECK_VALUE(known.contains(name), what, " must be one of ", xattn::detail::joined(known | std::views::keys, " "),
+                    ", but is ", name);
+}
+
+// The most probable language behind the start.
+std::string language_of(const Whisper& whisper, const Contexts& sound) {
+  const auto logits = Decoding(whisper.model, sound).append(torch::tensor({{whisper.rules.start}}))[0][0];
+  const auto score = [&](const auto& language) { return logits[language.second].template item<float>(); };
+  return std::ranges::max_element(whisper.rules.languages, {}, score)->first;
 }
 
 // Cuts a text at the pairs of timestamps into segments, with times from the beginning of the window. `frames` are those of the
@@ -74,9 +73,14 @@ Transcript transcribe(const Whisper& whisper, const Tensor& samples, const Optio
   const torch::NoGradGuard no_grad;
   constexpr double kNoSpeech = 0.6, kUnlikely = -1;  // the thresholds of OpenAI's program
   const auto& [model, vocabulary, rules] = whisper;
-  TORCH_CHECK_VALUE(rules.multilingual || (options.language.value_or("en") == "en" && options.task == "transcribe"),
-                    "this model only transcribes English");
-  Transcript transcript;
+  Transcript transcript = {.language = options.language.value_or("en")};
+  const bool multilingual = !rules.languages.empty();
+  if (multilingual) {
+    check_known("task", options.task, rules.tasks);
+    if (options.language) check_known("language", *options.language, rules.languages);
+  } else {
+    TORCH_CHECK_VALUE(transcript.language == "en" && options.task == "transcribe", "this model only transcribes English");
+  }
   auto& [language, all, mel, tokens, seconds] = transcript;
   mel = timed(seconds.mel, [&] { return examples::log_mel(samples, whisper.model.bins()); });
   Tokens prompt = {rules.start};
@@ -90,9 +94,9 @@ Transcript transcribe(const Whisper& whisper, const Tensor& samples, const Optio
     const auto memory = timed(seconds.encoder, [&] { return whisper.model.encode(window); });
     // About 100 tokens say what 30 seconds of speech do.
     const auto sound = timed(seconds.contexts, [&] { return whisper.model.contexts(memory, 100 * options.beams); });
-    if (rules.multilingual && prompt.size() == 1) {
-      prompt.insert(prompt.end(), {find_language(whisper, sound, options.language), vocabulary.at("<|" + options.task + "|>")});
-      language = vocabulary.mark(prompt[1]);
+    if (multilingual && prompt.size() == 1) {
+      if (!options.language) language = language_of(whisper, sound);
+      prompt.insert(prompt.end(), {rules.languages.at(language), rules.tasks.at(options.task)});
     }
     const auto heard = timed(seconds.decoding, [&] { return search(whisper, sound, prompt, options.beams); });
     tokens += static_cast<int64_t>(heard.tokens.size());

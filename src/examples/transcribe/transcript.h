@@ -35,7 +35,7 @@ struct Seconds {
 };
 
 struct Transcript {
-  std::string language = "en";  ///< as detected or given; "en" if the model knows no other
+  std::string language = "en";  ///< as given or detected; "en" if there was neither
   std::vector<Segment> segments = {};
   torch::Tensor mel = {};  ///< the spectrogram of the whole sound, [bins, frames]
   int64_t tokens = 0;      ///< that the decoder wrote
