@@ -6,6 +6,7 @@
 #include <torch/nn/modules/linear.h>
 #include <torch/utils.h>
 #include <xattn/block.h>
+#include <xattn/checkpoint.h>
 #include <xattn/file_error.h>
 #include <xattn/load_stacks.h>
 #include <xattn/stacks.h>
@@ -21,28 +22,10 @@ using torch::Tensor;
 using xattn::AttentionWeights;
 using xattn::Checkpoint;
 
-// The tensors' names begin with this.
-std::string prefix_in(const Checkpoint& file) {
-  return file.contains("model.encoder.conv1.weight") ? "model." : "";
-}
-
-// What the weights do not show. In OpenAI's files it is the same for all models.
-xattn::StackOptionsFromFile stack_options(const Checkpoint& file, const std::string& part, int64_t width) {
-  xattn::StackOptionsFromFile options = {.prefix = prefix_in(file) + part, .dtype = torch::kFloat32};
-  const examples::JsonFile config(std::filesystem::path(file.path()).parent_path().string(), "config.json");
-  if (!config || file.contains("decoder.token_embedding.weight")) {
-    options.num_heads = width / 64;
-    config.get("n_text_head", *options.num_heads);
-    options.norm_placement = xattn::NormPlacement::before;
-    options.activation = xattn::Activation::gelu;
-  }
-  return options;
-}
-
 // A tensor outside of the layers, as transformers or OpenAI names it.
 Tensor find(const Checkpoint& file, const std::string& name, const std::string& openai) {
-  for (const auto& each : {prefix_in(file) + name, openai}) {
-    if (file.contains(each)) return file.tensor(each);
+  for (const auto& each : {"model." + name, name, openai}) {
+    if (file.contains(each)) return file.tensor(each).to(torch::kFloat32);
   }
   throw xattn::FileError(fmt::format("{}: it must hold a Whisper, with {} or {}, but does not", file.path(), name, openai));
 }
@@ -65,38 +48,36 @@ Model::Model(const std::string& path, std::optional<torch::ScalarType> storage) 
   std::string type = "whisper";
   config.get("model_type", type);
   config.check(type == "whisper", fmt::format("model_type must be \"whisper\", but is \"{}\"", type));
-  // The vocabulary first: it alone is in memory twice while it is packed.
-  const xattn::FreezeOptions how = {.storage = storage};
-  read_vocabulary(file, how);
-  read_encoder(file, how);
-  read_decoder(file, how);
-}
-
-void Model::read_vocabulary(const Checkpoint& file, const xattn::FreezeOptions& how) {
-  torch::nn::LinearImpl to_logits(torch::nn::LinearOptions(1, 1).bias(false));
-  to_logits.weight = find(file, "decoder.embed_tokens.weight", "decoder.token_embedding.weight").to(torch::kFloat32);
-  if (file.contains("proj_out.weight")) {  // otherwise the same weights read tokens and predict them
-    token_embedding_ = to_logits.weight;
-    to_logits.weight = file.tensor("proj_out.weight").to(torch::kFloat32);
+  {  // The vocabulary first: it alone is in memory twice while it is packed.
+    torch::nn::LinearImpl to_logits(torch::nn::LinearOptions(1, 1).bias(false));
+    to_logits.weight = find(file, "decoder.embed_tokens.weight", "decoder.token_embedding.weight");
+    if (file.contains("proj_out.weight")) {  // otherwise the same weights read tokens and predict them
+      token_embedding_ = to_logits.weight;
+      to_logits.weight = file.tensor("proj_out.weight").to(torch::kFloat32);
+    }
+    to_logits_ = xattn::FrozenLinear(to_logits, storage);
   }
-  to_logits_ = xattn::FrozenLinear(to_logits, how.storage);
-}
 
-void Model::read_encoder(const Checkpoint& file, const xattn::FreezeOptions& how) {
   for (size_t i = 0; i < 2; ++i) {
     const auto conv = fmt::format("encoder.conv{}.", i + 1);
-    conv_weights_.at(i) = find(file, conv + "weight", conv + "weight").to(torch::kFloat32);
-    conv_biases_.at(i) = find(file, conv + "bias", conv + "bias").to(torch::kFloat32);
+    conv_weights_.at(i) = find(file, conv + "weight", conv + "weight");
+    conv_biases_.at(i) = find(file, conv + "bias", conv + "bias");
   }
-  encoder_positions_ = find(file, "encoder.embed_positions.weight", "encoder.positional_embedding").to(torch::kFloat);
-  const auto encoder = xattn::encoder_from(file, stack_options(file, "encoder", encoder_positions_.size(1)));
+  encoder_positions_ = find(file, "encoder.embed_positions.weight", "encoder.positional_embedding");
+  decoder_positions_ = find(file, "decoder.embed_positions.weight", "decoder.positional_embedding");
+
+  xattn::StackOptionsFromFile options = {.dtype = torch::kFloat32};
+  if (!config || file.contains("decoder.token_embedding.weight")) {  // the same for all models of OpenAI
+    options.num_heads = encoder_positions_.size(1) / 64;
+    config.get("n_text_head", *options.num_heads);
+    options.norm_placement = xattn::NormPlacement::before;
+    options.activation = xattn::Activation::gelu;
+  }
+  const xattn::FreezeOptions how = {.storage = storage};
+  const auto encoder = xattn::encoder_from(file, options);
   for (const auto& layer : *encoder->layers) encoder_.push_back(frozen(*layer->as<xattn::CrossAttentionBlockImpl>(), how));
   encoder_norm_ = encoder->norm;
-}
-
-void Model::read_decoder(const Checkpoint& file, const xattn::FreezeOptions& how) {
-  decoder_positions_ = find(file, "decoder.embed_positions.weight", "decoder.positional_embedding").to(torch::kFloat);
-  const auto decoder = xattn::decoder_from(file, stack_options(file, "decoder", decoder_positions_.size(1)));
+  const auto decoder = xattn::decoder_from(file, options);
   for (const auto& each : *decoder->layers) {
     auto* layer = each->as<xattn::DecoderLayerImpl>();
     decoder_.push_back({frozen(*layer->self, how), frozen(*layer->cross, how)});

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <torch/types.h>
-#include <xattn/checkpoint.h>
 #include <xattn/frozen_block.h>
 #include <xattn/frozen_linear.h>
 #include <xattn/norm.h>
@@ -45,9 +44,6 @@ class Model {
   struct DecoderLayer {
     xattn::FrozenBlock self, cross;
   };
-  void read_vocabulary(const xattn::Checkpoint& file, const xattn::FreezeOptions& how);
-  void read_encoder(const xattn::Checkpoint& file, const xattn::FreezeOptions& how);
-  void read_decoder(const xattn::Checkpoint& file, const xattn::FreezeOptions& how);
 
   std::string folder_;
   std::array<torch::Tensor, 2> conv_weights_, conv_biases_;
