@@ -43,23 +43,20 @@ double rounded(double seconds) {
   return std::round(seconds * 1000) / 1000;
 }
 
-Json segments_json(const Transcript& transcript) {
-  auto segments = Json::array();
-  for (const auto& segment : transcript.segments) {
-    auto words = Json::array();
-    for (const auto& word : segment.words) {
-      words.push_back({{"word", word.text}, {"start", rounded(word.begin)}, {"end", rounded(word.end)}});
-    }
-    segments.push_back({{"start", rounded(segment.begin)},
-                        {"end", rounded(segment.end)},
-                        {"text", segment.text},
-                        {"tokens", segment.tokens},
-                        {"words", std::move(words)}});
-  }
-  return segments;
+}  // namespace
+
+// nlohmann's library finds these by their names.
+void to_json(Json& json, const Word& word) {
+  json = {{"word", word.text}, {"start", rounded(word.begin)}, {"end", rounded(word.end)}};
 }
 
-}  // namespace
+void to_json(Json& json, const Segment& segment) {
+  json = {{"start", rounded(segment.begin)},
+          {"end", rounded(segment.end)},
+          {"text", segment.text},
+          {"tokens", segment.tokens},
+          {"words", segment.words}};
+}
 
 std::string text_of(const Transcript& transcript) {
   std::string all;
@@ -80,7 +77,7 @@ std::string json_of(const Transcript& transcript, const examples::Sound& sound) 
   const Json json = {
       {"language", transcript.language},
       {"text", text},
-      {"segments", segments_json(transcript)},
+      {"segments", transcript.segments},
       {"duration", rounded(sound.seconds())},
       {"tokens", transcript.tokens},
       {"seconds", {{"mel", mel}, {"encoder", encoder}, {"contexts", contexts}, {"decoding", decoding}, {"words", words}}}};
@@ -130,7 +127,7 @@ void write_page(const std::string& path, const std::string& file, const Transcri
                         {"seconds_of_picture", static_cast<double>(kFrames) * kFrameSeconds},
                         {"sound", examples::data_url("audio/wav", examples::encode_wav(sound.samples))},
                         {"pictures", std::move(pictures)},
-                        {"segments", segments_json(transcript)}});
+                        {"segments", transcript.segments}});
 }
 
 }  // namespace transcribe
