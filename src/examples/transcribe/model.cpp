@@ -105,11 +105,12 @@ Contexts Model::contexts(const Tensor& memory, int64_t expected_queries) const {
 }
 
 // The output of the first `layers` [n, T, E], and the attention of these heads in each of them that has some.
-Tensor Decoding::run(const Tensor& tokens, size_t layers, const Heads& heads, std::vector<Tensor>& attention) {
+std::pair<Tensor, std::vector<Tensor>> Decoding::run(const Tensor& tokens, size_t layers, const Heads& heads) {
   const auto T = tokens.size(1);
   const auto& own = model_.token_embedding_;
   auto x = own.defined() ? own.index({tokens}) : model_.to_logits_.embedding(tokens);
   x += model_.decoder_positions_.narrow(0, length_, T);
+  std::vector<Tensor> attention;
   for (size_t i = 0; i < layers; ++i) {
     const auto& [self, cross] = model_.decoder_[i];
     if (length_ == 0) {
@@ -120,27 +121,23 @@ Tensor Decoding::run(const Tensor& tokens, size_t layers, const Heads& heads, st
     }
     x = std::get<0>(self.attend(x, words_[i], {.weights = AttentionWeights::none}));
     xattn::CallOptions call = {.weights = AttentionWeights::none};
-    if (!heads.at(i).empty()) call = {.weights = AttentionWeights::per_head, .weight_heads = heads[i]};
+    const auto some = heads.find(i);
+    if (some != heads.end()) call = {.weights = AttentionWeights::per_head, .weight_heads = some->second};
     auto [y, weights] = cross.attend(x, sound_[i], call);
     x = std::move(y);
     if (weights.defined()) attention.push_back(weights[0]);
   }
   length_ += T;
-  return x;
+  return {x, attention};
 }
 
 Tensor Decoding::append(const Tensor& tokens) {
-  std::vector<Tensor> none;
-  const auto x = run(tokens, words_.size(), Heads(words_.size()), none);
+  const auto x = run(tokens, words_.size(), {}).first;
   return model_.to_logits_.forward(xattn::Norm(model_.decoder_norm_)->forward(x));
 }
 
 Tensor Decoding::attention(const Tensor& tokens, const Heads& heads) {
-  auto layers = heads.size();  // those behind the last of these heads are not needed
-  while (layers > 0 && heads[layers - 1].empty()) --layers;
-  std::vector<Tensor> attention;
-  run(tokens, layers, heads, attention);
-  return torch::cat(attention);
+  return torch::cat(run(tokens, heads.rbegin()->first + 1, heads).second);
 }
 
 void Decoding::select(const Tensor& texts) {

@@ -8,8 +8,10 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace transcribe {
@@ -57,8 +59,8 @@ class Model {
   xattn::FrozenLinear to_logits_;
 };
 
-/// Heads of cross-attention: those of each layer, in ascending order.
-using Heads = std::vector<std::vector<int64_t>>;
+/// Heads of cross-attention, by layer: those of a layer in ascending order.
+using Heads = std::map<size_t, std::vector<int64_t>>;
 
 /// Texts about one sound that grow token by token, all of one length. What was said before is kept in a growing context for the
 /// self-attention of each layer. The model and the sound must outlive it.
@@ -69,15 +71,15 @@ class Decoding {
   /// Adds tokens int64 [n, T] to n texts. Returns the logits of the token behind each, [n, T, V].
   torch::Tensor append(const torch::Tensor& tokens);
 
-  /// Reads a whole text, int64 [1, T], in a Decoding of its own, as far as the last layer with some of these heads. Returns their
-  /// attention to the sound, [heads, T, Lk].
+  /// Reads a whole text, int64 [1, T], in a Decoding of its own, as far as the last layer with some of these heads, of which there
+  /// must be one. Returns their attention to the sound, [heads, T, Lk].
   torch::Tensor attention(const torch::Tensor& tokens, const Heads& heads);
 
   /// Goes on with these texts, int64 [n]. Their contexts are selected; that of the sound serves all of them as it is.
   void select(const torch::Tensor& texts);
 
  private:
-  torch::Tensor run(const torch::Tensor& tokens, size_t layers, const Heads& heads, std::vector<torch::Tensor>& attention);
+  std::pair<torch::Tensor, std::vector<torch::Tensor>> run(const torch::Tensor& tokens, size_t layers, const Heads& heads);
 
   const Model& model_;
   const Contexts& sound_;

@@ -52,7 +52,6 @@ Rules::Rules(const Model& model, const examples::ByteVocabulary& vocabulary)
       no_speech(no_timestamps - 1),
       first_timestamp(no_timestamps + 1),
       longest(model.longest()),
-      alignment_heads(static_cast<size_t>(model.decoder_layers())),
       median_width(7) {
   const auto V = latest_start = model.vocabulary_size();
   bool multilingual = V >= 51'865;  // tokens of OpenAI's multilingual models, at least
@@ -71,7 +70,7 @@ Rules::Rules(const Model& model, const examples::ByteVocabulary& vocabulary)
     config.check(layer >= 0 && layer < model.decoder_layers() && head >= 0 && head < model.heads(),
                  fmt::format("alignment_heads must be of {} layers with {} heads, but one is [{}, {}]", model.decoder_layers(),
                              model.heads(), layer, head));
-    alignment_heads.at(static_cast<size_t>(layer)).push_back(head);
+    alignment_heads[static_cast<size_t>(layer)].push_back(head);
   }
   if (!config) {
     latest_start = 50;
@@ -97,9 +96,9 @@ Rules::Rules(const Model& model, const examples::ByteVocabulary& vocabulary)
     check(token >= 0 && token < V, fmt::format("tokens must be below {}, but one is {}", V, token));
   }
   longest = std::min(longest, model.longest());
-  if (std::ranges::all_of(alignment_heads, &std::vector<int64_t>::empty)) {  // all of the upper half of the layers
-    for (auto layer = alignment_heads.size() / 2; layer < alignment_heads.size(); ++layer) {
-      for (int64_t head = 0; head < model.heads(); ++head) alignment_heads[layer].push_back(head);
+  if (alignment_heads.empty()) {  // all of the upper half of the layers
+    for (auto layer = model.decoder_layers() / 2; layer < model.decoder_layers(); ++layer) {
+      for (int64_t head = 0; head < model.heads(); ++head) alignment_heads[static_cast<size_t>(layer)].push_back(head);
     }
   }
 }
