@@ -16,7 +16,9 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -214,6 +216,24 @@ TEST(RulesTest, TimestampsComeInPairsAndGrow) {
   EXPECT_TRUE(is_allowed(closed, zero + 5));
   EXPECT_TRUE(is_allowed(closed, rules.end));
   EXPECT_TRUE(is_allowed(allowed({zero, word, zero + 5, zero + 5}), word));
+}
+
+TEST(RulesTest, WithoutAConfigurationAreThoseOfOpenAi) {
+  const TempDir dir;
+  for (const auto* file : {"config.json", "model.safetensors", "tokenizer.json"}) {
+    std::filesystem::copy(data_path(std::string("speech/english/") + file), dir.file(file));
+  }
+  const Whisper whisper(dir.path());
+  const auto& [model, vocabulary, rules] = whisper;
+  EXPECT_TRUE(rules.languages.empty());
+  EXPECT_EQ(rules.latest_start, 50);
+  EXPECT_EQ(rules.longest, model.longest());
+  EXPECT_EQ(rules.alignment_heads, (Heads{{1, {0, 1}}}));
+  EXPECT_EQ(rules.suppressed_at_start, spell(vocabulary, {" ", "<|endoftext|>"}));
+  auto expected = spell(vocabulary, {"<|startoftranscript|>", "<|translate|>", "<|transcribe|>", "<|startofprev|>",
+                                     "<|startoflm|>", "<|nospeech|>", " (", " )", " -"});
+  for (const auto letter : std::string_view("\"#()*+/:;<=>@[\\]^_`{|}~")) expected.push_back(vocabulary.at({letter}));
+  EXPECT_EQ(std::set(rules.suppressed.begin(), rules.suppressed.end()), std::set(expected.begin(), expected.end()));
 }
 
 // ---- Sound files -----------------------------------------------------------------------------------------------------------

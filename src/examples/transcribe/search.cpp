@@ -25,12 +25,11 @@ using torch::Tensor;
 
 constexpr auto kNever = -std::numeric_limits<float>::infinity();
 
-// The marks and sounds that are not speech, as OpenAI's program lists them, with and without a space in front. Those of music
-// may be several tokens: the first two bytes are those of U+2640 to U+267F.
+// What is not speech, as OpenAI's program lists it, with and without a space in front (which marks never have). Signs of
+// music may be several tokens: the first two bytes are those of U+2640 to U+267F.
 constexpr auto kNotSpeech =
     "\" # ( ) * + / : ; < = > @ [ \\ ] ^ _ ` { | } ~ 「 」 『 』 << >> <<< >>> -- --- -( -[ (' (\" (( )) ((( ))) [[ ]] {{ }} "
-    "♪♪ ♪♪♪ ♩ ♪ ♫ ♬ ♭ ♮ ♯ \xe2\x99";
-constexpr auto kNeverWritten = "<|startoftranscript|> <|translate|> <|transcribe|> <|startofprev|> <|startoflm|>";
+    "♪♪ ♪♪♪ ♩ ♪ ♫ ♬ ♭ ♮ ♯ \xe2\x99 <|startoftranscript|> <|translate|> <|transcribe|> <|startofprev|> <|startoflm|>";
 
 Tokens tokens_of(const char* texts, const std::vector<std::string>& prefixes, const examples::ByteVocabulary& vocabulary) {
   Tokens tokens;
@@ -75,9 +74,8 @@ Rules::Rules(const Model& model, const examples::ByteVocabulary& vocabulary)
   if (!config) {
     latest_start = 50;
     suppressed = tokens_of(kNotSpeech, {"", " "}, vocabulary);
-    for (const auto& more : {tokens_of("- '", {" "}, vocabulary), tokens_of(kNeverWritten, {""}, vocabulary), {no_speech}}) {
-      suppressed.insert(suppressed.end(), more.begin(), more.end());
-    }
+    std::ranges::copy(tokens_of("- '", {" "}, vocabulary), std::back_inserter(suppressed));
+    suppressed.push_back(no_speech);
     suppressed_at_start = {vocabulary.at(" "), end};
   }
   if (multilingual) {
