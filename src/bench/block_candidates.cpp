@@ -82,7 +82,8 @@ Tensor apply_block(const BenchBlock& b, size_t i, const Tensor& x, const std::ve
     return before ? sum : apply(norm, sum);
   };
   const auto attended = add_branch(x, block->attention_norm, block->attention_gate, [&](const Tensor& input) {
-    const auto context = b.row.kept ? kept[i] : project_context(block->attention, b.row.self ? input : b.key, b.row.H);
+    const auto context =
+        b.row.kept ? kept[i] : project_context(block->attention, b.row.self ? input : b.key, o.attention().num_heads());
     return attend_to(block->attention, input, {context}, attend);
   });
   return add_branch(attended, block->feed_forward_norm, block->feed_forward_gate, [&](const Tensor& input) {
@@ -92,7 +93,7 @@ Tensor apply_block(const BenchBlock& b, size_t i, const Tensor& x, const std::ve
 }
 
 std::vector<KeysAndValues> make_contexts(const BenchBlock& b) {
-  const auto H = b.row.H;
+  const auto H = b.row.block.attention().num_heads();
   if (b.decoupled) {
     return {project_context(b.decoupled->attention, b.key, H), project_context(b.decoupled->added_projections[0], b.image, H)};
   }
@@ -190,19 +191,6 @@ Candidate module(const BenchBlock& b) {
 
 // ---- Random numbers ---------------------------------------------------------------------------------------------------------
 
-xattn::CrossAttentionOptions attention_options(const BlockRow& row) {
-  const auto has_bias = [&](char letter) { return row.biases.find(letter) != std::string::npos; };
-  return xattn::CrossAttentionOptions(row.Eq, row.Ek, row.Ek, row.Eq)
-      .num_heads(row.H)
-      .head_dim(row.inner / row.H)
-      .query_bias(has_bias('q'))
-      .key_bias(has_bias('k'))
-      .value_bias(has_bias('v'))
-      .output_bias(has_bias('o'))
-      .scale(row.scale)
-      .attention_weights(xattn::AttentionWeights::none);
-}
-
 // Norms and gates that are new would hide errors: they multiply by one or zero.
 void randomise(const CrossAttentionBlock& block) {
   const torch::NoGradGuard no_grad;
@@ -213,19 +201,6 @@ void randomise(const CrossAttentionBlock& block) {
   for (const auto* gate : {&block->attention_gate, &block->feed_forward_gate}) {
     if (gate->defined()) gate->uniform_(0.5, 1);
   }
-}
-
-CrossAttentionBlock random_block(const BlockRow& row) {
-  CrossAttentionBlock block(xattn::CrossAttentionBlockOptions(attention_options(row))
-                                .norm(row.norm)
-                                .norm_placement(row.placement)
-                                .norm_context(row.self)
-                                .gate(row.gate ? xattn::BlockGate::scalar : xattn::BlockGate::none)
-                                .feed_forward(row.hidden)
-                                .feed_forward_bias(row.biases.find('f') != std::string::npos)
-                                .activation(row.activation));
-  randomise(block);
-  return block;
 }
 
 void stop_training(torch::nn::Module& module) {
@@ -245,25 +220,27 @@ Module in_double(const Module& module) {
 BenchBlock make_block(const BlockRow& row) {
   torch::manual_seed(0);
   BenchBlock b{.row = row, .blocks = {}, .query = {}, .key = {}, .image = {}};
+  const auto& attention = row.block.attention();
   switch (row.kind) {
     case BlockKind::linear:
-      b.linear = torch::nn::Linear(torch::nn::LinearOptions(row.Eq, row.Eo).bias(false));
+      b.linear = torch::nn::Linear(torch::nn::LinearOptions(attention.dim_query(), attention.dim_output()).bias(false));
       stop_training(*b.linear);
       break;
     case BlockKind::decoupled:
       b.decoupled = xattn::DecoupledCrossAttention(
-          xattn::DecoupledCrossAttentionOptions(attention_options(row)).added({{row.Ek, row.Ek}}));
+          xattn::DecoupledCrossAttentionOptions(attention).added({{attention.dim_key(), attention.dim_value()}}));
       stop_training(*b.decoupled);
       break;
     case BlockKind::block:
       for (int64_t i = 0; i < row.layers; ++i) {
-        b.blocks.push_back(random_block(row));
+        b.blocks.emplace_back(row.block);
+        randomise(b.blocks.back());
         stop_training(*b.blocks.back());
       }
   }
-  b.query = torch::randn({row.B, row.Lq, row.Eq});
-  b.key = torch::randn({row.B, row.Lk, row.Ek});
-  b.image = torch::randn({row.B, row.image, row.Ek});
+  b.query = torch::randn({row.B, row.Lq, attention.dim_query()});
+  b.key = torch::randn({row.B, row.Lk, attention.dim_key()});
+  b.image = torch::randn({row.B, row.image, attention.dim_key()});
   return b;
 }
 

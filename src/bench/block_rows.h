@@ -4,7 +4,6 @@
 #include <xattn/block_options.h>
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -17,17 +16,10 @@ enum class BlockKind { decoupled, block, linear };
 struct BlockRow {
   std::string name;
   BlockKind kind = BlockKind::block;
-  bool kept = false;
+  bool kept = false, self = false;
   int64_t layers = 1;
-  int64_t B = 1, H = 1, Lq = 1, Lk = 1, image = 0, Eq = 1, Ek = 1, Eo = 1, inner = 1;
-  std::string biases;
-  std::optional<double> scale;
-  xattn::NormKind norm = xattn::NormKind::none;
-  xattn::NormPlacement placement = xattn::NormPlacement::before;
-  bool self = false;
-  bool gate = false;
-  int64_t hidden = 0;
-  xattn::Activation activation = xattn::Activation::gelu;
+  int64_t B = 1, Lq = 1, Lk = 1, image = 0;
+  xattn::CrossAttentionBlockOptions block;  ///< other rows have its attention alone, of which a linear one uses two sizes
 };
 
 /// The row of this name or, if there is none, the rows whose names contain `text`; all rows for an empty text.
