@@ -11,6 +11,8 @@
 #include <optional>
 #include <utility>
 
+#include "bench/exact.h"
+
 namespace bench {
 
 using torch::Tensor;
@@ -32,10 +34,6 @@ Tensor attend_sdpa(const Tensor& q, const Tensor& k, const Tensor& v, double sca
   return at::scaled_dot_product_attention(q, k, v, {}, 0, false, scale);
 }
 
-Tensor apply(const torch::nn::Linear& module, const Tensor& x) {
-  return at::linear(x, module->weight, module->bias);
-}
-
 Tensor apply(const xattn::Norm& norm, const Tensor& x) {
   const auto& o = norm->options;
   if (o.kind() == NormKind::rms) return at::rms_norm(x, {o.size()}, norm->weight, o.eps());
@@ -43,7 +41,7 @@ Tensor apply(const xattn::Norm& norm, const Tensor& x) {
 }
 
 Tensor project_to_heads(const torch::nn::Linear& module, const Tensor& x, int64_t heads) {
-  return apply(module, x).view({x.size(0), x.size(1), heads, -1}).transpose(1, 2);
+  return split_heads(linear(module, x), heads, shapes::NormOver::nothing, nullptr);
 }
 
 struct KeysAndValues {
@@ -68,7 +66,7 @@ Tensor attend_to(const xattn::CrossAttention& layer,
     const auto attended = attend(q, k, v, scale);
     sum = sum.defined() ? sum + attended : attended;
   }
-  return apply(layer->output_linear, sum.transpose(1, 2).flatten(2));
+  return linear(layer->output_linear, sum.transpose(1, 2).flatten(2));
 }
 
 // One block, with the i-th of the kept contexts or one of the key.
@@ -87,8 +85,8 @@ Tensor apply_block(const BenchBlock& b, size_t i, const Tensor& x, const std::ve
     return attend_to(block->attention, input, {context}, attend);
   });
   return add_branch(attended, block->feed_forward_norm, block->feed_forward_gate, [&](const Tensor& input) {
-    const auto hidden = apply(block->feed_forward_in, input);
-    return apply(block->feed_forward_out, o.activation() == xattn::Activation::relu ? at::relu(hidden) : at::gelu(hidden));
+    const auto hidden = linear(block->feed_forward_in, input);
+    return linear(block->feed_forward_out, o.activation() == xattn::Activation::relu ? at::relu(hidden) : at::gelu(hidden));
   });
 }
 
@@ -110,7 +108,7 @@ Candidate operators(const char* name, const BenchBlock& b, Attend attend) {
     v = v.contiguous();
   }
   return {.name = name, .call = [&b, attend, kept]() -> Outputs {
-            if (b.linear) return {apply(b.linear, b.query), {}};
+            if (b.linear) return {linear(b.linear, b.query), {}};
             if (b.decoupled) {
               return {attend_to(b.decoupled->attention, b.query, b.row.kept ? kept : make_contexts(b), attend), {}};
             }

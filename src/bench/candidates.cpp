@@ -29,30 +29,30 @@ AttentionWeights weights_of(const BenchLayer& layer) {
   return layer.module->options.attention_weights();
 }
 
-// Calls `attend` with a context. If the row keeps the context, it is made now.
-template <class Attend>
-std::function<Outputs()> with_context(const Eager& eager, Attend attend) {
-  if (eager.layer.shape.timed != Timed::attend) return [eager, attend] { return attend(eager.context()); };
-  return [attend, context = eager.context()] { return attend(context); };
+// `computation`: an Eager, Sdpa or Folded. If the row keeps the context, it is made now.
+template <class Computation>
+std::function<Outputs()> call_with_context(const BenchLayer& layer, const Computation& computation) {
+  if (layer.shape.timed != Timed::attend) return [computation] { return computation.attend(computation.context()); };
+  return [computation, context = computation.context()] { return computation.attend(context); };
 }
 
+struct Sdpa : Eager {
+  Outputs attend(const Context& context) const {
+    const auto& [k, v] = context;
+    const auto& s = layer.shape;
+    const auto q = project_query().expand({s.B, -1, -1, -1});
+    const auto mask = layer.bias.defined() ? std::optional(layer.bias) : std::nullopt;
+    return {project_output(at::scaled_dot_product_attention(q, k, v, mask, 0, false, {}, s.G != s.H)), {}};
+  }
+};
+
 Candidate eager(const BenchLayer& layer) {
-  const Eager eager{layer};
-  const auto attend = [eager](const Eager::Context& context) { return eager.attend(context); };
-  return {.name = "eager", .call = with_context(eager, attend), .leaves = layer.leaves(), .holds_logits = true};
+  return {.name = "eager", .call = call_with_context(layer, Eager{layer}), .leaves = layer.leaves(), .holds_logits = true};
 }
 
 Candidate sdpa(const BenchLayer& layer) {
   if (weights_of(layer) != AttentionWeights::none) return without("sdpa", "it returns no weights");
-  const Eager eager{layer};
-  const auto attend = [eager](const Eager::Context& context) -> Outputs {
-    const auto& [k, v] = context;
-    const auto& s = eager.layer.shape;
-    const auto q = eager.project_query().expand({s.B, -1, -1, -1});
-    const auto mask = eager.layer.bias.defined() ? std::optional(eager.layer.bias) : std::nullopt;
-    return {eager.project_output(at::scaled_dot_product_attention(q, k, v, mask, 0, false, {}, s.G != s.H)), {}};
-  };
-  return {.name = "sdpa", .call = with_context(eager, attend), .leaves = layer.leaves()};
+  return {.name = "sdpa", .call = call_with_context(layer, Sdpa{{layer}}), .leaves = layer.leaves()};
 }
 
 Candidate mha(const BenchLayer& layer) {
@@ -116,13 +116,6 @@ std::function<Outputs()> call_of(const BenchLayer& layer, const xattn::CrossAtte
   return [=, context = module->context(layer.key, layer.value, mask)] { return module->attend(query, context); };
 }
 
-// A learned query is part of the frozen layer.
-xattn::FreezeOptions freeze_options(const BenchLayer& layer) {
-  xattn::FreezeOptions options;
-  if (layer.shape.learned_query) options.query = layer.query[0];
-  return options;
-}
-
 Candidate folded(const BenchLayer& layer) {
   const auto orders = shapes::count_operations(layer.shape).orders;
   if (orders == xattn::Orders{}) return without("folded", "the standard order is the cheapest");
@@ -132,13 +125,8 @@ Candidate folded(const BenchLayer& layer) {
       const Folded folded(layer, orders);
       return folded.attend(folded.context());
     };
-    return candidate;
-  }
-  const auto folded = std::make_shared<Folded>(layer, orders);
-  if (layer.shape.timed == Timed::attend) {
-    candidate.call = [folded, context = folded->context()] { return folded->attend(context); };
   } else {
-    candidate.call = [folded] { return folded->attend(folded->context()); };
+    candidate.call = call_with_context(layer, Folded(layer, orders));
   }
   return candidate;
 }
@@ -147,16 +135,11 @@ Candidate module(const BenchLayer& layer) {
   return {.name = "module", .call = call_of(layer, layer.module), .leaves = layer.leaves()};
 }
 
-Candidate frozen(const BenchLayer& layer) {
-  if (layer.shape.timed == Timed::backward) return without("frozen", "it has no gradients");
-  return {.name = "frozen", .call = call_of(layer, layer.module->freeze(freeze_options(layer)))};
-}
-
-// With a kept context nearly all of a call is reading memory, so halving the memory shows.
-Candidate stored_in_bfloat16(const BenchLayer& layer) {
-  auto options = freeze_options(layer);
-  options.storage = at::kBFloat16;
-  return {.name = "frozen, bfloat16", .call = call_of(layer, layer.module->freeze(options)), .rounds = true};
+Candidate frozen(const BenchLayer& layer, const char* name, std::optional<at::ScalarType> storage = {}) {
+  if (layer.shape.timed == Timed::backward) return without(name, "it has no gradients");
+  xattn::FreezeOptions options{.storage = storage};
+  if (layer.shape.learned_query) options.query = layer.query[0];  // part of the frozen layer
+  return {.name = name, .call = call_of(layer, layer.module->freeze(options)), .rounds = storage.has_value()};
 }
 
 // Runs one backend of scaled_dot_product_attention, with the others switched off.
@@ -193,8 +176,12 @@ std::function<Outputs()> call_of(const BenchLayer& layer, const xattn::Frozen& f
 }
 
 std::vector<Candidate> candidates(const BenchLayer& layer) {
-  std::vector<Candidate> result = {eager(layer), sdpa(layer), mha(layer), folded(layer), module(layer), frozen(layer)};
-  if (layer.key.is_cpu() && layer.shape.timed == Timed::attend) result.push_back(stored_in_bfloat16(layer));
+  std::vector<Candidate> result = {eager(layer),  sdpa(layer),   mha(layer),
+                                   folded(layer), module(layer), frozen(layer, "frozen")};
+  // With a kept context nearly all of a call is reading memory, so halving the memory shows.
+  if (layer.key.is_cpu() && layer.shape.timed == Timed::attend) {
+    result.push_back(frozen(layer, "frozen, bfloat16", at::kBFloat16));
+  }
   if (layer.key.is_cuda() && weights_of(layer) == AttentionWeights::none) {
     result.push_back(with_backend(sdpa(layer), "flash", &at::Context::setSDPUseFlash));
     result.push_back(with_backend(sdpa(layer), "efficient", &at::Context::setSDPUseMemEfficient));

@@ -18,8 +18,17 @@ using xattn::AttentionWeights;
 
 namespace {
 
-// [B, L, n * size] -> [B, n, L, size], with the norm.
-Tensor heads(const Tensor& x, int64_t n, NormOver over, const xattn::Norm& norm) {
+std::vector<Tensor> gradients(const Outputs& outputs, const std::vector<Tensor>& leaves, const Tensor& grad) {
+  return torch::autograd::grad({std::get<0>(outputs)}, leaves, {grad}, {}, false, /*allow_unused=*/true);
+}
+
+}  // namespace
+
+Tensor linear(const torch::nn::Linear& module, const Tensor& x) {
+  return at::linear(x, module->weight, module->bias);
+}
+
+Tensor split_heads(const Tensor& x, int64_t n, NormOver over, const xattn::Norm& norm) {
   const auto rms = [&](const Tensor& t) { return at::rms_norm(t, norm->weight.sizes(), norm->weight, norm->options.eps()); };
   auto y = over == NormOver::heads ? rms(x) : x;
   y = y.view({x.size(0), x.size(1), n, -1});
@@ -27,24 +36,15 @@ Tensor heads(const Tensor& x, int64_t n, NormOver over, const xattn::Norm& norm)
   return y.transpose(1, 2);
 }
 
-Tensor linear(const torch::nn::Linear& module, const Tensor& x) {
-  return at::linear(x, module->weight, module->bias);
-}
-
-std::vector<Tensor> gradients(const Outputs& outputs, const std::vector<Tensor>& leaves, const Tensor& grad) {
-  return torch::autograd::grad({std::get<0>(outputs)}, leaves, {grad}, {}, false, /*allow_unused=*/true);
-}
-
-}  // namespace
-
 Eager::Context Eager::context() const {
   const auto& s = layer.shape;
-  return {heads(linear(layer.module->key_linear, layer.key), s.G, s.norm, layer.module->key_norm),
-          heads(linear(layer.module->value_linear, layer.value), s.G, NormOver::nothing, nullptr)};
+  return {split_heads(linear(layer.module->key_linear, layer.key), s.G, s.norm, layer.module->key_norm),
+          split_heads(linear(layer.module->value_linear, layer.value), s.G, NormOver::nothing, nullptr)};
 }
 
 Tensor Eager::project_query() const {
-  return heads(linear(layer.module->query_linear, layer.query), layer.shape.H, layer.shape.norm, layer.module->query_norm);
+  return split_heads(linear(layer.module->query_linear, layer.query), layer.shape.H, layer.shape.norm,
+                     layer.module->query_norm);
 }
 
 Tensor Eager::project_output(const Tensor& x) const {

@@ -13,6 +13,12 @@
 
 namespace bench {
 
+/// module(x), with a call of LibTorch's that does no more.
+torch::Tensor linear(const torch::nn::Linear& module, const torch::Tensor& x);
+
+/// [B, L, n * size] -> [B, n, L, size], with the norm over what `over` says.
+torch::Tensor split_heads(const torch::Tensor& x, int64_t n, shapes::NormOver over, const xattn::Norm& norm);
+
 /// The weights that a row returns, from those of all heads, [B, H, Lq, Lk].
 torch::Tensor returned_weights(const BenchLayer& layer, const torch::Tensor& weights);
 

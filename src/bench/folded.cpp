@@ -15,10 +15,6 @@ using xattn::Order;
 
 namespace {
 
-Tensor rms(const Tensor& x, const xattn::Norm& norm) {
-  return at::rms_norm(x, norm->weight.sizes(), norm->weight, norm->options.eps());
-}
-
 // [G, ...] -> [H, ...]
 Tensor for_all_heads(const Tensor& x, int64_t H) {
   return x.size(0) == H ? x : x.repeat_interleave(H / x.size(0), 0);
@@ -59,12 +55,9 @@ Folded::Folded(const BenchLayer& layer, const xattn::Orders& orders) : layer_(la
 Tensor Folded::project_query() const {
   const auto& s = layer_.shape;
   const auto& x = layer_.query;
-  auto q = at::addmm(q_bias_, x.flatten(0, 1), q_).view({x.size(0), s.Lq, s.H * s.d});
-  if (s.norm == NormOver::heads) q = rms(q, layer_.module->query_norm);
-  q = q.view({x.size(0), s.Lq, s.H, s.d});
-  if (s.norm == NormOver::head) q = rms(q, layer_.module->query_norm);
-  if (s.norm != NormOver::nothing) q = q / std::sqrt(static_cast<double>(s.d));
-  return q.transpose(1, 2);
+  const auto projected = at::addmm(q_bias_, x.flatten(0, 1), q_).view({x.size(0), s.Lq, s.H * s.d});
+  const auto q = split_heads(projected, s.H, s.norm, layer_.module->query_norm);
+  return s.norm != NormOver::nothing ? q / std::sqrt(static_cast<double>(s.d)) : q;
 }
 
 Folded::Context Folded::context() const {
@@ -73,12 +66,8 @@ Folded::Context Folded::context() const {
   context.keys = layer_.key;
   if (orders_.logits == Order::standard || orders_.logits == Order::fold_into_context) {
     const auto rows = layer_.key.flatten(0, 1);
-    auto k = k_bias_.defined() ? at::addmm(k_bias_, rows, k_) : at::mm(rows, k_);
-    k = k.view({s.B, s.Lk, s.G * s.d});
-    if (s.norm == NormOver::heads) k = rms(k, layer_.module->key_norm);
-    k = k.view({s.B, s.Lk, s.G, s.d});
-    if (s.norm == NormOver::head) k = rms(k, layer_.module->key_norm);
-    context.keys = k.transpose(1, 2);
+    const auto k = k_bias_.defined() ? at::addmm(k_bias_, rows, k_) : at::mm(rows, k_);
+    context.keys = split_heads(k.view({s.B, s.Lk, s.G * s.d}), s.G, s.norm, layer_.module->key_norm);
   }
   if (orders_.logits == Order::fold_into_context) {
     const auto& k = context.keys;                                    // [B, H, Lk, d]
