@@ -16,13 +16,13 @@ torch::nn::Conv2dOptions convolution(int64_t in, int64_t out, int64_t size) {
 
 }  // namespace
 
-void ImageEncoderImpl::reset() {
+ImageEncoderImpl::ImageEncoderImpl(int64_t features) {
   using torch::nn::Conv2d, torch::nn::MaxPool2d, torch::nn::ReLU, torch::nn::Sequential;
   layers = register_module(
       "layers", Sequential(Conv2d(convolution(1, 32, 3).padding(1)), BatchNorm(32), ReLU(), MaxPool2d(2),   // [B, 32, 12, 12]
                            Conv2d(convolution(32, 64, 3).padding(1)), BatchNorm(64), ReLU(), MaxPool2d(2),  // [B, 64, 6, 6]
-                           Conv2d(convolution(64, features_, 2).stride(2)), BatchNorm(features_), ReLU(),   // [B, C, 3, 3]
-                           Conv2d(convolution(features_, features_, 3).padding(1)), BatchNorm(features_), ReLU()));
+                           Conv2d(convolution(64, features, 2).stride(2)), BatchNorm(features), ReLU(),     // [B, C, 3, 3]
+                           Conv2d(convolution(features, features, 3).padding(1)), BatchNorm(features), ReLU()));
 }
 
 torch::Tensor ImageEncoderImpl::forward(const torch::Tensor& boards) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <torch/nn/cloneable.h>
+#include <torch/nn/module.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
@@ -11,19 +11,14 @@
 namespace examples {
 
 /// A small convolutional network. It halves the picture three times; the last convolution combines neighbouring places.
-class ImageEncoderImpl : public torch::nn::Cloneable<ImageEncoderImpl> {
+class ImageEncoderImpl : public torch::nn::Module {
  public:
-  explicit ImageEncoderImpl(int64_t features) : features_(features) { reset(); }
-
-  void reset() override;
+  explicit ImageEncoderImpl(int64_t features);
 
   /// boards [B, 1, 24, 24], ink from 0 to 1 -> [B, features, 3, 3].
   torch::Tensor forward(const torch::Tensor& boards);
 
   torch::nn::Sequential layers{nullptr};
-
- private:
-  int64_t features_;
 };
 TORCH_MODULE(ImageEncoder);
 

@@ -25,10 +25,10 @@ torch::Tensor sinusoids(int64_t T, int64_t features) {
 
 }  // namespace
 
-void RnnEncoderImpl::reset() {
-  embedding = register_module("embedding", make_embedding(vocabulary_, features_));
+RnnEncoderImpl::RnnEncoderImpl(int64_t vocabulary, int64_t features) {
+  embedding = register_module("embedding", make_embedding(vocabulary, features));
   gru = register_module("gru",
-                        torch::nn::GRU(torch::nn::GRUOptions(features_, features_ / 2).batch_first(true).bidirectional(true)));
+                        torch::nn::GRU(torch::nn::GRUOptions(features, features / 2).batch_first(true).bidirectional(true)));
 }
 
 torch::Tensor RnnEncoderImpl::forward(const torch::Tensor& words) {
@@ -41,26 +41,20 @@ torch::Tensor RnnEncoderImpl::forward(const torch::Tensor& words) {
                                                          /*total_length=*/words.size(1)));
 }
 
-void TransformerEncoderImpl::reset() {
-  embedding = register_module("embedding", make_embedding(vocabulary_, features_));
-  position = register_parameter("position", sinusoids(kLongest, features_));
-  layers = register_module("layers", torch::nn::ModuleList());
-  const auto attention = xattn::CrossAttentionOptions(features_, features_, features_, features_)
-                             .num_heads(4)
-                             .attention_weights(xattn::AttentionWeights::none);
-  for (int64_t i = 0; i < kLayers; ++i) {
-    layers->push_back(xattn::CrossAttentionBlock(
-        xattn::CrossAttentionBlockOptions(attention).norm_placement(xattn::NormPlacement::after).feed_forward(2 * features_)));
-  }
+TransformerEncoderImpl::TransformerEncoderImpl(int64_t vocabulary, int64_t features) {
+  embedding = register_module("embedding", make_embedding(vocabulary, features));
+  position = register_parameter("position", sinusoids(kLongest, features));
+  const auto attention = xattn::CrossAttentionOptions(features, features, features, features).num_heads(4);
+  const auto layer =
+      xattn::CrossAttentionBlockOptions(attention).norm_placement(xattn::NormPlacement::after).feed_forward(2 * features);
+  encoder = register_module("encoder", xattn::Encoder(xattn::EncoderOptions(std::vector(kLayers, layer))));
 }
 
 torch::Tensor TransformerEncoderImpl::forward(const torch::Tensor& words) {
   const auto T = words.size(1);
   TORCH_CHECK_VALUE(T <= kLongest, "a question may have up to ", kLongest - 1, " words, but has ", T - 1, ".");
   const auto mask = xattn::Mask::key_padding(words.ne(Vocabulary::kPadding));
-  auto x = embedding->forward(words) + position.narrow(0, 0, T);  // [N, T, features]
-  for (const auto& layer : *layers) x = std::get<0>(layer->as<xattn::CrossAttentionBlock>()->forward(x, x, x, mask));
-  return x;
+  return encoder->forward(embedding->forward(words) + position.narrow(0, 0, T), mask);
 }
 
 torch::Tensor CachedEncoderImpl::forward(const torch::Tensor& words) {

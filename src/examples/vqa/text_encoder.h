@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <torch/nn/cloneable.h>
-#include <torch/nn/modules/container/modulelist.h>
+#include <torch/nn/module.h>
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/modules/rnn.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
-#include <xattn/block.h>
+#include <xattn/stacks.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <utility>
@@ -21,43 +21,31 @@
 namespace vqa {
 
 /// A recurrent network that reads the words forwards and backwards. Cho et al., 2014, https://arxiv.org/abs/1406.1078.
-class RnnEncoderImpl : public torch::nn::Cloneable<RnnEncoderImpl> {
+class RnnEncoderImpl : public torch::nn::Module {
  public:
-  RnnEncoderImpl(int64_t vocabulary, int64_t features) : vocabulary_(vocabulary), features_(features) { reset(); }
+  RnnEncoderImpl(int64_t vocabulary, int64_t features);
 
-  void reset() override;
   torch::Tensor forward(const torch::Tensor& words);
 
   torch::nn::Embedding embedding{nullptr};
   torch::nn::GRU gru{nullptr};
-
- private:
-  int64_t vocabulary_;
-  int64_t features_;
 };
 TORCH_MODULE(RnnEncoder);
 
-/// A Transformer encoder. A block whose query is its context, `forward(x, x, x)`, is self-attention.
-/// Vaswani et al., 2017, https://arxiv.org/abs/1706.03762.
-class TransformerEncoderImpl : public torch::nn::Cloneable<TransformerEncoderImpl> {
+/// A Transformer encoder. Vaswani et al., 2017, https://arxiv.org/abs/1706.03762.
+class TransformerEncoderImpl : public torch::nn::Module {
  public:
-  static constexpr int64_t kLayers = 2;
+  static constexpr size_t kLayers = 2;
   static constexpr int64_t kLongest = 32;  ///< words: the number of learned positions
 
-  TransformerEncoderImpl(int64_t vocabulary, int64_t features) : vocabulary_(vocabulary), features_(features) { reset(); }
-
-  void reset() override;
+  TransformerEncoderImpl(int64_t vocabulary, int64_t features);
 
   /// Throws c10::ValueError for more than kLongest words.
   torch::Tensor forward(const torch::Tensor& words);
 
   torch::nn::Embedding embedding{nullptr};
   torch::Tensor position;  ///< [kLongest, features], learned; sinusoids at first
-  torch::nn::ModuleList layers{nullptr};
-
- private:
-  int64_t vocabulary_;
-  int64_t features_;
+  xattn::Encoder encoder{nullptr};
 };
 TORCH_MODULE(TransformerEncoder);
 
