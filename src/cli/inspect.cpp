@@ -49,10 +49,6 @@ struct InspectArguments {
   bool json = false;
 };
 
-std::string type_name(const TensorInfo& info) {
-  return std::string(c10::getDtypeNames(info.type).first);
-}
-
 Json layer_as_json(const FoundLayer& layer, const Checkpoint& file) {
   constexpr std::array kKinds = {"cross", "self", "unknown"};
   const auto& options = layer.options;
@@ -92,27 +88,20 @@ Json block_as_json(const FoundBlock& block, const Checkpoint& file) {
           {"misshapen", block.misshapen}};
 }
 
-struct Found {
-  Json layers = Json::array();
-  Json blocks = Json::array();
-};
-
-Found find(const Checkpoint& file) {
-  Found found;
-  for (const auto& layer : find_layers(file.tensors())) found.layers.push_back(layer_as_json(layer, file));
-  for (const auto& block : find_blocks(file.tensors())) found.blocks.push_back(block_as_json(block, file));
-  return found;
-}
-
-Json as_json(const Checkpoint& file, const Found& found) {
-  Json tensors = Json::array();
+Json as_json(const Checkpoint& file) {
+  auto tensors = Json::array(), unreadable = tensors, layers = tensors, blocks = tensors;
   for (const auto& [name, info] : file.tensors()) {
-    tensors.push_back({{"name", name}, {"type", type_name(info)}, {"shape", info.shape}});
+    tensors.push_back({{"name", name}, {"type", c10::getDtypeNames(info.type).first}, {"shape", info.shape}});
   }
-  Json unreadable = Json::array();
   for (const auto& [name, reason] : file.unreadable()) unreadable.push_back({{"name", name}, {"reason", reason}});
-  return {{"format", to_string(file.format())}, {"metadata", file.metadata()}, {"tensors", tensors},
-          {"unreadable", unreadable},           {"layers", found.layers},      {"blocks", found.blocks}};
+  for (const auto& layer : find_layers(file.tensors())) layers.push_back(layer_as_json(layer, file));
+  for (const auto& block : find_blocks(file.tensors())) blocks.push_back(block_as_json(block, file));
+  return {{"format", to_string(file.format())},
+          {"metadata", file.metadata()},
+          {"tensors", tensors},
+          {"unreadable", unreadable},
+          {"layers", layers},
+          {"blocks", blocks}};
 }
 
 // A value in a line of text. Names from the file become shortened JSON strings, which cannot control the terminal; of a list,
@@ -127,24 +116,29 @@ std::string shown(const Json& value) {
   return fmt::format("[{}]", fmt::join(names, ", "));
 }
 
-void print(const Checkpoint& file, const Found& found) {
-  using detail::in_quotes;
+void print(const Json& file) {
   constexpr size_t kWidest = 100;  // of the first column; longer names exceed it instead of widening every line
-  std::cout << fmt::format("{}, {} tensors\n", to_string(file.format()), file.tensors().size());
+  const auto& tensors = file.at("tensors");
+  std::cout << fmt::format("{}, {} tensors\n", file.at("format").get<std::string>(), tensors.size());
   size_t width = 0;
-  for (const auto& [name, info] : file.tensors()) {
-    if (const auto size = in_quotes(name).size(); size <= kWidest) width = std::max(width, size);
+  for (const auto& tensor : tensors) {
+    if (const auto size = shown(tensor.at("name")).size(); size <= kWidest) width = std::max(width, size);
   }
-  for (const auto& [name, info] : file.tensors()) {
-    const auto shape = fmt::format("[{}]", fmt::join(info.shape, ", "));
-    std::cout << fmt::format("  {:{}}  {:15}  {}\n", in_quotes(name), width, type_name(info), shape);
+  for (const auto& tensor : tensors) {
+    const auto shape = fmt::format("[{}]", fmt::join(tensor.at("shape").get<std::vector<int64_t>>(), ", "));
+    std::cout << fmt::format("  {:{}}  {:15}  {}\n", shown(tensor.at("name")), width, tensor.at("type").get<std::string>(),
+                             shape);
   }
-  if (!file.unreadable().empty()) std::cout << "not read\n";
-  for (const auto& [name, reason] : file.unreadable()) {
-    std::cout << fmt::format("  {}: {}\n", in_quotes(name), detail::one_line(reason));
+  const auto &unreadable = file.at("unreadable"), &metadata = file.at("metadata");
+  if (!unreadable.empty()) std::cout << "not read\n";
+  for (const auto& tensor : unreadable) {
+    const auto reason = detail::one_line(tensor.at("reason").get<std::string>());
+    std::cout << fmt::format("  {}: {}\n", shown(tensor.at("name")), reason);
   }
-  if (!file.metadata().empty()) std::cout << "metadata\n";
-  for (const auto& [key, value] : file.metadata()) std::cout << fmt::format("  {}: {}\n", in_quotes(key), in_quotes(value));
+  if (!metadata.empty()) std::cout << "metadata\n";
+  for (const auto& [key, value] : metadata.items()) {
+    std::cout << fmt::format("  {}: {}\n", detail::in_quotes(key), shown(value));
+  }
   const auto list = [](const Json& all) {
     for (const auto& one : all) {
       std::vector<std::string> properties;
@@ -154,20 +148,19 @@ void print(const Checkpoint& file, const Found& found) {
       std::cout << fmt::format("  {}\n", fmt::join(properties, ", "));
     }
   };
-  std::cout << (found.layers.empty() ? "no attention layer\n" : "attention layers\n");
-  list(found.layers);
-  if (!found.blocks.empty()) std::cout << "blocks around them\n";
-  list(found.blocks);
+  const auto &layers = file.at("layers"), &blocks = file.at("blocks");
+  std::cout << (layers.empty() ? "no attention layer\n" : "attention layers\n");
+  list(layers);
+  if (!blocks.empty()) std::cout << "blocks around them\n";
+  list(blocks);
 }
 
 void inspect(const InspectArguments& arguments) {
-  const auto file = open_checkpoint(arguments.file);
-  const auto found = find(file);
+  const auto json = as_json(open_checkpoint(arguments.file));
   if (arguments.json) {
-    const auto json = as_json(file, found).dump(2, ' ', /*ensure_ascii=*/false, Json::error_handler_t::replace);
-    std::cout << detail::printed_json(json) << "\n";
+    std::cout << detail::printed_json(json.dump(2, ' ', /*ensure_ascii=*/false, Json::error_handler_t::replace)) << "\n";
   } else {
-    print(file, found);
+    print(json);
   }
 }
 
