@@ -48,22 +48,12 @@ ByteVocabulary::ByteVocabulary(const std::string& folder) {
   Spelled spelled;
   const JsonFile tokenizer(folder, "tokenizer.json"), vocabulary(folder, "vocab.json"), added(folder, "added_tokens.json");
   path_ = tokenizer ? tokenizer.path() : vocabulary.path();
-  if (tokenizer) {
-    nlohmann::json model, marks;
-    tokenizer.get("model", model);
-    tokenizer.get("added_tokens", marks);
-    try {
-      spelled = model.at("vocab").get<Spelled>();
-      for (const auto& mark : marks) spelled[mark.at("content")] = mark.at("id");
-    } catch (const nlohmann::json::exception& error) {
-      tokenizer.check(false, error.what());
-    }
-  } else {
-    for (const auto* file : {&vocabulary, &added}) {
-      Spelled more;
-      file->get(more);
-      spelled.merge(more);
-    }
+  tokenizer.read([&](const nlohmann::json& json) {
+    json.at("model").at("vocab").get_to(spelled);
+    for (const auto& mark : json.value("added_tokens", nlohmann::json::array())) spelled[mark.at("content")] = mark.at("id");
+  });
+  for (const auto* file : {&vocabulary, &added}) {
+    if (!tokenizer) file->read([&](const nlohmann::json& json) { spelled.merge(json.get<Spelled>()); });
   }
   if (spelled.empty()) {
     throw xattn::FileError(fmt::format("{}: it must hold a tokenizer, tokenizer.json or vocab.json, but does not", folder));

@@ -30,24 +30,23 @@ class JsonFile {
   explicit operator bool() const { return !json_.is_null(); }
   const std::string& path() const { return path_; }
 
-  /// Sets `value` to the one with this name; leaves it as it is if there is none, or null.
-  template <class T>
-  void get(const char* name, T& value) const {
+  /// Calls read(json) with the whole object, unless the file is empty. An error of nlohmann's is told behind `what`.
+  template <class Read>
+  void read(const Read& read, const std::string& what = "") const {
     try {
-      if (const auto found = json_.find(name); found != json_.end() && !found->is_null()) found->get_to(value);
+      if (*this) read(json_);
     } catch (const nlohmann::json::exception& error) {
-      check(false, fmt::format("{}: {}", name, error.what()));
+      check(false, what + error.what());
     }
   }
 
-  /// Sets `value` to the whole object, unless the file is empty.
+  /// Sets `value` to the one with this name; leaves it as it is if there is none, or null.
   template <class T>
-  void get(T& value) const {
-    try {
-      if (*this) json_.get_to(value);
-    } catch (const nlohmann::json::exception& error) {
-      check(false, error.what());
-    }
+  void get(const std::string& name, T& value) const {
+    const auto set = [&](const nlohmann::json& json) {
+      if (const auto found = json.find(name); found != json.end() && !found->is_null()) found->get_to(value);
+    };
+    read(set, name + ": ");
   }
 
   /// Throws unless `ok`.
