@@ -14,14 +14,13 @@ namespace {
 
 using examples::Vocabulary;
 using xattn::AttentionWeights;
-using xattn::CrossAttentionBlock;
 using xattn::CrossAttentionBlockOptions;
 using xattn::CrossAttentionOptions;
 
-CrossAttentionBlockOptions block_options(int64_t features, int64_t heads, AttentionWeights weights) {
-  return CrossAttentionBlockOptions(
-             CrossAttentionOptions(features, features, features, features).num_heads(heads).attention_weights(weights))
-      .norm_placement(xattn::NormPlacement::after);
+CrossAttentionBlockOptions block_options(AttentionWeights weights) {
+  constexpr auto E = ModelImpl::kFeatures;
+  const auto attention = CrossAttentionOptions(E, E, E, E).num_heads(ModelImpl::kHeads).attention_weights(weights);
+  return CrossAttentionBlockOptions(attention).norm_placement(xattn::NormPlacement::after);
 }
 
 constexpr auto kNever = -std::numeric_limits<double>::infinity();
@@ -41,41 +40,6 @@ torch::Tensor next_words(Model& model,
 
 }  // namespace
 
-DecoderLayerImpl::DecoderLayerImpl(int64_t features, int64_t heads) {
-  self_attention = register_module("self_attention",
-                                   CrossAttentionBlock(block_options(features, heads, AttentionWeights::none).feed_forward(0)));
-  cross_attention =
-      register_module("cross_attention",
-                      CrossAttentionBlock(block_options(features, heads, AttentionWeights::mean).feed_forward(2 * features)));
-}
-
-void DecoderLayerImpl::freeze() {
-  frozen_self_attention_ = self_attention->freeze();
-  frozen_cross_attention_ = cross_attention->freeze();
-  is_frozen_ = true;
-}
-
-ImageContext DecoderLayerImpl::context(const torch::Tensor& places) {
-  if (is_frozen_) return frozen_cross_attention_.context(places, places);
-  return cross_attention->context(places, places);
-}
-
-std::tuple<torch::Tensor, torch::Tensor> DecoderLayerImpl::forward(const torch::Tensor& x,
-                                                                   const xattn::Mask& mask,
-                                                                   const ImageContext& image) {
-  const auto B = x.size(0);
-  const auto n = x.size(1);
-  const auto T = x.size(2);
-  const auto sentences = x.flatten(0, 1);  // [B * n, T, E]
-  const auto y = std::get<0>(is_frozen_ ? frozen_self_attention_.forward(sentences, sentences, sentences, mask)
-                                        : self_attention->forward(sentences, sentences, sentences, mask));
-  // All sentences about one image are queries of the same batch entry, so that the image is not copied for each.
-  const auto queries = y.reshape({B, n * T, -1});
-  const auto [z, weights] = is_frozen_ ? frozen_cross_attention_.attend(queries, std::get<xattn::FrozenContext>(image))
-                                       : cross_attention->attend(queries, std::get<xattn::Context>(image));
-  return {z.view({B, n, T, -1}), weights.view({B, n, T, -1})};
-}
-
 ModelImpl::ModelImpl(const ModelOptions& options) : options(options) {
   image_encoder = register_module("image_encoder", examples::ImageEncoder(kFeatures));
   place = register_parameter("place", torch::randn({examples::kCells, kFeatures}));
@@ -83,15 +47,18 @@ ModelImpl::ModelImpl(const ModelOptions& options) : options(options) {
       "embedding",
       torch::nn::Embedding(torch::nn::EmbeddingOptions(options.vocabulary, kFeatures).padding_idx(Vocabulary::kPadding)));
   position = register_parameter("position", torch::randn({options.longest + 1, kFeatures}));
+  const xattn::DecoderLayerOptions layer(block_options(AttentionWeights::none).feed_forward(0),
+                                         block_options(AttentionWeights::mean).feed_forward(2 * kFeatures));
   for (int64_t i = 0; i < kLayers; ++i) {
-    layers.push_back(register_module(fmt::format("layer{}", i), DecoderLayer(kFeatures, kHeads)));
+    layers.push_back(register_module(fmt::format("layer{}", i), xattn::DecoderLayer(layer)));
   }
   classifier = register_module("classifier", torch::nn::Linear(kFeatures, options.vocabulary));
   recogniser = register_module("recogniser", torch::nn::Linear(kFeatures, examples::kDigitKinds + 1));
 }
 
 void ModelImpl::freeze() {
-  for (auto& layer : layers) layer->freeze();
+  frozen_.clear();
+  for (auto& layer : layers) frozen_.push_back({layer->self->freeze(), layer->cross->freeze()});
 }
 
 torch::Tensor ModelImpl::encode(const torch::Tensor& boards) {
@@ -101,18 +68,37 @@ torch::Tensor ModelImpl::encode(const torch::Tensor& boards) {
 std::vector<ImageContext> ModelImpl::contexts(const torch::Tensor& features) {
   const auto places = features + place;  // [B, 9, 96]
   std::vector<ImageContext> images;
-  for (auto& layer : layers) images.push_back(layer->context(places));
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (frozen_.empty()) {
+      images.emplace_back(layers[i]->cross->context(places, places));
+    } else {
+      images.emplace_back(frozen_[i].cross.context(places, places));
+    }
+  }
   return images;
 }
 
 std::tuple<torch::Tensor, torch::Tensor> ModelImpl::predict(const torch::Tensor& words,
                                                             const std::vector<ImageContext>& images) {
+  const auto B = words.size(0);
+  const auto n = words.size(1);
+  const auto T = words.size(2);
   const auto mask = xattn::Mask::causal(xattn::CausalAlignment::upper_left) &
                     xattn::Mask::key_padding(words.flatten(0, 1).ne(Vocabulary::kPadding));
-  auto x = embedding->forward(words) + position.narrow(0, 0, words.size(2));  // [B, n, T, E]
-  torch::Tensor weights;                                                      // [B, n, T, 9]
-  for (size_t i = 0; i < layers.size(); ++i) std::tie(x, weights) = layers[i]->forward(x, mask, images.at(i));
-  return {classifier->forward(x), weights};
+  auto x = embedding->forward(words) + position.narrow(0, 0, T);  // [B, n, T, E]
+  torch::Tensor weights;
+  const bool frozen = !frozen_.empty();
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto sentences = x.flatten(0, 1);  // [B * n, T, E]
+    const auto y = std::get<0>(frozen ? frozen_[i].self.forward(sentences, sentences, sentences, mask)
+                                      : layers[i]->self->forward(sentences, sentences, sentences, mask));
+    // All sentences about one image are queries of the same batch entry, so that the image is not copied for each.
+    const auto queries = y.reshape({B, n * T, -1});
+    std::tie(x, weights) = frozen ? frozen_[i].cross.attend(queries, std::get<xattn::FrozenContext>(images.at(i)))
+                                  : layers[i]->cross->attend(queries, std::get<xattn::Context>(images.at(i)));
+    x = x.view({B, n, T, -1});
+  }
+  return {classifier->forward(x), weights.view({B, n, T, -1})};
 }
 
 torch::Tensor ModelImpl::recognise(const torch::Tensor& features) {

@@ -6,8 +6,9 @@
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
-#include <xattn/block.h>
+#include <xattn/context.h>
 #include <xattn/frozen_block.h>
+#include <xattn/stacks.h>
 
 #include <cstdint>
 #include <tuple>
@@ -23,34 +24,11 @@ struct ModelOptions {
   int64_t longest;     ///< words of a caption
 };
 
-/// An image as the cross attention of a layer reads it: made by the module, or by its frozen copy.
+/// An image as the cross-attention of a layer reads it: made by the module, or by its frozen copy.
 using ImageContext = std::variant<xattn::Context, xattn::FrozenContext>;
 
-/// A layer of a Transformer decoder (Vaswani et al., 2017): each word attends to the words before it, then to the image.
-class DecoderLayerImpl : public torch::nn::Module {
- public:
-  DecoderLayerImpl(int64_t features, int64_t heads);
-
-  /// Attends with frozen copies of the blocks from now on. For inference alone: they do not follow further training.
-  void freeze();
-
-  /// The context of an image, from its places [B, Lk, E].
-  ImageContext context(const torch::Tensor& places);
-
-  /// x [B, n, T, E], n sentences about each image; mask over the words, for B * n; image: as `context` returns it.
-  /// Returns x [B, n, T, E] and the attention weights of each word, [B, n, T, Lk], the mean over heads.
-  std::tuple<torch::Tensor, torch::Tensor> forward(const torch::Tensor& x, const xattn::Mask& mask, const ImageContext& image);
-
-  xattn::CrossAttentionBlock self_attention{nullptr};
-  xattn::CrossAttentionBlock cross_attention{nullptr};
-
- private:
-  bool is_frozen_ = false;
-  xattn::FrozenBlock frozen_self_attention_, frozen_cross_attention_;
-};
-TORCH_MODULE(DecoderLayer);
-
-/// Image captioning: a CNN, and a Transformer decoder of two layers that attends to its features.
+/// Image captioning: a CNN, and a Transformer decoder (Vaswani et al., 2017) of two layers, in which each word attends to the
+/// words before it, then to the image.
 class ModelImpl : public torch::nn::Module {
  public:
   static constexpr int64_t kFeatures = 96;
@@ -59,7 +37,7 @@ class ModelImpl : public torch::nn::Module {
 
   explicit ModelImpl(const ModelOptions& options);
 
-  /// Freezes all layers, for inference.
+  /// Attends with frozen copies of the layers from now on. For inference alone: they do not follow further training.
   void freeze();
 
   /// The features of the places of images: boards [B, 1, 24, 24] -> [B, 9, 96].
@@ -81,9 +59,15 @@ class ModelImpl : public torch::nn::Module {
   torch::Tensor place;  ///< [9, 96], learned
   torch::nn::Embedding embedding{nullptr};
   torch::Tensor position;  ///< [longest + 1, 96], learned
-  std::vector<DecoderLayer> layers;
+  std::vector<xattn::DecoderLayer> layers;
   torch::nn::Linear classifier{nullptr};
   torch::nn::Linear recogniser{nullptr};
+
+ private:
+  struct FrozenLayer {
+    xattn::FrozenBlock self, cross;
+  };
+  std::vector<FrozenLayer> frozen_;  // of `layers`, after `freeze`
 };
 TORCH_MODULE(Model);
 
