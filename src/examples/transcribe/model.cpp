@@ -64,7 +64,6 @@ Model::Model(const std::string& path, std::optional<torch::ScalarType> storage) 
     conv_biases_.at(i) = find(file, conv + "bias", conv + "bias");
   }
   encoder_positions_ = find(file, "encoder.embed_positions.weight", "encoder.positional_embedding");
-  decoder_positions_ = find(file, "decoder.embed_positions.weight", "decoder.positional_embedding");
 
   xattn::StackOptionsFromFile options = {.dtype = torch::kFloat32};
   if (!config || file.contains("decoder.token_embedding.weight")) {  // the same for all models of OpenAI
@@ -74,9 +73,13 @@ Model::Model(const std::string& path, std::optional<torch::ScalarType> storage) 
     options.activation = xattn::Activation::gelu;
   }
   const xattn::FreezeOptions how = {.storage = storage};
-  const auto encoder = xattn::encoder_from(file, options);
-  for (const auto& layer : *encoder->layers) encoder_.push_back(frozen(*layer->as<xattn::CrossAttentionBlockImpl>(), how));
-  encoder_norm_ = encoder->norm;
+  {  // In a scope: what is left of a module would keep memory from the system while the next is read.
+    const auto encoder = xattn::encoder_from(file, options);
+    for (const auto& layer : *encoder->layers) encoder_.push_back(frozen(*layer->as<xattn::CrossAttentionBlockImpl>(), how));
+    encoder_norm_ = encoder->norm;
+  }
+
+  decoder_positions_ = find(file, "decoder.embed_positions.weight", "decoder.positional_embedding");
   const auto decoder = xattn::decoder_from(file, options);
   for (const auto& each : *decoder->layers) {
     auto* layer = each->as<xattn::DecoderLayerImpl>();
