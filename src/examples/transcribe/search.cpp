@@ -2,7 +2,6 @@
 #include "transcribe/search.h"
 
 #include <fmt/format.h>
-#include <torch/types.h>
 #include <xattn/file_error.h>
 
 #include <algorithm>
@@ -12,9 +11,7 @@
 #include <ranges>
 #include <set>
 #include <sstream>
-#include <string>
 #include <utility>
-#include <vector>
 
 #include "common/json_file.h"
 
