@@ -71,8 +71,8 @@ class Decoding {
   /// Adds tokens int64 [n, T] to n texts. Returns the logits of the token behind each, [n, T, V].
   torch::Tensor append(const torch::Tensor& tokens);
 
-  /// Reads a whole text, int64 [1, T], in a Decoding of its own, as far as the last layer with some of these heads, of which there
-  /// must be one. Returns their attention to the sound, [heads, T, Lk].
+  /// Reads a whole text, int64 [1, T], in a Decoding of its own, as far as the last layer with some of these heads. Returns
+  /// their attention to the sound, [heads, T, Lk]. There must be at least one.
   torch::Tensor attention(const torch::Tensor& tokens, const Heads& heads);
 
   /// Goes on with these texts, int64 [n]. Their contexts are selected; that of the sound serves all of them as it is.
