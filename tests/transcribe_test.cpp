@@ -26,6 +26,7 @@
 #include "common/mel.h"
 #include "common/png.h"
 #include "common/sound.h"
+#include "common/time_warp.h"
 #include "compare.h"
 #include "run_program.h"
 #include "test_util.h"
@@ -152,9 +153,9 @@ INSTANTIATE_TEST_SUITE_P(Models, SpeechTest, testing::Values("english", "multili
 
 TEST(TimeWarpTest, FollowsTheCheapestWay) {
   const auto costs = torch::tensor({{0, 0, 9, 9, 9}, {9, 9, 0, 0, 9}, {9, 9, 9, 9, 0}}, torch::kFloat32);
-  EXPECT_EQ(time_warp(costs), (std::vector<int64_t>{0, 2, 4}));
-  EXPECT_EQ(time_warp(torch::zeros({3, 1})), (std::vector<int64_t>{0, 0, 0}));
-  EXPECT_EQ(time_warp(torch::zeros({1, 3})), (std::vector<int64_t>{0}));
+  EXPECT_EQ(examples::time_warp(costs), (std::vector<int64_t>{0, 2, 4}));
+  EXPECT_EQ(examples::time_warp(torch::zeros({3, 1})), (std::vector<int64_t>{0, 0, 0}));
+  EXPECT_EQ(examples::time_warp(torch::zeros({1, 3})), (std::vector<int64_t>{0}));
 }
 
 Tokens spell(const ByteVocabulary& vocabulary, const std::vector<std::string>& texts) {

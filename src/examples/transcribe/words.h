@@ -14,19 +14,14 @@ namespace transcribe {
 struct Word {
   std::string text;  ///< with the space in front of it, and the punctuation around it
   Tokens tokens;
-  double begin, end;  ///< in seconds
-  torch::Tensor
-      attention;  ///< float32 [Lk]: to each 20 ms, the mean over tokens and alignment heads; of the first window alone
+  double begin, end;        ///< in seconds
+  torch::Tensor attention;  ///< float32 [Lk]: to each 20 ms, the mean over tokens and heads; only in the first window
 };
 
 using Words = std::vector<Word>;
 
 /// Joins tokens of text to words: at spaces, or in languages without them at characters.
 Words split_words(const Tokens& text, const examples::ByteVocabulary& vocabulary, const std::string& language);
-
-/// The cheapest way through costs float32 [rows, columns] from the first corner to the last, one row or column at a time or both:
-/// the column at which it enters each row.
-std::vector<int64_t> time_warp(const torch::Tensor& costs);
 
 /// The words of a text about a window with their times in it, from those that `split_words` gives. As in OpenAI's program, the
 /// decoder reads the whole text once more without timestamps; dynamic time warping then follows the attention of the alignment
