@@ -8,19 +8,21 @@ usage() {
 usage: scripts/bench.sh [--quick] [--shape NAME]... [--limit GFLOP] [--passes N] [--seconds S] [--compile all|none] [--avx2]
                         [--device cpu|cuda]
        scripts/bench.sh --blocks [--shape NAME]... [--passes N] [--seconds S]
+       scripts/bench.sh --crossover [--avx2]
 
 Measures this library beside other runtimes on layers of real models, and writes the results to src/bench: results.json, the table in
 README.md, and the plots.
 
   --quick        one short pass over the smaller rows; no returned weights, no crossovers
   --blocks       whole modules (blocks.json) instead of single layers: writes results-blocks.json and their table in README.md
+  --crossover    only times the orders of products over a grid of lengths: writes crossover.json and crossover.svg. Five minutes
   --shape NAME   only rows whose names contain this; repeatable. The other rows keep their earlier results
   --limit GFLOP  leave out rows of more operations, in 1e9; by default no limit in the first pass and 500 in later ones, because a
                  call of a larger row takes seconds
   --passes N     passes over everything; their spread is reported (3)
   --seconds S    for each candidate of a row (0.5)
   --avx2         ask every runtime to use no more than AVX2 (src/bench/README.md says which cannot); no returned weights. Writes
-                 results-avx2.json, their table, ratios-avx2.svg and crossover-avx2.svg
+                 results-avx2.json, their table, ratios-avx2.svg, and crossover-avx2.json and .svg
   --compile WHAT run torch.compile, which takes a quarter of a minute a row, on all rows or none, instead of those with a goal
   --device cuda  in bfloat16 against LibTorch's and PyTorch's kernels on a GPU: prints a table and writes results-cuda.json
   -h, --help     show this
@@ -32,13 +34,14 @@ example: scripts/bench.sh --quick --shape "SD1.5 16x16"
 END
 }
 
-quick=0 passes=3 seconds=0.5 device=cpu limit=0 compile=goals blocks=0 avx2=0 name=--shape shapes=()
+quick=0 passes=3 seconds=0.5 device=cpu limit=0 compile=goals blocks=0 avx2=0 crossover=0 name=--shape shapes=()
 while (($#)); do
   case $1 in
     -h | --help) usage; exit ;;
     --quick) quick=1 passes=1 seconds=0.2 limit=20 ;;
     --blocks) blocks=1 name=--row ;;
     --avx2) avx2=1 ;;
+    --crossover) crossover=1 ;;
     --shape) shapes+=("${2:?"--shape needs a name"}"); shift ;;
     --limit) limit=${2:?"--limit needs a number"}; shift ;;
     --compile) compile=${2:?"--compile needs a word"}; shift ;;
@@ -68,6 +71,11 @@ esac
 if [[ $device == cuda ]] && ! nvidia-smi --list-gpus 2> /dev/null | grep -q GPU; then
   echo "scripts/bench.sh: there is no CUDA device here (nvidia-smi lists none)" >&2
   exit 1
+fi
+
+if ((crossover)) && [[ $blocks == 1 || $device != cpu || ${#shapes[@]} != 0 ]]; then
+  echo "scripts/bench.sh: --crossover excludes --blocks, --device $device and --shape" >&2
+  exit 2
 fi
 
 venv=.venv-bench folder=build
@@ -101,6 +109,15 @@ trap 'rm -rf "$results"' EXIT
 ours=($folder/xattn_bench) device_option=(--device $device) blocks_option=() table_option=()
 if ((blocks)); then ours+=(blocks) device_option=() blocks_option=(--blocks) table_option=(--blocks); fi
 if ((avx2)); then table_option=(--avx2); fi
+measure_crossovers() {
+  for count in "${threads[@]}"; do $folder/xattn_bench --json --crossover --threads "$count" > "$results/crossover.$count.json"; done
+  $python scripts/bench_report.py --crossover "${table_option[@]}" "$results"/crossover.*.json
+  rm "$results"/crossover.*.json
+}
+if ((crossover)); then
+  measure_crossovers
+  exit
+fi
 named=()
 for shape in "${shapes[@]}"; do named+=("$name" "$shape"); done
 turn=6  # rows before another runtime takes over, so that other load, which changes within minutes, affects all of them
@@ -141,9 +158,9 @@ for ((pass = 1; pass <= passes; ++pass)); do
       done
     done
     if ((pass == 1 && !quick && !blocks)) && [[ $device == cpu && ${#shapes[@]} == 0 ]]; then
-      $folder/xattn_bench --json --crossover --threads "$count" > "$results/crossover.$count.json"
       $folder/xattn_bench --json --regret --threads "$count" --limit 20 --seconds 0.2 > "$results/regret.$count.json"
     fi
   done
 done
+if ((!quick && !blocks)) && [[ $device == cpu && ${#shapes[@]} == 0 ]]; then measure_crossovers; fi
 $python scripts/bench_report.py --device $device "${table_option[@]}" "$results"/*.json

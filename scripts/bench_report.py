@@ -4,7 +4,8 @@
 src/bench/README.md and the plots beside it. For scripts/bench.sh.
 
     --blocks        instead results-blocks.json and the table of blocks, without plots
-    --avx2          instead results-avx2.json, their table, ratios-avx2.svg and crossover-avx2.svg
+    --avx2          instead results-avx2.json, their table and ratios-avx2.svg
+    --crossover     instead crossover.json and its plot; with --avx2, crossover-avx2.json
     --device cuda   instead results-cuda.json, and prints the table
 
     .venv-bench/bin/python scripts/bench_report.py [FILE ...]
@@ -12,9 +13,9 @@ src/bench/README.md and the plots beside it. For scripts/bench.sh.
 Each FILE is the output of one process; names that differ only in the number before the first dot are passes of the same measurement.
 Rows that are in no file keep their entries in results.json. Without files, the table and plots are written from results.json alone.
 
-results.json: {date, machine, versions, peaks: {threads: 1e9 operations a second}, crossover: {threads: cells}, regret: {threads: rows},
+results.json: {date, machine, versions, peaks: {threads: 1e9 operations a second}, regret: {threads: rows},
   rows: {row: {weights: {threads: {"runtime, candidate": [passes: [us, low, high]]}}}}}; for a GPU results-cuda.json. With --blocks
-  also context_bytes: {row: {"runtime, candidate": bytes}}.
+  also context_bytes: {row: {"runtime, candidate": bytes}}. crossover.json: {machine, date, crossover: {threads: cells}}.
 """
 
 import argparse
@@ -69,8 +70,7 @@ def merge(store, files):
     for part in parts:
         store.setdefault("versions", {}).update(part.get("versions", {}))
         store.setdefault("peaks", {}).update(part.get("peaks", {}))
-        for kind in ("crossover", "regret"):
-            store.setdefault(kind, {}).update(part.get(kind, {}))
+        store.setdefault("regret", {}).update(part.get("regret", {}))
         for r in part["results"]:
             name = f"{r['runtime']}, {r['candidate']}"
             passes = rows[r["row"]][r["weights"]][str(r["threads"])].setdefault(name, [])
@@ -310,6 +310,24 @@ def plot_ratios(store, shapes, file):
 ORDERS = ["standard", "fold_into_query", "fold_into_context"]
 
 
+def write_crossovers(suffix, files):
+    """Adds the files to crossover.json, which is of one machine, and plots it."""
+    path = BENCH / f"crossover{suffix}.json"
+    store = json.loads(path.read_text()) if path.exists() else {}
+    for part in (json.loads(file.read_text()) for file in files):
+        if part["machine"] != store.get("machine"):
+            store = {"machine": part["machine"], "crossover": {}}
+        store["date"] = datetime.date.today().isoformat()
+        for t, cells in part["crossover"].items():
+            store["crossover"][t] = [cell | {"us": {order: rounded(us) for order, us in cell["us"].items()}} for cell in cells]
+    if files:
+        cells = {t: "[\n" + ",\n".join(json.dumps(cell) for cell in cells) + "]" for t, cells in store["crossover"].items()}
+        rows = ",\n".join(f"{json.dumps(t)}: {text}" for t, text in cells.items())
+        head = json.dumps({key: store[key] for key in ("machine", "date")})
+        path.write_text(f'{head[:-1]},\n"crossover": {{\n{rows}}}}}\n')
+    plot_crossover(store, f"crossover{suffix}.svg")
+
+
 def plot_crossover(store, file):
     """The fastest order for each pair of lengths: colours are measured, lines show where the planner switches."""
     import numpy
@@ -404,8 +422,12 @@ def main():
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--blocks", action="store_true")
     parser.add_argument("--avx2", action="store_true")
+    parser.add_argument("--crossover", action="store_true")
     arguments = parser.parse_args()
     suffix = "-blocks" if arguments.blocks else "-avx2" if arguments.avx2 else "-cuda" if arguments.device == "cuda" else ""
+    if arguments.crossover:
+        write_crossovers(suffix, arguments.files)
+        return
     path = BENCH / f"results{suffix}.json"
     store = json.loads(path.read_text()) if path.exists() else {}
     shapes = read_blocks() if arguments.blocks else read_shapes()
@@ -425,8 +447,6 @@ def main():
     plot_ratios(store, shapes, f"ratios{suffix}.svg")
     if not arguments.avx2:
         plot_maps(store, shapes)
-    if store.get("crossover"):
-        plot_crossover(store, f"crossover{suffix}.svg")
     print(summary(store, shapes))
 
 
