@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "cpu/elementwise.h"
 #include "frozen/packed_layers.h"
 #include "frozen/state.h"
 #include "modules/block_weights.h"
