@@ -38,8 +38,7 @@ void compute_transposed_tile(const Product& p, int64_t top, int64_t left, int64_
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const int i = r * kColumns + j;
-        Vector& sum = sums[i / kLanes][i % kLanes];
-        sum = add_product(sum, a_terms[r], b_terms);
+        sums[i / kLanes][i % kLanes] += a_terms[r] * b_terms;
       }
     }
   };

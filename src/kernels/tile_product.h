@@ -99,7 +99,7 @@ void compute_tile(const Tile<Element>& tile) {
     for (int r = 0; r < kRows; ++r) {
       const Vector a_element = broadcast(r < kHalf ? a_upper[r * a_stride] : a_lower[(r - kHalf) * a_stride]);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = add_product(sums[r][v], a_element, b_row[v]);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += a_element * b_row[v];
     }
   }
 

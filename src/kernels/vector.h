@@ -68,18 +68,6 @@ inline Vector sum_of(Vector x, Vector y) {
   return x + y;
 }
 
-// sum + x * y. Where the instruction set has it, always the instruction that rounds once: a compiler that is tuned for some
-// processors (-march=znver3) fuses such sums in some loops only, and results would depend on which loop computes them.
-inline Vector add_product(Vector sum, Vector x, Vector y) {
-#if defined(__AVX512F__)
-  return _mm512_fmadd_ps(x, y, sum);
-#elif defined(__AVX2__)
-  return _mm256_fmadd_ps(x, y, sum);
-#else
-  return sum + x * y;
-#endif
-}
-
 inline Vector larger(Vector x, Vector y) {
   return x > y ? x : y;
 }
