@@ -8,7 +8,6 @@
 
 #include "base/check.h"
 #include "base/text.h"
-#include "frozen/engine.h"
 #include "frozen/state.h"
 #include "modules/decoupled_parts.h"
 #include "modules/inputs.h"
