@@ -431,7 +431,7 @@ TEST_F(FrozenTest, AConstantQueryIsHeldOnce) {
   }
 }
 
-TEST_F(FrozenTest, AContextTellsTheWholeMask) {
+TEST_F(FrozenTest, TheMaskOfAContextIncludesItsLengths) {
   auto module = make(kLayers[0]);
   const auto x = inputs_of(kLayers[0], 2, 3, 9);
   const auto context = module->freeze().context(x.key, x.value, Mask::lengths(torch::tensor({4, 2}), 9));

@@ -62,7 +62,8 @@ void engine::add_rows(const float* x, const Tensor& gate, const float* branch, f
 
 Tensor zeros(at::IntArrayRef sizes) {
   auto x = in_huge_pages(at::empty(sizes, at::kFloat));
-  each_part(x.numel(), 1, [to = mutable_data(x)](int64_t begin, int64_t end) { std::fill(to + begin, to + end, 0.0f); });
+  each_part(x.numel(), kOperationsOfAnAddition,
+            [to = mutable_data(x)](int64_t begin, int64_t end) { std::fill(to + begin, to + end, 0.0f); });
   return x;
 }
 

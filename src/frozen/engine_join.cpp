@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -11,6 +12,7 @@
 
 #include "cpu/huge_pages.h"
 #include "cpu/threads.h"
+#include "cpu/tuning.h"
 #include "frozen/engine.h"
 
 // Contexts of the engine that are joined, grown and reordered, by copies between packed matrices. A panel of packed keys has one
@@ -147,20 +149,22 @@ void join_folded_values(const EngineWeights& w, const std::vector<EngineContext>
   });
 }
 
-// The entries of x [B, ...] with these indices. Each is cut into equal pieces, of which the first `used` elements are copied.
-Tensor entries_of(const Tensor& x, const Tensor& indices, int64_t pieces, int64_t used) {
-  const auto n = indices.size(0);
-  if (!x.is_cpu() || !x.is_contiguous() || n == 0) return in_huge_pages(x.index_select(0, indices.to(x.device())));
+// The entries of x [B, ...] with these indices, int64 on the CPU. Only the first n along an axis (-1 is the last) are copied; memory
+// behind them stays uninitialised.
+Tensor entries_of(const Tensor& x, const Tensor& indices, int64_t axis, int64_t n) {
+  if (!x.is_cpu() || !x.is_contiguous() || x.numel() == 0) return in_huge_pages(x.index_select(0, indices.to(x.device())));
   auto sizes = x.sizes().vec();
-  sizes[0] = n;
+  sizes[0] = indices.numel();
   const auto selected = in_huge_pages(at::empty(sizes, x.options()));
-  const auto bytes = used * x.element_size(), stride = x.numel() / x.size(0) / pieces * x.element_size();
+  const auto along = sizes.end() + axis;
+  const auto pieces = c10::multiply_integers(sizes.begin() + 1, along);
+  const auto step = c10::multiply_integers(along + 1, sizes.end()) * x.element_size(), piece = *along * step;  // bytes
   const auto* from = static_cast<const std::byte*>(x.const_data_ptr());
   auto* to = static_cast<std::byte*>(selected.mutable_data_ptr());
-  each_part(n * pieces, std::max<int64_t>(1, used),
+  each_part(sizes[0] * pieces, kOperationsOfAnAddition * n * step / 4 + 1,
             [&, entries = indices.const_data_ptr<int64_t>()](int64_t begin, int64_t end) {
               for (auto i = begin; i < end; ++i) {
-                std::copy_n(from + (entries[i / pieces] * pieces + i % pieces) * stride, bytes, to + i * stride);
+                std::copy_n(from + (entries[i / pieces] * pieces + i % pieces) * piece, n * step, to + i * piece);
               }
             });
   return selected;
@@ -198,22 +202,20 @@ EngineContext append(const EngineWeights& w, const EngineContext& context, const
 
 EngineContext select_entries(const EngineWeights& w, const EngineContext& context, const Tensor& indices) {
   const auto& [logits, values] = context.orders;
-  const auto Lk = context.Lk, panel = kernels().panel;
-  const auto all = [&](const Tensor& x) { return entries_of(x, indices, 1, x.numel() / std::max<int64_t>(1, x.size(0))); };
-  const auto heads = [&](const Tensor& packed) { return packed.dim() == 3 ? w.G : 1; };
+  const auto Lk = context.Lk;
+  const auto all = [&](const Tensor& x) { return entries_of(x, indices, -1, x.size(-1)); };
+  // Of keys and values that are not folded: of their panels, or of their rows.
   const auto keys = [&](const Tensor& x) {
-    if (is_folded(logits)) return all(x);
-    if (!is_packed(context, logits)) return entries_of(x, indices, 1, Lk * w.Ek);
-    return entries_of(x, indices, heads(x), round_up(Lk, panel) * (is_raw(logits) ? w.Ek : w.d));
+    if (!is_packed(context, logits)) return entries_of(x, indices, -2, Lk);
+    return entries_of(x, indices, -3, divided_up(Lk, kernels().panel)).flatten(-3);
   };
-  const auto values_of = [&](const Tensor& x) {
-    if (is_folded(values)) return all(x);
-    if (!is_packed(context, values)) return entries_of(x, indices, 1, Lk * w.Ev);
-    return entries_of(x, indices, heads(x) * divided_up(is_raw(values) ? w.Ev : w.e, panel), Lk * panel);
+  const auto rows = [&](const Tensor& x) {
+    const auto entries = entries_of(x, indices, -2, Lk);
+    return is_packed(context, values) ? entries.flatten(-3) : entries;
   };
   auto selected = context;
-  selected.keys = keys(context.keys);
-  selected.values = is_one(context) ? selected.keys : values_of(context.values);
+  selected.keys = is_folded(logits) ? all(context.keys) : keys(keys_of(w, context));
+  selected.values = is_one(context) ? selected.keys : is_folded(values) ? all(context.values) : rows(values_of(w, context));
   if (context.key_bias.defined()) selected.key_bias = all(context.key_bias);
   selected.B = indices.size(0);
   selected.lengths.clear();

@@ -30,7 +30,7 @@ class JsonFile {
   explicit operator bool() const { return !json_.is_null(); }
   const std::string& path() const { return path_; }
 
-  /// Calls read(json) with the whole object, unless the file is empty. An error of nlohmann's is told behind `what`.
+  /// Calls read(json) with the whole object, unless the file is empty. `what` begins the message of an error in it.
   template <class Read>
   void read(const Read& read, const std::string& what = "") const {
     try {
