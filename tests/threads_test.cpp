@@ -176,11 +176,21 @@ TEST(ThreadsTest, AForkedProcessComputesOnFrozenObjects) {
   CrossAttentionBlock block{CrossAttentionBlockOptions(sizes)};
   const auto frozen = module->freeze();
   const auto frozen_block = block->freeze();
-  const auto x = at::randn({2, 600, 64}), keys = at::randn({2, 500, 64});
+  const auto folding = module->freeze({.plan = PlanMode::pin({Order::fold_into_context, Order::fold_into_context})});
+  const auto half = module->freeze({.storage = at::kBFloat16});
+  const auto x = at::randn({2, 600, 64}), twice = at::cat({x, x}), keys = at::randn({2, 500, 64});
+  const auto columns = at::randn({64, 2, 500}).permute({1, 2, 0});
   const auto mask = Mask::lengths(at::tensor({500, 300}), 500);
   const auto context = frozen.context(keys, keys, mask, {.capacity = 600});
   const auto compute = [&] {
-    Results results = {frozen.attend(x, context.select(at::tensor({1, 0})))};
+    Results results = {frozen.attend(x, context.select(at::tensor({1, 0}))), frozen.forward(x, columns, columns, mask)};
+    for (const auto* each : {&frozen, &folding, &half}) {
+      const auto all = each->context(keys, keys, {}, {.capacity = 1000}), some = each->context(columns, columns, mask);
+      for (const auto& longer : {all.append(columns, columns), FrozenContext::join({some, some}), some.append(keys, keys)}) {
+        results.push_back(each->attend(x, longer));
+      }
+      results.push_back(each->attend(twice, FrozenContext::cat({some, some})));
+    }
     for (const auto weights : {AttentionWeights::mean, AttentionWeights::per_head}) {
       results.push_back(frozen.forward(x, keys, keys, mask, {.weights = weights}));
       results.push_back(frozen_block.forward(x, keys, keys, mask, {.weights = weights}));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/elementwise.h"
 
+#include <ATen/TensorIterator.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
@@ -8,6 +9,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/huge_pages.h"
 #include "cpu/on_kernels.h"
@@ -43,6 +45,21 @@ struct TwoUsesFunction : torch::autograd::Function<TwoUsesFunction> {
   }
 };
 
+// Copies `rows` times n numbers of type T. strides, in bytes: of the numbers and of the rows, each of `to` before `from`.
+template <class T>
+void copy_numbers(char** to_and_from, const int64_t* strides, int64_t n, int64_t rows) {
+  constexpr int64_t kSize = sizeof(T);
+  for (int64_t row = 0; row < rows; ++row) {
+    auto* to = to_and_from[0] + row * strides[2];
+    const auto* from = to_and_from[1] + row * strides[3];
+    if (strides[0] == kSize && strides[1] == kSize) {
+      std::memcpy(to, from, static_cast<size_t>(n * kSize));
+    } else {
+      for (int64_t i = 0; i < n; ++i, to += strides[0], from += strides[1]) std::memcpy(to, from, kSize);
+    }
+  }
+}
+
 }  // namespace
 
 Tensor engine::open_gate(const Tensor& gate, int64_t features) {
@@ -60,11 +77,30 @@ void engine::add_rows(const float* x, const Tensor& gate, const float* branch, f
   }
 }
 
-Tensor zeros(at::IntArrayRef sizes) {
-  auto x = in_huge_pages(at::empty(sizes, at::kFloat));
-  each_part(x.numel(), kOperationsOfAnAddition,
-            [to = mutable_data(x)](int64_t begin, int64_t end) { std::fill(to + begin, to + end, 0.0f); });
+Tensor zeros(at::IntArrayRef sizes, at::ScalarType type) {
+  auto x = in_huge_pages(at::empty(sizes, type));
+  const auto bytes = static_cast<int64_t>(x.nbytes());
+  each_part(bytes, kOperationsOfAnAddition / 4, [to = static_cast<char*>(x.mutable_data_ptr())](int64_t begin, int64_t end) {
+    std::fill(to + begin, to + end, char{0});
+  });
   return x;
+}
+
+void copy_to(const Tensor& from, const Tensor& to) {
+  const auto bytes = static_cast<int64_t>(from.element_size());
+  if (!from.is_cpu() || !to.is_cpu() || (bytes != 4 && bytes != 2)) {
+    to.copy_(from);
+    return;
+  }
+  const auto iterator = at::TensorIteratorConfig()
+                            .set_check_mem_overlap(false)
+                            .resize_outputs(false)
+                            .add_output(to)
+                            .add_const_input(from)
+                            .build();
+  each_part(iterator.numel(), kOperationsOfAnAddition, [&iterator, bytes](int64_t begin, int64_t end) {
+    iterator.serial_for_each(bytes == 4 ? copy_numbers<uint32_t> : copy_numbers<uint16_t>, {begin, end});
+  });
 }
 
 Tensor scaled(const Tensor& x, double factor) {
@@ -77,17 +113,10 @@ Tensor scaled(const Tensor& x, double factor) {
   return result;
 }
 
-Tensor rows_of(const Tensor& x) {
-  if (x.is_contiguous() || x.stride(3) != 1 || !run_on_kernels({x}) || is_recorded({x})) return x.contiguous();
-  const auto result = at::empty(x.sizes(), x.options());
-  const auto L = x.size(1), H = x.size(2), e = x.size(3);
-  each_part(x.size(0) * L, kOperationsOfAnAddition * H * e,
-            [=, from = data(x), to = mutable_data(result), strides = x.strides()](int64_t begin, int64_t end) {
-              for (auto row = begin; row < end; ++row) {
-                const auto* heads = from + row / L * strides[0] + row % L * strides[1];
-                for (int64_t head = 0; head < H; ++head) std::copy_n(heads + head * strides[2], e, to + (row * H + head) * e);
-              }
-            });
+Tensor contiguous(const Tensor& x) {
+  if (x.is_contiguous() || !run_on_kernels({x}) || is_recorded({x})) return x.contiguous();
+  const auto result = in_huge_pages(at::empty(x.sizes(), x.options()));
+  copy_to(x, result);
   return result;
 }
 

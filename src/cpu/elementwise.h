@@ -2,6 +2,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/ArrayRef.h>
 
 #include <cstdint>
 #include <utility>
@@ -11,14 +13,17 @@
 // strides than those named, it runs on LibTorch's operators.
 namespace xattn::detail {
 
-/// Zeros in float32 on the CPU, for a result of any size.
-at::Tensor zeros(at::IntArrayRef sizes);
+/// Zeros on the CPU, for a result of any size.
+at::Tensor zeros(at::IntArrayRef sizes, at::ScalarType type = at::kFloat);
+
+/// to.copy_(from), for tensors of one type and of equal sizes.
+void copy_to(const at::Tensor& from, const at::Tensor& to);
 
 /// x times a number.
 at::Tensor scaled(const at::Tensor& x, double factor);
 
-/// x.contiguous(); x has four axes, the last of consecutive numbers.
-at::Tensor rows_of(const at::Tensor& x);
+/// x.contiguous()
+at::Tensor contiguous(const at::Tensor& x);
 
 /// x + factor * y, of one shape and with the same strides.
 at::Tensor added(const at::Tensor& x, const at::Tensor& y, double factor = 1);

@@ -91,7 +91,7 @@ class Attend {
   Attend(const EngineWeights& w, const EngineContext& context, const EngineCall& call)
       : w_(w),
         context_(context),
-        query_(call.query.defined() ? call.query.resolve_neg().contiguous() : Tensor()),
+        query_(call.query.defined() ? contiguous(call.query.resolve_neg()) : Tensor()),
         folded_(call.folded_query),
         Lq_(query_.defined() ? query_.size(1) : folded_.size(0)),
         rows_((query_.defined() && context.B > 0 ? query_.size(0) / context.B : 1) * Lq_),
@@ -528,7 +528,7 @@ AttentionResult empty_result(
 }  // namespace
 
 Tensor fold_query(const Orders& orders, const EngineWeights& w, const Tensor& query) {
-  const auto Xq = query.resolve_neg().contiguous();
+  const auto Xq = contiguous(query.resolve_neg());
   if (is_folded(orders.logits)) return Xq;
   const TaskThreads one{.all = false};
   const auto n = query.size(0);

@@ -5,6 +5,7 @@
 #include <memory>
 #include <utility>
 
+#include "cpu/elementwise.h"
 #include "cpu/huge_pages.h"
 #include "cpu/threads.h"
 #include "frozen/engine.h"
@@ -135,7 +136,7 @@ Tensor pack_values(const EngineWeights& w, const EngineContext& context, const T
 Tensor with_room(const EngineContext& context, const Tensor& x) {
   if (context.capacity == context.Lk) return x;
   const auto rows = in_huge_pages(at::empty({context.B, context.capacity, x.size(2)}, x.options()));
-  rows.narrow(1, 0, context.Lk).copy_(x);
+  copy_to(x, rows.narrow(1, 0, context.Lk));
   return rows;
 }
 
@@ -203,7 +204,7 @@ EngineContext make_engine_context(const Orders& orders,
   context.B = key.size(0);
   context.Lk = key.size(1);
   context.lengths = std::move(lengths);
-  const auto Xk = key.resolve_neg().contiguous(), Xv = value.is_same(key) ? Xk : value.resolve_neg().contiguous();
+  const auto Xk = contiguous(key.resolve_neg()), Xv = value.is_same(key) ? Xk : contiguous(value.resolve_neg());
   const bool raw_keys = is_raw(orders.logits), raw_values = is_raw(orders.values);
   if (raw_keys || raw_values) context.layout = layout;
   context.capacity = context.Lk;

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros.h>
@@ -10,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/elementwise.h"
 #include "cpu/huge_pages.h"
 #include "cpu/threads.h"
 #include "cpu/tuning.h"
@@ -46,22 +46,21 @@ Tensor values_of(const EngineWeights& w, const EngineContext& context) {
 
 // Copies the first n rows of `from` to rows of `to` from `first` on.
 void copy_rows(const Tensor& from, const Tensor& to, int64_t first, int64_t n) {
-  to.narrow(-2, first, n).copy_(from.narrow(-2, 0, n));
+  copy_to(from.narrow(-2, 0, n), to.narrow(-2, first, n));
 }
 
 // The same for columns of packed matrices [..., panels, features, panel]. Each panel of `from` goes to two of `to`, unless
 // `first` begins one. Columns behind the last may be overwritten.
 void copy_columns(const Tensor& from, const Tensor& to, int64_t first, int64_t n) {
   const auto panel = kernels().panel, panels = divided_up(n, panel), begin = first / panel, shift = first % panel;
-  const auto copy = [&](int64_t to_panel, int64_t count, int64_t to_column, int64_t from_column, int64_t columns) {
-    to.narrow(-3, to_panel, count)
-        .narrow(-1, to_column, columns)
-        .copy_(from.narrow(-3, 0, count).narrow(-1, from_column, columns));
+  const auto copy_part = [&](int64_t to_panel, int64_t count, int64_t to_column, int64_t from_column, int64_t columns) {
+    copy_to(from.narrow(-3, 0, count).narrow(-1, from_column, columns),
+            to.narrow(-3, to_panel, count).narrow(-1, to_column, columns));
   };
   if (n == 0) return;
-  copy(begin, panels, shift, 0, panel - shift);
+  copy_part(begin, panels, shift, 0, panel - shift);
   const auto spilling = std::min(panels, to.size(-3) - begin - 1);
-  if (shift > 0 && spilling > 0) copy(begin + 1, spilling, 0, panel - shift, shift);
+  if (shift > 0 && spilling > 0) copy_part(begin + 1, spilling, 0, panel - shift, shift);
 }
 
 // Copies n keys and their values behind the first `first` of `to`, of the chains that are not folded. Values behind a batch
@@ -69,15 +68,17 @@ void copy_columns(const Tensor& from, const Tensor& to, int64_t first, int64_t n
 void copy_keys(const EngineWeights& w, const EngineContext& from, const EngineContext& to, int64_t first, int64_t n) {
   const auto& [logits, values] = from.orders;
   if (!is_folded(logits)) {
-    const auto copy = is_packed(from, logits) ? copy_columns : copy_rows;
-    copy(keys_of(w, from), keys_of(w, to), first, n);
+    const auto copy_some = is_packed(from, logits) ? copy_columns : copy_rows;
+    copy_some(keys_of(w, from), keys_of(w, to), first, n);
   }
   if (is_folded(values)) return;
   const auto place = values_of(w, to);
   if (!is_one(to)) copy_rows(values_of(w, from), place, first, n);
   for (int64_t b = 0; b < from.B; ++b) {
     const auto length = from.lengths[static_cast<size_t>(b)];
-    if (length < n) place.select(0, b).narrow(-2, first + length, n - length).zero_();
+    if (length >= n) continue;
+    const auto gap = place.select(0, b).narrow(-2, first + length, n - length);
+    copy_to(at::zeros({1}, gap.options()).expand(gap.sizes()), gap);
   }
 }
 
@@ -122,30 +123,32 @@ void each_entry(const std::vector<EngineContext>& parts, int64_t Lk, const F& f)
 }
 
 void join_folded_keys(const EngineWeights& w, const std::vector<EngineContext>& parts, EngineContext& joined) {
-  const auto B = joined.B, H = w.H, Lk = joined.Lk, panel = kernels().panel;
+  const auto B = joined.B, H = w.H, Lk = joined.Lk, panel = kernels().panel, panels = divided_up(H * Lk, panel);
   const auto options = parts.front().keys.options();
-  const auto rows = at::zeros({B, H, Lk, w.Eq}, options);
-  joined.key_bias = at::zeros({B, H * Lk}, parts.front().key_bias.options());
+  const auto rows = zeros({B, panels * panel, w.Eq}, w.storage);
+  joined.key_bias = zeros({B, H * Lk}).to(options.device());
   each_entry(parts, Lk, [&](const EngineContext& part, int64_t b, int64_t first, int64_t n, int64_t taken) {
-    const auto panels = part.keys.select(0, b).view({divided_up(H * part.Lk, panel), w.Eq, panel});
-    const auto columns = panels.transpose(1, 2).flatten(0, 1).narrow(0, 0, H * n).view({H, n, w.Eq});
-    rows.select(0, b).narrow(1, first, taken).copy_(columns.narrow(1, 0, taken));
-    const auto bias = part.key_bias.select(0, b).narrow(0, 0, H * n).view({H, n});
-    joined.key_bias.select(0, b).view({H, Lk}).narrow(1, first, taken).copy_(bias.narrow(1, 0, taken));
+    const auto part_panels = divided_up(H * part.Lk, panel);
+    const auto columns = at::empty({part_panels * panel, w.Eq}, options);
+    copy_to(part.keys.select(0, b).view({part_panels, w.Eq, panel}).transpose(1, 2), columns.view({part_panels, panel, w.Eq}));
+    const auto of_heads = [](const Tensor& x, int64_t H, int64_t keys) {
+      return x.narrow(0, 0, H * keys).unflatten(0, {H, keys});
+    };
+    copy_to(of_heads(columns, H, n).narrow(1, 0, taken), of_heads(rows.select(0, b), H, Lk).narrow(1, first, taken));
+    copy_to(of_heads(part.key_bias.select(0, b), H, n).narrow(1, 0, taken),
+            of_heads(joined.key_bias.select(0, b), H, Lk).narrow(1, first, taken));
   });
-  const auto panels = divided_up(H * Lk, panel);
-  const auto padded = at::constant_pad_nd(rows.flatten(1, 2), {0, 0, 0, panels * panel - H * Lk});
   joined.keys = in_huge_pages(at::empty({B, panels * w.Eq * panel}, options));
-  joined.keys.view({B, panels, w.Eq, panel}).copy_(padded.view({B, panels, panel, w.Eq}).transpose(2, 3));
+  copy_to(rows.view({B, panels, panel, w.Eq}).transpose(2, 3), joined.keys.view({B, panels, w.Eq, panel}));
 }
 
 void join_folded_values(const EngineWeights& w, const std::vector<EngineContext>& parts, EngineContext& joined) {
   const auto B = joined.B, H = w.H, Lk = joined.Lk, panel = kernels().panel, panels = divided_up(w.Eo, panel);
-  joined.values = in_huge_pages(at::zeros({B, panels * H * Lk * panel}, parts.front().values.options()));
+  joined.values = zeros({B, panels * H * Lk * panel}, w.storage).to(parts.front().values.device());
   const auto to = joined.values.view({B, panels, H, Lk, panel});
   each_entry(parts, Lk, [&](const EngineContext& part, int64_t b, int64_t first, int64_t n, int64_t taken) {
     const auto from = part.values.select(0, b).narrow(0, 0, panels * H * n * panel).view({panels, H, n, panel});
-    to.select(0, b).narrow(2, first, taken).copy_(from.narrow(2, 0, taken));
+    copy_to(from.narrow(2, 0, taken), to.select(0, b).narrow(2, first, taken));
   });
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 #include <xattn/frozen.h>
 
@@ -12,6 +12,7 @@
 #include "attention/mask_parts.h"
 #include "base/check.h"
 #include "base/describe.h"
+#include "cpu/elementwise.h"
 #include "frozen/engine.h"
 #include "frozen/state.h"
 #include "modules/inputs.h"
@@ -148,10 +149,18 @@ FrozenContext FrozenContext::cat(const std::vector<FrozenContext>& contexts) {
     parts.lengths.insert(parts.lengths.end(), state.parts.lengths.begin(), state.parts.lengths.end());
   }
   joined->mask = Mask::cat(masks);
-  const auto join_tensors = [&all](Tensor detail::EngineContext::* part) {
-    std::vector<Tensor> tensors;
-    for (const auto& each : all) tensors.push_back(each.*part);
-    return tensors.front().defined() ? at::cat(tensors) : Tensor();
+  const auto join_tensors = [&](Tensor detail::EngineContext::* part) {
+    const auto& like = all.front().*part;
+    if (!like.defined()) return Tensor();
+    auto sizes = like.sizes().vec();
+    sizes[0] = parts.B;
+    const auto whole = at::empty(sizes, like.options());
+    int64_t begin = 0;
+    for (const auto& each : all) {
+      detail::copy_to(each.*part, whole.narrow(0, begin, each.B));
+      begin += each.B;
+    }
+    return whole;
   };
   parts.keys = join_tensors(&detail::EngineContext::keys);
   parts.key_bias = join_tensors(&detail::EngineContext::key_bias);

@@ -20,7 +20,7 @@ namespace {
 
 // As the kernels read it; x itself if it is so already.
 Tensor plain(const Tensor& x) {
-  return x.resolve_neg().contiguous();
+  return contiguous(x.resolve_neg());
 }
 
 Tensor copy_of(const Tensor& x) {

@@ -211,7 +211,7 @@ Tensor split_heads(const Tensor& x, int64_t n, int64_t size) {
 }
 
 Tensor merge_heads(const Tensor& x) {
-  return rows_of(x.transpose(1, 2)).flatten(2);
+  return contiguous(x.transpose(1, 2)).flatten(2);
 }
 
 LayerWeights weights_of(const CrossAttentionImpl& m) {
