@@ -152,7 +152,7 @@ class ContextValuesTest : public testing::TestWithParam<torch::Device> {
   }
   at::TensorOptions of(at::ScalarType type) { return at::TensorOptions(GetParam()).dtype(type); }
 
-  const ContextOptions three_{.expected_queries = 3};  // so that a module takes its pinned orders
+  const ContextOptions three_{.expected_queries = 3};
 };
 INSTANTIATE_TEST_SUITE_P(Devices, ContextValuesTest, testing::ValuesIn(devices()), device_name);
 
@@ -444,6 +444,12 @@ TEST_P(ContextValuesTest, UnderAutocastAContextGrowsInItsOwnType) {
             "[context] key must become " + type +
                 ", the type of the context, but becomes float32. Make it and append to it "
                 "under the same autocast.");
+  auto half = module_in({Order::fold_into_query, Order::standard});  // keys as given, projected values
+  context = half->context(parts[0].key, parts[0].value, parts[0].mask, {.expected_queries = 3, .capacity = 20});
+  const Autocast autocast(GetParam().type());
+  EXPECT_EQ(error_of<c10::TypeError>([&] { (void)add(context); }),
+            "[context] value must become float32, the type of the context, but becomes " + type +
+                ". Make it and append to it under the same autocast.");
 }
 
 TEST_P(ContextValuesTest, WithKeyNormsContextsEqualTheOneBigContext) {
@@ -595,6 +601,17 @@ TEST_P(ContextValuesTest, AppendedKeysBehindHostLengthsAreNeverRead) {
     expect_equal(frozen.attend(query, context.append(key, value, mask)), expected, "appended");
     expect_equal(frozen.attend(query, FrozenContext::join({context, context})), expected, "joined");
   }
+}
+
+TEST_P(ContextValuesTest, EntriesAreSelectedByTheSignedNumbersOfANegatedView) {
+  const auto x = torch::randn({2, 3, 8}, of(torch::kFloat));
+  CrossAttention module(8, 8, 8, 8);
+  module->to(GetParam());
+  const auto indices = at::_neg_view(torch::tensor({0, -1})), same = torch::tensor({0, 1});
+  const auto frozen = module->freeze();
+  const auto context = frozen.context(x, x);
+  EXPECT_TRUE(
+      std::get<0>(frozen.attend(x, context.select(indices))).equal(std::get<0>(frozen.attend(x, context.select(same)))));
 }
 
 TEST_P(ContextValuesTest, EntriesAreSelectedFromAContextWithoutKeys) {
@@ -1009,6 +1026,56 @@ TEST(ContextErrorsTest, PartsThatDoNotFitAreRefused) {
         (void)Context::join({module->context(part.key, part.value, rows(2)), module->context(part.key, part.value, rows(4))});
       }),
       "[mask] masks must have one size on all axes but the keys to be joined, but have shapes [1, 1, 2, 5] and [1, 1, 4, 5].");
+}
+
+// Sizes that the weights fit as well would be read out of bounds.
+TEST(ContextErrorsTest, AContextIsOfTheHeadsAndEpsilonsThatItWasMadeWith) {
+  const torch::NoGradGuard no_grad;
+  const auto x = torch::randn({2, 6, 16});
+  const auto refused = [](const auto& attend) {
+    const auto error = error_of<c10::ValueError>(attend);
+    EXPECT_NE(error.find("context must be made with the weights that attend to it"), std::string::npos) << error;
+  };
+  using enum Order;
+  for (const auto orders :
+       {Orders{standard, standard}, Orders{fold_into_context, standard}, Orders{standard, fold_into_context}}) {
+    CrossAttention module(CrossAttentionOptions(16, 16, 16, 32).num_heads(4).plan(PlanMode::pin(orders)));
+    const auto context = module->context(x, x);
+    module->options.num_heads(8).kv_heads(8).head_dim(4).value_head_dim(4);
+    refused([&] { module->attend(x, context); });
+  }
+  CrossAttention normed(CrossAttentionOptions(16, 16, 16, 32).num_heads(4).qk_norm(NormKind::rms));
+  const auto of_normed = normed->context(x, x);
+  normed->options.qk_norm_eps(0.1);
+  for (auto* norm : {&normed->query_norm, &normed->key_norm}) (*norm)->options.eps(0.1);
+  refused([&] { normed->attend(x, of_normed); });
+  CrossAttentionBlock block(CrossAttentionBlockOptions(CrossAttentionOptions(16, 16, 16, 16)).norm_context(true));
+  const auto of_block = block->context(x, x);
+  block->options.norm_eps(0.1);
+  for (auto* norm : {&block->attention_norm, &block->feed_forward_norm}) (*norm)->options.eps(0.1);
+  refused([&] { block->attend(x, of_block); });
+}
+
+TEST(ContextErrorsTest, AContextIsNotOfWeightsThatWereMovedAwayAndBack) {
+  const torch::NoGradGuard no_grad;
+  const auto x = torch::randn({2, 3, 8});
+  CrossAttention module(8, 8, 8, 8);
+  const auto context = module->context(x, x);
+  for (int i = 0; i < 100; ++i) {
+    module->to(torch::kBFloat16);
+    module->to(torch::kFloat);
+    ASSERT_NE(error_of<c10::ValueError>([&] { module->attend(x, context); }), "") << "the allocator gave the same memory";
+  }
+}
+
+TEST(ContextOfAPlanTest, APinnedPlanIsObeyedForAnyNumberOfQueries) {
+  const auto x = torch::randn({2, 3, 8});
+  for (const auto order : {Order::standard, Order::fold_into_query, Order::fold_into_context}) {
+    const Orders orders{order, order};
+    CrossAttention module(CrossAttentionOptions(8, 8, 8, 8).num_heads(2).plan(PlanMode::pin(orders)));
+    EXPECT_EQ(module->context(x, x).orders(), orders);
+  }
+  EXPECT_EQ(CrossAttention(8, 8, 8, 8)->context(x, x).orders(), Orders{});
 }
 
 TEST(ContextErrorsTest, NothingIsAppendedAfterTheWeightsOrTheNormHaveChanged) {

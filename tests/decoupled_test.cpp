@@ -376,6 +376,17 @@ TEST_P(DecoupledTest, ChangedOptionsActOrAreRefused) {
             "[decoupled_cross_attention] weight_heads must be of the 4 heads, but name 4.");
 }
 
+TEST(FrozenDecoupledTest, ProjectionsOfAnotherTypeThanTheAttentionAreRefused) {
+  for (const bool is_attention : {true, false}) {
+    DecoupledCrossAttention module(DecoupledCrossAttentionOptions(CrossAttentionOptions(8, 8, 8, 8)).added({{8, 8}}));
+    is_attention ? module->attention->to(torch::kBFloat16) : module->added_projections[0]->to(torch::kBFloat16);
+    const std::string of_attention = is_attention ? "bfloat16" : "float32", of_added = is_attention ? "float32" : "bfloat16";
+    EXPECT_EQ(error_of<c10::TypeError>([&] { return module->freeze(); }), "[frozen] added projections must be " + of_attention +
+                                                                              " on cpu, as the attention, but one is " +
+                                                                              of_added + " on cpu.");
+  }
+}
+
 TEST_P(DecoupledTest, RefusesBadInputByName) {
   auto module = make();
   const auto value_error = [&](const Tensor& query, const KeyValue& image) {

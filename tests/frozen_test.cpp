@@ -5,6 +5,7 @@
 #include <ATen/autocast_mode.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <xattn/frozen_linear.h>
 
 #include "attention/mask_parts.h"
 #include "compare.h"
@@ -781,6 +782,22 @@ TEST_F(FrozenTest, RefusesBadInputByName) {
   const auto for_few = raw.context(x.key, x.value, {}, {.expected_queries = 1}), for_many = raw.context(x.key, x.value);
   EXPECT_EQ(error_of<c10::ValueError>([&] { return FrozenContext::cat({for_few, for_many}); }),  // their layouts differ
             "[frozen] contexts must be batches of one Frozen, of one length and orders, but they differ.");
+}
+
+// The kernels would read behind their ends, or take the numbers of one head for all.
+TEST(FrozenParametersTest, OfOtherSizesThanTheOptionsAreRefused) {
+  CrossAttention module(CrossAttentionOptions(16, 16, 16, 32).num_heads(4).qk_norm(NormKind::rms));
+  module->query_norm->weight.set_data(torch::rand({32}));  // one number for each feature of all heads
+  EXPECT_EQ(error_of<c10::ValueError>([&] { return module->freeze(); }),
+            "[frozen] options must fit the parameters, but say another kind, size or eps for query_norm.");
+  CrossAttention biased(CrossAttentionOptions(16, 16, 16, 32));
+  biased->key_linear->bias.set_data(torch::zeros({1}));
+  EXPECT_EQ(error_of<c10::ValueError>([&] { return biased->freeze(); }),
+            "[frozen] options must fit the parameters, but say [32] for key_linear.bias, which has [1].");
+  const torch::nn::Linear linear(8, 512);
+  linear->bias.set_data(torch::zeros({1}));
+  EXPECT_EQ(error_of<c10::ValueError>([&] { return FrozenLinear(*linear); }),
+            "[frozen_linear] linear must have a bias [512] or none, but has [1].");
 }
 
 TEST(FrozenContextTest, ASliceMayBeEmpty) {

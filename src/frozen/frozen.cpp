@@ -140,6 +140,10 @@ std::shared_ptr<const Frozen::State> Frozen::State::make(const CrossAttentionOpt
                                                          const State* first) {
   auto plan = freeze.plan.value_or(options.plan());
   detail::check_plan(kFrozen, plan, options);
+  const auto &own = weights.key, &attention = first ? first->weights.key : own;
+  detail::check_type(own.scalar_type() == attention.scalar_type() && own.device() == attention.device(), kFrozen,
+                     "added projections must be {} on {}, as the attention, but one is {} on {}.", detail::type_of(attention),
+                     detail::name_of(attention.device()), detail::type_of(own), detail::name_of(own.device()));
   const bool kernels = !options.bias_kv() && detail::runs_on_kernels(weights.key);
   detail::check_storage(kFrozen, freeze.storage, kernels);
   if (kernels && !freeze.plan) plan.rates.reset();  // the module's rates are those of other kernels

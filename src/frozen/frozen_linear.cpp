@@ -36,6 +36,8 @@ FrozenLinear::FrozenLinear(const torch::nn::LinearImpl& linear, std::optional<at
   const auto& weight = linear.weight;
   check_value(weight.defined() && weight.dim() == 2 && weight.numel() > 0, kLinear,
               "linear must have a weight [out, in], but has {}.", detail::shape_of(weight));
+  check_value(!linear.bias.defined() || (linear.bias.dim() == 1 && linear.bias.size(0) == weight.size(0)), kLinear,
+              "linear must have a bias [{}] or none, but has {}.", weight.size(0), detail::shape_of(linear.bias));
   const bool kernels = detail::runs_on_kernels(weight);
   detail::check_storage(kLinear, storage, kernels);
   State state{weight.size(1), weight.size(0), weight.scalar_type(), weight.device()};

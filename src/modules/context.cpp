@@ -94,9 +94,13 @@ Context Context::append(const Tensor& key, const Tensor& value, const Mask& mask
   detail::check_mask(kContext, weights, inputs, std::nullopt);
   detail::normalise(inputs, s.norm);
   const auto more = detail::make_context(s.layer, inputs.key, inputs.value);
-  check_type(more.keys.scalar_type() == s.parts.keys.scalar_type(), kContext,
-             "key must become {}, the type of the context, but becomes {}. Make it and append to it under the same autocast.",
-             detail::type_of(s.parts.keys), detail::type_of(more.keys));
+  const auto check_same_type = [](const char* name, const Tensor& own, const Tensor& other) {
+    check_type(own.scalar_type() == other.scalar_type(), kContext,
+               "{} must become {}, the type of the context, but becomes {}. Make it and append to it under the same autocast.",
+               name, detail::type_of(own), detail::type_of(other));
+  };
+  check_same_type("key", s.parts.keys, more.keys);
+  check_same_type("value", s.parts.values, more.values);
   auto longer = std::make_shared<State>(s);
   longer->mask = detail::join_keys({{s.mask, s.parts.Lk}, {mask & detail::causal_part(s.mask), more.Lk}});
   longer->parts = detail::append(s.layer, s.parts, more);
@@ -124,10 +128,13 @@ Context Context::select(const Tensor& indices) const {
 
 namespace detail {
 
-WeightsStamp::WeightsStamp(const std::vector<at::Tensor>& tensors, double scale) : scale_(scale) {
+WeightsStamp::WeightsStamp(const std::vector<at::Tensor>& tensors, std::vector<double> numbers) : numbers_(std::move(numbers)) {
   for (const auto& x : tensors) {
-    const bool has_counter = x.defined() && !x.is_inference();
-    entries_.push_back({x, x.defined() ? x.const_data_ptr() : nullptr, has_counter ? static_cast<uint32_t>(x._version()) : 0});
+    auto& entry = entries_.emplace_back(x);
+    if (!x.defined()) continue;
+    entry.data = x.const_data_ptr();
+    if (x.has_storage()) entry.storage = x.storage();
+    if (!x.is_inference()) entry.version = static_cast<uint32_t>(x._version());
   }
 }
 
@@ -136,7 +143,7 @@ bool WeightsStamp::Entry::operator==(const Entry& other) const {
 }
 
 void WeightsStamp::check(std::string_view caller, const WeightsStamp& now) const {
-  check_value(entries_ == now.entries_ && scale_ == now.scale_, caller,
+  check_value(entries_ == now.entries_ && numbers_ == now.numbers_, caller,
               "context must be made with the weights that attend to it, but they are another module's, or have changed "
               "since. Make the context again.");
 }
@@ -144,13 +151,17 @@ void WeightsStamp::check(std::string_view caller, const WeightsStamp& now) const
 WeightsStamp stamp_of(const LayerWeights& w, const Orders& orders) {
   std::vector<at::Tensor> tensors;
   for (const auto* x : context_tensors(w)) tensors.push_back(*x);
-  if (is_folded(orders.logits)) tensors.insert(tensors.end(), {w.query, w.query_bias});
+  std::vector<double> numbers;
+  const auto add = [&numbers](auto... more) { (numbers.push_back(static_cast<double>(more)), ...); };
+  if (is_folded(orders.logits)) tensors.insert(tensors.end(), {w.query, w.query_bias}), add(w.scale);
   if (is_folded(orders.values)) tensors.push_back(w.output);
-  return WeightsStamp(tensors, is_folded(orders.logits) ? w.scale : 0);
+  if (!is_raw(orders.logits)) add(w.H, w.G, w.d, w.key_norm.eps);
+  if (!is_raw(orders.values)) add(w.H, w.G, w.e);
+  return {tensors, numbers};
 }
 
 WeightsStamp stamp_of(const NormWeights& norm) {
-  return norm.kind == NormKind::none ? WeightsStamp() : WeightsStamp({norm.weight, norm.bias});
+  return norm.kind == NormKind::none ? WeightsStamp() : WeightsStamp({norm.weight, norm.bias}, {norm.eps});
 }
 
 void check_context(std::string_view caller, const LayerWeights& w, const Context::State& context, const at::Tensor& query) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/Storage.h>
 #include <xattn/call_options.h>
 #include <xattn/context.h>
 #include <xattn/cross_attention.h>
@@ -23,22 +24,24 @@ namespace detail {
 class WeightsStamp {
  public:
   WeightsStamp() = default;
-  explicit WeightsStamp(const std::vector<at::Tensor>& tensors, double scale = 0);
+  /// numbers: options that the context depends on.
+  WeightsStamp(const std::vector<at::Tensor>& tensors, std::vector<double> numbers);
 
-  /// Throws c10::ValueError unless `now` is of the same tensors, unchanged.
+  /// Throws c10::ValueError unless `now` is of the same tensors and numbers, unchanged.
   void check(std::string_view caller, const WeightsStamp& now) const;
   bool operator==(const WeightsStamp& other) const = default;
 
  private:
-  // The tensor is held so that no other one can get its address.
+  // Tensor and storage are held so that no other ones can get their addresses.
   struct Entry {
     at::Tensor tensor;
+    c10::Storage storage;
     const void* data;
     uint32_t version;  // counts in-place changes; 0 for inference tensors, which have no counter
     bool operator==(const Entry& other) const;
   };
   std::vector<Entry> entries_;
-  double scale_ = 0;
+  std::vector<double> numbers_;
 };
 
 /// Of all weights that a context in these orders holds.

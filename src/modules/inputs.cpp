@@ -29,7 +29,7 @@ Tensor checked_indices(std::string_view caller, const Tensor& indices, int64_t n
   check_type(indices.defined() && at::isIntegralType(indices.scalar_type(), /*includeBool=*/false), caller,
              "indices must be of an integer type, but are {}.", type_of(indices));
   check_value(indices.dim() == 1, caller, "indices must have shape [n], but have {}.", shape_of(indices));
-  const auto numbers = indices.to(at::kLong);
+  const auto numbers = indices.to(at::kLong).resolve_neg();  // the engine reads its memory
   if (numbers.is_cpu() && numbers.numel() > 0) {
     const auto least = numbers.min().item<int64_t>(), most = numbers.max().item<int64_t>();
     check_value(least >= 0 && most < n, caller, "indices must lie in [0, {}), but hold {}.", n, least < 0 ? least : most);

@@ -63,13 +63,17 @@ void check_projection(
   const bool fits = weight.dim() == 2 && weight.size(0) == out && weight.size(1) == in;
   check_value(fits, caller, "options must fit the parameters, but say [{}, {}] for {}.weight, which has {}.", out, in, name,
               shape_of(weight));
-  check_value(linear->bias.defined() == has_bias, caller,
-              "options must fit the parameters, but say {} bias for {}, which has {}.", has_bias ? "a" : "no", name,
-              has_bias ? "none" : "one");
+  const auto& bias = linear->bias;
+  check_value(bias.defined() == has_bias, caller, "options must fit the parameters, but say {} bias for {}, which has {}.",
+              has_bias ? "a" : "no", name, has_bias ? "none" : "one");
+  check_value(!has_bias || (bias.dim() == 1 && bias.size(0) == out), caller,
+              "options must fit the parameters, but say [{}] for {}.bias, which has {}.", out, name, shape_of(bias));
 }
 
 void check_norm(std::string_view caller, std::string_view name, const Norm& norm, NormKind kind, int64_t size, double eps) {
-  const bool fits = norm ? norm->options.kind() == kind && norm->options.size() == size && norm->options.eps() == eps
+  const auto has_size = [size](const torch::Tensor& x) { return !x.defined() || (x.dim() == 1 && x.size(0) == size); };
+  const bool fits = norm ? norm->options.kind() == kind && norm->options.size() == size && norm->options.eps() == eps &&
+                               has_size(norm->weight) && has_size(norm->bias)
                          : kind == NormKind::none;
   check_value(fits, caller, "options must fit the parameters, but say another kind, size or eps for {}.", name);
 }

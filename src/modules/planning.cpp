@@ -71,8 +71,8 @@ Orders orders_of(const PlanRequest& request) {
 
 Orders orders_of_context(std::string_view caller, const PlanRequest& of_call, const ContextOptions& how) {
   const auto request = for_context(caller, of_call, how);
-  const bool is_standard = how.expected_queries == ContextOptions::kMany && !request.weights_are_frozen;
-  if (!request.shares_context) return is_standard ? Orders{} : orders_of(request);
+  const bool is_planned = how.expected_queries != ContextOptions::kMany || request.weights_are_frozen || request.pinned;
+  if (!request.shares_context) return is_planned ? orders_of(request) : Orders{};
   const auto reads_as_given = [](const Orders& orders) { return is_raw(orders.logits) && is_raw(orders.values); };
   constexpr auto kRaw = Order::fold_into_query;  // legal wherever any order that reads keys and values as given is
   std::string_view reason;
