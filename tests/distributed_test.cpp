@@ -112,6 +112,10 @@ TEST_P(DistributedTest, EachRanksOwnQueriesGetWhatOneProcessGivesThem) {
   run("own-queries", GetParam());
 }
 
+TEST_P(DistributedTest, LargeLogitsEmptySharesAndContextsWithoutGradientsAreAsInOneProcess) {
+  run("corners", GetParam());
+}
+
 TEST_P(DistributedTest, WhatIsExchangedDoesNotGrowWithTheContext) {
   run("traffic", GetParam());
 }

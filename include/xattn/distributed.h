@@ -67,7 +67,8 @@ class XATTN_API SharedContext {
 /// same gradient of the weights and, with Queries::same, of the query, ready for the optimizer without averaging. Every rank
 /// must call backward on its output; with Queries::same, the gradients passed must be equal. With Queries::own the weights get
 /// the gradient of the sum of all ranks' losses. A bias that requires a gradient gets, on each rank, the gradient of the rank's
-/// own keys, and zeros for all others. First derivatives only. The attention weights carry no gradient.
+/// own keys, and zeros for all others. Weights that made a context without gradients get none from it. First derivatives only.
+/// The attention weights carry no gradient.
 ///
 /// All methods are collective: every rank must call them in the same order and require the same gradients. If a rank dies or
 /// does not respond within the group's timeout, they throw c10::DistBackendError on the others, and the group can no longer be

@@ -177,7 +177,7 @@ namespace {
 struct Merge : torch::autograd::Function<Merge> {
   static variable_list forward(
       AutogradContext* context, const Tensor& output, const Tensor& log_sum_exp, const Tensor& largest, const RanksPtr& ranks) {
-    auto most = at::where(at::isneginf(log_sum_exp), log_sum_exp, largest).contiguous();
+    auto most = at::where(at::isneginf(log_sum_exp), log_sum_exp, log_sum_exp + largest).contiguous();
     ranks->max(most);
     const auto anchor = most.masked_fill(at::isneginf(most), 0);  // -inf - -inf is NaN
     const auto mass = at::exp(log_sum_exp + (largest - anchor)).unsqueeze(-1);

@@ -167,7 +167,11 @@ SharedContext ContextParallel::context(const Tensor& key,
     inputs.value = one ? inputs.key : at::constant_pad_nd(inputs.value, {0, 0, 0, 1});
   }
   const auto stamp = detail::stamp_of(weights, orders);
-  detail::sum_gradients(detail::context_tensors(weights), state_->ranks);
+  const auto of_context = detail::context_tensors(weights);
+  for (auto* x : of_context) {  // gradients that are not summed would differ between ranks
+    if (x->defined() && !(at::GradMode::is_enabled() && x->requires_grad())) *x = x->detach();
+  }
+  detail::sum_gradients(of_context, state_->ranks);
   detail::Layer layer(orders, std::move(weights));
   auto parts = detail::make_context(layer, inputs.key, inputs.value);
   return SharedContext(std::make_shared<SharedContext::State>(
@@ -215,8 +219,11 @@ std::tuple<Tensor, Tensor> ContextParallel::attend(const Tensor& query, const Sh
   layer.weights.query_norm = own_weights.query_norm;
   layer.weights.scale = own_weights.scale;
 
-  const auto mask = c.own > 0 ? detail::shard_of_keys(c.mask, c.first, c.own, Lq, c.length, device)
-                              : Mask::key_padding(at::zeros({1, 1}, at::dtype(at::kBool).device(device)));
+  auto mask = detail::shard_of_keys(c.mask, c.first, c.own, Lq, c.length, device);
+  if (c.own == 0) {  // the key that stands for the share, and a learned bias, which gets a gradient of zeros
+    const auto forbidden = at::zeros({1, 1}, at::dtype(at::kBool).device(device));
+    mask = detail::with_bias_kv(mask, Lq, 0, device) & Mask::key_padding(forbidden);
+  }
   auto how = detail::attention_options(kContextParallel, o, call, mask, module.is_training());
   const auto returned = how.weights;
   if (returned != AttentionWeights::per_head) how.weight_heads.clear();

@@ -10,6 +10,7 @@
 #include <functional>
 #include <iostream>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -172,6 +173,7 @@ Results differentiate(CrossAttention module, const Inputs& inputs, const Call& c
   if (bias.defined()) bias.mutable_grad() = Tensor();
   std::tie(r.output, r.weights) = call(query, key, value);
   r.output.backward(inputs.grad);
+  expect(!bias.defined() || bias.grad().defined(), "the gradient of the bias is undefined");
   const auto gradient = [](const Tensor& x) { return x.grad().defined() ? x.grad().clone() : torch::zeros_like(x); };
   r.query = gradient(query), r.key = gradient(key), r.value = gradient(value);
   if (bias.defined()) r.bias = gradient(bias);
@@ -283,6 +285,77 @@ void own_queries(const Ranks& ranks) {
     all += own(r);
   }
   for (const auto& each : cases_of_own_queries(all)) compare(ranks, each, Queries::own, before, own(ranks.place.rank), all);
+}
+
+// Log-sum-exps far from the largest logit: a key's bias of this size shifts all logits of a row by some hundreds.
+void large_logits(const Ranks& ranks) {
+  using enum Order;
+  for (const auto type : {torch::kDouble, torch::kFloat, torch::kBFloat16}) {
+    for (const auto order : {standard, fold_into_query}) {
+      for (const double bias : {-100.0, 100.0}) {
+        torch::manual_seed(3);
+        CrossAttention module(CrossAttentionOptions(6, 10, 10, 16)
+                                  .num_heads(4)
+                                  .attention_weights(AttentionWeights::none)
+                                  .plan(PlanMode::pin({order, order})));
+        module->to(type);
+        const torch::NoGradGuard no_grad;
+        module->query_linear->weight.mul_(0.01);
+        module->query_linear->bias.fill_(4);
+        module->key_linear->bias.fill_(bias);
+        const auto query = torch::randn({kB, kLq, 6}).to(type), key = torch::randn({kB, kLk, 10}).to(type);
+        const auto borders = ranks.borders(kLk, /*with_empty=*/false);
+        const auto rank = static_cast<size_t>(ranks.place.rank);
+        const auto own = key.narrow(1, borders[rank], borders[rank + 1] - borders[rank]);
+        ContextParallel parallel(module, ranks.group);
+        expect_close(std::get<0>(parallel.forward(query, own, own)), std::get<0>(module->forward(query, key, key)),
+                     type == torch::kDouble  ? 1e-11
+                     : type == torch::kFloat ? 1e-3
+                                             : 5e-2,
+                     fmt::format("a key's bias of {} in {}, {}", bias, name_of(order), c10::getDtypeNames(type).first));
+      }
+    }
+  }
+}
+
+// Only the bias of the mask trains; the share of the last rank is empty.
+void bias_alone(const Ranks& ranks) {
+  CrossAttention module(CrossAttentionOptions(6, 10, 10, 16).num_heads(4));
+  for (auto& parameter : module->parameters()) parameter.requires_grad_(false);
+  const bool is_empty = ranks.place.size > 1 && ranks.place.rank == ranks.place.size - 1;
+  const auto n = is_empty ? 0 : 3;
+  const auto learned = torch::zeros({1, 4, 1, 3 * std::max(1, ranks.place.size - 1)}).requires_grad_();
+  const auto key = torch::randn({kB, n, 10});
+  ContextParallel parallel(module, ranks.group, Queries::own);
+  const auto context = parallel.context(key, key, Mask::bias(learned));
+  std::get<0>(parallel.attend(torch::randn({kB, 2, 6}), context)).square().sum().backward();
+  expect(learned.grad().defined() && learned.grad().eq(0).all().item<bool>() == is_empty, "the gradient of the bias");
+}
+
+// What is made without gradients gives none later, on no rank, whichever order the plan takes.
+void without_gradients(const Ranks& ranks) {
+  torch::manual_seed(4);
+  for (const auto order : {Order::standard, Order::fold_into_query}) {
+    CrossAttention module(CrossAttentionOptions(6, 10, 10, 16).num_heads(4).plan(PlanMode::pin({order, order})));
+    const auto query = torch::randn({kB, kLq, 6}), key = torch::randn({kB, 2 + ranks.place.rank, 10});
+    ContextParallel parallel(module, ranks.group);
+    std::optional<SharedContext> context;
+    {
+      const torch::NoGradGuard no_grad;
+      context = parallel.context(key, key);
+    }
+    std::get<0>(parallel.attend(query, *context)).sum().backward();
+    for (const auto* linear : {&module->key_linear, &module->value_linear}) {
+      expect(!(*linear)->weight.grad().defined(), fmt::format("a gradient of the context's weights in {}", name_of(order)));
+    }
+    expect(module->query_linear->weight.grad().defined(), "the gradient of the query's weight");
+  }
+}
+
+void corners(const Ranks& ranks) {
+  large_logits(ranks);
+  bias_alone(ranks);
+  without_gradients(ranks);
 }
 
 // The bytes that a call exchanges do not grow with the context.
@@ -432,11 +505,14 @@ void silence(const Ranks& ranks) {
 }
 
 int run(int argc, char** argv) {
-  const std::map<std::string, void (*)(const Ranks&)> scenarios = {
-      {"equal", equal},     {"own-queries", own_queries},
-      {"traffic", traffic}, {"errors", errors},
-      {"death", death},     {"death-in-backward", death_in_backward},
-      {"silence", silence}};
+  const std::map<std::string, void (*)(const Ranks&)> scenarios = {{"equal", equal},
+                                                                   {"own-queries", own_queries},
+                                                                   {"corners", corners},
+                                                                   {"traffic", traffic},
+                                                                   {"errors", errors},
+                                                                   {"death", death},
+                                                                   {"death-in-backward", death_in_backward},
+                                                                   {"silence", silence}};
   try {
     at::set_num_threads(1);
     const auto place = launch::find_place();
