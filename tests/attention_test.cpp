@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <xattn/attention.h>
 
+#include <ATen/autocast_mode.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <xattn/plan.h>
@@ -243,6 +244,26 @@ TEST_P(AttentionTest, BiasReceivesItsGradientInFirstAndSecondOrder) {
     expect_gradient(f, {bias}, "bias");
     expect_second_gradient(f, {bias}, "bias");
   }
+}
+
+TEST(AttentionOfFloatsTest, ARowWhoseLogitsAllOverflowIsNaNOnEveryPath) {
+  const auto q = torch::full({1, 1, 1, 1}, 1e20f), k = torch::full({1, 1, 3, 1}, -1e20f);
+  for (const auto path : {AttentionPath::automatic, AttentionPath::definition}) {
+    EXPECT_TRUE(attention(q, k, torch::ones_like(k), {.path = path}).output.isnan().all().item<bool>());
+  }
+}
+
+TEST(AttentionOfFloatsTest, UnderAutocastEveryPathComputesInItsType) {
+  const auto x = torch::randn({1, 1, 2, 8});
+  const auto mask = Mask::bias(torch::full({2, 2}, std::numeric_limits<float>::lowest()));  // -inf in bfloat16
+  at::autocast::set_autocast_enabled(torch::kCPU, true);
+  for (const auto path : {AttentionPath::automatic, AttentionPath::definition}) {
+    const auto output = attention(x, x, x, {.mask = mask, .path = path}).output;
+    EXPECT_EQ(output.scalar_type(), torch::kBFloat16);
+    EXPECT_TRUE(output.eq(0).all().item<bool>());
+  }
+  at::autocast::set_autocast_enabled(torch::kCPU, false);
+  at::autocast::clear_cache();
 }
 
 TEST_P(AttentionTest, RowWithoutKeysGivesZerosAndNoGradientInEveryType) {

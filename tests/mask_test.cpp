@@ -268,6 +268,13 @@ TEST(MaskTest, FromAdditiveForbidsLargeNegativeNumbersAndKeepsTheRestAsBias) {
   EXPECT_TRUE(total_bias(mask, 3).view({2, 3}).equal(torch::tensor({{0.0, -1.5, 0.0}, {0.0, 0.0, 2.0}})));
 }
 
+TEST(MaskTest, FromAdditiveDoesNotHideNaN) {
+  const auto keep = torch::tensor({{1.0f, 0.0f}});
+  const auto mask = Mask::from_additive((1 - keep) * -kInfinity);  // a common mistake: 0 times infinity
+  const auto x = torch::randn({1, 1, 1, 4}), k = torch::randn({1, 1, 2, 4});
+  EXPECT_TRUE(attention(x, k, k, {.mask = mask}).output.isnan().all().item<bool>());
+}
+
 TEST(MaskTest, IsCausalOnlyWhereAFlagOfTheKernelExpressesIt) {
   const auto lower_right = Mask::causal(CausalAlignment::lower_right);
   EXPECT_TRUE(is_causal_only(Mask::causal(CausalAlignment::upper_left), 2, 4));

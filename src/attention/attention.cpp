@@ -318,6 +318,9 @@ RelativeAttention attend(const AttentionCall& call) {
 
 AttentionResult attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   check_inputs({q, k, v, options});
+  if (const auto type = detail::product_type(q); type != q.scalar_type()) {  // autocast's, which not all kernels know
+    return attention(q.to(type), k.to(type), v.to(type), options);
+  }
   return detail::absolute(attend({q, k, v, options}));
 }
 

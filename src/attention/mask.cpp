@@ -284,8 +284,8 @@ Mask Mask::from_scaled_dot_product_attention(const at::Tensor& attn_mask, bool i
 
 Mask Mask::from_additive(const at::Tensor& mask) {
   check_bias(mask, "from_additive");
-  const auto keep = at::gt(mask, kForbidden);
-  return dense(keep) & bias(mask.masked_fill(at::logical_not(keep), 0));
+  const auto forbidden = at::le(mask, kForbidden);  // NaN is not, and shows in the results
+  return dense(at::logical_not(forbidden)) & bias(mask.masked_fill(forbidden, 0));
 }
 
 // ---- Combinations ----------------------------------------------------------------------------------------------------------

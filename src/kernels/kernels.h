@@ -72,8 +72,8 @@ struct Product {
 };
 
 /// Softmax in place, on the rows of x [rows, n]: x = exp(y - max y) / sum exp(y - max y) with y = scale * x + bias, over the
-/// keys that are kept and visible; 0 for the others. A row becomes zeros if none of these keys is above -inf, and NaN if one of
-/// them is NaN. The bits of a row do not depend on the other rows.
+/// keys that are kept and visible; 0 for the others. A row of which a mask leaves no key above -inf becomes zeros. One with
+/// NaN, or without a mask and all -inf, becomes NaN. The bits of a row do not depend on the other rows.
 struct Softmax {
   int64_t rows = 0, n = 0;
   float* x = nullptr;
@@ -89,8 +89,8 @@ struct Softmax {
   float* largest = nullptr;      ///< [rows], max y, or 0 for a row that becomes zeros; log_sum_exp is then that of y - max y
 };
 
-/// y = (x - mean) / sqrt(variance + eps) * weight + bias, for rows [rows, n]; without the mean, the variance is the mean square.
-/// The bits of a row do not depend on the other rows. y may be x.
+/// y = (x - mean) / sqrt(variance + eps) * weight + bias, for rows [rows, n]; without the mean, the variance is the mean
+/// square. The bits of a row do not depend on the other rows. y may be x.
 struct RowNorm {
   int64_t rows = 0, n = 0;
   const float* x = nullptr;

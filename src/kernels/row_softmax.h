@@ -79,8 +79,11 @@ inline Vector logits_at_end(const Row& row, float scale, int64_t n) {
   return lane_numbers() >= covered ? logits<kMasked>(row, scale, n - kLanes) : broadcast(-kInfinity);
 }
 
-// The number to subtract from y: the largest y, or 0 in an empty row, where exp(-inf - 0) is then 0 and not NaN.
+// The number to subtract from y: the largest y, or 0 in a row that a mask has emptied, where exp(-inf - 0) is then 0. Without a
+// mask, logits that are all -inf have overflowed, and give NaN.
+template <bool kMasked>
 inline Vector shift_of(Vector largest) {
+  if constexpr (!kMasked) return largest;
   return largest == -kInfinity ? Vector{} : largest;
 }
 
@@ -115,7 +118,7 @@ void softmax_short(const Softmax& s, int64_t first, int64_t rows) {
       y[r][v] = logits<kMasked>(row, s.scale, v * kLanes);
       largest = larger(largest, y[r][v]);
     }
-    shifts[r] = shift_of(reduce<kWidth>(largest, larger));
+    shifts[r] = shift_of<kMasked>(reduce<kWidth>(largest, larger));
   }
   for (int64_t r = 0; r < rows; ++r) {
     sums[r] = Vector{};
@@ -151,7 +154,7 @@ void softmax_long(const Softmax& s, int64_t i) {
     if constexpr (kMasked) store(row.x + j, each);
     largest = larger(largest, each);
   }
-  const Vector shift = shift_of(reduce(largest, larger));
+  const Vector shift = shift_of<kMasked>(reduce(largest, larger));
   if constexpr (kMasked) scale = 1;
   const Vector e_at_end = exp_of_negative(y - shift);
   Vector sums = e_at_end;
@@ -197,21 +200,22 @@ template <bool kMasked>
 void softmax_of_visible_keys(const Softmax& s) {
   for (int64_t i = 0; i < s.rows; ++i) {
     const Row row = row_of(s, i);
-    softmax_rows<kMasked>({.rows = 1,
-                           .n = row.visible,
-                           .x = row.x,
-                           .scale = s.scale,
-                           .bias = row.bias,
-                           .keep = row.keep,
-                           .log_sum_exp = s.log_sum_exp ? s.log_sum_exp + i : nullptr,
-                           .largest = s.largest ? s.largest + i : nullptr});
+    const auto one = row.visible > 0 ? softmax_rows<kMasked> : softmax_rows<true>;
+    one({.rows = 1,
+         .n = row.visible,
+         .x = row.x,
+         .scale = s.scale,
+         .bias = row.bias,
+         .keep = row.keep,
+         .log_sum_exp = s.log_sum_exp ? s.log_sum_exp + i : nullptr,
+         .largest = s.largest ? s.largest + i : nullptr});
     for (int64_t j = row.visible; j < s.n; ++j) row.x[j] = 0;
   }
 }
 
 void softmax(const Softmax& all) {
   Softmax s = all;
-  const bool has_mask = s.bias || s.keep, is_masked = has_mask || hides_keys(s);
+  const bool has_mask = s.bias || s.keep, is_masked = has_mask || hides_keys(s) || s.n == 0;
   if (hides_keys(s) && s.n > kMostVectors * kLanes) {
     return has_mask ? softmax_of_visible_keys<true>(s) : softmax_of_visible_keys<false>(s);
   }
