@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -241,7 +242,7 @@ TEST_F(CliTest, InspectPrintsDocumentedJson) {
       {"prefix": "", "layout": "reference", "kind": "cross", "num_heads": null, "dim_query": 4, "dim_key": 5, "dim_value": 6, "dim_output": 8,
        "inner_qk": 8, "inner_v": 8, "group": 2,
        "query_bias": false, "key_bias": false, "value_bias": false, "output_bias": true,
-       "qk_norm": "none", "added_contexts": 0, "unexpected": [], "misshapen": []}],
+       "qk_norm": "none", "added_contexts": 0, "unexpected": [], "misshapen": [], "refused": ""}],
     "blocks": []})");
   EXPECT_EQ(json::parse(result.out), expected);
 }
@@ -435,6 +436,15 @@ TEST_F(CliTest, TensorsOfOtherSizesAreListedAndRefused) {
             "[load] weights: layer \"a.\" does not fit together; misshapen: " + reason);
   EXPECT_EQ(error(1, "convert weights new.safetensors --to mlx"),
             "[convert] weights: layer \"a.\" does not fit together; misshapen: " + reason);
+}
+
+TEST_F(CliTest, LayersThatConfigJsonRulesOutAreListedAndRefused) {
+  save_safetensors(dir.file("weights"), *CrossAttention(4, 6, 6, 8));
+  std::ofstream(dir.file("config.json")) << R"({"attn_logit_softcapping": 30.0})";
+  const auto reason = json::parse(xattn("inspect weights --json").out)["layers"][0]["refused"].get<std::string>();
+  EXPECT_NE(reason.find(R"(caps logits softly, by "attn_logit_softcapping" of 30: not computed)"), std::string::npos) << reason;
+  save_safetensors(dir.file("in"), NamedTensors{{"query", query}, {"context", key}});
+  EXPECT_EQ(error(1, "run weights --inputs in --output out --device cpu"), reason);
 }
 
 TEST_F(CliTest, ASecondContextIsAskedFor) {

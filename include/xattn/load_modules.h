@@ -27,7 +27,8 @@ struct LayerOptions {
   /// Type of the parameters: float64, float32, bfloat16 or float16. If not given, the widest type among the layer's tensors,
   /// but at least float16.
   std::optional<torch::ScalarType> dtype = {};
-  bool allow_unexpected = false;     ///< ignore names that the layer's layout does not explain
+  /// Ignore names that the layer's layout does not explain, and drop added contexts, such as an IP-Adapter's.
+  bool allow_unexpected = false;
   bool without_input_norms = false;  ///< the caller applies the norms in front of the layer: see `input_norms`
 };
 
@@ -43,7 +44,10 @@ struct LayerOptions {
 /// and only "blocks" in the prefix distinguishes them.
 [[nodiscard]] XATTN_API CrossAttention cross_attention_from(const Checkpoint& checkpoint, const LayerOptions& options = {});
 
-/// The same with the further contexts of the file's layer (IP-Adapters, Wan's image-to-video models), each added with this
+/// Why a config.json beside the file makes the function above throw for this layer, whatever the options; empty if it does not.
+[[nodiscard]] XATTN_API std::string refused_by_config(const Checkpoint& checkpoint, const FoundLayer& layer);
+
+/// The same as `cross_attention_from` with the further contexts of the file's layer (IP-Adapters, Wan's image-to-video models), each added with this
 /// scale. Throws FileError if it has none.
 [[nodiscard]] XATTN_API DecoupledCrossAttention decoupled_cross_attention_from(const Checkpoint& checkpoint,
                                                                                const LayerOptions& options = {},

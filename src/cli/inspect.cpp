@@ -5,6 +5,7 @@
 #include <xattn/checkpoint.h>
 #include <xattn/find_blocks.h>
 #include <xattn/find_layers.h>
+#include <xattn/load_modules.h>
 
 #include <algorithm>
 #include <array>
@@ -33,12 +34,12 @@ constexpr auto kInspectFooter = R"(Example: xattn inspect weights.safetensors
   unreadable
             list of {name, reason}, by name: tensors that are in the file but are not read
   layers    list of {prefix, layout, kind, num_heads, dim_query, dim_key, dim_value, dim_output, inner_qk, inner_v, group,
-            query_bias, key_bias, value_bias, output_bias, qk_norm, added_contexts, unexpected, misshapen}, by prefix. kind is
+            query_bias, key_bias, value_bias, output_bias, qk_norm, added_contexts, unexpected, misshapen, refused}, by prefix. kind is
             "cross", "self" or "unknown"; num_heads is null if the weights do not determine it; inner_qk and inner_v are the
             widths of all heads together; group is the number of query heads per key/value head; qk_norm is "none", "rms" or
             "layer"; added_contexts is the number of contexts beside the first. unexpected are names under the prefix that the
-            layout does not explain, misshapen are tensors that do not fit together: run, verify and convert refuse layers with
-            either.
+            layout does not explain, misshapen are tensors that do not fit together, and refused is why a config.json beside the
+            file rules the layer out, or empty: run, verify and convert refuse layers with any of these.
   blocks    list of {prefix, layout, attention, norm, norm_bias, gate, feed_forward, feed_forward_glu, feed_forward_bias,
             unexpected, misshapen}, by prefix: the blocks around cross-attention layers. attention is the layer's prefix; norm
             is "rms" or "layer"; gate is "none", "scalar" or "per_feature"; feed_forward is the number of hidden features.)";
@@ -69,7 +70,8 @@ Json layer_as_json(const FoundLayer& layer, const Checkpoint& file) {
           {"qk_norm", detail::name_of(options.qk_norm())},
           {"added_contexts", layer.added.size()},
           {"unexpected", unexplained_names(layer, file.tensors())},
-          {"misshapen", layer.misshapen}};
+          {"misshapen", layer.misshapen},
+          {"refused", refused_by_config(file, layer)}};
 }
 
 Json block_as_json(const FoundBlock& block, const Checkpoint& file) {

@@ -157,6 +157,15 @@ CrossAttentionBlockOptions block_options(const Checkpoint& checkpoint,
 
 }  // namespace detail
 
+std::string refused_by_config(const Checkpoint& checkpoint, const FoundLayer& layer) {
+  try {
+    detail::refuse_other_attention(detail::ModelConfig(checkpoint), layer);
+  } catch (const FileError& error) {
+    return error.what();
+  }
+  return {};
+}
+
 CrossAttention cross_attention_from(const Checkpoint& checkpoint, const LayerOptions& options) {
   const auto layer = choose_layer(checkpoint, options.prefix, options.layout);
   const auto type = detail::type_of(checkpoint, recipes(layer, checkpoint.tensors()), options.dtype);
