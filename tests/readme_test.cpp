@@ -306,10 +306,10 @@ TEST(ReadmeTest, Maps) {
   auto query = torch::randn({1, 4, 64});
   auto context = torch::randn({1, 49, 128});
   auto image = torch::zeros({224, 224, 3}, torch::kUInt8);
-  auto weights = std::get<1>(attention->forward(query, context, context));  // [1, 4, 49]: 4 words ask 7 x 7 regions
+  auto weights = std::get<1>(attention->forward(query, context, context));  // [1, 4, 49]: 4 words attend to 7 x 7 regions
   auto maps = xattn::attention_maps(weights, {.rows = 7, .columns = 7});    // [1, 4, 7, 7]
-  auto picture = xattn::overlay_map(image, maps[0][2]);                     // [224, 224, 3]: where word 2 looks
-  auto regions = xattn::attention_entropy(weights).exp();                   // [1, 4]: at how many regions each looks
+  auto picture = xattn::overlay_map(image, maps[0][2]);                     // [224, 224, 3]: where word 2 attends
+  auto regions = xattn::attention_entropy(weights).exp();                   // [1, 4]: effective number of regions per word
   EXPECT_EQ(picture.sizes(), image.sizes());
   EXPECT_GT(regions.min().item<double>(), 1);
 }

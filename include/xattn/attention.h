@@ -18,12 +18,12 @@ namespace xattn {
 
 /// Which attention weights to return. They are taken before dropout, so each row sums to one, or to zero if it has no keys.
 enum class AttentionWeights {
-  none,      ///< an undefined tensor: the fastest choice, and the only one that can avoid storing B x H x Lq x Lk numbers
+  none,      ///< an undefined tensor: the fastest choice
   mean,      ///< the mean over heads, [B, Lq, Lk]
   per_head,  ///< [B, H, Lq, Lk], or [B, n, Lq, Lk] of n chosen heads
 };
 
-/// Which implementation runs. The definition and the fused kernels give the same result, and every test compares them.
+/// Which implementation runs. Fused kernels give the same result as the definition, up to rounding.
 enum class AttentionPath {
   automatic,   ///< a fused kernel if one supports the call, otherwise the definition
   definition,  ///< plain tensor operations

@@ -9,7 +9,7 @@
 
 namespace xattn {
 
-/// Which attention weights one call of `forward` or `attend` returns beside its output. They override the module's options.
+/// The attention weights that one call of `forward` or `attend` returns. Fields that are set override the module's options.
 ///
 ///   auto [output, weights] = attention->forward(query, key, value, {}, {.weights = AttentionWeights::per_head});
 struct CallOptions {

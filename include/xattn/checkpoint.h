@@ -21,8 +21,7 @@ using NamedTensors = std::map<std::string, at::Tensor>;
 
 enum class FileFormat {
   safetensors,  ///< one file, or a sharded set through its index.json; https://github.com/huggingface/safetensors
-  state_dict,  ///< torch.save of a state dict, or of a checkpoint that contains one, by any PyTorch since 0.1.12; also a sharded
-               ///< set
+  state_dict,   ///< torch.save of a state dict, or of a checkpoint that contains one, by any PyTorch since 0.1.12; also sharded
   torchscript,  ///< torch.jit.save, or torch::save of a C++ module
   pt2,          ///< torch.export.save
 };
@@ -68,7 +67,7 @@ class XATTN_API Checkpoint {
   FileFormat format() const;
   const std::map<std::string, TensorInfo>& tensors() const;
   /// Tensors that are in the file but are not read, by name, each with the reason: quantized and sparse ones, those of types
-  /// that torch does not have (F4), those that classes of other libraries make. They are not among `tensors()`.
+  /// that torch does not have (F4), tensor classes of other libraries. They are not among `tensors()`.
   const std::map<std::string, std::string>& unreadable() const;
   const std::map<std::string, std::string>& metadata() const;
 
@@ -103,7 +102,7 @@ class XATTN_API Checkpoint {
 ///   the same of diffusers, diffusion_pytorch_model.safetensors, ...;
 ///   adapter_model.safetensors or .bin, pytorch_lora_weights.safetensors or .bin
 ///
-/// A FileError lists what a folder holds that has none of these. The format is detected from the contents. Throws FileError,
+/// If a folder has none of these, a FileError lists its files. The format is detected from the contents. Throws FileError,
 /// one line naming the defect, unless the descriptions of all tensors are valid, their data lies in the file, no tensor is
 /// larger than the file, and all tensors together are at most 32 times as large (views may repeat elements). Objects of other
 /// classes in a pickle (options, callbacks, NumPy arrays) are passed over. If a file holds an object in place of all tensors,

@@ -30,7 +30,7 @@ struct FreezeOptions;
 ///   output  = output_linear(weights V)              [B, Lq, Eo]
 ///
 /// Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762. With default options it equals the
-/// PyTorch reference in README.md: same parameter names, same initialisation from the same seed, same outputs and gradients.
+/// PyTorch reference in src/modules/README.md: same parameter names, initial weights for a seed, outputs and gradients.
 ///
 ///   xattn::CrossAttention attention(128, 256, 256, 512);
 ///   auto [output, weights] = attention->forward(query, key, value);

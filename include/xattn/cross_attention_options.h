@@ -44,8 +44,7 @@ struct XATTN_API CrossAttentionOptions {
   TORCH_ARG(std::optional<int64_t>, kv_heads);
   /// Features of one query/key head, d. Default: dim_output / num_heads.
   TORCH_ARG(std::optional<int64_t>, head_dim);
-  /// Features of one value head, e. Default: head_dim. Other sizes have no fused kernel for training on the CPU except in
-  /// float32.
+  /// Features of one value head, e. Default: head_dim. Other sizes have a fused kernel on the CPU only in float32.
   TORCH_ARG(std::optional<int64_t>, value_head_dim);
 
   /// Whether the four projections have a bias. Default: true.

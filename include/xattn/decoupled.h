@@ -35,8 +35,8 @@ struct XATTN_API AddedContextOptions {
   /// Whether its projections have a bias. Default: as in the attention.
   TORCH_ARG(std::optional<bool>, key_bias);
   TORCH_ARG(std::optional<bool>, value_bias);
-  /// Multiplies the attention to this context before it is added; with 0 the context is skipped. Each call reads the current
-  /// value: `module->options.added()[0].scale(0.6)` changes it. Default: 1.
+  /// Multiplies the attention to this context (not its logits) before it is added; with 0 the context is skipped. Each call
+  /// reads the current value: `module->options.added()[0].scale(0.6)` changes it. Default: 1.
   TORCH_ARG(double, scale) = 1;
 };
 

@@ -43,7 +43,8 @@ class XATTN_API FrozenContext {
   /// A copy on another device, for storage between uses: `attend` requires contexts on the device of the weights.
   [[nodiscard]] FrozenContext to(at::Device device) const;
 
-  /// Concatenates the batches of several contexts of one Frozen, which must have the same length and orders.
+  /// Concatenates the batches of several contexts of one Frozen, which must have the same length and orders, and masks that
+  /// `Mask::cat` can concatenate.
   [[nodiscard]] static FrozenContext cat(const std::vector<FrozenContext>& contexts);
 
   /// As `Context::join`. Lengths of the parts become a mask: joining padded passages multiplies their padding, too.
@@ -68,21 +69,20 @@ class XATTN_API FrozenContext {
   std::shared_ptr<const State> state_;
 };
 
-/// Throws c10::ValueError, when it is used, for a `query` of a block or a decoupled layer, and for a `storage` where it has no
-/// effect.
+/// `freeze` throws c10::ValueError for a `query` of a block or a decoupled layer, and for a `storage` that has no effect.
 struct FreezeOptions {
   /// A learned query [Lq, Eq], as in attention pooling. Its products with the weights are computed once; calls omit it.
   at::Tensor query = {};
   /// Replaces the module's own plan. Its rates are ignored when the library's own kernels run.
   std::optional<PlanMode> plan = {};
-  /// float32 (the default), or bfloat16 for packed weights and for projected or folded contexts: half the memory, and up to
+  /// float32 (the default), or bfloat16 for packed weights and for projected or folded contexts: half the memory, and about
   /// twice the speed where reading memory takes most of the time, as with one query row per call. Inputs, sums and results stay
   /// float32; each weight is rounded to 8 significant bits. Only for layers that run on the library's own kernels.
   std::optional<at::ScalarType> storage = {};
 };
 
-/// A CrossAttention for inference, made by `CrossAttention::freeze`: a copy of the weights, packed for the products that will
-/// run, with those products of weights that save time, computed in float64, and a plan for every call.
+/// A CrossAttention for inference, made by `CrossAttention::freeze`: packed copies of the weights, products of weights
+/// (computed in float64) where they save time, and a plan for every call.
 ///
 ///   auto frozen = attention->freeze();
 ///   auto prepared = frozen.context(text, text, {}, {.expected_queries = 50 * 4096});   // once

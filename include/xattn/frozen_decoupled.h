@@ -62,7 +62,7 @@ class XATTN_API FrozenDecoupled {
                                             const std::vector<FrozenContext>& added,
                                             const CallOptions& call = {}) const;
 
-  /// The same layer with other factors of the added contexts, one each. It shares storage, and contexts are valid with both.
+  /// The same layer with other scales of the added contexts, one each. It shares storage, and contexts are valid with both.
   [[nodiscard]] FrozenDecoupled with_scales(const std::vector<double>& scales) const;
 
   /// Describes what `forward` would do now with B x Lq queries and contexts of these lengths, in order.

@@ -34,9 +34,9 @@ class XATTN_API FrozenLinear {
   /// device.
   at::Tensor forward(const at::Tensor& x) const;
 
-  /// Rows of the weight, as torch.nn.functional.embedding: indices [...] of an integer type, in [0, out) -> [..., in]. A model that
-  /// reads and predicts tokens by the same weight then has it in memory once. In bfloat16 storage the rows are rounded. Throws
-  /// c10::TypeError or c10::ValueError for other indices; on another device than the CPU only their type is checked.
+  /// Rows of the weight, as torch.nn.functional.embedding: indices [...] of an integer type, in [0, out) -> [..., in]. A model
+  /// that reads and predicts tokens by the same weight then has it in memory once. In bfloat16 storage the rows are rounded.
+  /// Throws c10::TypeError or c10::ValueError for other indices; on another device than the CPU only their type is checked.
   at::Tensor embedding(const at::Tensor& indices) const;
 
   int64_t in_features() const;

@@ -27,7 +27,7 @@ using RenameRules = std::vector<std::pair<std::string, std::string>>;
 struct LoadOptions {
   /// Prefix of the names to load, as in "decoder.layers.0.cross.", with or without the trailing dot; it is removed from the
   /// names. If not given, all names are loaded; for a module that is itself a layer, block or stack, those of the file's only
-  /// one. LoadError lists the prefixes that there are if no name begins with it.
+  /// one. If no name begins with it, LoadError lists the file's prefixes.
   std::optional<std::string> prefix = {};
   LayoutChoice layout = {};          ///< of attention layers; detected from names if not given; see layout.h
   bool allow_missing = false;        ///< leave parameters and buffers that the file does not have unchanged

@@ -58,8 +58,7 @@ class XATTN_API Mask {
   static Mask bias(const at::Tensor& bias);
 
   /// No key after the query's own position. Never applied by default. It stays a rule: in float32 on the CPU, inference in the
-  /// standard orders computes no logits behind the last key that a few rows of the query see, which halves the time of
-  /// attention on long sequences.
+  /// standard orders skips the logits of keys that no row of a small group may attend to: about half of them in long sequences.
   static Mask causal(CausalAlignment alignment);
 
   /// From the arguments of torch's MultiheadAttention, where a boolean true means IGNORED and a float is added to the logits.

@@ -116,8 +116,8 @@ struct PlanRequest {
   RunsOn runs_on = RunsOn::module_kernels;  ///< must match `rates`
   std::optional<Orders> pinned = {};        ///< used instead of the cheapest
 
-  /// Query rows of one batch entry that attend to the context over all calls; at least those of this call are counted. Products
-  /// of the context are charged in proportion to the rows of this call. kKept if they have already been computed.
+  /// Query rows of one batch entry that attend to the context over all calls, counted as at least Lq. A call is charged the
+  /// share Lq / context_rows of the context's products; with kKept, for a context that has been made, none.
   int64_t context_rows = 0;
   static constexpr int64_t kKept = -1;
 

@@ -150,6 +150,9 @@ struct XATTN_API DecoderOptions {
 /// text models of BLIP. Self-attention is causal unless the options say otherwise. Otherwise as `Encoder`.
 ///
 ///   auto logits = to_vocabulary(decoder->forward(embedded, encoder->forward(image)));
+///
+/// `forward` computes all positions. To decode one token at a time, freeze the blocks `self` and `cross` of every layer, and
+/// append to the contexts of the first: src/modules/README.md, "Decoding word by word".
 class XATTN_API DecoderImpl : public torch::nn::Cloneable<DecoderImpl> {
  public:
   /// Throws c10::ValueError, with the reason, for layers that do not fit each other.
