@@ -21,8 +21,8 @@ README.md, and the plots.
                  call of a larger row takes seconds
   --passes N     passes over everything; their spread is reported (3)
   --seconds S    for each candidate of a row (0.5)
-  --avx2         ask every runtime to use no more than AVX2 (src/bench/README.md says which cannot); no returned weights. Writes
-                 results-avx2.json, their table, ratios-avx2.svg, and crossover-avx2.json and .svg
+  --avx2         every runtime uses no more than AVX2 (src/bench/README.md says how); no returned weights. Writes results-avx2.json,
+                 their table, ratios-avx2.svg, and crossover-avx2.json and .svg
   --compile WHAT run torch.compile, which takes a quarter of a minute a row, on all rows or none, instead of those with a goal
   --device cuda  in bfloat16 against LibTorch's and PyTorch's kernels on a GPU: prints a table and writes results-cuda.json
   -h, --help     show this
@@ -91,6 +91,14 @@ if [[ $(cat $stamp 2> /dev/null) != "${packages[*]}" ]]; then
   if [[ $device == cuda ]] || ! install "${packages[0]}+cpu" "${packages[@]:1}" 2> /dev/null; then install "${packages[@]}"; fi
   echo "${packages[*]}" > $stamp
 fi
+peers=("$python")
+if ((avx2 && !crossover)); then
+  if ! [[ $venv-avx2/hide_avx512.so -nt $stamp ]]; then
+    echo "scripts/bench.sh: making $venv-avx2, where native code sees a processor without AVX-512" >&2
+    python3 scripts/peers/hide_avx512.py $venv $venv-avx2 > /dev/null
+  fi
+  peers=(env LD_PRELOAD="$PWD/$venv-avx2/hide_avx512.so" $venv-avx2/bin/python)
+fi
 torch=()
 if [[ $device == cuda ]]; then
   torch=(-DTorch_DIR="$($python -c 'import torch; print(torch.utils.cmake_prefix_path)')/Torch")
@@ -154,7 +162,7 @@ for ((pass = 1; pass <= passes; ++pass)); do
           chosen=()
           if [[ $compile == goals && ${#shapes[@]} == 0 && $blocks == 0 ]]; then chosen+=(--goals); fi
         fi
-        $python scripts/bench_peers.py "${blocks_option[@]}" --runtime "$runtime" "${options[@]}" "${chosen[@]}" > "$part.$runtime.json"
+        "${peers[@]}" scripts/bench_peers.py "${blocks_option[@]}" --runtime "$runtime" "${options[@]}" "${chosen[@]}" > "$part.$runtime.json"
       done
     done
     if ((pass == 1 && !quick && !blocks)) && [[ $device == cpu && ${#shapes[@]} == 0 ]]; then

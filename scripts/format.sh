@@ -30,4 +30,4 @@ if [[ $("$tool" --version 2> /dev/null) != *" $version"* ]]; then
   .venv-format/bin/python -m pip install --quiet --disable-pip-version-check "clang-format==$version"
 fi
 # shellcheck disable=SC2086 # the mode is one or two words
-find include src tests -name '*.h' -o -name '*.cpp' | sort | xargs "$tool" $mode
+find include src tests scripts -name '*.h' -o -name '*.cpp' | sort | xargs "$tool" $mode

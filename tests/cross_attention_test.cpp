@@ -253,6 +253,31 @@ TEST_P(CrossAttentionTest, ContextOfOtherOrChangedWeightsIsRefused) {
   EXPECT_EQ(attend(module, fresh), message);
 }
 
+TEST_P(CrossAttentionTest, AQueryExpandedOverTheBatchGivesWhatItsCopiesGive) {
+  for (int i = 0; i < 2 * kOrders * kOrders; ++i) {
+    const auto type = i % 2 == 0 ? torch::kDouble : torch::kFloat;
+    const auto limit = type == torch::kDouble ? 1e-12 : 1e-5;
+    const Orders orders{static_cast<Order>(i / 2 / kOrders), static_cast<Order>(i / 2 % kOrders)};
+    auto module = make(CrossAttentionOptions(options_).num_heads(2).plan(PlanMode::pin(orders)));
+    module->to(type);
+    const auto learned = query_.slice(0, 0, 1).detach().to(type), copies = learned.repeat({kB, 1, 1});
+    const auto key = key_.detach().to(type), value = value_.detach().to(type);
+    {
+      const torch::NoGradGuard no_grad;
+      const auto [expected, weights] = module->forward(copies, key, value);
+      const auto [output, same_weights] = module->forward(learned.expand({kB, -1, -1}), key, value);
+      expect_close(output, expected, limit, "output");
+      expect_close(same_weights, weights, limit, "weights");
+    }
+    // Each entry of an expanded leaf has a gradient of its own.
+    const auto leaf = learned.expand({kB, -1, -1}).detach().requires_grad_(), other = copies.detach().requires_grad_();
+    const auto gradient = [&](const Tensor& x) {
+      return torch::autograd::grad({std::get<0>(module->forward(x, key, value)).sin().sum()}, {x})[0];
+    };
+    expect_close(gradient(leaf), gradient(other), limit, "gradient");
+  }
+}
+
 TEST_P(CrossAttentionTest, ContextKnowsWhetherItIsBatched) {
   auto module = make(options_);
   const auto context = module->context(key_[0], value_[0]);

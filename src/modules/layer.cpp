@@ -255,7 +255,11 @@ Layer::Layer(const Orders& orders_, LayerWeights weights_) : orders(orders_), we
 
 LayerQuery make_query(const LayerWeights& w, const Tensor& x, bool is_projected) {
   if (!is_projected) return {x, {}};
-  return {x, normalised_heads(project(x, w.query, w.query_bias), w.H, w.d, w.query_norm)};
+  // A learned query, expanded over the batch, is projected once.
+  const bool is_one = x.size(0) > 1 && x.stride(0) == 0 && !is_recorded({x});
+  const auto projected = project(is_one ? x.narrow(0, 0, 1) : x, w.query, w.query_bias);
+  const auto heads = normalised_heads(projected, w.H, w.d, w.query_norm);
+  return {x, is_one ? heads.expand({x.size(0), -1, -1, -1}) : heads};
 }
 
 LayerContext make_context(const Layer& layer, const Tensor& key, const Tensor& value) {
