@@ -181,6 +181,14 @@ TEST(LoadTest, LoadsSharedParametersFromEitherName) {
   }
 }
 
+TEST(LoadTest, SharedParametersMayHaveEqualValuesUnderBothNames) {
+  TiedImpl tied;
+  load_weights(tied, NamedTensors{{"encoder", torch::ones({2})}, {"decoder", torch::ones({2}, at::kDouble)}});
+  EXPECT_TRUE(torch::equal(tied.encoder, torch::ones({2})));
+  EXPECT_EQ(refusal(tied, {{"encoder", torch::ones({2})}, {"decoder", torch::tensor({1.F, 2.F})}}),
+            "misshapen: decoder and encoder are one tensor of the module, but differ in the file");
+}
+
 TEST(LoadTest, ConvertsFloatingPointTypes) {
   for (const auto type : {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16, at::kFloat8_e4m3fn, at::kFloat8_e5m2}) {
     for (const auto own : {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16}) {

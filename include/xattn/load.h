@@ -64,8 +64,8 @@ class XATTN_API LoadError : public FileError {
 /// Loads the parameters and buffers of any module by name, all or nothing: everything is checked before anything changes.
 /// Values are copied into the module's own tensors, and so into its types and devices. Floating point types convert to each
 /// other, as do complex types; every other type must match the module's. A tensor that the module has under two names (shared
-/// parameters) may be in the file under only one. Throws LoadError if file and module do not match. No other thread may use
-/// the module meanwhile.
+/// parameters) may be in the file under only one, or under both with equal values. Throws LoadError if file and module do not
+/// match. No other thread may use the module meanwhile.
 ///
 /// A CrossAttention, DecoupledCrossAttention, CrossAttentionBlock, Encoder or Decoder anywhere in the module may have the names
 /// of any layout. The computation of a layout is checked too: T5's scale of 1; the norms of a block, their placement if all

@@ -4,8 +4,13 @@
 #include <torch/utils.h>
 #include <xattn/safetensors.h>
 
+#include <cstddef>
+#include <map>
 #include <optional>
+#include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 #include "base/text.h"
 #include "files/check_file.h"
@@ -18,7 +23,22 @@ namespace {
 
 using detail::list;
 
-constexpr std::string_view kLoad = "load_weights";
+constexpr std::string_view kLoad = "load_weights", kSave = "save_safetensors";
+
+// Throws if the file has different values for one tensor that the module has under several names.
+void check_shared(const std::string& file, detail::Match& match, const std::vector<torch::Tensor>& values) {
+  std::map<const void*, size_t> first;
+  auto& misshapen = match.report.misshapen;
+  for (size_t i = 0; i < values.size(); ++i) {
+    const auto j = first.emplace(match.pairs[i].own.unsafeGetTensorImpl(), i).first->second;
+    if (i == j || values[i].equal(values[j])) continue;
+    misshapen.push_back(detail::formatted("{} and {} are one tensor of the module, but differ in the file", match.pairs[j].name,
+                                          match.pairs[i].name));
+  }
+  if (misshapen.empty()) return;
+  const auto reason = "does not fit the module" + list("misshapen", misshapen);
+  detail::fail_to_match(kLoad, file, reason, std::move(match.report));
+}
 
 LoadReport load(torch::nn::Module& module,
                 const std::string& file,
@@ -33,9 +53,10 @@ LoadReport load(torch::nn::Module& module,
   auto match = detail::match({kLoad, module, file, source, names, options, config});
   const torch::NoGradGuard no_grad;
   std::vector<torch::Tensor> values;  // all of them before anything changes: reading may fail, and memory run out
-  for (const auto& [own, recipe] : match.pairs) {
+  for (const auto& [name, own, recipe] : match.pairs) {
     values.push_back(recipe.make(source, own.scalar_type()).to(own.scalar_type()));
   }
+  check_shared(file, match, values);
   for (size_t i = 0; i < values.size(); ++i) match.pairs[i].own.copy_(values[i]);
   return std::move(match.report);
 }
@@ -68,7 +89,6 @@ void save_safetensors(const std::string& path,
 }
 
 void save_safetensors(const std::string& path, const torch::nn::Module& module, const SaveOptions& options) {
-  constexpr std::string_view kSave = "save_safetensors";
   const auto& like = options.like;
   const detail::FileCheck check(kSave, like.path());
   std::vector<std::string> unreadable;

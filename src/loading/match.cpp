@@ -313,7 +313,7 @@ class Matcher {
         continue;
       }
       report_.loaded.push_back(name);
-      pairs_.push_back({target, recipe});
+      pairs_.push_back({name, target, recipe});
       filled.insert(target.unsafeGetTensorImpl());
     }
     for (const auto& name : absent) {
@@ -378,9 +378,7 @@ class Matcher {
     fail(formatted("does not fit the module{}{}{}", faults, advice, places));
   }
 
-  [[noreturn]] void fail(const std::string& reason) {
-    throw LoadError(one_line(formatted("[{}] {}: {}", in_.caller, in_.file, reason)), std::move(report_));
-  }
+  [[noreturn]] void fail(const std::string& reason) { fail_to_match(in_.caller, in_.file, reason, std::move(report_)); }
 
   const MatchRequest& in_;
   std::string prefix_;
@@ -408,6 +406,10 @@ NamedTensors state_of(const torch::nn::Module& module) {
 
 Match match(const MatchRequest& request) {
   return Matcher(request).run();
+}
+
+void fail_to_match(std::string_view caller, const std::string& file, const std::string& reason, LoadReport report) {
+  throw LoadError(one_line(formatted("[{}] {}: {}", caller, file, reason)), std::move(report));
 }
 
 }  // namespace xattn::detail

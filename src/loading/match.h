@@ -18,6 +18,7 @@ namespace xattn::detail {
 
 struct Match {
   struct Pair {
+    std::string name;     ///< in the module
     at::Tensor own;       ///< the module's
     TensorRecipe recipe;  ///< how to make it from the file
   };
@@ -43,5 +44,8 @@ struct MatchRequest {
 
 /// Matches a module with a file; changes nothing. Throws LoadError, with all reasons, as `load_weights` does.
 Match match(const MatchRequest& request);
+
+/// Throws LoadError with "[caller] file: reason", in one line.
+[[noreturn]] void fail_to_match(std::string_view caller, const std::string& file, const std::string& reason, LoadReport report);
 
 }  // namespace xattn::detail
