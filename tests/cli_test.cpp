@@ -230,7 +230,7 @@ TEST_F(CliTest, InspectPrintsDocumentedJson) {
   ASSERT_EQ(result.status, 0) << result.err;
   const auto expected = json::parse(R"({
     "format": "safetensors",
-    "metadata": {"who": "me\n"},
+    "metadata": {"num_heads": "4", "who": "me\n"},
     "tensors": [
       {"name": "key_linear.weight", "type": "float32", "shape": [4, 5]},
       {"name": "output_linear.bias", "type": "float32", "shape": [8]},

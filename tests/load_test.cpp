@@ -125,6 +125,48 @@ TEST(LoadTest, LoadsWhatSaveSafetensorsWroteOfAModule) {
   EXPECT_TRUE(equal(copy_of(*loaded), copy_of(*saved)));
 }
 
+// A layer of eight heads.
+CrossAttention with_eight_heads() {
+  return CrossAttention(CrossAttentionOptions(8, 12, 12, 16).num_heads(8));
+}
+
+TEST(LoadTest, AFileOfAModuleHasTheNumbersOfHeads) {
+  const TempDir dir;
+  const auto saved = with_eight_heads();
+  save_safetensors(dir.file("x"), *saved, {{"num_heads", "8"}});
+  EXPECT_EQ(error_of<c10::ValueError>([&] { save_safetensors(dir.file("x"), *saved, {{"num_heads", "4"}}); }),
+            "[save_safetensors] metadata \"num_heads\" must be 8, the number of heads of that layer, but is \"4\".");
+  save_safetensors(dir.file("x"), *saved);
+  const auto file = open_checkpoint(dir.file("x"));
+  EXPECT_EQ(cross_attention_from(file)->options.num_heads(), 8);
+  EXPECT_EQ(cross_attention_from(file, {.num_heads = 4})->options.num_heads(), 4);
+  save_safetensors(dir.file("without"), copy_of(*saved));
+  EXPECT_EQ(cross_attention_from(open_checkpoint(dir.file("without")))->options.num_heads(), 1);
+  save_safetensors(dir.file("strange"), copy_of(*saved), {{"num_heads", "many"}});
+  EXPECT_EQ(error_of<FileError>([&] { return cross_attention_from(open_checkpoint(dir.file("strange"))); }),
+            "[load] " + dir.file("strange") + ": metadata \"num_heads\" must be a number of heads, but is \"many\"");
+
+  Model model;
+  save_safetensors(dir.file("model"), *model);
+  EXPECT_EQ(open_checkpoint(dir.file("model")).metadata().at("fusion.num_heads"), "1");
+}
+
+TEST(LoadTest, ComparesTheModuleWithTheNumbersOfHeadsInItsFile) {
+  const TempDir dir;
+  save_safetensors(dir.file("x"), *with_eight_heads());
+  CrossAttention one(8, 12, 12, 16);
+  const auto message = error_of<LoadError>([&] { load_weights(*one, dir.file("x")); });
+  EXPECT_TRUE(message.ends_with("misshapen: the module must have num_heads 8, as the file's metadata says, but has 1"))
+      << message;
+  load_weights(*one, dir.file("x"), {.ignore_config = true});
+  load_weights(*with_eight_heads(), dir.file("x"));
+  Model model;
+  const LoadOptions renamed{.allow_missing = true, .rename = {{"^", "fusion."}}};
+  EXPECT_TRUE(error_of<LoadError>([&] {
+                load_weights(*model, dir.file("x"), renamed);
+              }).ends_with("misshapen: fusion must have num_heads 8, as the file's metadata says, but has 1"));
+}
+
 TEST(LoadTest, DetectsFormatsFromTheContentsNotTheName) {
   const TempDir dir;
   std::filesystem::copy_file(data_path("reference.pt"), dir.file("x.safetensors"));

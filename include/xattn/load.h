@@ -34,7 +34,7 @@ struct LoadOptions {
   bool allow_unexpected = false;     ///< ignore names in the file that the module does not have
   bool without_input_norms = false;  ///< the caller applies the norms in front of layers: see `input_norms` in load_modules.h
   RenameRules rename = {};           ///< applied before anything else: prefix and report have the new names
-  bool ignore_config = false;        ///< do not compare the module with config.json
+  bool ignore_config = false;        ///< do not compare the module with config.json and the metadata of `save_safetensors`
 };
 
 /// Every name, without the prefix, in one of five lists.
@@ -87,7 +87,10 @@ XATTN_API LoadReport load_weights(torch::nn::Module& module, const std::string& 
 /// The same from tensors in memory.
 XATTN_API LoadReport load_weights(torch::nn::Module& module, const NamedTensors& tensors, const LoadOptions& options = {});
 
-/// Writes the parameters and buffers of a module by name; see save_safetensors(path, tensors, metadata).
+/// Writes the parameters and buffers of a module by name; see save_safetensors(path, tensors, metadata). The number of heads of
+/// each CrossAttention in the module is added to the metadata, as in "fusion.num_heads": "8" for the layer below "fusion.";
+/// `cross_attention_from` reads it, and `load_weights` compares the module with it. Throws c10::ValueError if `metadata` has
+/// another value there.
 XATTN_API void save_safetensors(const std::string& path,
                                 const torch::nn::Module& module,
                                 const std::map<std::string, std::string>& metadata = {});

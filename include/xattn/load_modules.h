@@ -32,9 +32,10 @@ struct LayerOptions {
   bool without_input_norms = false;  ///< the caller applies the norms in front of the layer: see `input_norms`
 };
 
-/// A CrossAttention with a file's widths, biases, norms, scale and weights. The number of heads is never stored with the
-/// weights: it comes from the options, from a per-head norm, or from a config.json beside the file; otherwise a FileError lists
-/// the possible numbers. Scales in config.json are applied (query_pre_attn_scalar of Gemma, the switches of GPT-2). What
+/// A CrossAttention with a file's widths, biases, norms, scale and weights. No tensor shows the number of heads: it comes from
+/// the options, from a per-head norm, or from a config.json beside the file; otherwise a FileError lists the possible numbers.
+/// A layer in this library's own layout has the number that `save_safetensors` wrote into the file's metadata, and without it
+/// the reference's one head. Scales in config.json are applied (query_pre_attn_scalar of Gemma, the switches of GPT-2). What
 /// config.json reveals and is not computed throws FileError: soft caps of logits and, except in cross-attention, rotary
 /// embeddings, attention to some of the keys, and logits that depend on positions.
 ///

@@ -56,7 +56,7 @@ std::vector<Layout> make_layouts() {
                                                       {"processor.to_k_ip.1", "processor.to_v_ip.1"},
                                                       {"processor.to_k_ip.2", "processor.to_v_ip.2"}};
   return {
-      {.name = "reference",
+      {.name = std::string(kReference),
        .used_by = "this project, and the PyTorch reference that it mirrors",
        .projections = linears("query_linear", "key_linear", "value_linear", "output_linear"),
        .qk_norm = {"query_norm", "key_norm"},

@@ -17,6 +17,8 @@
 // How families of models name the parts of attention layers. All names follow the layer's prefix.
 namespace xattn::detail {
 
+inline constexpr std::string_view kReference = "reference";  ///< the layout of this library's own files
+
 /// The whole table, in the order in which layouts are tried.
 const std::vector<Layout>& layer_layouts();
 

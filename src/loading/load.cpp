@@ -2,6 +2,7 @@
 #include <xattn/load.h>
 
 #include <torch/utils.h>
+#include <xattn/cross_attention.h>
 #include <xattn/safetensors.h>
 
 #include <cstddef>
@@ -12,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/check.h"
 #include "base/text.h"
 #include "files/check_file.h"
 #include "loading/match.h"
@@ -85,7 +87,14 @@ LoadReport load_weights(torch::nn::Module& module, const NamedTensors& tensors, 
 void save_safetensors(const std::string& path,
                       const torch::nn::Module& module,
                       const std::map<std::string, std::string>& metadata) {
-  save_safetensors(path, detail::state_of(module), metadata);
+  auto with_heads = metadata;
+  for (const auto& [layer, own] : detail::modules_of<CrossAttentionImpl>(module)) {
+    const auto heads = std::to_string(own->options.num_heads());
+    const auto& [name, text] = *with_heads.emplace(detail::heads_key(layer), heads).first;
+    detail::check_value(text == heads, kSave, "metadata {} must be {}, the number of heads of that layer, but is {}.",
+                        detail::in_quotes(name), heads, detail::in_quotes(text));
+  }
+  save_safetensors(path, detail::state_of(module), with_heads);
 }
 
 void save_safetensors(const std::string& path, const torch::nn::Module& module, const SaveOptions& options) {

@@ -39,7 +39,7 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint,
   const auto possible = layer.possible_heads();
   auto num_heads = options.num_heads ? options.num_heads : config.num_heads(layer, heads_in_config);
   if (!num_heads && possible.size() == 1) num_heads = possible.front();
-  if (!num_heads && layer.layout == "reference") num_heads = layer.options.num_heads();
+  if (!num_heads && layer.layout == detail::kReference) num_heads = layer.options.num_heads();
   check(num_heads.has_value(),
         "the number of heads of {} is not among its weights, nor in a config.json beside it; give one of {}",
         in_quotes(layer.prefix), detail::joined(possible));

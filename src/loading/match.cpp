@@ -70,12 +70,12 @@ class Matcher {
  private:
   // Adds recipes for the module's stacks, blocks and attention layers that the file names by a layout.
   void find_layouts() {
-    const auto own_layers = modules_of<CrossAttentionImpl>();
+    const auto own_layers = modules_of<CrossAttentionImpl>(in_.module);
     if (own_layers.empty()) return check_torch_modules();  // stacks, blocks and decoupled layers hold one, too
     const auto& infos = in_.source.infos;
     find_stacks_of<EncoderImpl>(StackKind::encoder);
     find_stacks_of<DecoderImpl>(StackKind::decoder);
-    const auto own_blocks = modules_of<CrossAttentionBlockImpl>();
+    const auto own_blocks = modules_of<CrossAttentionBlockImpl>(in_.module);
     const auto blocks = own_blocks.empty() ? std::vector<FoundBlock>() : find_blocks(infos, in_.options.layout);
     const auto layers = find_layers(infos, in_.options.layout);
     std::vector<FoundLayer> decoupled;
@@ -90,7 +90,7 @@ class Matcher {
       add(recipes(*found, infos), path);
       add(name_roles(*found, infos), found->prefix);
     }
-    for (const auto& [path, own] : modules_of<DecoupledCrossAttentionImpl>()) {
+    for (const auto& [path, own] : modules_of<DecoupledCrossAttentionImpl>(in_.module)) {
       add_layer(layers, path, path + "attention.", *own->attention);
     }
     for (const auto& [path, own] : own_layers) add_layer(layers, path, path, *own);
@@ -99,7 +99,7 @@ class Matcher {
 
   template <class Impl>
   void find_stacks_of(StackKind kind) {
-    const auto own = modules_of<Impl>();
+    const auto own = modules_of<Impl>(in_.module);
     if (own.empty()) return;
     const auto stacks = find_stacks(in_.source.infos, kind, in_.options.layout);
     choose_prefix<Impl>(stacks);
@@ -179,17 +179,6 @@ class Matcher {
     }
   }
 
-  // All submodules of this type, the module itself included, by their paths: empty, or ending in a point.
-  template <class Impl>
-  std::vector<std::pair<std::string, const Impl*>> modules_of() const {
-    std::vector<std::pair<std::string, const Impl*>> result;
-    if (const auto* self = in_.module.as<Impl>()) result.emplace_back("", self);
-    for (const auto& item : in_.module.named_modules("", /*include_self=*/false)) {
-      if (const auto* one = item.value()->template as<Impl>()) result.emplace_back(item.key() + ".", one);
-    }
-    return result;
-  }
-
   // A layer or block at the place that it has in the file, for which config.json may have a part of its own.
   template <class Found>
   Found in_file(Found found) const {
@@ -213,7 +202,8 @@ class Matcher {
     const auto in_config = in_file(layer);
     refuse_other_attention(*in_.config, in_config);
     const auto& names = heads_in_config.empty() ? layout.num_heads : heads_in_config;
-    require_said(path, "num_heads", in_.config->possible_num_heads(in_config, names), has.num_heads());
+    const auto by = in_.config->heads_in_metadata(in_config) ? "the file's metadata" : "config.json";
+    require_said(path, "num_heads", in_.config->possible_num_heads(in_config, names), has.num_heads(), by);
     if (has.qk_norm() != NormKind::none)
       require_said(path, "qk_norm_eps", in_.config->possible<double>(layout.qk_norm.eps_in_config, in_config.prefix),
                    has.qk_norm_eps());
@@ -245,7 +235,7 @@ class Matcher {
 
   // torch.nn.MultiheadAttention has the names of its layout; only its number of heads may differ.
   void check_torch_modules() {
-    const auto own = modules_of<torch::nn::MultiheadAttentionImpl>();
+    const auto own = modules_of<torch::nn::MultiheadAttentionImpl>(in_.module);
     if (own.empty() || !in_.config) return;
     const auto layers = find_layers(in_.source.infos, in_.options.layout);
     for (const auto& [path, module] : own) {
@@ -267,14 +257,18 @@ class Matcher {
 
   // `said`: the values that config.json may mean, one of which is enough; none if it says nothing.
   template <class T>
-  void require_said(const std::string& path, std::string_view option, const std::vector<T>& said, const T& has) {
+  void require_said(const std::string& path,
+                    std::string_view option,
+                    const std::vector<T>& said,
+                    const T& has,
+                    std::string_view by = "config.json") {
     const auto is_same = [&](const T& one) {
       if constexpr (std::is_floating_point_v<T>) return std::abs(one - has) <= 1e-6 * std::abs(one);  // 1 / sqrt(d) is rounded
       return one == has;
     };
     if (said.empty() || std::ranges::any_of(said, is_same)) return;
     report_.misshapen.push_back(
-        formatted("{} must have {} {}, as config.json says, but has {}", which(path), option, said.front(), has));
+        formatted("{} must have {} {}, as {} says, but has {}", which(path), option, said.front(), by, has));
   }
 
   TensorRecipe recipe_of(const std::string& name) const {

@@ -8,6 +8,7 @@
 #include <map>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "loading/model_config.h"
@@ -31,6 +32,17 @@ struct Match {
 
 /// The parameters and buffers of a module by name.
 NamedTensors state_of(const torch::nn::Module& module);
+
+/// All submodules of this type, the module itself included, by their paths: empty, or ending in a point.
+template <class Impl>
+std::vector<std::pair<std::string, const Impl*>> modules_of(const torch::nn::Module& module) {
+  std::vector<std::pair<std::string, const Impl*>> result;
+  if (const auto* self = module.as<Impl>()) result.emplace_back("", self);
+  for (const auto& item : module.named_modules("", /*include_self=*/false)) {
+    if (const auto* one = item.value()->template as<Impl>()) result.emplace_back(item.key() + ".", one);
+  }
+  return result;
+}
 
 struct MatchRequest {
   std::string_view caller;  ///< begins messages, as `file` does

@@ -68,7 +68,7 @@ Names places_of(std::string name) {
 }
 
 ModelConfig::ModelConfig(const Checkpoint& checkpoint)
-    : check_(load_check(checkpoint.path())), tensors_(&checkpoint.tensors()) {
+    : check_(load_check(checkpoint.path())), tensors_(&checkpoint.tensors()), metadata_(&checkpoint.metadata()) {
   if (checkpoint.files().empty()) return;   // a file in memory has no place
   constexpr size_t kMaxConfig = 8'000'000;  // bytes; a config that names tens of thousands of classes has one million
   const auto path = (std::filesystem::path(checkpoint.path()).parent_path() / "config.json").string();
@@ -143,11 +143,22 @@ Names ModelConfig::names_of_heads(const FoundLayer& layer, Names names) const {
   return names;
 }
 
+std::optional<int64_t> ModelConfig::heads_in_metadata(const FoundLayer& layer) const {
+  const auto found = metadata_->find(heads_key(layer.prefix));
+  if (layer.layout != kReference || found == metadata_->end()) return {};
+  const auto number = number_of(found->second);
+  check_(number.has_value(), "metadata {} must be a number of heads, but is {}", in_quotes(found->first),
+         in_quotes(found->second));
+  return number;
+}
+
 std::optional<int64_t> ModelConfig::num_heads(const FoundLayer& layer, const Names& names) const {
-  return first<int64_t>(names_of_heads(layer, names), layer.prefix);
+  const auto heads = heads_in_metadata(layer);
+  return heads ? heads : first<int64_t>(names_of_heads(layer, names), layer.prefix);
 }
 
 std::vector<int64_t> ModelConfig::possible_num_heads(const FoundLayer& layer, const Names& names) const {
+  if (const auto heads = heads_in_metadata(layer)) return {*heads};
   auto numbers = possible<int64_t>(names_of_heads(layer, names), layer.prefix);
   const auto of_widths = layer.possible_heads();
   std::erase_if(numbers, [&](int64_t number) { return std::ranges::count(of_widths, number) == 0; });  // another layer's

@@ -22,6 +22,11 @@ namespace xattn::detail {
 /// Where a name of a layout may stand in a config: "name", "text_config/name", "decoder/name", or the one place that it gives.
 std::vector<std::string> places_of(std::string name);
 
+/// The name in a file's metadata under which this library writes the number of heads of its own layer with this prefix.
+inline std::string heads_key(const std::string& prefix) {
+  return prefix + "num_heads";
+}
+
 /// The config.json beside a file of weights, which may be absent: properties of layers and blocks that the weights do not show.
 class ModelConfig {
  public:
@@ -46,7 +51,10 @@ class ModelConfig {
     return values.empty() ? std::nullopt : std::optional(values.front());
   }
 
-  /// The number of heads of a layer, by the first of these names that config.json has.
+  /// The number of heads that the file itself has for a layer of layout `reference`. Throws FileError if it is no number.
+  std::optional<int64_t> heads_in_metadata(const FoundLayer& layer) const;
+
+  /// The number of heads of a layer, by the file's metadata, or by the first of these names that config.json has.
   std::optional<int64_t> num_heads(const FoundLayer& layer, const std::vector<std::string>& names) const;
   std::optional<int64_t> max_distance() const;                                   ///< of relative positions
   std::optional<double> scale(const FoundLayer& layer, int64_t head_dim) const;  ///< of the logits
@@ -72,6 +80,7 @@ class ModelConfig {
 
   FileCheck check_;
   const std::map<std::string, TensorInfo>* tensors_;
+  const std::map<std::string, std::string>* metadata_;
   Json json_;
 };
 
