@@ -207,6 +207,10 @@ TEST(OtherAttentionTest, OfTheSameNamesIsRefused) {
   expect_part(sam.error(), "but is of SAM 2's memory, whose queries and keys have rotary embeddings");
   CrossAttention module(CrossAttentionOptions(8, 8, 8, 8).num_heads(2).qkv_bias(false).output_bias(false));
   expect_part(error_of<LoadError>([&] { load_weights(*module, saved.open(), {.prefix = "enc.0.mab0"}); }), "Set Transformer");
+  for (const auto* direction : {"audio_to_video_attn.", "video_to_audio_attn."}) {
+    expect_part(SavedLayer(diffusers_layer(std::string("transformer_blocks.0.") + direction)).error(),
+                "but is of LTX-2 between video and audio, whose queries and keys have rotary embeddings");
+  }
 }
 
 TEST(OtherAttentionTest, WithRotaryEmbeddingsIsRefusedByItsConfig) {
@@ -652,7 +656,23 @@ TEST(LayerConfigTest, OnlyUNetsCallTheirHeadsAttentionHeadDim) {
     return SavedLayer(diffusers_layer("attn2."), {{"_class_name", of_class}, {"attention_head_dim", 4}});
   };
   EXPECT_EQ(heads("UNet2DConditionModel").made({})->options.num_heads(), 4);
-  expect_part(heads("Kandinsky3UNet").error({}), "the number of heads of \"attn2.\" is not among its weights");
+  const std::string unknown = "the number of heads of \"attn2.\" is not among its weights";
+  for (const auto* of_class : {"Kandinsky3UNet", "UNet3DConditionModel", "I2VGenXLUNet"}) {
+    expect_part(heads(of_class).error({}), unknown);
+  }
+  const json ignored = {{"_class_name", "I2VGenXLUNet"}, {"num_attention_heads", 4}, {"attention_head_dim", 4}};
+  expect_part(SavedLayer(diffusers_layer("attn2."), ignored).error({}), unknown);
+}
+
+TEST(LayerConfigTest, OnlyTheTopCompletesAPartThatThePrefixNames) {
+  const auto layer = gemma_layer("vision_model.transformer.layers.0.self_attn.");
+  const json text = {{"num_attention_heads", 4}};
+  const auto heads = [&](const json& config) { return SavedLayer(layer, config).made({})->options.num_heads(); };
+  EXPECT_EQ(heads({{"text_config", text}, {"vision_config", {{"attention_heads", 2}}}}), 2);  // Mllama
+  EXPECT_EQ(heads({{"text_config", text}, {"vision_config", json::object()}, {"num_attention_heads", 2}}), 2);
+  EXPECT_EQ(heads({{"text_config", text}}), 4);
+  expect_part(SavedLayer(layer, {{"text_config", text}, {"vision_config", json::object()}}).error({}),
+              "the number of heads of \"vision_model.transformer.layers.0.self_attn.\" is not among its weights");
 }
 
 TEST(LayerConfigTest, PerceiversDecodersHaveHeadsOfTheirOwn) {
@@ -769,11 +789,39 @@ TEST(LayerConfigTest, EpsIsNotGuessedIfThePrefixDoesNotIdentifyTheFamily) {
   const auto eps = [](const CrossAttention& module) { return module->options.qk_norm_eps(); };
   expect_part(
       SavedLayer(tensors).error(),
-      "the eps of the norms of queries and keys of \"attn2.\" is not among its weights, nor in a config.json beside it, "
-      "and its prefix does not identify the family; give qk_norm_eps: 1e-06 for Wan, 1e-05 for others");
+      "the eps of the norms of queries and keys of \"attn2.\" is not among its weights, nor in a config.json beside it, and "
+      "neither its prefix nor a _class_name identifies the family; give qk_norm_eps: 1e-05 for LTX and Sana, 1e-06 for Wan, "
+      "LTX-2 and SD3");
   EXPECT_EQ(eps(SavedLayer(tensors).made({.num_heads = 2, .qk_norm_eps = 1e-6})), 1e-6);
   EXPECT_EQ(eps(SavedLayer(tensors).made({.layout = "diffusers", .num_heads = 2})), 1e-5);
   EXPECT_EQ(eps(SavedLayer(tensors, {{"eps", 1e-4}}).made()), 1e-4);
+}
+
+TEST(LayerConfigTest, EpsIsThatOfTheClassOfDiffusers) {
+  auto tensors = diffusers_layer("transformer_blocks.0.attn2.");
+  for (const auto* name : {"norm_q.weight", "norm_k.weight"}) {
+    tensors["transformer_blocks.0.attn2." + std::string(name)] = torch::ones({4});
+  }
+  const auto of_class = [&](const char* name) {
+    return SavedLayer(tensors, {{"_class_name", name}, {"norm_eps", 0.25}});  // of other norms
+  };
+  for (const auto& [name, eps] : {std::pair("LTXVideoTransformer3DModel", 1e-5),
+                                  {"SanaTransformer2DModel", 1e-5},
+                                  {"PixArtTransformer2DModel", 1e-5},
+                                  {"CosmosTransformer3DModel", 1e-5},
+                                  {"LTX2VideoTransformer3DModel", 1e-6},
+                                  {"SD3Transformer2DModel", 1e-6},
+                                  {"CogVideoXTransformer3DModel", 1e-6},
+                                  {"ConsisIDTransformer3DModel", 1e-6}}) {
+    const auto saved = of_class(name);
+    auto module = saved.made();
+    EXPECT_EQ(module->options.qk_norm_eps(), eps) << name;
+    module->options.qk_norm_eps(0.5);
+    expect_part(error_of<LoadError>([&] { load_weights(*module, saved.open()); }),
+                "must have qk_norm_eps " + std::string(eps == 1e-5 ? "1e-05" : "1e-06") + ", as config.json says, but has 0.5");
+  }
+  expect_part(of_class("NewTransformer3DModel").error(), "neither its prefix nor a _class_name identifies the family");
+  EXPECT_EQ(of_class("NewTransformer3DModel").made({.num_heads = 2, .qk_norm_eps = 1e-6})->options.qk_norm_eps(), 1e-6);
 }
 
 TEST(LayerConfigTest, EpsOfQueryAndKeyNormsIsRead) {

@@ -27,8 +27,8 @@ struct QkNormNames {
   std::string key;
   double eps = 1e-6;                            ///< the family's value unless its config.json says otherwise
   std::vector<std::string> eps_in_config = {};  ///< as `Layout::num_heads`
-  /// If not empty, `eps` holds only for layers with one of these components in their prefix. Other families use the same names
-  /// with another eps, so the eps of other layers is unknown.
+  /// If not empty, `eps` holds only for layers with one of these components in their prefix, unless config.json names a class of
+  /// diffusers. Other families use the same names with another eps, so the eps of other layers and classes is unknown.
   std::vector<std::string> eps_known_in = {};
 };
 

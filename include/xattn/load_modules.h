@@ -42,7 +42,7 @@ struct LayerOptions {
 /// Anything else that belongs to the layer may change its results. A FileError therefore names tensors that the layout does not
 /// explain, norms in front of the projections, added contexts, low-rank weights, tensors of inconsistent sizes, weights of
 /// types without arithmetic, such as quantized ones, and norms of unknown eps: Wan's layers are named like others in diffusers,
-/// and only "blocks" in the prefix distinguishes them.
+/// and only "blocks" in the prefix or the class in config.json distinguishes them.
 [[nodiscard]] XATTN_API CrossAttention cross_attention_from(const Checkpoint& checkpoint, const LayerOptions& options = {});
 
 /// Why a config.json beside the file makes the function above throw for this layer, whatever the options; empty if it does not.

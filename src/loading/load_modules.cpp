@@ -48,14 +48,14 @@ CrossAttentionOptions sizes_of(const Checkpoint& checkpoint,
   auto sizes = layer.with_heads(*num_heads).attention_weights(options.attention_weights);
 
   const auto& norm = detail::layout_of(layer).qk_norm;
-  const auto eps = options.qk_norm_eps ? options.qk_norm_eps : config.first<double>(norm.eps_in_config, layer.prefix);
-  const bool eps_known = eps || sizes.qk_norm() == NormKind::none || !options.layout.is_any() || norm.eps_known_in.empty() ||
-                         detail::has_component(layer.prefix, norm.eps_known_in);
-  check(
-      eps_known,
-      "the eps of the norms of queries and keys of {} is not among its weights, nor in a config.json beside it, and its prefix "
-      "does not identify the family; give qk_norm_eps: 1e-06 for Wan, 1e-05 for others",
-      in_quotes(layer.prefix));
+  const auto eps = options.qk_norm_eps ? options.qk_norm_eps : config.qk_norm_eps(layer);
+  const bool is_of_family =
+      norm.eps_known_in.empty() || (!config.class_name() && detail::has_component(layer.prefix, norm.eps_known_in));
+  check(eps || sizes.qk_norm() == NormKind::none || !options.layout.is_any() || is_of_family,
+        "the eps of the norms of queries and keys of {} is not among its weights, nor in a config.json beside it, and neither "
+        "its prefix nor a _class_name identifies the family; give qk_norm_eps: 1e-05 for LTX and Sana, 1e-06 for Wan, LTX-2 "
+        "and SD3",
+        in_quotes(layer.prefix));
   if (eps) sizes.qk_norm_eps(*eps);
   if (const auto scale = config.scale(layer, *sizes.head_dim())) sizes.scale(scale);
   return sizes;

@@ -205,8 +205,7 @@ class Matcher {
     const auto by = in_.config->heads_in_metadata(in_config) ? "the file's metadata" : "config.json";
     require_said(path, "num_heads", in_.config->possible_num_heads(in_config, names), has.num_heads(), by);
     if (has.qk_norm() != NormKind::none)
-      require_said(path, "qk_norm_eps", in_.config->possible<double>(layout.qk_norm.eps_in_config, in_config.prefix),
-                   has.qk_norm_eps());
+      require_said(path, "qk_norm_eps", in_.config->possible_qk_norm_eps(in_config), has.qk_norm_eps());
     if (const auto scale = in_.config->scale(in_config, *has.head_dim()))
       require_said(path, "scale", std::vector{*scale}, *has.scale());
   }

@@ -96,8 +96,12 @@ std::vector<T> ModelConfig::all(const Names& names, const std::string& prefix) c
   const auto* part = part_of(prefix);
   for (const auto& any : names) {
     const auto name = name_for(any, prefix);
-    if (part && is_anywhere(name)) add(part->find(name), values);
-    for (const auto& place : places_of(name)) add(json_.find(place), values);
+    if (part && is_anywhere(name)) {
+      add(part->find(name), values);
+      add(json_.find(name), values);
+    } else {
+      for (const auto& place : places_of(name)) add(json_.find(place), values);
+    }
   }
   return values;
 }
@@ -126,6 +130,37 @@ template std::vector<std::string> ModelConfig::all(const Names& names, const std
 template std::vector<double> ModelConfig::all(const Names& names, const std::string& prefix) const;
 template std::vector<double> ModelConfig::possible(const Names& names, const std::string& prefix) const;
 
+std::optional<std::string> ModelConfig::class_name() const {
+  return first<std::string>({"._class_name"});
+}
+
+// Classes of diffusers do not write the eps of these norms into config.json: norm_eps is that of other norms.
+std::optional<double> ModelConfig::eps_of_class(const FoundLayer& layer) const {
+  struct Eps {
+    std::string_view classes;  // begins their names
+    double eps;
+  };
+  constexpr std::array kEps = {Eps{"LTXVideo", 1e-5}, Eps{"Sana", 1e-5}, Eps{"PixArt", 1e-5},    Eps{"Cosmos", 1e-5},
+                               Eps{"LTX2", 1e-6},     Eps{"SD3", 1e-6},  Eps{"CogVideoX", 1e-6}, Eps{"ConsisID", 1e-6}};
+  const auto of_class = class_name();
+  if (!of_class || layout_of(layer).qk_norm.eps_known_in.empty()) return {};
+  for (const auto& [classes, eps] : kEps) {
+    if (of_class->starts_with(classes)) return eps;
+  }
+  return {};
+}
+
+std::optional<double> ModelConfig::qk_norm_eps(const FoundLayer& layer) const {
+  const auto eps = first<double>(layout_of(layer).qk_norm.eps_in_config, layer.prefix);
+  return eps ? eps : eps_of_class(layer);
+}
+
+std::vector<double> ModelConfig::possible_qk_norm_eps(const FoundLayer& layer) const {
+  auto values = possible<double>(layout_of(layer).qk_norm.eps_in_config, layer.prefix);
+  if (const auto eps = eps_of_class(layer); eps && values.empty()) values.push_back(*eps);
+  return values;
+}
+
 std::optional<int64_t> ModelConfig::max_distance() const {
   return first<int64_t>({"relative_attention_max_distance"});
 }
@@ -133,13 +168,14 @@ std::optional<int64_t> ModelConfig::max_distance() const {
 // Those of the names that give a number of heads for this layer.
 Names ModelConfig::names_of_heads(const FoundLayer& layer, Names names) const {
   // In these classes of diffusers attention_head_dim is the number of heads; in others it is the size of a head.
-  constexpr std::array kClasses = {"UNet2DCondition", "UNet3DCondition", "UNetMotion", "I2VGenXLUNet", "ControlNet"};
+  constexpr std::array kClasses = {"UNet2DCondition", "UNetMotion", "ControlNet"};
+  constexpr const char* kIgnoresHeads = "I2VGenXLUNet";  // takes attention_head_dim in place of num_attention_heads
   const auto& layout = layout_of(layer);
   if (!layout.num_heads_unknown.empty() && layer.prefix.find(layout.num_heads_unknown) != std::string::npos) return {};
-  const auto of_class = first<std::string>({"._class_name"});
-  const bool head_dim_counts_heads =
-      !of_class || std::ranges::any_of(kClasses, [&](const auto* name) { return of_class->find(name) != std::string::npos; });
-  if (!head_dim_counts_heads) std::erase(names, "attention_head_dim");
+  const auto of_class = class_name();
+  const auto is_a = [&](const char* name) { return of_class && of_class->find(name) != std::string::npos; };
+  if (of_class && std::ranges::none_of(kClasses, is_a)) std::erase(names, "attention_head_dim");
+  if (is_a(kIgnoresHeads)) std::erase(names, "num_attention_heads");
   return names;
 }
 

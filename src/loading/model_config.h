@@ -39,9 +39,10 @@ class ModelConfig {
 
   /// The object whose name, without "_config", begins the first component of the prefix that has one; null if there is none.
   const Json* part_of(const std::string& prefix) const;
+  std::optional<std::string> class_name() const;  ///< of diffusers
 
-  /// All values of type T under these names; see Layout for where they are looked up. The part of the config that a
-  /// component of the prefix names comes first: "vision_config" for "vision_model.encoder.layers.0.".
+  /// All values of type T under these names; see Layout for where they are looked up. If a component of the prefix names a part
+  /// of the config, as "vision_model.encoder.layers.0." names "vision_config", that part comes first, and then only the top.
   template <class T>
   std::vector<T> all(const std::vector<std::string>& names, const std::string& prefix = {}) const;
 
@@ -56,6 +57,8 @@ class ModelConfig {
 
   /// The number of heads of a layer, by the file's metadata, or by the first of these names that config.json has.
   std::optional<int64_t> num_heads(const FoundLayer& layer, const std::vector<std::string>& names) const;
+  /// By its name in the layout, else by the class of diffusers.
+  std::optional<double> qk_norm_eps(const FoundLayer& layer) const;
   std::optional<int64_t> max_distance() const;                                   ///< of relative positions
   std::optional<double> scale(const FoundLayer& layer, int64_t head_dim) const;  ///< of the logits
 
@@ -72,10 +75,12 @@ class ModelConfig {
   template <class T>
   std::vector<T> possible(const std::vector<std::string>& names, const std::string& prefix) const;
   std::vector<int64_t> possible_num_heads(const FoundLayer& layer, const std::vector<std::string>& names) const;
+  std::vector<double> possible_qk_norm_eps(const FoundLayer& layer) const;
   std::vector<std::string> possible_activations(
       const FoundBlock& block) const;  ///< as Activation's, or as config.json spells it
 
  private:
+  std::optional<double> eps_of_class(const FoundLayer& layer) const;
   std::vector<std::string> names_of_heads(const FoundLayer& layer, std::vector<std::string> names) const;
 
   FileCheck check_;
