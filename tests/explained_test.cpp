@@ -7,12 +7,14 @@
 #include <xattn/safetensors.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "loading/block_layouts.h"
@@ -56,6 +58,18 @@ NamedTensors bart_layer(const std::string& prefix) {
   for (const auto& [name, width] : {std::pair("q_proj", 8), {"k_proj", 12}, {"v_proj", 12}, {"out_proj", 8}}) {
     tensors[prefix + name + ".weight"] = torch::randn({8, width});
     tensors[prefix + name + ".bias"] = torch::randn({8});
+  }
+  return tensors;
+}
+
+// The same with other names of the projections.
+NamedTensors renamed_bart(const std::string& prefix, const std::array<std::string, 4>& names) {
+  NamedTensors tensors;
+  for (const auto& [name, tensor] : bart_layer("")) {
+    const std::map<std::string, std::string> of = {
+        {"q_proj", names[0]}, {"k_proj", names[1]}, {"v_proj", names[2]}, {"out_proj", names[3]}};
+    const auto point = name.find('.');
+    tensors[prefix + of.at(name.substr(0, point)) + name.substr(point)] = tensor;
   }
   return tensors;
 }
@@ -231,6 +245,7 @@ TEST(OtherAttentionTest, WithRotaryEmbeddingsIsRefusedByItsConfig) {
                 .made({})
                 ->options.num_heads(),
             4);
+  EXPECT_EQ(SavedLayer(vit, json{{"architecture", "vit_base_patch16_rpn_224"}}).made()->options.num_heads(), 2);
   const SavedLayer saved(glue, json{{"model_type", "lightglue"}, {"num_attention_heads", 2}});
   expect_part(saved.error({.prefix = "transformer_layers.0.self_attention"}), "rotary embeddings of its queries and keys");
   EXPECT_EQ(saved.made({.prefix = "transformer_layers.0.cross_attention"})->options.num_heads(), 2);
@@ -676,13 +691,7 @@ TEST(LayerConfigTest, OnlyTheTopCompletesAPartThatThePrefixNames) {
 }
 
 TEST(LayerConfigTest, PerceiversDecodersHaveHeadsOfTheirOwn) {
-  NamedTensors tensors;
-  for (const auto& [name, tensor] : bart_layer("")) {
-    const auto projection = name.substr(0, name.find('.')), ending = name.substr(name.find('.'));
-    const std::map<std::string, std::string> names = {
-        {"q_proj", "self.query"}, {"k_proj", "self.key"}, {"v_proj", "self.value"}, {"out_proj", "output.dense"}};
-    tensors["decoding_cross_attention.attention." + names.at(projection) + ending] = tensor;
-  }
+  auto tensors = renamed_bart("decoding_cross_attention.attention.", {"self.query", "self.key", "self.value", "output.dense"});
   for (const auto& [norm, size] : {std::pair("1", 8), {"2", 12}}) {
     for (const auto* ending : {".weight", ".bias"}) {
       tensors["decoding_cross_attention.attention.self.layernorm" + std::string(norm) + ending] = torch::ones({size});
@@ -715,6 +724,27 @@ TEST(LayerConfigTest, SoftCapsOfLogitsAreRefused) {
   EXPECT_EQ(SavedLayer(gemma_layer("cross_attn."), none).made()->options.scale(), 0.5);
 }
 
+TEST(LayerConfigTest, SoftCapsAreThoseOfThePartThatThePrefixNames) {
+  const json cap = {{"attn_logit_softcapping", 50.}}, capped_text = {{"text_config", cap}, {"vision_config", json::object()}};
+  const std::string reason = "its config.json caps logits softly";
+  const auto tower = gemma_layer("vision_tower.encoder.layers.0.self_attn.");
+  expect_part(SavedLayer(tower, {{"vision_config", cap}}).error(), reason);
+  EXPECT_EQ(SavedLayer(tower, capped_text).made()->options.num_heads(), 2);
+  const auto without_heads = renamed_bart("layers.0.", {"linear_q", "linear_k", "linear_v", "linear_out"});  // in config.json
+  expect_part(SavedLayer(without_heads, cap).error(), reason);
+
+  const auto vit = [](const std::string& prefix) {
+    return renamed_bart(prefix, {"attention.query", "attention.key", "attention.value", "output.dense"});
+  };
+  expect_part(SavedLayer(vit("encoder.layer.0.attention."), cap).error(), reason);
+  const auto is_read = [&](const std::string& prefix, const json& config) {
+    EXPECT_EQ(SavedLayer(vit(prefix), config).made()->options.num_heads(), 2);
+  };
+  is_read("qformer.encoder.layer.0.crossattention.", capped_text);  // the language model's
+  is_read("Qformer.encoder.layer.0.crossattention.", capped_text);
+  is_read("encoder.layer.0.crossattention.", {{"text_config", cap}, {"qformer_config", json::object()}});
+}
+
 TEST(LayerConfigTest, GemmasScaleIsRead) {
   const json config = {{"decoder", {{"query_pre_attn_scalar", 64}, {"num_attention_heads", 2}}}};
   EXPECT_EQ(SavedLayer(gemma_layer("decoder.layers.0.cross_attn."), config).made({})->options.scale(), 0.125);
@@ -732,13 +762,88 @@ TEST(LayerConfigTest, KindsOfAttentionThatOnlyAConfigRevealsAreRefused) {
   expect_part(SavedLayer(diffusers_layer("blocks.0.attn2."), {{"_class_name", "HunyuanDiT2DModel"}}).error(),
               "rotary embeddings of its queries: not computed");
   expect_part(SavedLayer(diffusers_layer("attn2."), {{"qk_norm", "l2"}}).error(), "that have no weights: not computed");
-  expect_part(SavedLayer(gemma_layer("layers.0.cross_attention."), {{"model_type", "dia"}}).error(), "logits without a scale");
+  for (const auto* model : {"dia", "gpt_neo"}) {
+    expect_part(SavedLayer(gemma_layer("layers.0.cross_attention."), {{"model_type", model}}).error(),
+                "logits without a scale");
+  }
+  EXPECT_EQ(SavedLayer(gemma_layer("layers.0.cross_attention."), {{"model_type", "gpt_neox"}}).made()->options.num_heads(), 2);
+  expect_part(SavedLayer(bart_layer("decoder.layers.0.encoder_attn."), {{"model_type", "autoformer"}}).error(),
+              "autocorrelation in place of attention: not computed");
+  expect_part(SavedLayer(diffusers_layer("layers.0.attn2."), {{"_class_name", "LuminaNextDiT2DModel"}}).error(),
+              "rotary embeddings of its queries: not computed");
+  for (const auto* of_class : {"AuraFlowTransformer2DModel", "CogView4Transformer2DModel"}) {
+    expect_part(SavedLayer(diffusers_layer("attn2."), {{"_class_name", of_class}}).error(),
+                "that have no weights: not computed");
+  }
   auto hunyuan = diffusers_layer("blocks.0.attn2.");
   for (const auto* name : {"norm_q.weight", "norm_q.bias", "norm_k.weight", "norm_k.bias"}) {
     hunyuan["blocks.0.attn2." + std::string(name)] = torch::ones({4});
   }
   expect_part(SavedLayer(hunyuan).error(),
               "norms of kind rms, but are layer norms, as those of HunyuanDiT, whose queries have rotary");
+}
+
+// Self-attention is refused for this reason, and cross-attention beside it is not.
+void expect_self_refused(const NamedTensors& self, const NamedTensors& cross, const json& config, const std::string& reason) {
+  expect_part(SavedLayer(self, config).error(), reason + ": not computed");
+  EXPECT_EQ(SavedLayer(cross, config).made()->options.num_heads(), 2) << config;
+}
+
+TEST(LayerConfigTest, KindsOfSelfAttentionAreRefusedByTheClassOfDiffusers) {
+  const std::string rotary = "rotary embeddings of its queries and keys", joint = "joint attention to text and video";
+  for (const auto& [of_class, reason] : {std::pair("WanTransformer3DModel", rotary),
+                                         {"LTXVideoTransformer3DModel", rotary},
+                                         {"LTX2VideoTransformer3DModel", rotary},
+                                         {"Lumina2Transformer2DModel", rotary},
+                                         {"AllegroTransformer3DModel", rotary},
+                                         {"StableAudioDiTModel", rotary},
+                                         {"CosmosTransformer3DModel", rotary},
+                                         {"SkyReelsV2Transformer3DModel", rotary},
+                                         {"ChronoEditTransformer3DModel", rotary},
+                                         {"OmniGenTransformer2DModel", rotary},
+                                         {"ZImageTransformer2DModel", rotary},
+                                         {"CogVideoXTransformer3DModel", joint},
+                                         {"ConsisIDTransformer3DModel", joint},
+                                         {"SanaTransformer2DModel", std::string("linear attention")}}) {
+    expect_self_refused(diffusers_layer("transformer_blocks.0.attn1."), diffusers_layer("transformer_blocks.0.attn2."),
+                        {{"_class_name", of_class}}, reason);
+  }
+}
+
+TEST(LayerConfigTest, KindsOfSelfAttentionAreRefusedByTheConfig) {
+  const std::string positions = "logits that depend on positions", in_part = "attention that is not to all keys";
+  const std::string rotary = "rotary embeddings of its queries and keys";
+  const auto self = bart_layer("decoder.layers.0.self_attn."), cross = bart_layer("decoder.layers.0.encoder_attn.");
+  for (const auto* type : {"alibi", "relative_key", "relative_key_query"}) {
+    expect_self_refused(self, cross, {{"position_embedding_type", type}}, positions);
+  }
+  expect_self_refused(self, cross, {{"model_type", "nezha"}}, positions);
+  expect_self_refused(self, cross, {{"attention_type", "prob"}}, in_part);
+  expect_self_refused(self, cross, {{"position_embeddings_type", "rotary"}, {"rotary_embedding_base", 10000}}, rotary);
+  const auto encoder = bart_layer("encoder.layers.0.self_attn.");
+  for (const auto& [config, reason] : {std::pair(json{{"model_type", "pegasus_x"}}, in_part),
+                                       {json{{"attention_type", "block_sparse"}}, in_part},
+                                       {json{{"model_type", "speecht5"}}, positions}}) {
+    expect_self_refused(encoder, self, config, reason);  // the decoder's is attention to all keys
+    expect_self_refused(encoder, cross, config, reason);
+  }
+}
+
+TEST(LayerConfigTest, RotaryEmbeddingsAreRefusedByTheTypeOfTheModelsPart) {
+  const std::string rotary = "rotary embeddings of its queries and keys";
+  for (const auto* type : {"llama", "mistral", "mixtral", "gemma", "gemma2", "qwen2", "qwen3", "phi", "phi3", "idefics"}) {
+    expect_self_refused(gemma_layer("model.layers.0.self_attn."), gemma_layer("model.layers.0.cross_attn."),
+                        {{"model_type", type}}, rotary);
+  }
+  const json paligemma = {{"model_type", "paligemma"},
+                          {"text_config", {{"model_type", "gemma"}}},
+                          {"vision_config", {{"model_type", "siglip_vision_model"}}}};
+  const json qwen = {{"model_type", "qwen2_audio"},
+                     {"text_config", {{"model_type", "qwen2"}}},
+                     {"audio_config", {{"model_type", "qwen2_audio_encoder"}}}};
+  const auto language = gemma_layer("language_model.model.layers.0.self_attn.");
+  expect_self_refused(language, bart_layer("vision_tower.vision_model.encoder.layers.0.self_attn."), paligemma, rotary);
+  expect_self_refused(language, bart_layer("audio_tower.layers.0.self_attn."), qwen, rotary);
 }
 
 TEST(LayerConfigTest, Gpt2sSwitchesOfTheScaleAreComputed) {

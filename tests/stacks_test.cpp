@@ -554,6 +554,12 @@ TEST(LoadStacksTest, EveryNameOfADecodersSelfAttentionMustBeExplained) {
   unexpected("whisper_openai", "decoder.", "blocks.1.attn.gate");
 }
 
+TEST(LoadStacksTest, RefusesNormsBehindTheBranchesOfTimmsVit) {
+  EXPECT_EQ(Changed("timm", json{{"architecture", "vit_base_patch16_rpn_224"}}).encoder_error(kTold),
+            "its config.json says architecture \"vit_base_patch16_rpn_224\", which has its norms behind its branches: not "
+            "computed");
+}
+
 TEST(LoadStacksTest, SaysWhatIsMissing) {
   const Changed bart("bart");
   const std::string rest = " is not among its weights, nor in a config.json beside it; give one of ";

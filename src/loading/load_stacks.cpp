@@ -52,7 +52,7 @@ class StackReader {
     const auto unexpected = names_of(detail::NameRole::unexplained, name_roles(stack_, infos_));
     check_(options.allow_unexpected || unexpected.empty(), "{} must have only names that layout {} explains{}{}", name,
            stack_.layout, detail::list("unexpected", unexpected), detail::advice_on(unexpected));
-    detail::refuse_other_positions(config_, stack_.prefix);
+    detail::refuse_other_stack(config_, stack_.prefix);
     if (!layout_.relative_position_bias.empty()) read_bias(kind == StackKind::encoder);
   }
 

@@ -110,7 +110,7 @@ class Matcher {
 
   template <class Impl>
   void add_stack(const FoundStack& found, const std::string& path, const Impl& own) {
-    if (in_.config) refuse_other_positions(*in_.config, in_file(found).prefix);
+    if (in_.config) refuse_other_stack(*in_.config, in_file(found).prefix);
     if (!found.fault.empty()) misshapen_.push_back(formatted("{} must have {}", which(path), found.fault));
     add(recipes(found, in_.source.infos), path);
     add(name_roles(found, in_.source.infos), found.prefix);

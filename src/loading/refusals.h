@@ -13,7 +13,8 @@ namespace xattn::detail {
 /// Throws FileError for a kind of attention that is not computed.
 void refuse_other_attention(const ModelConfig& config, const FoundLayer& layer);
 
-/// Throws FileError for a stack with this prefix whose logits or inputs depend on positions in a way that no tensor shows.
-void refuse_other_positions(const ModelConfig& config, const std::string& prefix);
+/// Throws FileError for a stack with this prefix whose logits or inputs depend on positions, or whose norms are placed, in a way
+/// that no tensor shows.
+void refuse_other_stack(const ModelConfig& config, const std::string& prefix);
 
 }  // namespace xattn::detail
