@@ -560,6 +560,32 @@ TEST(LoadStacksTest, RefusesNormsBehindTheBranchesOfTimmsVit) {
             "computed");
 }
 
+TEST(LoadStacksTest, OneSelfAttentionOfT5IsNotReadWithoutTheBiasOfTheFirst) {
+  Changed t5("t5");
+  const auto in_block = [](int block, const std::string& name) {
+    return "decoder.block." + std::to_string(block) + ".layer." + name;
+  };
+  LayerOptions options{.prefix = in_block(1, "0.SelfAttention"), .num_heads = 2};
+  const auto error = [&] {
+    return t5.without_path(error_of<FileError>([&] { return cross_attention_from(t5.saved(), options); }));
+  };
+  const std::string bias = "0.SelfAttention.relative_attention_bias.weight";
+  const auto message =
+      "layer \"" + in_block(1, "0.SelfAttention.") + "\" must have only names that layout t5 explains; unexpected: ";
+  EXPECT_EQ(error(), message + in_block(0, bias));
+  options.allow_unexpected = true;
+  auto module = cross_attention_from(t5.saved(), options);
+  const auto loading =
+      error_of<LoadError>([&] { load_weights(*module, t5.saved(), {.prefix = in_block(1, "0.SelfAttention")}); });
+  EXPECT_TRUE(loading.ends_with("unexpected: " + in_block(0, bias))) << loading;
+  options = {.prefix = in_block(1, "1.EncDecAttention"), .num_heads = 2};
+  EXPECT_EQ(cross_attention_from(t5.saved(), options)->options.num_heads(), 2);
+
+  t5.tensors[in_block(1, bias)] = t5.tensors.at(in_block(0, bias));  // as in UMT5
+  options.prefix = in_block(1, "0.SelfAttention");
+  EXPECT_EQ(error(), message + "relative_attention_bias.weight");
+}
+
 TEST(LoadStacksTest, SaysWhatIsMissing) {
   const Changed bart("bart");
   const std::string rest = " is not among its weights, nor in a config.json beside it; give one of ";

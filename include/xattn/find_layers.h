@@ -50,7 +50,8 @@ struct XATTN_API FoundLayer {
                                                             const LayoutChoice& layout = {});
 
 /// Names that may change what the layer computes and that its layout does not explain: names below the layer's prefix, without
-/// it, and low-rank weights for the layer in kohya's naming ("lora_unet_..."), which are at the top level of a file.
+/// it, and by their full names low-rank weights for the layer in kohya's naming ("lora_unet_..."), which are at the top level of
+/// a file, and T5's bias of positions, which all self-attention of a stack reads from the first layer.
 [[nodiscard]] XATTN_API std::vector<std::string> unexplained_names(const FoundLayer& layer,
                                                                    const std::map<std::string, TensorInfo>& tensors);
 

@@ -75,6 +75,7 @@ struct Layout {
   std::vector<std::string> beside_here = {};   ///< the same in this layout only
   std::vector<std::string> beside_cross = {};  ///< the same in cross-attention of this layout only
   std::string causal_mask = {};                ///< likewise a buffer [1, 1, n, n], which only self-attention uses
+  std::string bias_of_first = {};              ///< of positions: self-attention in each layer of a stack reads the first's
   std::vector<std::string> num_heads = {};     ///< names in config.json
   std::string num_heads_unknown = {};          ///< config.json does not give it for prefixes that contain this
   std::string scale_root_in_config = {};       ///< the scale is 1 / sqrt of this number (Gemma)

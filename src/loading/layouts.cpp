@@ -127,6 +127,7 @@ std::vector<Layout> make_layouts() {
        .projections = {without_bias("q"), without_bias("k"), without_bias("v"), without_bias("o")},
        .scale = 1.0,
        .beside_cross = {"relative_attention_bias.weight"},  // which T5 saves in its first block and never reads
+       .bias_of_first = "relative_attention_bias.weight",
        .num_heads = {"num_heads"}},
       {.name = "wan",
        .used_by = "Wan's original files",

@@ -296,6 +296,20 @@ class Roles {
   const Infos& tensors_;
 };
 
+// The bias of positions that self-attention reads from the first layer of its stack: the full name, which has a 0 in place of
+// one number of the prefix; empty if there is none.
+std::string bias_of_first(const FoundLayer& layer, const Infos& tensors) {
+  const auto& bias = layout_of(layer).bias_of_first;
+  const auto& prefix = layer.prefix;
+  if (bias.empty() || layer.kind == AttentionKind::cross || tensors.contains(prefix + bias)) return "";
+  for (size_t begin = 0, end = prefix.find('.'); end != std::string::npos; begin = end + 1, end = prefix.find('.', begin)) {
+    if (!number_of(prefix.substr(begin, end - begin))) continue;
+    auto name = prefix.substr(0, begin) + "0" + prefix.substr(end) + bias;
+    if (tensors.contains(name)) return name;
+  }
+  return "";
+}
+
 }  // namespace
 
 std::map<std::string, NameRole> name_roles(const FoundLayer& layer, const Infos& tensors) {
@@ -321,6 +335,7 @@ std::map<std::string, NameRole> name_roles(const FoundLayer& layer, const Infos&
   }
   found.set(added_recipes(layer, tensors), NameRole::added);
   found.set(recipes(layer, tensors), NameRole::parameter);
+  if (auto bias = bias_of_first(layer, tensors); !bias.empty()) found.roles.emplace(std::move(bias), NameRole::unexplained);
   return std::move(found.roles);
 }
 

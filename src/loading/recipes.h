@@ -83,8 +83,8 @@ enum class NameRole {
   unexplained,
 };
 
-/// The role of each name below the layer's prefix, by the name without it. Low-rank weights for the layer in kohya's spelling
-/// are listed by their full names, as unexplained.
+/// The role of each name below the layer's prefix, by the name without it. Low-rank weights for the layer in kohya's spelling,
+/// and the bias of positions that it reads from the first layer of its stack, are listed by their full names, as unexplained.
 XATTN_API std::map<std::string, NameRole> name_roles(const FoundLayer& layer, const Infos& tensors);
 
 /// Likewise below a block's prefix.
