@@ -47,7 +47,7 @@ class JsonBuilder {
     Json::Object object;
     reader_.object([&](std::string name) {
       const auto [place, is_new] = object.try_emplace(std::move(name));
-      check_(is_new, "has the name {} twice in one object", [&place = place] { return in_quotes(place->first); });
+      check_(is_new, "has the name {} twice in one object", [&own = place] { return in_quotes(own->first); });
       place->second = value(depth + 1);
     });
     return object;

@@ -7,6 +7,7 @@
 
 #include "attention/heads.h"
 #include "attention/merge.h"
+#include "cpu/elementwise.h"
 #include "cpu/huge_pages.h"
 #include "cpu/threads.h"
 #include "cpu/tuning.h"

@@ -28,7 +28,7 @@ void explain_none(const Checkpoint& checkpoint, const std::string& place, const 
   for (const auto& [name, info] : checkpoint.tensors()) {
     if (!name.starts_with(prefix)) continue;
     names.push_back(name);
-    const auto is_weight = [&name = name](const auto& layout) { return name.ends_with(layout.projections[0].weight); };
+    const auto is_weight = [&each = name](const auto& layout) { return each.ends_with(layout.projections[0].weight); };
     constexpr std::string_view kPacked = "qweight";  // GPTQ's and AWQ's name for weights of four bits
     if ((choice.own() && is_weight(*choice.own())) || std::ranges::any_of(layer_layouts(), is_weight) ||
         name.ends_with(kPacked))

@@ -162,7 +162,7 @@ std::map<std::string, NameRole> name_roles(const FoundStack& stack, const Infos&
     const auto& beside = block_layout_named(block->layout).beside;
     for (const auto& [name, role] : name_roles(*block, tensors)) {
       const auto full = block->prefix + name;
-      const auto begins = [&name = name](const auto& word) { return name.starts_with(word); };
+      const auto begins = [&each = name](const auto& word) { return each.starts_with(word); };
       const bool is_of_other = role == NameRole::beside && std::ranges::any_of(beside, begins);
       if (!tensors.contains(full)) {
         roles.emplace(name, role);  // a low-rank weight at the top of the file

@@ -380,8 +380,8 @@ std::string advice_on(const std::vector<std::string>& names) {
     return text;
   };
   for (const auto& [parts, text] : kAdvice) {
-    const auto is_meant = [&lower, &parts = parts](const std::string& name) {
-      return std::ranges::any_of(parts, [text = lower(name)](auto part) { return text.find(part) != std::string::npos; });
+    const auto is_meant = [&lower, &all = parts](const std::string& name) {
+      return std::ranges::any_of(all, [own = lower(name)](auto part) { return own.find(part) != std::string::npos; });
     };
     if (std::ranges::any_of(names, is_meant)) return formatted("; {}", text);
   }

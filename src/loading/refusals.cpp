@@ -80,7 +80,7 @@ void refuse_by_name(const ModelConfig& config, const FoundLayer& layer) {
   for (const auto& [name, words, reason, to] : all_refused()) {
     if (!applies(to, layer)) continue;
     for (const auto& text : config.all<std::string>({name}, layer.prefix)) {
-      const bool is_one = std::ranges::any_of(words, [&, &name = name](auto word) { return is_meant(name, text, word); });
+      const bool is_one = std::ranges::any_of(words, [&, &key = name](auto word) { return is_meant(key, text, word); });
       config.check()(!is_one, "its config.json says {} {}, which has {}: not computed", name, in_quotes(text), reason);
     }
   }
@@ -132,7 +132,7 @@ void refuse_soft_caps(const ModelConfig& config, const FoundLayer& layer) {
   for (const auto* part : parts) {
     if (!part || !part->object()) continue;
     for (const auto& [name, value] : *part->object()) {
-      const auto has = [&name = name](const char* word) { return name.find(word) != std::string::npos; };
+      const auto has = [&key = name](const char* word) { return key.find(word) != std::string::npos; };
       const bool is_cap = has("att") && (has("softcap") || has("soft_cap") || has("logit_cap"));
       const auto cap = value.as<double>().value_or(0);
       config.check()(!is_cap || cap == 0, "its config.json caps logits softly, by {} of {}: not computed", in_quotes(name),

@@ -73,14 +73,16 @@ void engine::normalise_rows(const NormWeights& norm, const float* x, float* y, i
 
 at::Tensor normalised(const at::Tensor& x, const NormWeights& norm) {
   if (norm.kind == NormKind::none) return x;
-  const auto& [kind, size, eps, weight, bias] = norm;
-  const auto fits = [size = size](const at::Tensor& of_features) {
+  const auto& weight = norm.weight;
+  const auto& bias = norm.bias;
+  const auto size = norm.size;
+  const auto fits = [size](const at::Tensor& of_features) {
     return of_features.is_contiguous() && of_features.numel() == size;
   };
   const bool all_fit = fits(weight) && (!bias.defined() || fits(bias)) && x.size(-1) == size;  // LibTorch reports others
   if (all_fit && run_on_kernels({x, weight, bias.defined() ? bias : weight}) && !is_recorded({x, weight, bias})) {
     const auto rows = x.contiguous(), y = at::empty_like(rows);
-    engine::each_part(x.numel() / size, kOperationsOfANorm * size, [&, size = size](int64_t begin, int64_t end) {
+    engine::each_part(x.numel() / size, kOperationsOfANorm * size, [&](int64_t begin, int64_t end) {
       const auto first = begin * size;
       engine::normalise_rows(norm, engine::data(rows) + first, engine::mutable_data(y) + first, end - begin, size);
     });
