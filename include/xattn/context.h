@@ -15,9 +15,9 @@ namespace xattn {
 /// The expected use of a context.
 struct ContextOptions {
   static constexpr int64_t kMany = -1;
-  /// Query rows of one batch entry that will attend to the context over all calls; kMany, the default, if unknown. For few rows
-  /// it is cheapest to keep the context as given, for many to project or fold it first. If unknown, modules project it, and
-  /// frozen layers plan for many; a pinned plan is obeyed.
+  /// Query rows of one batch entry that will attend to the context, over all calls and beams; kMany, the default, if unknown.
+  /// For few rows it is cheapest to keep the context as given, for many to project or fold it first. If unknown, modules
+  /// project it, and frozen layers plan for many; a pinned plan is obeyed.
   int64_t expected_queries = kMany;
   /// Keys that the context is expected to grow to by `append`: memory for so many is allocated, and the plan is made for them.
   /// 0, the default, if unknown. Where every append copies (see there), no memory is allocated.
