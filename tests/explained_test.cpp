@@ -241,6 +241,9 @@ TEST(OtherAttentionTest, WithRotaryEmbeddingsIsRefusedByItsConfig) {
        {"eva02_base_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch16_rope_224", "vit_pe_core_base"}) {
     expect_part(SavedLayer(vit, json{{"architecture", name}}).error(), "which has rotary embeddings of its queries and keys");
   }
+  for (const auto& hiera : {json{{"architecture", "hiera_tiny_224"}}, json{{"model_type", "hiera"}}}) {
+    expect_part(SavedLayer(vit, hiera).error(), "which has attention that is not to all keys");
+  }
   EXPECT_EQ(SavedLayer(vit, json{{"architecture", "vit_base_patch16_224"}, {"model_args", {{"num_heads", 4}}}})
                 .made({})
                 ->options.num_heads(),

@@ -45,7 +45,7 @@ const std::vector<Refused>& all_refused() {
       {"model_type", {"bros", "layoutlmv3", "mpnet", "nezha"}, kPositions, To::self},
       {"model_type", {"speecht5"}, kPositions, To::encoder},
       {"position_embedding_type", {"alibi", "relative_key"}, kPositions, To::self},
-      {"model_type", {"canine", "mra", "nystromformer", "yoso"}, kInPart, To::self},
+      {"model_type", {"canine", "hiera", "mra", "nystromformer", "yoso"}, kInPart, To::self},
       {"model_type", {"pegasus_x"}, kInPart, To::encoder},
       {"attention_type", {"block_sparse"}, kInPart, To::encoder},  // of BigBird
       {"attention_type", {"prob"}, kInPart, To::self},             // of Informer
@@ -53,6 +53,7 @@ const std::vector<Refused>& all_refused() {
       {"position_embedding_type", {"rotary"}, kRotary, To::self},
       {"position_embeddings_type", {"rotary"}, kRotary, To::self},  // of Wav2Vec2-Conformer
       {"architecture", {"eva", "dinov3", "rope", "vit_pe"}, kRotary},
+      {"architecture", {"hiera"}, kInPart},
       {"_class_name", {"HunyuanDiT2D", "LuminaNextDiT2D"}, "rotary embeddings of its queries"},
       {"_class_name", kRotaryClasses, kRotary, To::self},
       {"_class_name", {"CogVideoX", "ConsisID"}, "joint attention to text and video", To::self},

@@ -131,7 +131,7 @@ void CrossAttentionBlockImpl::pretty_print(std::ostream& stream) const {
   add(o.norm() != NormKind::layer, ".norm(NormKind::{})", name_of(o.norm()));
   add(o.norm_placement() == NormPlacement::after, ".norm_placement(NormPlacement::after)");
   add(o.norm_context(), ".norm_context(true)");
-  add(o.norm_eps() != 1e-5, ".norm_eps({})", o.norm_eps());
+  add(o.norm_eps() != CrossAttentionBlockOptions(o.attention()).norm_eps(), ".norm_eps({})", o.norm_eps());
   add(!o.norm_bias(), ".norm_bias(false)");
   add(o.gate() != BlockGate::none, ".gate(BlockGate::{})", name_of(o.gate()));
   add(o.feed_forward() != 4 * o.attention().dim_query(), ".feed_forward({})", *o.feed_forward());

@@ -146,7 +146,7 @@ std::string printed(const CrossAttentionOptions& o) {
   if (o.qk_norm() != NormKind::none) {
     add(true, ".qk_norm(NormKind::{})", name_of(o.qk_norm()));
     add(o.qk_norm_scope() == NormScope::across_heads, ".qk_norm_scope(NormScope::across_heads)");
-    add(o.qk_norm_eps() != 1e-6, ".qk_norm_eps({})", o.qk_norm_eps());
+    add(o.qk_norm_eps() != CrossAttentionOptions(1, 1, 1, 1).qk_norm_eps(), ".qk_norm_eps({})", o.qk_norm_eps());
   }
   add(o.attention_weights() != AttentionWeights::mean, ".attention_weights(AttentionWeights::{})",
       name_of(o.attention_weights()));
