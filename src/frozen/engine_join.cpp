@@ -131,12 +131,10 @@ void join_folded_keys(const EngineWeights& w, const std::vector<EngineContext>& 
     const auto part_panels = divided_up(H * part.Lk, panel);
     const auto columns = at::empty({part_panels * panel, w.Eq}, options);
     copy_to(part.keys.select(0, b).view({part_panels, w.Eq, panel}).transpose(1, 2), columns.view({part_panels, panel, w.Eq}));
-    const auto of_heads = [](const Tensor& x, int64_t H, int64_t keys) {
-      return x.narrow(0, 0, H * keys).unflatten(0, {H, keys});
-    };
-    copy_to(of_heads(columns, H, n).narrow(1, 0, taken), of_heads(rows.select(0, b), H, Lk).narrow(1, first, taken));
-    copy_to(of_heads(part.key_bias.select(0, b), H, n).narrow(1, 0, taken),
-            of_heads(joined.key_bias.select(0, b), H, Lk).narrow(1, first, taken));
+    const auto of_heads = [H](const Tensor& x, int64_t keys) { return x.narrow(0, 0, H * keys).unflatten(0, {H, keys}); };
+    copy_to(of_heads(columns, n).narrow(1, 0, taken), of_heads(rows.select(0, b), Lk).narrow(1, first, taken));
+    copy_to(of_heads(part.key_bias.select(0, b), n).narrow(1, 0, taken),
+            of_heads(joined.key_bias.select(0, b), Lk).narrow(1, first, taken));
   });
   joined.keys = in_huge_pages(at::empty({B, panels * w.Eq * panel}, options));
   copy_to(rows.view({B, panels, panel, w.Eq}).transpose(2, 3), joined.keys.view({B, panels, w.Eq, panel}));
