@@ -12,7 +12,8 @@ the tests there; see scripts/test.sh --help. What is there already is not instal
 finds one, else the CUDA build, which runs without a GPU too: 5 GB on disk. At the end it prints the row of this run for the table
 in tests/README.md.
 
-example: scripts/test_with_torch.sh 2.15.0 -DXATTN_EXAMPLES=OFF
+examples: scripts/test_with_torch.sh 2.15.0 -DXATTN_EXAMPLES=OFF
+          scripts/test_with_torch.sh 2.13.0 -DCMAKE_C_COMPILER=clang-19 -DCMAKE_CXX_COMPILER=clang++-19
 END
 }
 
@@ -39,4 +40,5 @@ if [[ -e $torch/lib/libtorch_cuda.so ]]; then
 fi
 system=$(. /etc/os-release && echo "$PRETTY_NAME")
 runs=$("$folder/xattn" --version)  # the kernels among others
-echo "| $version, $kind | $system, $(c++ --version | head -1), $(uname -m), ${runs#*, }, $(nproc) cores | the suite |"
+compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[^=]*=//p' "$folder/CMakeCache.txt")
+echo "| $version, $kind | $system, $("$compiler" --version | head -1), $(uname -m), ${runs#*, }, $(nproc) cores | the suite |"
