@@ -7,6 +7,7 @@
 #include <xattn/cross_attention.h>
 #include <xattn/decoupled.h>
 #include <xattn/frozen.h>
+#include <xattn/frozen_block.h>
 
 #include <functional>
 #include <limits>

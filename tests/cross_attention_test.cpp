@@ -18,6 +18,8 @@
 namespace xattn::test {
 namespace {
 
+using at::Tensor;
+
 class CrossAttentionTest : public testing::TestWithParam<torch::Device> {
  protected:
   static constexpr int64_t kB = 2, kLq = 4, kLk = 6;

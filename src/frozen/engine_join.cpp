@@ -202,7 +202,7 @@ EngineContext append(const EngineWeights& w, const EngineContext& context, const
 }
 
 EngineContext select_entries(const EngineWeights& w, const EngineContext& context, const Tensor& indices) {
-  const auto& [logits, values] = context.orders;
+  const auto logits = context.orders.logits, values = context.orders.values;
   const auto Lk = context.Lk;
   const auto all = [&](const Tensor& x) { return entries_of(x, indices, -1, x.size(-1)); };
   // Of keys and values that are not folded: of their panels, or of their rows.

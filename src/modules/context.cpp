@@ -130,7 +130,8 @@ namespace detail {
 
 WeightsStamp::WeightsStamp(const std::vector<at::Tensor>& tensors, std::vector<double> numbers) : numbers_(std::move(numbers)) {
   for (const auto& x : tensors) {
-    auto& entry = entries_.emplace_back(x);
+    auto& entry = entries_.emplace_back();
+    entry.tensor = x;
     if (!x.defined()) continue;
     entry.data = x.const_data_ptr();
     if (x.has_storage()) entry.storage = x.storage();

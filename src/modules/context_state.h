@@ -36,8 +36,8 @@ class WeightsStamp {
   struct Entry {
     at::Tensor tensor;
     c10::Storage storage;
-    const void* data;
-    uint32_t version;  // counts in-place changes; 0 for inference tensors, which have no counter
+    const void* data = nullptr;
+    uint32_t version = 0;  // counts in-place changes; 0 for inference tensors, which have no counter
     bool operator==(const Entry& other) const;
   };
   std::vector<Entry> entries_;
